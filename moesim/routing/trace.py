@@ -1,0 +1,73 @@
+"""Expert counts as they come from a router: one aggregate, or one record for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import BadInput
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """Tokens that each expert got: counts float64 [steps, layers, experts]; an aggregate has one step.
+
+    layer_ids: int64 [layers], absolute layers of the rows (MoE layers only). absolute_layers: rows of the source's
+    absolute layer axis, dense ones included. per_step: the steps are separate forward passes (else one aggregate).
+    """
+
+    counts: NDArray[np.float64]
+    layer_ids: NDArray[np.int64]
+    absolute_layers: int
+    name: str
+    phase: str = "any"
+    weight: float = 1.0
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        if self.counts.ndim != 3:
+            raise BadInput(
+                f"counts have {self.counts.ndim} axes", where=self.name, mend="give [steps, layers, experts]"
+            )
+        if self.counts.size == 0:
+            raise BadInput("there are no counts", where=self.name, mend="record a loaded server")
+        if not np.isfinite(self.counts).all() or (self.counts < 0).any():
+            raise BadInput("a count is negative or not a number", where=self.name, mend="record the counts again")
+        empty = np.nonzero(self.counts.sum(axis=(0, 2)) == 0)[0]
+        if len(empty):
+            raise BadInput(
+                f"layer {int(self.layer_ids[empty[0]])} counts no token at all",
+                where=self.name,
+                mend="record a loaded server",
+            )
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return int(self.counts.shape[2])
+
+    def profile(self) -> NDArray[np.float64]:
+        """Share of each expert in its layer: [layers, experts], each row sums to 1."""
+        total = self.counts.sum(axis=0)
+        return np.asarray(total / total.sum(axis=1, keepdims=True))
+
+
+def stack_profiles(loads: Sequence[RoutingCounts]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Profiles [scenarios, layers, experts] and weights [scenarios] (sum 1); each file counts by its weight alone.
+
+    Raises BadInput when the files disagree in layers or experts.
+    """
+    first = loads[0]
+    for other in loads[1:]:
+        if other.counts.shape[1:] != first.counts.shape[1:] or not np.array_equal(other.layer_ids, first.layer_ids):
+            raise BadInput(
+                f"{other.counts.shape[1]} layers x {other.experts} experts, but {first.name} has "
+                f"{first.counts.shape[1]} x {first.experts}",
+                where=other.name,
+                mend="give files of one model",
+            )
+    weights = np.asarray([load.weight for load in loads], dtype=np.float64)
+    return np.stack([load.profile() for load in loads]), weights / weights.sum()

@@ -1,0 +1,257 @@
+"""The scenario: one YAML file that says what is deployed, on what, for which load (the contract's file)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from moesim.errors import BadInput
+from moesim.files import read_text
+from moesim.spec.base import Spec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4"]
+Phase = Literal["prefill", "decode", "any"]
+
+
+class ClusterChoice(Spec):
+    """A named cluster preset, with its size."""
+
+    system: str
+    nodes: int = Field(default=1, gt=0)
+    gpus_per_node: int | None = Field(default=None, gt=0)
+
+
+class EngineSpec(Spec):
+    """Whose kernels and rules apply; `moesim` means our own measurements and plain rules."""
+
+    name: Literal["sglang", "vllm", "trtllm", "moesim"] = "sglang"
+    version: str = "0.5.14"
+
+
+class PrecisionSpec(Spec):
+    """Element type of each family of tensors."""
+
+    dense: Dtype = "fp8_block"
+    experts: Dtype = "fp8_block"
+    activations: Dtype = "bf16"
+    kv_cache: Dtype = "bf16"
+    dispatch: Dtype = "fp8"
+    combine: Dtype = "bf16"
+
+
+class CostSpec(Spec):
+    """Which cost model prices the operations."""
+
+    source: str = "store"
+    profiles: tuple[str, ...] = ("default",)
+    extrapolate: Literal["refuse", "allow"] = "refuse"
+
+
+class LoadFile(Spec):
+    """One file of expert counts."""
+
+    file: Path
+    phase: Phase = "any"
+    weight: float = Field(default=1.0, gt=0)
+
+
+class SyntheticSpec(Spec):
+    """Generated routing; what the parameters mean is told in docs/explanation/routing.md."""
+
+    kind: Literal["uniform", "zipf", "lognormal", "power_law", "deepseek_like"] = "deepseek_like"
+    exponent: float | None = Field(default=None, ge=0, description="zipf, power_law")
+    sigma: float | None = Field(default=None, ge=0, description="lognormal")
+    workloads: int = Field(default=6, gt=0, description="load scenarios drawn")
+    seed: int | None = Field(default=None, description="its own seed; none = the scenario's")
+
+
+class HoldoutSpec(Spec):
+    """Which part of the loads the placement is not fitted to, but judged on."""
+
+    by: Literal["file", "step", "time", "none"] = "file"
+    fraction: float = Field(default=0.5, gt=0, lt=1)
+
+
+class RoutingSpec(Spec):
+    """Exactly one of `loads`, `trace` and `synthetic`."""
+
+    loads: tuple[LoadFile, ...] | None = Field(default=None, min_length=1)
+    trace: Path | None = None
+    synthetic: SyntheticSpec | None = None
+    holdout: HoldoutSpec = HoldoutSpec()
+
+    @model_validator(mode="after")
+    def _one(self) -> RoutingSpec:
+        given = [name for name in ("loads", "trace", "synthetic") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of loads, trace and synthetic, not {' and '.join(given) or 'none'}")
+        return self
+
+
+class PlacementSpec(Spec):
+    """A solver with its replica budget, or a map from a file."""
+
+    solver: str | None = None
+    redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
+    groups: int = Field(default=1, gt=0)
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> PlacementSpec:
+        if self.solver is not None and self.file is not None:
+            raise ValueError("give a solver or a file, not both")
+        return self
+
+
+class CapacitySpec(Spec):
+    """What happens when an expert has too many tokens."""
+
+    rule: Literal["dropless", "gshard", "switch", "deepspeed", "megatron"] = "dropless"
+    factor: float | None = Field(default=None, gt=0)
+    drop: Literal["position", "probability", "random"] | None = None
+    pad: bool | None = None
+
+
+class DispatchSpec(Spec):
+    """How tokens travel to their experts, and to which replica."""
+
+    backend: Literal["deepep", "allreduce", "allgather_reducescatter", "alltoall"] = "deepep"
+    mode: Literal["auto", "normal", "low_latency"] = "auto"
+    replica: Literal["local_first", "equal"] = "local_first"
+
+
+class PoliciesSpec(Spec):
+    """A choice on each policy axis."""
+
+    gate: str = "model"
+    capacity: CapacitySpec = CapacitySpec()
+    dispatch: DispatchSpec = DispatchSpec()
+    schedule: Literal["sequential", "two_batch"] = "sequential"
+    storage: Literal["resident"] = "resident"
+
+
+class ObjectiveSpec(Spec):
+    """What the tuner maximises, under which service levels."""
+
+    maximize: Literal["output_tokens_per_s_per_gpu", "total_tokens_per_s_per_gpu", "goodput_per_gpu"] = (
+        "output_tokens_per_s_per_gpu"
+    )
+    slo: SloSpec = SloSpec()
+
+
+class SearchSpec(Spec):
+    """What the tuner may change; `auto` lets it choose, `fixed` keeps the scenario's."""
+
+    parallel: Literal["auto", "fixed"] = "auto"
+    placement: Literal["auto", "fixed"] = "auto"
+    redundant_experts: tuple[int, ...] | None = None
+    solvers: tuple[str, ...] | None = None
+    capacity_factor: tuple[float, float] | None = None
+    schedules: tuple[Literal["sequential", "two_batch"], ...] | None = None
+    sampler: Literal["tpe", "random"] = "tpe"
+
+
+class Scenario(Spec):
+    """A whole scenario; every key but model, cluster and one of serving / training has a default."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    cluster: ClusterChoice | Path
+    engine: EngineSpec = EngineSpec()
+    precision: PrecisionSpec = PrecisionSpec()
+    cost: CostSpec = CostSpec()
+    routing: RoutingSpec = RoutingSpec(synthetic=SyntheticSpec())
+    parallel: ParallelSpec | None = Field(default=None, description="none = attention DP and EP over all GPUs")
+    placement: PlacementSpec = PlacementSpec(solver="contiguous")
+    policies: PoliciesSpec = PoliciesSpec()
+    system: str | None = None
+    serving: ServingSpec | None = None
+    training: TrainingSpec | None = None
+    objective: ObjectiveSpec = ObjectiveSpec()
+    search: SearchSpec = SearchSpec()
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_workload(self) -> Scenario:
+        if (self.serving is None) == (self.training is None):
+            raise ValueError("give exactly one of serving and training")
+        return self
+
+
+def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
+    """Read a scenario file, apply `--set key=value` overrides, resolve its paths against its own folder.
+
+    Raises BadInput with the file, the key and the mend.
+    """
+    path = Path(path)
+    text = read_text(path, what="scenario")
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    if not isinstance(data, dict):
+        raise BadInput("a scenario is a mapping of keys", where=str(path), mend="start with `model:` and `cluster:`")
+    for override in overrides:
+        apply_override(data, override)
+    scenario = Scenario.read(data, where=path)
+    return resolve_paths(scenario, path.parent)
+
+
+def yaml_fault(error: Exception) -> str:
+    """The problem and its line, without the excerpt that YAML's own message carries."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+    problem = " ".join(str(problem).split())[:120]
+    return f"{problem} (line {mark.line + 1})" if mark is not None else problem
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `a.b=c` in nested mappings, creating what is absent; the value is read as YAML. Raises BadInput."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise BadInput("an override has no '='", where=f"--set {override}", mend="write --set key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(
+            f"the value is not valid YAML: {yaml_fault(error)}", where=f"--set {override}", mend="quote it"
+        ) from None
+    *parents, last = key.strip().split(".")
+    node: Any = data
+    for parent in parents:
+        if isinstance(node.get(parent), dict):
+            node = node[parent]
+        else:
+            node[parent] = {}
+            node = node[parent]
+    node[last] = parsed
+
+
+def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
+    """Make every relative path of the scenario relative to `folder`."""
+
+    def at(path: Path | None) -> Path | None:
+        return None if path is None else (path if path.is_absolute() else folder / path)
+
+    update: dict[str, Any] = {}
+    routing = scenario.routing
+    if routing.loads is not None:
+        loads = tuple(load.model_copy(update={"file": at(load.file)}) for load in routing.loads)
+        update["routing"] = routing.model_copy(update={"loads": loads})
+    elif routing.trace is not None:
+        update["routing"] = routing.model_copy(update={"trace": at(routing.trace)})
+    if scenario.placement.file is not None:
+        update["placement"] = scenario.placement.model_copy(update={"file": at(scenario.placement.file)})
+    if isinstance(scenario.cluster, Path):
+        update["cluster"] = at(scenario.cluster)
+    if scenario.model.endswith(".json"):
+        update["model"] = str(at(Path(scenario.model)))
+    if scenario.serving is not None and scenario.serving.workload.file is not None:
+        workload = scenario.serving.workload.model_copy(update={"file": at(scenario.serving.workload.file)})
+        update["serving"] = scenario.serving.model_copy(update={"workload": workload})
+    return scenario.model_copy(update=update) if update else scenario

@@ -1,0 +1,144 @@
+"""What is asked of a deployment: requests, arrivals, batching limits, service levels; or training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moesim.spec.base import Spec
+from moesim.spec.parallel import ParallelSpec
+
+
+class PoissonSpec(Spec):
+    """Open-loop arrivals at a constant mean rate for the whole cluster."""
+
+    requests_per_s: float = Field(gt=0)
+
+
+class ArrivalsSpec(Spec):
+    """Exactly one of `poisson` (open loop) and `concurrency` (closed loop)."""
+
+    poisson: PoissonSpec | None = None
+    concurrency: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> ArrivalsSpec:
+        if (self.poisson is None) == (self.concurrency is None):
+            raise ValueError("give exactly one of poisson and concurrency")
+        return self
+
+
+class WorkloadSpec(Spec):
+    """The requests: fixed lengths with arrivals, or a trace file."""
+
+    isl: int | None = Field(default=None, gt=0, description="input tokens of a request")
+    osl: int | None = Field(default=None, gt=0, description="output tokens of a request")
+    requests: int | None = Field(default=None, gt=0)
+    arrivals: ArrivalsSpec | None = None
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> WorkloadSpec:
+        if self.file is not None:
+            if self.isl is not None or self.osl is not None:
+                raise ValueError("a trace file brings its own isl and osl: leave them out")
+            return self
+        missing = [name for name in ("isl", "osl", "requests", "arrivals") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"without a trace file, {', '.join(missing)} must be given")
+        return self
+
+
+class BatchingSpec(Spec):
+    """Batch limits, all for one attention-DP rank."""
+
+    max_batch_tokens_per_dp_rank: int = Field(default=16384, gt=0)
+    max_running_requests_per_dp_rank: int = Field(default=256, gt=0)
+    chunked_prefill: bool = True
+    prefix_cache: bool = False
+    cuda_graph_sizes: Literal["engine", "none"] | tuple[int, ...] = "engine"
+
+
+class SpeculativeSpec(Spec):
+    """Speculative decoding by its mean acceptance rate."""
+
+    method: Literal["mtp", "eagle", "draft"] = "mtp"
+    draft_tokens: int = Field(gt=0)
+    acceptance: float = Field(ge=0, le=1)
+
+
+class MemorySpec(Spec):
+    """How much of the GPU the engine may use."""
+
+    fraction: float = Field(default=0.9, gt=0, le=1)
+    reserved_bytes: float = Field(default=0.0, ge=0)
+
+
+class RoleSpec(Spec):
+    """A pool of instances for one phase; what it leaves out comes from the scenario."""
+
+    gpus: int = Field(gt=0)
+    replicas: int = Field(default=1, gt=0)
+    parallel: ParallelSpec | None = None
+    placement: dict[str, Any] | None = None
+    policies: dict[str, Any] | None = None
+    batching: dict[str, Any] | None = None
+    precision: dict[str, Any] | None = None
+
+
+class RolesSpec(Spec):
+    """Prefill and decode on pools of their own."""
+
+    prefill: RoleSpec
+    decode: RoleSpec
+
+
+class ServingSpec(Spec):
+    """Serving: a workload and the engine's limits."""
+
+    workload: WorkloadSpec
+    batching: BatchingSpec = BatchingSpec()
+    speculative: SpeculativeSpec | None = None
+    memory: MemorySpec = MemorySpec()
+    roles: RolesSpec | None = None
+
+
+class PipelineSpec(Spec):
+    """Pipeline schedule of training."""
+
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    virtual_stages: int = Field(default=1, gt=0)
+
+
+class TrainingSpec(Spec):
+    """Training: one global batch."""
+
+    sequence_length: int = Field(gt=0)
+    micro_batch: int = Field(default=1, gt=0)
+    global_batch: int = Field(gt=0)
+    recompute: Literal["none", "selective", "full"] = "selective"
+    pipeline: PipelineSpec = PipelineSpec()
+    router: Literal["trace", "balanced"] = "trace"
+
+
+class SloSpec(Spec):
+    """Service levels; a limit that is left out does not bind."""
+
+    ttft_p50_ms: float | None = Field(default=None, gt=0)
+    ttft_p90_ms: float | None = Field(default=None, gt=0)
+    ttft_p99_ms: float | None = Field(default=None, gt=0)
+    tpot_p50_ms: float | None = Field(default=None, gt=0)
+    tpot_p90_ms: float | None = Field(default=None, gt=0)
+    tpot_p99_ms: float | None = Field(default=None, gt=0)
+    e2e_p99_ms: float | None = Field(default=None, gt=0)
+
+    def limits(self) -> dict[tuple[str, str], float]:
+        """(metric, statistic) -> limit in seconds, e.g. ("ttft_s", "p99") -> 2.0."""
+        found: dict[tuple[str, str], float] = {}
+        for name, value in self:
+            if value is not None:
+                metric, statistic, _ = name.split("_")
+                found[(f"{metric}_s", statistic)] = value / 1e3
+        return found
