@@ -23,6 +23,8 @@ class AttentionSpec(Spec):
     qk_rope_head_dim: int = Field(default=0, ge=0, description="mla")
     window: int = Field(default=0, ge=0, description="sliding window in tokens, 0 = none")
     windowed_layers: tuple[int, ...] = Field(default=(), description="layers that use the window")
+    index_heads: int = Field(default=0, ge=0, description="heads of the sparse-attention indexer (DeepSeek-V3.2, GLM-5)")
+    index_head_dim: int = Field(default=0, ge=0, description="width of one indexer head; 0 = no indexer")
 
     def kv_elements_per_token(self) -> int:
         """Elements that one token leaves in the KV cache of one layer, before tensor parallelism."""
@@ -41,7 +43,8 @@ class AttentionSpec(Spec):
             )
             compress = hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
             expand = self.kv_lora_rank * self.heads * (nope + self.value_head_dim)
-            return query + compress + expand + self.heads * self.value_head_dim * hidden
+            indexer = (self.q_lora_rank * self.index_heads + hidden) * self.index_head_dim + hidden * self.index_heads
+            return query + compress + expand + self.heads * self.value_head_dim * hidden + indexer
         return (
             hidden * self.heads * self.head_dim
             + hidden * self.kv_heads * (self.head_dim + self.value_head_dim)
@@ -110,8 +113,13 @@ class ModelSpec(Spec):
         return self.expert_parameters() * BYTES_PER_ELEMENT[dtype]
 
     def kv_bytes_per_token(self, dtype: str) -> float:
-        """Bytes that one token keeps in the KV cache over all layers, before tensor parallelism."""
-        return self.layers * self.attention.kv_elements_per_token() * BYTES_PER_ELEMENT[dtype]
+        """Bytes that one token keeps in the KV cache over all layers, before tensor parallelism.
+
+        An indexer keeps its key in FP8 with the scale beside it (DeepSeek-V3.2-Exp, `inference/model.py`). Layers with a
+        sliding window are counted like the others: an upper bound.
+        """
+        latent = self.attention.kv_elements_per_token() * BYTES_PER_ELEMENT[dtype]
+        return self.layers * (latent + self.attention.index_head_dim * BYTES_PER_ELEMENT["fp8_block"])
 
     def parameters(self) -> int:
         """All weights: embeddings, attention, dense, shared and routed experts, gates (norms left out: < 0.01 %)."""
