@@ -111,7 +111,7 @@ def _load_file(path: Path) -> ModelSpec:
     return from_hf(config, id=name if isinstance(name, str) and name else path.parent.name or "model", source=str(path))
 
 
-def from_hf(config: dict[str, Any], *, id: str, source: str) -> ModelSpec:  # noqa: A002
+def from_hf(config: dict[str, Any], *, id: str, source: str) -> ModelSpec:
     """Turn a Hugging Face config into a ModelSpec; a multimodal config is read through its `text_config`.
 
     source: where the config comes from; it names the place in errors. Raises BadInput for a missing or wrong key, for a

@@ -23,7 +23,7 @@ class AttentionSpec(Spec):
     qk_rope_head_dim: int = Field(default=0, ge=0, description="mla")
     window: int = Field(default=0, ge=0, description="sliding window in tokens, 0 = none")
     windowed_layers: tuple[int, ...] = Field(default=(), description="layers that use the window")
-    index_heads: int = Field(default=0, ge=0, description="heads of the sparse-attention indexer (DeepSeek-V3.2, GLM-5)")
+    index_heads: int = Field(default=0, ge=0, description="heads of a sparse-attention indexer (DeepSeek-V3.2, GLM-5)")
     index_head_dim: int = Field(default=0, ge=0, description="width of one indexer head; 0 = no indexer")
 
     def kv_elements_per_token(self) -> int:
@@ -115,8 +115,8 @@ class ModelSpec(Spec):
     def kv_bytes_per_token(self, dtype: str) -> float:
         """Bytes that one token keeps in the KV cache over all layers, before tensor parallelism.
 
-        An indexer keeps its key in FP8 with the scale beside it (DeepSeek-V3.2-Exp, `inference/model.py`). Layers with a
-        sliding window are counted like the others: an upper bound.
+        An indexer keeps its key in FP8 with the scale beside it (DeepSeek-V3.2-Exp, `inference/model.py`). Layers with
+        a sliding window are counted like the others: an upper bound.
         """
         latent = self.attention.kv_elements_per_token() * BYTES_PER_ELEMENT[dtype]
         return self.layers * (latent + self.attention.index_head_dim * BYTES_PER_ELEMENT["fp8_block"])
