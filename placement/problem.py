@@ -1,0 +1,118 @@
+"""From load files to a solver's request, and from a request to a timed solution."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moesim import plugins
+from moesim.errors import BadInput, Infeasible
+from moesim.routing.trace import RoutingCounts, stack_profiles
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
+
+DEFAULT_SOLVER = "greedy"
+GROUP_SOLVERS = ("eplb", "greedy", "robust")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A placement and the CPU seconds of its solver, compilation not counted."""
+
+    placement: ExpertPlacement
+    solve_cpu_s: float
+
+
+def request_from_loads(
+    loads: Sequence[RoutingCounts], *, slots: int, ranks: int, nodes: int = 1, groups: int = 1, seed: int = 0
+) -> PlacementRequest:
+    """The request that the load files make; each counts by its weight alone, whatever its number of tokens.
+
+    Raises BadInput where the files disagree in shape, Infeasible where no placement can have that many slots.
+    """
+    if not loads:
+        raise BadInput("there are no loads to place for", mend="give --loads FILE or a scenario with routing.loads")
+    for name, value in (("slots", slots), ("gpus", ranks), ("nodes", nodes), ("groups", groups)):
+        if value < 1:
+            raise BadInput(f"{name} is {value}", where=f"--{name}", mend="give a number above 0")
+    profiles, weights = stack_profiles(loads)
+    return PlacementRequest(
+        loads=np.ascontiguousarray(profiles),
+        weights=weights,
+        layer_ids=loads[0].layer_ids,
+        absolute_layers=loads[0].absolute_layers,
+        slots=slots,
+        ranks=ranks,
+        nodes=nodes,
+        groups=groups,
+        seed=seed,
+    )
+
+
+def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str = "--solver") -> Solved:
+    """Run a solver by its registered name, its kernels compiled beforehand on a tiny request of the same kind.
+
+    Raises BadInput for an unknown solver or a request it does not support, Infeasible where there is no placement.
+    """
+    run: Callable[[PlacementRequest], ExpertPlacement] = plugins.load(plugins.SOLVERS, solver, where=where)
+    warm_up(run, request)
+    start = time.process_time()
+    placement = run(request)
+    return Solved(placement, time.process_time() - start)
+
+
+def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: PlacementRequest) -> None:
+    """Compile (or load from the cache) what `run` compiles, on one layer of 8 experts with the request's groups on."""
+    groups, nodes = (2, 2) if request.groups > 1 else (1, 1)
+    loads = np.linspace(1.0, 2.0, 8)[None, None, :] * np.ones((len(request.weights), 1, 1))
+    tiny = PlacementRequest(
+        loads=np.ascontiguousarray(loads / loads.sum(axis=-1, keepdims=True)),
+        weights=request.weights,
+        layer_ids=np.zeros(1, dtype=np.int64),
+        absolute_layers=1,
+        slots=12,
+        ranks=4,
+        nodes=nodes,
+        groups=groups,
+        seed=request.seed,
+    )
+    try:
+        run(tiny)
+    except (BadInput, Infeasible):
+        return  # the request itself will say it, with its own numbers
+
+
+def without_redundancy(request: PlacementRequest) -> PlacementRequest:
+    """The same loads with the fewest slots that the ranks allow, and no groups: what the plain baseline gets."""
+    fewest = -(-request.experts // request.ranks) * request.ranks
+    return replace(request, slots=fewest, groups=1)
+
+
+def refuse_groups(request: PlacementRequest, solver: str) -> None:
+    """Raise BadInput where groups are asked of a solver that cannot keep them on a node."""
+    if request.groups > 1:
+        raise BadInput(
+            f"the solver {solver} cannot keep {request.groups} groups on their nodes",
+            where="--groups",
+            mend=f"use one of: {', '.join(GROUP_SOLVERS)}",
+        )
+
+
+def refuse_uneven_groups(request: PlacementRequest) -> None:
+    """Raise Infeasible where groups, nodes, ranks, slots and experts do not divide as keeping groups on nodes needs."""
+    if request.groups == 1:
+        return
+    for amount, what, by, of in (
+        (request.experts, "experts", request.groups, "groups"),
+        (request.groups, "groups", request.nodes, "nodes"),
+        (request.ranks, "GPUs", request.nodes, "nodes"),
+    ):
+        if amount % by:
+            raise Infeasible(
+                f"{amount} {what} do not divide by {by} {of}",
+                where="--groups",
+                mend="choose numbers that divide, use --groups 1, or the solver eplb, which falls back to one group",
+                reason="groups_not_divisible",
+            )
