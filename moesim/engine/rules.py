@@ -1,0 +1,69 @@
+"""How each serving engine batches, pads and chooses modes: named rules with their public source.
+
+Host overheads are `assumed` until they are calibrated against measured runs; their spread enters every interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+from moesim.errors import BadInput
+
+
+@dataclass(frozen=True)
+class EngineRules:
+    """Rules of one engine.
+
+    mixes: prompt chunks share a rank's batch with decode tokens (vLLM); else a rank that has prompts to read runs only
+    those in the step (SGLang's prefill-first scheduler). capture_sizes: batch sizes with a captured decode graph.
+    low_latency_tokens: DeepEP low-latency dispatch limit per GPU as the engine sets it.
+    step_overhead_s: host time between steps that nothing hides; eager_layer_s: host time per layer that kernels do not
+    hide when no graph was captured; overhead_rel_sigma: one standard deviation of their logarithm.
+    """
+
+    name: str
+    mixes: bool
+    capture_sizes: tuple[int, ...]
+    low_latency_tokens: int
+    step_overhead_s: float
+    eager_layer_s: float
+    overhead_rel_sigma: float
+
+    def padded(self, tokens: int) -> int:
+        """The captured size that a decode batch of `tokens` runs at; the batch itself beyond the largest."""
+        return next((size for size in self.capture_sizes if size >= tokens), tokens)
+
+
+# Capture sizes: SGLang server_args.py, default decode list without speculation, up to 512 on GPUs with 140 GB or more.
+_SGLANG_SIZES = tuple(chain([1, 2, 4, 8, 12], range(16, 257, 8), range(272, 513, 16)))
+# vLLM config (compilation): 1, 2, 4, then every 8 up to 256, every 16 up to 512.
+_VLLM_SIZES = tuple(chain([1, 2, 4], range(8, 257, 8), range(272, 513, 16)))
+# SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK defaults to 128; vLLM's low-latency buffers hold 256 tokens a rank
+# (VLLM_DEEPEP... MOE_DP_CHUNK_SIZE default 256). DeepEP's README advises fewer than 256.
+_SGLANG_LOW_LATENCY = 128
+_VLLM_LOW_LATENCY = 256
+# Assumed: half a millisecond between steps (overlapped schedulers hide most of the host's work), 20 microseconds a
+# layer in eager mode (a dozen launches of which long kernels hide most). A factor of two either way is one sigma of 0.5.
+_STEP_OVERHEAD_S = 0.5e-3
+_EAGER_LAYER_S = 20e-6
+_OVERHEAD_REL_SIGMA = 0.5
+
+_RULES = {
+    "sglang": EngineRules(
+        "sglang", False, _SGLANG_SIZES, _SGLANG_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
+    ),
+    "vllm": EngineRules(
+        "vllm", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
+    ),
+    "moesim": EngineRules(
+        "moesim", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
+    ),
+}
+
+
+def engine_rules(name: str, *, where: str = "engine.name") -> EngineRules:
+    """The rules of an engine. Raises BadInput for one whose rules are not modelled."""
+    if name not in _RULES:
+        raise BadInput(f"the batching rules of {name!r} are not modelled", where=where, mend=f"use {', '.join(_RULES)}")
+    return _RULES[name]

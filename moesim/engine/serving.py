@@ -1,0 +1,187 @@
+"""The serving loop: arrivals and lockstep groups as SimPy processes, at step granularity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moesim.engine.batcher import (
+    Limits,
+    Plan,
+    enqueue,
+    finish_step,
+    new_plan,
+    new_ranks,
+    new_requests,
+    plan_step,
+)
+from moesim.errors import BadInput, Infeasible
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+StepTime = Callable[[Plan], float]
+
+
+@dataclass(frozen=True)
+class Load:
+    """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, else `concurrency`."""
+
+    isl: Ints
+    osl: Ints
+    arrival_s: Floats | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.arrival_s is None) == (self.concurrency is None):
+            raise BadInput("a load has either arrival times or a concurrency", mend="give exactly one")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What happened: times in seconds by request [requests]; gaps_s: all inter-token latencies; log: by step."""
+
+    arrival_s: Floats
+    first_token_s: Floats
+    finish_s: Floats
+    isl: Ints
+    osl: Ints
+    gaps_s: Floats
+    duration_s: float
+    steps: int
+    events: int
+    step_start_s: Floats
+    step_s: Floats
+    step_decode_seqs: Ints
+    step_prefill_tokens: Ints
+    step_instance: Ints
+
+
+class _Log:
+    """Grows by doubling; four values a step."""
+
+    def __init__(self) -> None:
+        self.rows = np.zeros((1024, 5))
+        self.used = 0
+
+    def add(self, *values: float) -> None:
+        if self.used == len(self.rows):
+            self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
+        self.rows[self.used] = values
+        self.used += 1
+
+
+class _Run:
+    """State shared by the processes of one run."""
+
+    def __init__(self, load: Load, limits: Limits, ranks: int, instances: int, step_time: StepTime) -> None:
+        self.load, self.limits, self.step_time = load, limits, step_time
+        self.environment = simpy.Environment()
+        self.requests = new_requests(load.isl, load.osl)
+        self.groups = [new_ranks(ranks, limits.max_running) for _ in range(instances)]
+        self.plans = [new_plan(ranks, limits.max_running) for _ in range(instances)]
+        self.waking = [self.environment.event() for _ in range(instances)]
+        self.gaps_s = np.zeros(int(load.osl.sum()))
+        self.gaps = 0
+        self.arrived = 0
+        self.ended = 0
+        self.events = 0
+        self.log = _Log()
+
+    def admit(self) -> None:
+        """Send the next request to the next instance and rank in turn."""
+        request = self.arrived
+        self.arrived += 1
+        instance = request % len(self.groups)
+        group = self.groups[instance]
+        rank = (request // len(self.groups)) % len(group.head)
+        self.requests.arrival_s[request] = self.environment.now
+        enqueue(self.requests, group, rank, request)
+        if not self.waking[instance].triggered:
+            self.waking[instance].succeed()
+        self.events += 1
+
+    def arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
+        for time_s in times_s:
+            yield self.environment.timeout(max(0.0, float(time_s) - self.environment.now))
+            self.admit()
+
+    def engine(self, instance: int) -> Generator[Any, Any, None]:
+        """One lockstep group: form a step, let its time pass, hand out the tokens, forever."""
+        group, plan = self.groups[instance], self.plans[instance]
+        ended = np.zeros(group.running.size + len(group.head) * self.limits.max_running, np.int64)
+        total = len(self.load.isl)
+        while self.ended < total:
+            if plan_step(self.requests, group, self.limits, plan) == 0:
+                self.waking[instance] = self.environment.event()
+                yield self.waking[instance]
+                continue
+            start_s = self.environment.now
+            step_s = self.step_time(plan)
+            self.log.add(start_s, step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum(), instance)
+            yield self.environment.timeout(step_s)
+            self.events += 1
+            self.gaps, done = finish_step(
+                self.requests, group, plan, self.environment.now, self.gaps_s, self.gaps, ended
+            )
+            self.ended += done
+            if self.load.concurrency is not None:
+                for _ in range(min(done, total - self.arrived)):
+                    self.admit()
+
+
+def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime) -> Served:
+    """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
+
+    step_time: seconds of a planned step. Requests go to instances and ranks in turn. Raises Infeasible when a request
+    can never be admitted.
+    """
+    context = int((load.isl + load.osl).max())
+    if context > limits.kv_tokens:
+        raise Infeasible(
+            f"a request of {context} tokens does not fit the {limits.kv_tokens} tokens of KV cache of a rank",
+            mend="use more GPUs, fewer redundant experts or a smaller KV type",
+            reason="kv_cache_too_small",
+        )
+    if not limits.chunked and int(load.isl.max()) > limits.max_tokens:
+        raise Infeasible(
+            f"a prompt of {int(load.isl.max())} tokens exceeds max_batch_tokens_per_dp_rank {limits.max_tokens}",
+            mend="turn chunked_prefill on or raise the limit",
+            reason="prompt_too_long",
+        )
+    if limits.mixes and limits.max_running >= limits.max_tokens:
+        raise Infeasible(
+            "the running requests alone fill the batch, so that no prompt could be read",
+            mend="raise max_batch_tokens_per_dp_rank above max_running_requests_per_dp_rank",
+            reason="batch_limits",
+        )
+    run = _Run(load, limits, ranks, instances, step_time)
+    if load.arrival_s is not None:
+        run.environment.process(run.arrivals(load.arrival_s))
+    else:
+        for _ in range(min(int(load.concurrency or 0), len(load.isl))):
+            run.admit()
+    for instance in range(instances):
+        run.environment.process(run.engine(instance))
+    run.environment.run()
+    log = run.log.rows[: run.log.used]
+    return Served(
+        arrival_s=run.requests.arrival_s,
+        first_token_s=run.requests.first_token_s,
+        finish_s=run.requests.finish_s,
+        isl=run.requests.isl,
+        osl=run.requests.osl,
+        gaps_s=run.gaps_s[: run.gaps],
+        duration_s=float(np.nanmax(run.requests.finish_s)),
+        steps=run.log.used,
+        events=run.events,
+        step_start_s=log[:, 0],
+        step_s=log[:, 1],
+        step_decode_seqs=log[:, 2].astype(np.int64),
+        step_prefill_tokens=log[:, 3].astype(np.int64),
+        step_instance=log[:, 4].astype(np.int64),
+    )

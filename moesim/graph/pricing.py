@@ -1,0 +1,369 @@
+"""The operations of one step of one deployment, priced: everything that a task graph needs to know of durations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
+from moesim.cost.ops import (
+    Attention,
+    Collective,
+    ExpertGemm,
+    Gemm,
+    MemoryBound,
+    MlaAbsorb,
+    MlaAttention,
+    MoeExchange,
+    Operation,
+)
+from moesim.graph.batch import Floats, StepBatch
+from moesim.network.traffic import equivalent_tokens
+from moesim.spec.model import ModelSpec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import PoliciesSpec, PrecisionSpec
+from moesim.units import BYTES_PER_ELEMENT
+
+# Widest product that is priced whole: wider ones (vocabularies) are split into equal column blocks, as the measured
+# grids end at 65,536 columns; the blocks of one product run one after the other at the same efficiency.
+WIDEST_GEMM_COLUMNS = 65536
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of operation costs in a step: the sum of its estimates, each scaled by its family's draw.
+
+    Shapes broadcast to [steps, ranks] (operations alike in all layers) or [steps, layers, ranks].
+    """
+
+    estimates: tuple[Estimate, ...] = ()
+
+    def seconds(self, scale: Mapping[str, float] | None = None) -> Floats:
+        """Summed seconds under the given family scales (1 where a family is not named)."""
+        total: Floats = np.zeros((1, 1))
+        for priced in self.estimates:
+            factor = 1.0 if scale is None else scale.get(priced.family, 1.0)
+            total = total + priced.seconds * factor
+        return total
+
+    def __add__(self, other: Part) -> Part:
+        return Part(self.estimates + other.estimates)
+
+
+@dataclass(frozen=True)
+class LayerSetup:
+    """All that stays fixed over the steps of a deployment's instance.
+
+    placement: of the MoE layers over the instance's EP ranks. nodes: nodes that the instance spans.
+    gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_task_s: extra host
+    time per kernel without a captured graph; both `assumed`.
+    """
+
+    model: ModelSpec
+    parallel: ParallelSpec
+    precision: PrecisionSpec
+    policies: PoliciesSpec
+    placement: ExpertPlacement
+    nodes: int
+    gpus_per_node: int
+    step_overhead_s: float
+    eager_layer_s: float
+    overhead_rel_sigma: float
+
+
+@dataclass(frozen=True)
+class PricedStep:
+    """The parts of a step by name. Shapes: see Part; rank axes are attention-DP ranks or EP ranks as named.
+
+    per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
+    whole group [steps, 1]: attention_sync, dense_sync, gather, scatter, overhead;
+    by layer: dispatch, combine [steps, layers, 1], experts [steps, layers, ep].
+    """
+
+    batch: StepBatch
+    mode: str
+    head: Part = field(default_factory=Part)
+    projections: Part = field(default_factory=Part)
+    attention: Part = field(default_factory=Part)
+    attention_sync: Part = field(default_factory=Part)
+    gate: Part = field(default_factory=Part)
+    shared: Part = field(default_factory=Part)
+    dispatch: Part = field(default_factory=Part)
+    experts: Part = field(default_factory=Part)
+    combine: Part = field(default_factory=Part)
+    gather: Part = field(default_factory=Part)
+    dense: Part = field(default_factory=Part)
+    dense_sync: Part = field(default_factory=Part)
+    tail: Part = field(default_factory=Part)
+    overhead: Part = field(default_factory=Part)
+    eager: Part = field(default_factory=Part)
+
+
+class Pricer:
+    """Prices the parts of a step for one setup and one cost model; pure, apart from the cost model's own caches."""
+
+    def __init__(self, setup: LayerSetup, costs: CostModel) -> None:
+        self.setup = setup
+        self.costs = costs
+
+    def price(self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool) -> PricedStep:
+        """Price one set of steps.
+
+        counts: float64 [steps, layers, experts], tokens that each expert gets from the whole instance. mode: "normal"
+        or "low_latency" (DeepEP), ignored by other backends. graphed: whether a captured graph hides kernel launches.
+        Raises OutsideProfile.
+        """
+        setup = self.setup
+        rows = batch.padded_tokens
+        return PricedStep(
+            batch=batch,
+            mode=mode,
+            head=self._memory(rows * setup.model.hidden * self._activation_bytes * 2, "embedding"),
+            projections=self._projections(batch),
+            attention=self._attention(batch),
+            attention_sync=self._tensor_parallel_sync(rows),
+            gate=self._gate(rows),
+            shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
+            dispatch=self._exchange("dispatch", batch, counts, mode),
+            experts=self._experts(counts, mode),
+            combine=self._exchange("combine", batch, counts, mode),
+            gather=self._gather(rows),
+            dense=self._swiglu(rows, setup.model.dense_intermediate // setup.parallel.tp),
+            dense_sync=self._dense_sync(rows),
+            tail=self._tail(batch),
+            overhead=self._overhead(setup.step_overhead_s),
+            eager=Part() if graphed else self._overhead(setup.eager_layer_s),
+        )
+
+    @property
+    def _activation_bytes(self) -> float:
+        return BYTES_PER_ELEMENT[self.setup.precision.activations]
+
+    @property
+    def _scattered(self) -> bool:
+        """Whether the tokens of a TP group are scattered over its ranks for the MoE layer (DeepEP under TP)."""
+        return self.setup.policies.dispatch.backend == "deepep" and self.setup.parallel.tp > 1
+
+    @property
+    def _shared_split(self) -> int:
+        return 1 if self.setup.policies.dispatch.backend == "deepep" else self.setup.parallel.tp
+
+    def _local_rows(self, rows: Floats) -> Floats:
+        return rows / self.setup.parallel.tp if self._scattered else rows
+
+    def _one(self, operation: Operation) -> Part:
+        return Part((self.costs.estimate(operation),))
+
+    def _memory(self, bytes_moved: Floats, name: str) -> Part:
+        return self._one(MemoryBound(bytes=bytes_moved, name=name))
+
+    def _gemm(self, rows: Floats, n: int, k: int, dtype: str) -> Part:
+        blocks = -(-n // WIDEST_GEMM_COLUMNS)
+        block = self._one(Gemm(m=rows, n=-(-n // blocks), k=k, dtype=dtype))
+        return Part(block.estimates * blocks)
+
+    def _overhead(self, seconds: float) -> Part:
+        priced = estimate(np.full((1, 1), seconds), Tag.ASSUMED, "overhead", self.setup.overhead_rel_sigma, "engine rules")
+        return Part((priced,))
+
+    def _norm(self, rows: Floats) -> Part:
+        """RMSNorm with residual: two tensors read, two written."""
+        return self._memory(rows * self.setup.model.hidden * self._activation_bytes * 4, "norm")
+
+    def _projections(self, batch: StepBatch) -> Part:
+        setup, rows = self.setup, batch.padded_tokens
+        spec, hidden, tp, dtype = setup.model.attention, setup.model.hidden, setup.parallel.tp, setup.precision.dense
+        heads = max(1, spec.heads // tp)
+        out = self._gemm(rows, hidden, heads * spec.value_head_dim, dtype)
+        if spec.kind == "gqa":
+            kv_heads = max(1, spec.kv_heads // tp)
+            qkv = self._gemm(rows, heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim), hidden, dtype)
+            rope = self._memory(rows * (heads + kv_heads) * spec.head_dim * self._activation_bytes * 2, "rope")
+            return self._norm(rows) + qkv + rope + out
+        latent = spec.kv_lora_rank + spec.qk_rope_head_dim
+        nope = spec.head_dim - spec.qk_rope_head_dim
+        if spec.q_lora_rank:
+            query = self._gemm(rows, spec.q_lora_rank + latent, hidden, dtype)
+            query = query + self._gemm(rows, heads * spec.head_dim, spec.q_lora_rank, dtype)
+        else:
+            query = self._gemm(rows, heads * spec.head_dim + latent, hidden, dtype)
+        small_norms = self._memory(rows * (spec.q_lora_rank + latent) * self._activation_bytes * 2, "latent norms")
+        parts = self._norm(rows) + query + small_norms + out
+        if batch.decode_seqs.any():
+            for side, head_dim in (("pre", nope), ("post", spec.value_head_dim)):
+                operation = MlaAbsorb(
+                    side="pre" if side == "pre" else "post",
+                    tokens=batch.decode_seqs,
+                    heads=heads,
+                    kv_lora_rank=spec.kv_lora_rank,
+                    head_dim=head_dim,
+                    dtype=setup.precision.activations,
+                )
+                parts = parts + self._one(operation)
+        if batch.prefill_seqs.any():
+            expand = heads * (nope + spec.value_head_dim)
+            parts = parts + self._gemm(batch.prefill_tokens, expand, spec.kv_lora_rank, dtype)
+        return parts
+
+    def _attention(self, batch: StepBatch) -> Part:
+        part = Part()
+        if batch.decode_seqs.any():
+            ones = np.ones_like(batch.decode_seqs)
+            part = part + self._one(self._kernel("decode", batch.decode_seqs, ones, batch.decode_kv))
+        if batch.prefill_seqs.any():
+            kernel = self._kernel("prefill", batch.prefill_seqs, batch.prefill_new, batch.prefill_prefix)
+            part = part + self._one(kernel)
+        return part
+
+    def _kernel(self, phase: str, batch: Floats, new: Floats, prefix: Floats) -> Operation:
+        setup = self.setup
+        spec, tp = setup.model.attention, setup.parallel.tp
+        kind = "prefill" if phase == "prefill" else "decode"
+        if spec.kind == "mla":
+            return MlaAttention(
+                phase=kind,  # type: ignore[arg-type]
+                batch=batch,
+                new_tokens=new,
+                prefix_tokens=prefix,
+                heads=max(1, spec.heads // tp),
+                kv_lora_rank=spec.kv_lora_rank,
+                qk_nope_head_dim=spec.head_dim - spec.qk_rope_head_dim,
+                qk_rope_head_dim=spec.qk_rope_head_dim,
+                value_head_dim=spec.value_head_dim,
+                dtype=setup.precision.activations,
+                kv_dtype=setup.precision.kv_cache,
+            )
+        return Attention(
+            phase=kind,  # type: ignore[arg-type]
+            batch=batch,
+            new_tokens=new,
+            prefix_tokens=prefix,
+            heads=max(1, spec.heads // tp),
+            kv_heads=max(1, spec.kv_heads // tp),
+            head_dim=spec.head_dim,
+            dtype=setup.precision.activations,
+            kv_dtype=setup.precision.kv_cache,
+        )
+
+    def _collective(self, kind: str, bytes_moved: Floats, gpus: int) -> Part:
+        nodes = -(-gpus // self.setup.gpus_per_node)
+        return self._one(Collective(kind=kind, bytes=bytes_moved, gpus=gpus, nodes=nodes))  # type: ignore[arg-type]
+
+    def _tensor_parallel_sync(self, rows: Floats) -> Part:
+        """After attention: all-reduce over the TP group, or reduce-scatter where DeepEP wants the tokens split."""
+        tp = self.setup.parallel.tp
+        if tp == 1:
+            return Part()
+        size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
+        return self._collective("reduce_scatter" if self._scattered else "all_reduce", size, tp)
+
+    def _gather(self, rows: Floats) -> Part:
+        """After the MoE layer: the TP group's tokens come together again (DeepEP under TP)."""
+        if not self._scattered:
+            return Part()
+        size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
+        return self._collective("all_gather", size, self.setup.parallel.tp)
+
+    def _dense_sync(self, rows: Floats) -> Part:
+        tp = self.setup.parallel.tp
+        if tp == 1 or not self.setup.model.dense_layers:
+            return Part()
+        return self._collective(
+            "all_reduce", rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes, tp
+        )
+
+    def _gate(self, rows: Floats) -> Part:
+        model = self.setup.model
+        local = self._local_rows(rows)
+        scores = self._memory(local * model.moe.experts * BYTES_PER_ELEMENT["fp32"] * 2, "top-k")
+        return self._norm(local) + self._gemm(local, model.moe.experts, model.hidden, "bf16") + scores
+
+    def _swiglu(self, rows: Floats, intermediate: int) -> Part:
+        """Gate and up as one product, activation, down: the dense layers' and the shared experts' feed-forward."""
+        if intermediate == 0:
+            return Part()
+        hidden, dtype = self.setup.model.hidden, self.setup.precision.dense
+        activation = self._memory(rows * intermediate * self._activation_bytes * 3, "silu")
+        return self._gemm(rows, 2 * intermediate, hidden, dtype) + activation + self._gemm(rows, hidden, intermediate, dtype)
+
+    def _experts(self, counts: NDArray[np.float64], mode: str) -> Part:
+        setup = self.setup
+        placement = setup.placement
+        slots = placement.slot_loads(counts)
+        local = slots.reshape(*slots.shape[:-1], placement.ranks, placement.slots_per_rank)
+        grouping = f"deepep_{mode}" if setup.policies.dispatch.backend == "deepep" else "fused"
+        return self._one(
+            ExpertGemm(
+                tokens=local,
+                hidden=setup.model.hidden,
+                intermediate=setup.model.moe.intermediate // setup.parallel.expert_tp,
+                experts=setup.model.moe.experts,
+                top_k=setup.model.moe.top_k,
+                dtype=setup.precision.experts,
+                grouping=grouping,  # type: ignore[arg-type]
+            )
+        )
+
+    def _exchange(self, step: str, batch: StepBatch, counts: NDArray[np.float64], mode: str) -> Part:
+        setup = self.setup
+        backend = setup.policies.dispatch.backend
+        model, parallel = setup.model, setup.parallel
+        sent = batch.tokens
+        if backend == "allreduce":
+            if step == "dispatch":
+                return Part()
+            size = batch.padded_tokens.max(axis=1, keepdims=True) * model.hidden * self._activation_bytes
+            return self._by_layer(self._collective("all_reduce", size, parallel.gpus)) if parallel.gpus > 1 else Part()
+        if backend == "allgather_reducescatter":
+            kind = "all_gather" if step == "dispatch" else "reduce_scatter"
+            size = batch.padded_tokens.max(axis=1, keepdims=True) * parallel.attention_dp * model.hidden
+            return self._by_layer(self._collective(kind, size * self._activation_bytes, parallel.gpus))
+        per_gpu = np.repeat(sent / parallel.tp, parallel.tp, axis=1)
+        arriving = setup.placement.rank_loads(counts)
+        balanced = equivalent_tokens(
+            mode="low_latency" if backend == "alltoall" or mode == "low_latency" else "normal",
+            tokens=per_gpu,
+            rank_loads=arriving,
+            placement=setup.placement,
+            counts=counts,
+            top_k=model.moe.top_k,
+            groups=model.moe.groups,
+            top_groups=model.moe.top_groups,
+            nodes=setup.nodes,
+        )
+        dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
+        if backend == "alltoall":
+            size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[dtype]
+            return self._collective("all_to_all", size[..., None], parallel.gpus)
+        operation = MoeExchange(
+            step="dispatch" if step == "dispatch" else "combine",
+            mode="low_latency" if mode == "low_latency" else "normal",
+            tokens=balanced[..., None],
+            hidden=model.hidden,
+            top_k=model.moe.top_k,
+            experts=model.moe.experts,
+            ep=parallel.ep,
+            nodes=setup.nodes,
+            dtype=dtype,
+        )
+        return self._one(operation)
+
+    @staticmethod
+    def _by_layer(part: Part) -> Part:
+        """Give a part that is alike in all layers a layer axis: [steps, 1] -> [steps, 1, 1]."""
+        return Part(
+            tuple(
+                estimate(one.seconds[:, None, :], one.tags[..., None, :] if one.tags.ndim > 1 else one.tags, one.family, one.rel_sigma, one.source)
+                for one in part.estimates
+            )
+        )
+
+    def _tail(self, batch: StepBatch) -> Part:
+        """Final norm and logits of the sequences that end the step with a token, over the TP group's vocabulary share."""
+        model = self.setup.model
+        sequences = batch.decode_seqs + batch.prefill_seqs
+        return self._norm(sequences) + self._gemm(sequences, model.vocabulary // self.setup.parallel.tp, model.hidden, "bf16")
