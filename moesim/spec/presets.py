@@ -35,8 +35,8 @@ def presets() -> list[str]:
 def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
     """The cluster that a scenario chooses: a preset at the chosen size, or a cluster file.
 
-    Raises BadInput for an unknown preset, for more GPUs in a node than the preset's node carries, and for a file that is
-    not a cluster; the message names the file and the key.
+    Raises BadInput for an unknown preset, for more GPUs in a node than the preset's node carries, and for a file that
+    is not a cluster; the message names the file and the key.
     """
     if isinstance(choice, Path):
         return _load_file(choice)
