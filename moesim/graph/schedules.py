@@ -1,0 +1,70 @@
+"""Schedules: from the task lists of micro-batches to one graph, whose order decides what overlaps with what.
+
+`sequential` runs one list as it is. `two_batch` is two-batch overlap: while one micro-batch communicates the other
+computes. Its order follows what SGLang publishes (LMSYS blog, "Deploying DeepSeek with PD Disaggregation and
+Large-scale Expert Parallelism on 96 H100 GPUs", May 2025; `python/sglang/srt/batch_overlap/` in sgl-project/sglang):
+the operations of a layer are cut into stages, and the stages of the two halves alternate, the second half `delay`
+stages behind. SGLang cuts prefill where dispatch and combine have been launched and uses no delay; it cuts decode finer
+(five or six stages a layer) with a delay of two. Here a stage ends with its communication, so no delay gives prefill's
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moesim.errors import BadInput
+from moesim.graph.task import Stream, Task, TaskGraph
+
+
+def sequential(tasks: Sequence[Task], steps: int, ranks: int) -> TaskGraph:
+    """One micro-batch, its tasks in the order given. Raises BadInput where a task depends on a later one."""
+    return TaskGraph(steps=steps, ranks=ranks, tasks=tuple(tasks))
+
+
+def two_batch(a: Sequence[Task], b: Sequence[Task], steps: int, ranks: int, *, delay: int = 0) -> TaskGraph:
+    """Two micro-batches whose stages alternate, `b` starting `delay` stages after `a`.
+
+    The order is a[0] ... a[delay], b[0], a[delay + 1], b[1], and so on; what is left of the longer list follows.
+    Streams are shared: each runs the tasks of both in this order. `depends_on` of each list counts within that list
+    and is re-based here; names get a prefix "a:" or "b:". Raises BadInput for a negative delay, and where a task
+    depends on a later one of its list.
+    """
+    if delay < 0:
+        raise BadInput(f"a delay of {delay} stages", mend="give 0 or more")
+    stages_a, stages_b = stages(a), stages(b)
+    order: list[tuple[str, int]] = []
+    for turn in range(max(len(stages_a), len(stages_b) + delay)):
+        if turn < len(stages_a):
+            order.extend(("a", index) for index in stages_a[turn])
+        if 0 <= turn - delay < len(stages_b):
+            order.extend(("b", index) for index in stages_b[turn - delay])
+    place = {which: position for position, which in enumerate(order)}
+    lists = {"a": a, "b": b}
+    tasks = []
+    for half, index in order:
+        task = lists[half][index]
+        if any(not 0 <= other < index for other in task.depends_on):
+            raise BadInput(f"task {task.name} depends on a task that does not come before it", mend="order the tasks")
+        depends_on = tuple(place[half, other] for other in task.depends_on)
+        tasks.append(replace(task, name=f"{half}:{task.name}", depends_on=depends_on))
+    return TaskGraph(steps=steps, ranks=ranks, tasks=tuple(tasks))
+
+
+def stages(tasks: Sequence[Task]) -> list[range]:
+    """Cut a task list after each run of communication tasks: index ranges that cover the list in order.
+
+    A communication task is one on the communication stream; a collective on the compute stream overlaps with nothing
+    of its own batch by the engine's choice, and does not cut.
+    """
+    found: list[range] = []
+    first = 0
+    for index, task in enumerate(tasks):
+        last_of_run = index + 1 == len(tasks) or tasks[index + 1].stream != Stream.COMMUNICATION
+        if task.stream == Stream.COMMUNICATION and last_of_run:
+            found.append(range(first, index + 1))
+            first = index + 1
+    if first < len(tasks):
+        found.append(range(first, len(tasks)))
+    return found
