@@ -42,7 +42,8 @@ def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
         return _load_file(choice)
     name = choice.system.strip().lower()
     if name not in _shelf():
-        near = difflib.get_close_matches(name, presets(), n=1, cutoff=0.5)
+        starts = [preset for preset in presets() if preset.startswith(f"{name}_")]
+        near = starts or difflib.get_close_matches(name, presets(), n=1, cutoff=0.5)
         guess = f"did you mean {near[0]}? " if near else ""
         raise BadInput(
             f"unknown cluster preset {choice.system!r}",
