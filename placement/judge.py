@@ -98,31 +98,27 @@ def _unique(names: list[str]) -> tuple[str, ...]:
 
 
 def paired_gain(
-    baseline: Sequence[NDArray[np.float64]],
-    candidate: Sequence[NDArray[np.float64]],
-    weights: Sequence[NDArray[np.float64]],
+    baseline: NDArray[np.float64],
+    candidate: NDArray[np.float64],
+    weights: NDArray[np.float64],
     rng: np.random.Generator,
     *,
     draws: int = DRAWS,
     level: float = LEVEL,
 ) -> Gain:
-    """1 - candidate / baseline of mean max/mean, by a bootstrap that draws workloads, then layers, for both at once.
+    """1 - candidate / baseline of mean max/mean, by a bootstrap that draws workloads and layers, the same for both.
 
-    baseline, candidate: one array [loads, layers] for each split of the loads (a split holds some loads out, fits both
-    placements to the others and judges on what it held out). weights: one array [loads] for each. The workloads of
-    every split are drawn with replacement (Efron, Annals of Statistics 7(1), 1979; two-stage, as layers of a workload
-    are not independent); both placements meet the same draws, so what they share cancels.
+    baseline, candidate: [loads, layers]; weights: [loads]. Loads are drawn with replacement by their weight, layers
+    evenly (Efron, Annals of Statistics 7(1), 1979); both placements meet the same draws, so what they share cancels.
+    With one load the interval tells the spread over layers only.
     """
-    base_rows, cand_rows = np.concatenate(baseline), np.concatenate(candidate)
-    weight = np.concatenate([split / split.sum() for split in weights])
-    weight = weight / weight.sum()
-    value = 1.0 - float(weight @ cand_rows.mean(axis=1)) / float(weight @ base_rows.mean(axis=1))
-    rows, layers = base_rows.shape
-    taken = rng.choice(rows, size=(draws, rows), p=weight)
-    picked = rng.integers(layers, size=(draws, layers))
-    drawn = np.empty(draws)
-    for draw in range(draws):
-        index = np.ix_(taken[draw], picked[draw])
-        drawn[draw] = 1.0 - cand_rows[index].mean() / base_rows[index].mean()
-    low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    weight = weights / weights.sum()
+    value = 1.0 - float(weight @ candidate.mean(axis=1)) / float(weight @ baseline.mean(axis=1))
+    loads, layers = baseline.shape
+    # Drawing with replacement = multiplying each load and each layer by how often it was drawn.
+    load_times = rng.multinomial(loads, weight, size=draws)
+    layer_times = rng.multinomial(layers, np.full(layers, 1.0 / layers), size=draws)
+    base = np.einsum("dw,wl,dl->d", load_times, baseline, layer_times, optimize=True)
+    cand = np.einsum("dw,wl,dl->d", load_times, candidate, layer_times, optimize=True)
+    low, high = np.quantile(1.0 - cand / base, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Gain(value=value, low=float(low), high=float(high), level=level)

@@ -38,17 +38,20 @@ def request_from_loads(
         if value < 1:
             raise BadInput(f"{name} is {value}", where=f"--{name}", mend="give a number above 0")
     profiles, weights = stack_profiles(loads)
-    return PlacementRequest(
-        loads=np.ascontiguousarray(profiles),
-        weights=weights,
-        layer_ids=loads[0].layer_ids,
-        absolute_layers=loads[0].absolute_layers,
-        slots=slots,
-        ranks=ranks,
-        nodes=nodes,
-        groups=groups,
-        seed=seed,
-    )
+    try:
+        return PlacementRequest(
+            loads=np.ascontiguousarray(profiles),
+            weights=weights,
+            layer_ids=loads[0].layer_ids,
+            absolute_layers=loads[0].absolute_layers,
+            slots=slots,
+            ranks=ranks,
+            nodes=nodes,
+            groups=groups,
+            seed=seed,
+        )
+    except Infeasible as error:
+        raise Infeasible(error.what, where=f"slots {slots}", mend=error.mend, reason=error.reason) from None
 
 
 def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str = "--solver") -> Solved:

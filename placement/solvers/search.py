@@ -16,7 +16,7 @@ def power(value: float, doublings: int) -> float:
 
 
 @njit(cache=True)
-def search_layer(  # noqa: PLR0917 - a compiled kernel takes plain arrays and numbers
+def search_layer(
     table: NDArray[np.int64],
     loads: NDArray[np.float64],
     weights: NDArray[np.float64],
@@ -151,7 +151,7 @@ def search_layer(  # noqa: PLR0917 - a compiled kernel takes plain arrays and nu
 
 
 @njit(cache=True)
-def search_layers(  # noqa: PLR0917
+def search_layers(
     table: NDArray[np.int64],
     loads: NDArray[np.float64],
     weights: NDArray[np.float64],

@@ -1,0 +1,196 @@
+"""The commands `place`, `tune` and `export`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from placement.planning import Placed
+
+
+def place(
+    scenario: Annotated[Path | None, typer.Argument(help="Scenario; fills in what is not given.")] = None,
+    loads: Annotated[list[Path] | None, typer.Option(help="File of expert counts; repeats.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the expert-parallel group.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes; constrain nothing without --groups.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of a layer over all GPUs, replicas included.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Expert groups that stay on one node (1 = none).")] = None,
+    solver: Annotated[str | None, typer.Option(help="Solver (default: greedy).")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Fraction of the loads to judge on; 0 = no verdict.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the map to.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Format of --out: moesim, sglang, trtllm, vllm or vllm-ascend.")
+    ] = "moesim",
+    seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
+    from moesim.errors import BadInput
+    from moesim.spec.scenario import load_scenario
+    from placement import planning
+    from placement.export.engines import FORMATS, write_map
+    from placement.export.vllm import GATE
+
+    if form not in FORMATS:
+        raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
+    if form == "vllm":
+        raise BadInput(GATE, where="--format vllm", mend="use sglang or trtllm; `moesim export` writes vLLM's flags")
+    asked = planning.ask(
+        scenario=None if scenario is None else load_scenario(scenario),
+        load_files=loads or [],
+        gpus=gpus,
+        nodes=nodes,
+        slots=slots,
+        groups=groups,
+        solver=solver,
+        holdout=holdout,
+        seed=seed,
+    )
+    with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
+        placed = planning.place(asked)
+    if out is not None:
+        write_map(placed.placement, form, out)
+    report = placed.to_json()
+    if out is not None:
+        report["out"] = {"file": str(out), "format": form}
+    if json_output:
+        _print_json(report)
+    else:
+        _print_place(placed, out, form)
+
+
+def _waiting(text: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr while something takes long; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else nullcontext()
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(report, allow_nan=False))
+
+
+def _print_place(placed: Placed, out: Path | None, form: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moesim.units import human_seconds
+    from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS
+
+    console = Console(highlight=False, soft_wrap=True)
+    map_, held = placed.placement, placed.held
+    console.print(
+        f"{map_.layers} layers x {map_.experts} experts on {placed.asked.ranks} GPUs: {map_.slots} slots "
+        f"({map_.slots_per_rank} a GPU, {map_.redundant} replicas), fitted to {len(placed.asked.loads)} "
+        f"load{'s' if len(placed.asked.loads) > 1 else ''} by {map_.solver} in {human_seconds(placed.solve_cpu_s)} CPU"
+    )
+    table = Table(title="largest / mean GPU load (1 = even)", title_justify="left")
+    table.add_column("placement", no_wrap=True)
+    for column in ("slots", "mix", "worst layer", "each workload", "held out"):
+        table.add_column(column, justify="right")
+    rows = (
+        (BASELINE, "contiguous, no replicas", placed.baseline, placed.baseline_balance),
+        (PLANNED, map_.solver, map_, placed.balance),
+    )
+    for name, label, placement, figures in rows:
+        out_of_sample = "-" if held is None else f"{held.each[name]:.3f}"
+        table.add_row(
+            label,
+            str(placement.slots),
+            f"{figures.mean:.4f}",
+            f"{figures.by_layer.max():.4f}",
+            f"{figures.each:.3f}",
+            out_of_sample,
+        )
+        if name == BASELINE and held is not None and WITHOUT_REPLICAS in held.each:
+            plain = str(placed.baseline.slots)
+            bare = f"{held.each[WITHOUT_REPLICAS]:.3f}"
+            table.add_row(f"{map_.solver}, no replicas", plain, "-", "-", "-", bare)
+    console.print(table)
+    duplicates = map_.duplicates_on_one_rank()
+    if duplicates:
+        console.print(f"{duplicates} slots hold an expert that their GPU already has (duplicates_on_one_gpu).")
+    if placed.step_time is not None:
+        console.print(_step_table(placed))
+    console.print(placed.verdict.text)
+    if out is not None:
+        console.print(f"Wrote {out} ({form}).")
+
+
+def _step_table(placed: Placed) -> Any:
+    from rich.table import Table
+
+    from moesim.units import human_seconds
+
+    assert placed.step_time is not None
+    table = Table(title="step time on held-out loads, with its interval", title_justify="left")
+    table.add_column("tokens per GPU", justify="right")
+    names = list(placed.step_time.figures)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("gain", justify="right")
+    table.add_column("from replicas", justify="right")
+
+    def share(gain: Any) -> str:
+        return "-" if gain is None else f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+
+    for tokens, gain in placed.step_time.gains.items():
+        cells = []
+        for name in names:
+            step = placed.step_time.figures[name][tokens]["step_s"]
+            cells.append(
+                f"{human_seconds(step['mean'])} ({human_seconds(step['low'])} to {human_seconds(step['high'])})"
+            )
+        table.add_row(str(tokens), *cells, share(gain), share(placed.step_time.replicas.get(tokens)))
+    return table
+
+
+def tune(
+    scenario: Annotated[Path, typer.Argument(help="Scenario to start from.")],
+    trials: Annotated[int, typer.Option(help="Total number of trials, resumed and infeasible ones included.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default: a journal in the run).")] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run was left.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Search parallelism, replicas and placement for the best plan, and judge it against the plain baseline."""
+    from placement import tune_command
+
+    tune_command.tune(
+        scenario=scenario,
+        trials=trials,
+        out=out,
+        storage=storage,
+        workers=workers,
+        ray=ray,
+        resume=resume,
+        json_output=json_output,
+    )
+
+
+def export(
+    plan: Annotated[Path, typer.Argument(help="plan.yaml of a run, or a placement map of moesim.")],
+    engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, megatron or vllm-ascend.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to (default: beside the plan).")] = None,
+) -> None:
+    """Write a plan as the files that an engine loads, with the flags to launch it."""
+    from placement.export.engines import export_placement
+    from placement.export.plan_file import read_plan
+
+    placement, scenario = read_plan(plan)
+    folder = out if out is not None else plan.parent / engine
+    for path in export_placement(placement, engine, folder, scenario):
+        typer.echo(str(path))
+    if engine == "vllm":
+        from placement.export.vllm import GATE
+
+        typer.echo(f"note: {GATE}; only its flags were written", err=True)

@@ -1,0 +1,122 @@
+"""Judging a solver on loads that its placement was not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.routing.holdout import split
+from moesim.routing.trace import RoutingCounts
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from moesim.spec.scenario import HoldoutSpec
+from placement.judge import Gain, balance, paired_gain
+from placement.problem import request_from_loads, solve, without_redundancy
+
+BASELINE = "contiguous"
+PLANNED = "planned"
+WITHOUT_REPLICAS = "planned_without_replicas"
+
+SPLITS = 4
+"""Splits of the loads: every split fits anew, and each held-out workload counts once, as its mean over the splits."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Loads to fit to, and loads to judge on."""
+
+    fit: tuple[RoutingCounts, ...]
+    judge: tuple[RoutingCounts, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """max/mean rank load on held-out loads, for each contender, and what the plan gains.
+
+    each: contender -> weighted mean over held-out workloads. gain: planned against contiguous. replicas: planned
+    against the same solver without replicas; None where the plan has none.
+    """
+
+    spec: HoldoutSpec
+    splits: int
+    workloads: tuple[str, ...]
+    each: dict[str, float]
+    gain: Gain
+    replicas: Gain | None
+
+    def to_json(self) -> dict[str, Any]:
+        """How the loads were split, and the figures."""
+        return {
+            "by": self.spec.by,
+            "fraction": self.spec.fraction,
+            "splits": self.splits,
+            "workloads": list(self.workloads),
+            "max_over_mean": self.each,
+            "gain_from_replicas": None if self.replicas is None else self.replicas.to_json(),
+        }
+
+
+def contenders(request: PlacementRequest, solver: str) -> dict[str, ExpertPlacement]:
+    """The plain baseline, the plan without replicas where it has some, and the plan, all fitted to the same loads."""
+    plain = without_redundancy(request)
+    found = {BASELINE: solve(plain, BASELINE).placement}
+    if request.slots > plain.slots:
+        found[WITHOUT_REPLICAS] = solve(replace(request, slots=plain.slots), solver).placement
+    found[PLANNED] = solve(request, solver).placement
+    return found
+
+
+def make_splits(loads: Sequence[RoutingCounts], spec: HoldoutSpec, rng: np.random.Generator) -> list[Split]:
+    """Up to SPLITS different splits of the loads; none where there is nothing to split (one snapshot)."""
+    found: dict[tuple[str, ...], Split] = {}
+    for generator in rng.spawn(SPLITS):
+        fit, judge = split(loads, spec, generator)
+        if not fit or not judge:
+            return []
+        key = tuple(sorted(f"{load.name} {load.counts.sum():.17g}" for load in judge))
+        found.setdefault(key, Split(fit, judge))
+    return list(found.values())
+
+
+def judge_splits(splits: Sequence[Split], request: PlacementRequest, solver: str, spec: HoldoutSpec) -> HeldOut:
+    """Fit every contender to each split's first part and judge it on the second. Raises what the solver raises."""
+    rows: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
+    weight: dict[str, float] = {}
+    for part in splits:
+        fitted = refit(request, part.fit)
+        for contender, placement in contenders(fitted, solver).items():
+            judged = balance(placement, part.judge)
+            for name, row, load_weight in zip(judged.names, judged.by_load, judged.weights, strict=True):
+                rows.setdefault(contender, {}).setdefault(name, []).append(row)
+                weight[name] = float(load_weight)
+    names = tuple(sorted(weight))
+    weights = np.asarray([weight[name] for name in names])
+    table = {contender: np.stack([np.mean(found[name], axis=0) for name in names]) for contender, found in rows.items()}
+    rng = np.random.default_rng(request.seed)
+    first, second = rng.spawn(2)
+    replicas = None
+    if WITHOUT_REPLICAS in table:
+        replicas = paired_gain(table[WITHOUT_REPLICAS], table[PLANNED], weights, second)
+    return HeldOut(
+        spec=spec,
+        splits=len(splits),
+        workloads=names,
+        each={name: float(weights @ rows.mean(axis=1) / weights.sum()) for name, rows in table.items()},
+        gain=paired_gain(table[BASELINE], table[PLANNED], weights, first),
+        replicas=replicas,
+    )
+
+
+def refit(request: PlacementRequest, loads: Sequence[RoutingCounts]) -> PlacementRequest:
+    """The same request for other loads."""
+    return request_from_loads(
+        loads,
+        slots=request.slots,
+        ranks=request.ranks,
+        nodes=request.nodes,
+        groups=request.groups,
+        seed=request.seed,
+    )

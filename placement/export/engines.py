@@ -1,0 +1,68 @@
+"""Writing a placement as the files that an engine loads, with the flags to launch it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moesim.errors import BadInput
+from moesim.files import write_text
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import Scenario
+from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
+
+ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
+FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
+LAUNCH_FILE = "launch.txt"
+
+
+def write_map(placement: ExpertPlacement, form: str, path: Path) -> None:
+    """Write one map file in the format `form`. Raises BadInput for a format that is not there, and the format's own."""
+    if form == "moesim":
+        placement.write(path)
+    elif form == "sglang":
+        sglang.write(placement, path)
+    elif form == "trtllm":
+        trtllm.write(placement, path)
+    elif form == "vllm-ascend":
+        vllm_ascend.write(placement, path)
+    elif form == "vllm":
+        vllm.write(placement, path)
+    else:
+        raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
+
+
+def export_placement(
+    placement: ExpertPlacement, engine: str, folder: Path, scenario: Scenario | None = None
+) -> list[Path]:
+    """Write the engine's map (where it loads one) and `launch.txt` into `folder`; returns the files written.
+
+    Everything is rendered and checked before the first file is written. Raises BadInput for an unknown engine,
+    Infeasible where the engine cannot load the placement.
+    """
+    folder = Path(folder)
+    if engine == "sglang":
+        lines = sglang.launch(placement, scenario)
+        sglang.write(placement, folder / sglang.FILE)
+        return [folder / sglang.FILE, write_launch(folder, lines)]
+    if engine == "trtllm":
+        options = trtllm.options(placement, scenario)
+        trtllm.write(placement, folder / trtllm.FILE)
+        write_text(folder / trtllm.OPTIONS_FILE, options)
+        launch = write_launch(folder, trtllm.launch(placement, scenario))
+        return [folder / trtllm.FILE, folder / trtllm.OPTIONS_FILE, launch]
+    if engine == "vllm-ascend":
+        vllm_ascend.write(placement, folder / vllm_ascend.FILE)
+        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario))]
+    if engine == "vllm":
+        return [write_launch(folder, vllm.launch(placement, scenario), note=f"{vllm.GATE}: flags only, no map.")]
+    if engine == "megatron":
+        return [write_launch(folder, megatron.launch(placement, scenario))]
+    raise BadInput(f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}")
+
+
+def write_launch(folder: Path, lines: list[str], *, note: str = "") -> Path:
+    """Write launch.txt, one flag a line, joined as a shell reads it."""
+    path = folder / LAUNCH_FILE
+    head = f"# {note}\n" if note else ""
+    write_text(path, head + " \\\n  ".join(lines) + "\n")
+    return path

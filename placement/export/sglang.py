@@ -1,0 +1,144 @@
+"""SGLang's expert location file and its launch flags.
+
+Rules from sgl-project/sglang, python/sglang/srt/eplb/expert_location.py: the loader hands every key of the file to
+`init_by_mapping`, so any key but `physical_to_logical_map` is an error; a row for every hidden layer, dense ones
+included, as the map is indexed by absolute layer; the slots must divide by the EP size, those of a rank are
+contiguous; every row must hold every expert (static dispatch picks among an expert's slots, and fails on none).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import BadInput, Infeasible
+from moesim.files import write_text
+from moesim.spec.placement_file import integer_rows, read_json
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import Scenario
+
+KEY = "physical_to_logical_map"
+FILE = "expert_location.json"
+
+
+def render(placement: ExpertPlacement) -> str:
+    """The file's text: one row for every absolute layer; dense ones get SGLang's own trivial row (slot mod experts)."""
+    trivial = np.arange(placement.slots, dtype=np.int64) % placement.experts
+    rows = np.tile(trivial, (placement.absolute_layers, 1))
+    rows[placement.layer_ids] = placement.physical_to_logical
+    return json.dumps({KEY: rows.tolist()}) + "\n"
+
+
+def check(data: Any, *, experts: int, ranks: int, layers: int, where: str) -> None:
+    """Raise BadInput or Infeasible where SGLang would refuse the file, or load it and fail later."""
+    if not isinstance(data, dict) or KEY not in data:
+        raise BadInput(f"the key {KEY} is missing", where=where, mend="give an expert location file of SGLang")
+    others = sorted(str(key) for key in data if key != KEY)
+    if others:
+        raise BadInput(f"SGLang takes no key {others[0]!r} here", where=where, mend=f"leave only {KEY}")
+    table = integer_rows(data[KEY], where=where, key=KEY)
+    if len(table) != layers:
+        raise BadInput(
+            f"{len(table)} rows for {layers} layers", where=where, mend="give one row for each absolute layer"
+        )
+    if table.shape[1] % ranks:
+        raise Infeasible(
+            f"{table.shape[1]} slots do not divide by EP {ranks}",
+            where=where,
+            mend="change --ep-num-redundant-experts",
+            reason="slots_not_divisible",
+        )
+    if table.max() >= experts:
+        raise BadInput(f"expert {table.max()} of {experts}", where=where, mend=f"ids lie between 0 and {experts - 1}")
+    for layer, row in enumerate(table):
+        lacking = np.setdiff1d(np.arange(experts), row)
+        if len(lacking):
+            raise BadInput(
+                f"layer {layer} has no slot for expert {lacking[0]}", where=where, mend="give every expert a slot"
+            )
+
+
+def write(placement: ExpertPlacement, path: Path) -> None:
+    """Write the map, after checking it by SGLang's rules, whole or not at all."""
+    text = render(placement)
+    check(
+        json.loads(text),
+        experts=placement.experts,
+        ranks=placement.ranks,
+        layers=placement.absolute_layers,
+        where=str(path),
+    )
+    write_text(path, text)
+
+
+def read(path: Path, *, experts: int, ranks: int, layer_ids: Sequence[int]) -> ExpertPlacement:
+    """Read a map back; `layer_ids` names the MoE rows, as the file does not. Raises BadInput or Infeasible."""
+    data = read_json(path, what="SGLang map")
+    rows = len(data[KEY]) if isinstance(data, dict) and isinstance(data.get(KEY), list) else 0
+    check(data, experts=experts, ranks=ranks, layers=rows, where=str(path))
+    table = np.asarray(data[KEY], dtype=np.int64)
+    ids = np.asarray(layer_ids, dtype=np.int64)
+    if len(ids) == 0 or ids.min() < 0 or ids.max() >= len(table):
+        raise BadInput(
+            f"{len(table)} rows do not reach all MoE layers", where=str(path), mend="give a map of the model"
+        )
+    return ExpertPlacement(
+        physical_to_logical=np.ascontiguousarray(table[ids]),
+        layer_ids=ids,
+        experts=experts,
+        ranks=ranks,
+        absolute_layers=len(table),
+        solver="sglang file",
+    )
+
+
+def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+    """Lines of a launch command (docs/advanced_features/server_arguments.md of sgl-project/sglang).
+
+    Under DP attention SGLang divides --chunked-prefill-size and --max-running-requests by the dp size, so the limits
+    of one attention-DP rank are multiplied here. tp counts all GPUs of a stage: attention runs at tp / dp.
+    """
+    lines = ["python -m sglang.launch_server"]
+    if scenario is not None:
+        lines.append(f"--model-path {scenario.model}")
+    lines += ["--trust-remote-code", f"--ep-size {placement.ranks}"]
+    if scenario is not None and scenario.parallel is not None:
+        parallel = scenario.parallel
+        dp = parallel.attention_dp
+        lines.append(f"--tp-size {parallel.tp * dp}")
+        if parallel.pp > 1:
+            lines.append(f"--pp-size {parallel.pp}")
+        if dp > 1:
+            lines += [f"--dp-size {dp}", "--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size 1"]
+    else:
+        ranks = placement.ranks
+        lines += [f"--tp-size {ranks}", f"--dp-size {ranks}", "--enable-dp-attention", "--enable-dp-lm-head"]
+        lines.append("--moe-dense-tp-size 1")
+    if placement.redundant:
+        lines.append(f"--ep-num-redundant-experts {placement.redundant}")
+    lines.append(f"--init-expert-location {FILE}")
+    if scenario is None:
+        return [*lines, "--ep-dispatch-algorithm static"]
+    if not isinstance(scenario.cluster, Path) and scenario.cluster.nodes > 1:
+        lines.append(f"--nnodes {scenario.cluster.nodes}")
+        lines += ["--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
+    replica = scenario.policies.dispatch.replica
+    lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
+    if scenario.policies.dispatch.backend == "deepep":
+        lines += ["--moe-a2a-backend deepep", f"--deepep-mode {scenario.policies.dispatch.mode}"]
+    if scenario.policies.schedule == "two_batch":
+        lines.append("--enable-two-batch-overlap")
+    if scenario.serving is not None:
+        batching, memory = scenario.serving.batching, scenario.serving.memory
+        dp = scenario.parallel.attention_dp if scenario.parallel is not None else placement.ranks
+        chunk = batching.max_batch_tokens_per_dp_rank * dp if batching.chunked_prefill else -1
+        lines.append(f"--chunked-prefill-size {chunk}")
+        lines.append(f"--max-running-requests {batching.max_running_requests_per_dp_rank * dp}")
+        lines.append(f"--mem-fraction-static {memory.fraction:g}")
+        if not batching.prefix_cache:
+            lines.append("--disable-radix-cache")
+    return lines

@@ -1,0 +1,69 @@
+"""vLLM's launch flags; it loads no static map, so no map is written.
+
+The stored releases of vLLM start from a contiguous layout and balance on the fly (`--enable-eplb`); a map computed
+offline is asked for in vllm-project/vllm issues 34297 and 49572, both open.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moesim.errors import BadInput
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import Scenario
+
+GATE = "no release of vLLM loads a static expert map yet (vllm-project/vllm issues 34297 and 49572)"
+BACKENDS = {"normal": "deepep_high_throughput", "low_latency": "deepep_low_latency", "auto": "deepep_low_latency"}
+
+# Defaults of vLLM's EPLBConfig (vllm/config/parallel.py of vllm-project/vllm).
+WINDOW_SIZE = 1000
+STEP_INTERVAL = 3000
+
+
+def write(placement: ExpertPlacement, path: Path) -> None:
+    """Always raises BadInput, which names the version gate."""
+    del placement
+    raise BadInput(GATE, where=str(path), mend="use --format sglang or trtllm; `moesim export` writes vLLM's flags")
+
+
+def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+    """`vllm serve` with its parallelism and batch limits, which vLLM counts per DP engine, as a scenario does.
+
+    EP is not given: with --enable-expert-parallel it is TP x DP.
+    """
+    lines = [f"vllm serve {scenario.model if scenario is not None else 'MODEL'}"]
+    if scenario is None or scenario.parallel is None:
+        lines.append(f"--data-parallel-size {placement.ranks}")
+    else:
+        parallel = scenario.parallel
+        lines += [f"--tensor-parallel-size {parallel.tp}", f"--data-parallel-size {parallel.attention_dp}"]
+        if parallel.pp > 1:
+            lines.append(f"--pipeline-parallel-size {parallel.pp}")
+    lines.append("--enable-expert-parallel")
+    if scenario is not None and scenario.serving is not None:
+        batching = scenario.serving.batching
+        lines.append(f"--max-num-batched-tokens {batching.max_batch_tokens_per_dp_rank}")
+        lines.append(f"--max-num-seqs {batching.max_running_requests_per_dp_rank}")
+        lines.append(f"--gpu-memory-utilization {scenario.serving.memory.fraction:g}")
+        lines.append("--enable-prefix-caching" if batching.prefix_cache else "--no-enable-prefix-caching")
+        if not batching.chunked_prefill:
+            lines.append("--no-enable-chunked-prefill")
+    return lines
+
+
+def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+    """Lines of a launch command; with replicas, vLLM's own balancer gets that many."""
+    lines = parallel_lines(placement, scenario)
+    if scenario is not None and scenario.policies.dispatch.backend == "deepep":
+        lines.append(f"--all2all-backend {BACKENDS[scenario.policies.dispatch.mode]}")
+    if scenario is not None and scenario.policies.schedule == "two_batch":
+        lines.append("--enable-dbo")
+    if placement.redundant:
+        config = {
+            "window_size": WINDOW_SIZE,
+            "step_interval": STEP_INTERVAL,
+            "num_redundant_experts": placement.redundant,
+        }
+        lines += ["--enable-eplb", f"--eplb-config '{json.dumps(config)}'"]
+    return lines

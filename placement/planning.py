@@ -1,0 +1,293 @@
+"""What `moesim place` does: gather the loads, fit the map to all of them, judge separate fits, tell the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import BadInput
+from moesim.routing.trace import RoutingCounts
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from moesim.spec.scenario import HoldoutSpec, Scenario
+from placement.compare import (
+    BASELINE,
+    PLANNED,
+    WITHOUT_REPLICAS,
+    HeldOut,
+    Split,
+    contenders,
+    judge_splits,
+    make_splits,
+    refit,
+)
+from placement.judge import Balance, Gain, balance
+from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
+from placement.verdict import Verdict, gain_from, on_balance, on_step_time, withheld
+
+TOKENS_PER_RANK = (8, 32, 128, 512)
+"""Where every placement figure is given in time (DESIGN, section 2)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks of `place`, the scenario's part filled in."""
+
+    loads: tuple[RoutingCounts, ...]
+    ranks: int
+    nodes: int
+    slots: int
+    groups: int
+    solver: str
+    holdout: HoldoutSpec
+    seed: int
+    scenario: Scenario | None = None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Step times on held-out loads: contender -> tokens per rank -> figures; and the gains over two references."""
+
+    judged: tuple[str, ...]
+    figures: dict[str, dict[int, dict[str, Any]]]
+    gains: dict[int, Gain]
+    replicas: dict[int, Gain]
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures by contender and tokens per rank."""
+        return {
+            "judged_on": list(self.judged),
+            "by_placement": {
+                name: {str(tokens): found for tokens, found in rows.items()} for name, rows in self.figures.items()
+            },
+            "gain": {str(tokens): gain.to_json() for tokens, gain in self.gains.items()},
+            "gain_from_replicas": {str(tokens): gain.to_json() for tokens, gain in self.replicas.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The result of `place`."""
+
+    asked: Asked
+    placement: ExpertPlacement
+    solve_cpu_s: float
+    balance: Balance
+    baseline: ExpertPlacement
+    baseline_balance: Balance
+    held: HeldOut | None
+    step_time: StepTime | None
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's object (DESIGN, section 5), and more."""
+        held = self.held
+        gain: dict[str, Any] = {"value": None, "low": None, "high": None}
+        if self.step_time is not None:
+            gain = {"by": "step_time", **_headline(self.step_time.gains)}
+        elif held is not None:
+            gain = {"by": "max_over_mean", **held.gain.to_json()}
+        return {
+            "schema_version": 1,
+            "solver": self.placement.solver,
+            "gpus": self.asked.ranks,
+            "nodes": self.asked.nodes,
+            "groups": self.asked.groups,
+            "slots": self.placement.slots,
+            "slots_per_gpu": self.placement.slots_per_rank,
+            "redundant_experts": self.placement.redundant,
+            "duplicates_on_one_gpu": self.placement.duplicates_on_one_rank(),
+            "layers": self.placement.layers,
+            "experts": self.placement.experts,
+            "loads": [load.name for load in self.asked.loads],
+            "max_over_mean": self.balance.to_json(),
+            "baseline": {
+                "solver": self.baseline.solver,
+                "slots": self.baseline.slots,
+                "max_over_mean": self.baseline_balance.to_json(),
+            },
+            "holdout": None if held is None else held.to_json(),
+            "gain": gain,
+            "step_time": None if self.step_time is None else self.step_time.to_json(),
+            "verdict": self.verdict.to_json(),
+            "solve_cpu_s": self.solve_cpu_s,
+            "notes": self.placement.notes,
+        }
+
+
+def _headline(gains: dict[int, Gain]) -> dict[str, Any]:
+    """The gain at the tokens per rank in the middle of those judged, which it names."""
+    tokens = sorted(gains)[len(gains) // 2]
+    return {"tokens_per_rank": tokens, **gains[tokens].to_json()}
+
+
+def ask(
+    *,
+    scenario: Scenario | None,
+    load_files: Sequence[Path],
+    gpus: int | None,
+    nodes: int | None,
+    slots: int | None,
+    groups: int | None,
+    solver: str | None,
+    holdout: float | None,
+    seed: int | None,
+) -> Asked:
+    """Fill what was not given from the scenario. Raises BadInput that names what is missing."""
+    if seed is None:
+        seed = scenario.seed if scenario is not None else 0
+    loads = _loads(scenario, load_files, seed)
+    ranks = gpus
+    if scenario is not None:
+        # The cluster's size is asked of it only where it is needed: it may be a preset or a file.
+        if ranks is None:
+            ranks = scenario.parallel.ep if scenario.parallel is not None else _cluster_gpus(scenario)
+        if nodes is None and not isinstance(scenario.cluster, Path):
+            nodes = scenario.cluster.nodes
+        if slots is None:
+            slots = loads[0].experts + scenario.placement.redundant_experts
+        groups = scenario.placement.groups if groups is None else groups
+        solver = scenario.placement.solver if solver is None else solver
+    if ranks is None:
+        raise BadInput("the number of GPUs is missing", where="--gpus", mend="give --gpus N or a scenario")
+    if slots is None:
+        raise BadInput(
+            "the number of slots is missing",
+            where="--slots",
+            mend=f"give --slots N, e.g. {-(-loads[0].experts // ranks) * ranks if ranks > 0 else loads[0].experts}",
+        )
+    return Asked(
+        loads=tuple(loads),
+        ranks=ranks,
+        nodes=1 if nodes is None else nodes,
+        slots=slots,
+        groups=1 if groups is None else groups,
+        solver=solver or DEFAULT_SOLVER,
+        holdout=_holdout(scenario, loads, holdout),
+        seed=seed,
+        scenario=scenario,
+    )
+
+
+def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[RoutingCounts]:
+    from moesim.routing.readers import read_loads
+
+    if scenario is None:
+        if not files:
+            raise BadInput("there are no loads to place for", where="--loads", mend="give --loads FILE or a scenario")
+        return [read_loads(path) for path in files]
+    from moesim.routing.resolve import fit_to_model, resolve_routing
+    from moesim.spec.hf import load_model
+
+    model = load_model(scenario.model)
+    if files:
+        return [fit_to_model(read_loads(path, experts=model.moe.experts), model, where=path) for path in files]
+    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed)))
+
+
+def _cluster_gpus(scenario: Scenario) -> int:
+    from moesim.spec.presets import load_cluster
+
+    return load_cluster(scenario.cluster).gpus
+
+
+def _holdout(scenario: Scenario | None, loads: Sequence[RoutingCounts], fraction: float | None) -> HoldoutSpec:
+    if fraction is not None and not 0.0 <= fraction < 1.0:
+        raise BadInput(f"the held-out fraction is {fraction}", where="--holdout", mend="give 0 (none) or up to below 1")
+    spec = scenario.routing.holdout if scenario is not None else HoldoutSpec()
+    if fraction == 0.0:
+        return HoldoutSpec(by="none")
+    if fraction is not None:
+        spec = spec.model_copy(update={"fraction": fraction})
+    if spec.by == "file" and len(loads) == 1:
+        spec = spec.model_copy(update={"by": "step" if loads[0].per_step else "none"})
+    return spec
+
+
+def place(asked: Asked, *, draws: int = 200) -> Placed:
+    """Fit the map to every load, and judge separate fits on what they were not fitted to.
+
+    draws: of the joint draws behind the intervals of step time. Raises what the solver and the cost model raise.
+    """
+    request = request_from_loads(
+        asked.loads,
+        slots=asked.slots,
+        ranks=asked.ranks,
+        nodes=asked.nodes,
+        groups=asked.groups,
+        seed=asked.seed,
+    )
+    solved = solve(request, asked.solver)
+    baseline = solve(without_redundancy(request), BASELINE).placement
+    splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))
+    held = judge_splits(splits, request, asked.solver, asked.holdout) if splits else None
+    step_time = None
+    if held is not None and asked.scenario is not None:
+        step_time = _step_time(asked.scenario, splits, request, asked, draws)
+    return Placed(
+        asked=asked,
+        placement=solved.placement,
+        solve_cpu_s=solved.solve_cpu_s,
+        balance=balance(solved.placement, asked.loads),
+        baseline=baseline,
+        baseline_balance=balance(baseline, asked.loads),
+        held=held,
+        step_time=step_time,
+        verdict=_verdict(asked, held, step_time),
+    )
+
+
+def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> Verdict:
+    if held is None:
+        if asked.holdout.by == "none" and len(asked.loads) == 1:
+            return withheld("one snapshot: no split, no verdict")
+        return withheld("no load was held out")
+    if step_time is None:
+        return on_balance(held, asked.solver)
+    judged = f"judged on {' and '.join(step_time.judged)}, which the plan was not fitted to"
+    return on_step_time(step_time.gains, step_time.replicas, asked.solver, judged=judged, assumed=_assumed(asked))
+
+
+def _assumed(asked: Asked) -> str:
+    """What the step times lean on and nobody measured, in a sentence."""
+    parts = []
+    if not any(load.per_step for load in asked.loads):
+        parts.append("how far a step strays from these aggregate counts is assumed")
+    if asked.nodes > 1:
+        parts.append("expert parallelism over several nodes is not validated on hardware")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _step_time(
+    scenario: Scenario, splits: Sequence[Split], request: PlacementRequest, asked: Asked, draws: int
+) -> StepTime:
+    """Price the contenders' steps on the first split that holds a decode load out (else the first).
+
+    8 to 512 tokens per rank are sizes of decode steps, so where a decode load is held out, it alone judges.
+    """
+    from moesim.engine.steptime import compare_placements
+
+    def decodes(split: Split) -> list[RoutingCounts]:
+        return [load for load in split.judge if load.phase == "decode"]
+
+    split = next((found for found in splits if decodes(found)), splits[0])
+    judge = decodes(split) or list(split.judge)
+    found = contenders(refit(request, split.fit), asked.solver)
+    options = {"judge": judge, "tokens_per_rank": TOKENS_PER_RANK, "draws": draws, "seed": asked.seed}
+    figures = compare_placements(scenario, found, **options)
+    level = 0.9
+    replicas: dict[int, Gain] = {}
+    if WITHOUT_REPLICAS in found:
+        pair = {name: found[name] for name in (WITHOUT_REPLICAS, PLANNED)}
+        against = compare_placements(scenario, pair, **options)
+        replicas = {tokens: gain_from(row["gain"], level) for tokens, row in against[PLANNED].items()}
+    return StepTime(
+        judged=tuple(load.name for load in judge),
+        figures=figures,
+        gains={tokens: gain_from(row["gain"], level) for tokens, row in figures[PLANNED].items()},
+        replicas=replicas,
+    )
