@@ -28,7 +28,7 @@ def test_feasible_and_every_flow_is_held_back_by_something_of_its_own(seed, flow
             continue
         # Bertsekas and Gallager: a full link on which no other flow is faster. It also makes the rates Pareto optimal.
         crossed = (usage[flow] > 0) & full
-        fastest = np.array([rates[usage[:, link] > 0].max() for link in range(links)])
+        fastest = np.array([rates[usage[:, link] > 0].max(initial=0.0) for link in range(links)])
         assert (crossed & (fastest <= rates[flow] * (1 + 1e-9))).any()
 
 
