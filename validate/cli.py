@@ -1,0 +1,122 @@
+"""Run the real thing and compare it with what was predicted before."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Run the real thing and compare it with what was predicted before.",
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class BackendName(StrEnum):
+    """Backends of torch.distributed."""
+
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+class ReplicaName(StrEnum):
+    """Which replica serves a token."""
+
+    local_first = "local_first"
+    equal = "equal"
+
+
+class KernelName(StrEnum):
+    """How a rank runs its experts."""
+
+    auto = "auto"
+    loop = "loop"
+    grouped = "grouped"
+
+
+@app.callback()
+def validate() -> None:
+    """Run the real thing and compare it with what was predicted before."""
+
+
+@app.command()
+def hardware(
+    backend: Annotated[BackendName, typer.Option(help="gloo: CPU processes; nccl: GPUs.")] = BackendName.gloo,
+    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks; under torchrun its own count.")] = 2,
+    placement: Annotated[
+        list[Path] | None, typer.Option(help="A placement in moesim's format; repeats; instead of the planned one.")
+    ] = None,
+    loads: Annotated[Path | None, typer.Option(help="Real expert counts; without, a skewed synthetic profile.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Absolute layer of the loads; without, the most skewed.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a rank; repeats. [default: 32 128 512]")] = None,
+    hidden: Annotated[int, typer.Option(help="Hidden size.")] = 512,
+    intermediate: Annotated[int, typer.Option(help="Intermediate size of an expert.")] = 1024,
+    experts: Annotated[int | None, typer.Option(help="Experts. [default: 32, or as in the loads]")] = None,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 4,
+    slots: Annotated[
+        int | None, typer.Option(help="Slots of the planned placement over all ranks. [default: experts + 2 x ranks]")
+    ] = None,
+    replica: Annotated[ReplicaName, typer.Option(help="Which replica serves a token.")] = ReplicaName.local_first,
+    kernel: Annotated[
+        KernelName, typer.Option(help="auto: a grouped kernel on GPUs, a loop on the CPU.")
+    ] = KernelName.auto,
+    repeats: Annotated[int, typer.Option(help="Timed repeats of each case.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of routing, tokens and weights.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for predictions.json and record.json.")] = Path(
+        "runs/validate-hardware"
+    ),
+    stall_limit: Annotated[float, typer.Option(help="Seconds without progress after which the run is ended.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+) -> None:
+    """Run a real expert-parallel MoE layer, predicted beforehand from a profile taken on the spot.
+
+    The predictions are written before the first test run; outputs are checked against a float32 reference before they
+    are timed; the error is reported as it is and does not change the exit code.
+    """
+    from validate import hardware as runner
+    from validate.job import Job
+
+    runner.check_parts(backend.value, 1 if runner.under_torchrun() else ranks)
+
+    def make(count: int) -> Job:
+        return runner.make_job(
+            backend=backend.value,
+            ranks=count,
+            hidden=hidden,
+            intermediate=intermediate,
+            experts=experts,
+            top_k=top_k,
+            tokens=tuple(tokens) if tokens else runner.TOKENS,
+            loads=loads,
+            layer=layer,
+            placements=tuple(placement or ()),
+            slots=slots,
+            replica=replica.value,
+            kernel=kernel.value,
+            repeats=repeats,
+            seed=seed,
+            out=out,
+            stall_limit_s=stall_limit,
+        )
+
+    if runner.under_torchrun():
+        from validate.worker import join_torchrun
+
+        record = join_torchrun(make)
+    else:
+        record = runner.run(make(ranks))
+    if record is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        from validate.record import table
+
+        typer.echo(table(record))
+        typer.echo(f"\nrecord: {out / 'record.json'}")

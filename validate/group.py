@@ -1,0 +1,216 @@
+"""The ranks of a run as seen from one of them: collectives, a common start, marks in time, signs of life."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import MissingPart
+
+# A status line is rewritten in place at this length, so that a reader never sees half of one.
+STATUS_BYTES = 512
+BEAT_EVERY_S = 0.2
+# Time for the news of a common start to reach every rank before any of them starts (gloo's small messages take
+# about 0.3 ms between two processes of one machine).
+START_LEAD_S = 1e-3
+
+
+def need_torch() -> Any:
+    """Import torch. Raises MissingPart where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingPart("validate hardware needs torch", mend="pip install 'moesim[hardware]'")
+    import torch
+    import torch.distributed
+
+    return torch
+
+
+class Beat:
+    """Says every 0.2 s, in a small file, that this rank lives, what it does, and whether it waits for the others.
+
+    The main thread only sets attributes; a thread of its own writes them. With `parent` given, the process ends
+    itself when that parent is gone, so that no rank outlives a killed command.
+    """
+
+    def __init__(self, path: Path | None, *, parent: int | None = None) -> None:
+        self.label = "starting"
+        self.count = 0
+        self.waiting = False
+        self._path = path
+        self._parent = parent
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if path is not None:
+            self._thread.start()
+
+    def at(self, label: str) -> None:
+        """Note what the rank does now; each call counts as progress."""
+        self.label = label
+        self.count += 1
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._path is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        assert self._path is not None
+        handle = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
+        try:
+            while True:
+                line = json.dumps(
+                    {
+                        "pid": os.getpid(),
+                        "time_s": time.monotonic(),
+                        "label": self.label,
+                        "count": self.count,
+                        "waiting": self.waiting,
+                    }
+                )
+                os.pwrite(handle, line.encode()[:STATUS_BYTES].ljust(STATUS_BYTES), 0)
+                if self._parent is not None and os.getppid() != self._parent:
+                    os._exit(1)
+                if self._stop.wait(BEAT_EVERY_S):
+                    return
+        finally:
+            os.close(handle)
+
+
+class Marks(Protocol):
+    """Notes moments of one run of the layer; on the host's clock, or as events of the device."""
+
+    def mark(self) -> None:
+        """Note this moment."""
+        ...
+
+    def read(self) -> list[float]:
+        """Seconds of every moment, on this rank's clock."""
+        ...
+
+
+class HostMarks:
+    """Moments on the host's monotonic clock: CPU work is done when the call returns."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def mark(self) -> None:
+        """Note this moment."""
+        self._times.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        """Seconds since the host's arbitrary zero."""
+        return self._times
+
+
+class EventMarks:
+    """Moments on the device's stream, as CUDA events; seconds since the first mark."""
+
+    def __init__(self) -> None:
+        self._torch = need_torch()
+        self._events: list[Any] = []
+
+    def mark(self) -> None:
+        """Record an event on the current stream."""
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def read(self) -> list[float]:
+        """Seconds since the first event, once all are done."""
+        self._events[-1].synchronize()
+        return [self._events[0].elapsed_time(event) / 1e3 for event in self._events]
+
+
+class Group:
+    """Collectives among the ranks; each notes that the rank waits while it runs.
+
+    Wraps an initialised torch.distributed default group. `shared_clock`: all ranks read one host clock, so their
+    moments can be compared; else each rank's moments count from its own first mark after a barrier.
+    """
+
+    def __init__(self, rank: int, ranks: int, device: Any, beat: Beat) -> None:
+        self.torch = need_torch()
+        self.rank = rank
+        self.ranks = ranks
+        self.device = device
+        self.beat = beat
+        self._cuda = device.type == "cuda"
+        self.shared_clock = not self._cuda and bool(
+            (np.diff(self.gather(np.asarray([float(_clock_identity())]))[:, 0]) == 0).all()
+        )
+
+    def marks(self) -> Marks:
+        """A fresh set of marks, of the device's kind."""
+        return EventMarks() if self._cuda else HostMarks()
+
+    def wait(self, call: Callable[[], Any]) -> None:
+        """Run a collective, noting that this rank waits for the others."""
+        self.beat.waiting = True
+        call()
+        self.beat.waiting = False
+
+    def exchange(self, rows: Any, send: list[int], receive: list[int]) -> Any:
+        """Uneven all-to-all along the first axis: `send` rows to each rank, `receive` rows from each."""
+        torch = self.torch
+        got = rows.new_empty((sum(receive), *rows.shape[1:]))
+        self.wait(lambda: torch.distributed.all_to_all_single(got, rows, receive, send))
+        return got
+
+    def exchange_counts(self, counts: Any) -> Any:
+        """Even all-to-all of int64 [ranks, n]: row r goes to rank r; row s of the result came from rank s."""
+        torch = self.torch
+        got = torch.empty_like(counts)
+        self.wait(lambda: torch.distributed.all_to_all_single(got, counts))
+        return got
+
+    def gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values of all ranks, on every rank: [...] -> [ranks, ...]; every rank gives the same shape."""
+        torch = self.torch
+        mine = torch.as_tensor(np.ascontiguousarray(values, dtype=np.float64)).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        self.wait(lambda: torch.distributed.all_gather(parts, mine))
+        return np.stack([part.cpu().numpy() for part in parts])
+
+    def linger(self, seconds: float) -> None:
+        """Keep this rank busy for a while."""
+        if self._cuda:
+            self.torch.cuda.synchronize()
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+
+    def start_together(self) -> None:
+        """Return at the same moment on all ranks (on one clock), or just after a barrier (on several)."""
+        torch = self.torch
+        if self._cuda:
+            torch.cuda.synchronize()
+        now = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.device)
+        self.wait(lambda: torch.distributed.all_reduce(now, op=torch.distributed.ReduceOp.MAX))
+        if self._cuda:
+            torch.cuda.synchronize()
+        if self.shared_clock:
+            start = float(now.item()) + START_LEAD_S
+            while time.perf_counter() < start:
+                pass
+
+
+def _clock_identity() -> int:
+    """A number that two processes share when they read the same monotonic clock (boot and time namespace)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = str(Path("/proc/self/ns/time").readlink())
+    except OSError:
+        return os.getpid()
+    return zlib.crc32(f"{boot} {space}".encode())

@@ -1,0 +1,157 @@
+"""`validate hardware`: make the job, start its ranks (or join torchrun's), hand back the record."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import BadInput, MissingPart
+from moesim.files import write_text
+from validate.job import (
+    Backend,
+    Job,
+    Kernel,
+    LayerShape,
+    PlacedCase,
+    Replica,
+    built_in_cases,
+    case_of_file,
+    file_profile,
+    synthetic_profile,
+)
+
+# Defaults: a layer of a few to some tens of milliseconds on two CPU cores, the whole run well under a minute.
+HIDDEN = 512
+INTERMEDIATE = 1024
+EXPERTS = 32
+TOP_K = 4
+TOKENS = (32, 128, 512)
+REPEATS = 20
+# Replicas of the planned placement: two for each rank.
+REPLICAS_PER_RANK = 2
+
+
+def make_job(
+    *,
+    backend: Backend,
+    ranks: int,
+    hidden: int,
+    intermediate: int,
+    experts: int | None,
+    top_k: int,
+    tokens: tuple[int, ...],
+    loads: Path | None,
+    layer: int | None,
+    placements: tuple[Path, ...],
+    slots: int | None,
+    replica: Replica,
+    kernel: Kernel,
+    repeats: int,
+    seed: int,
+    out: Path,
+    stall_limit_s: float,
+) -> Job:
+    """Put the job together: load profile, placements, shape. Raises BadInput, Infeasible, MissingPart."""
+    if ranks < 1:
+        raise BadInput(f"{ranks} ranks", where="--ranks", mend="pass at least 1")
+    if loads is not None:
+        profile, layer = file_profile(loads, layer)
+        source = f"layer {layer} of {loads.name}"
+        if experts is not None and experts != len(profile):
+            raise BadInput(
+                f"{experts} experts, but {loads.name} counts {len(profile)}",
+                where="--experts",
+                mend="leave --experts out",
+            )
+    else:
+        if experts is not None and experts < 1:
+            raise BadInput(f"{experts} experts", where="--experts", mend="pass at least 1")
+        profile = synthetic_profile(experts or EXPERTS, np.random.default_rng([seed, 9]))
+        source = "synthetic, lognormal"
+    count = len(profile)
+    shape = LayerShape.read(
+        {"hidden": hidden, "intermediate": intermediate, "experts": count, "top_k": top_k}, where="the layer's shape"
+    )
+    total = slots if slots is not None else min(count + REPLICAS_PER_RANK * ranks, count * ranks)
+    cases: tuple[PlacedCase, ...] = built_in_cases(profile, ranks=ranks, slots=total, seed=seed, planned=not placements)
+    for path in placements:
+        taken = tuple(case.name for case in cases)
+        cases += (case_of_file(path, experts=count, ranks=ranks, layer=layer, taken=taken),)
+    job = {
+        "backend": backend,
+        "ranks": ranks,
+        "shape": shape,
+        "tokens": tokens,
+        "profile": tuple(profile.tolist()),
+        "profile_source": source,
+        "placements": cases,
+        "replica": replica,
+        "kernel": kernel,
+        "repeats": repeats,
+        "seed": seed,
+        "out": str(out.resolve()),
+        "stall_limit_s": stall_limit_s,
+    }
+    return Job.read(job, where="the command line")
+
+
+def check_parts(backend: Backend, ranks: int) -> None:
+    """Raise MissingPart unless this machine has what the backend needs, before anything is started."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingPart("validate hardware needs torch", mend="pip install 'moesim[hardware]'")
+    if backend == "nccl":
+        from validate.rig import missing_gpu
+
+        missing_gpu(ranks)
+
+
+def under_torchrun() -> bool:
+    """Whether something else started the ranks, this process being one of them."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Start the ranks of the job on this machine, wait for them, and return the record.
+
+    Writes predictions.json and record.json to the job's folder. Raises CheckFailed when a rank fails, dies or hangs, or
+    when the outputs are wrong; no process is left behind.
+    """
+    from validate import ranks
+    from validate.worker import RECORD_FILE
+
+    out = Path(job.out)
+    record = out / RECORD_FILE
+    write_text(out / "job.json", job.model_dump_json(indent=1) + "\n")
+    record.unlink(missing_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="moesim-ranks-"))
+    try:
+        lines = ranks.commands(out / "job.json", folder, job.ranks)
+        with _progress() as tell:
+            ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A line on stderr that says what rank 0 does, where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("starting the ranks")
+        yield lambda label: progress.update(task, description=label)

@@ -1,0 +1,131 @@
+"""Predicted times of the layer: the profile of the spot, the plan's row counts, and moesim's own task graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import Tag
+from moesim.files import write_text
+from moesim.graph.task import Stream, Task, TaskGraph
+from validate.costs import traffic
+from validate.job import Job
+from validate.layer import COLLECTIVES, OPERATIONS
+from validate.probe import Profile
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted times of all cases.
+
+    layer_s: [cases]. operation_s: [cases, ranks, operations], each rank's time in each operation. wait_s: [cases,
+    ranks], time spent waiting for slower ranks. tags: int8 [cases, operations], the worst tag over the ranks.
+    """
+
+    layer_s: Floats
+    operation_s: Floats
+    wait_s: Floats
+    tags: NDArray[np.int8]
+
+
+def predict(job: Job, profile: Profile, counts: list[NDArray[np.int64]], bytes_per_row: int) -> Prediction:
+    """Price each case and run it through the max-plus executor.
+
+    counts: for each case, rows from each source rank to each slot, int64 [ranks, slots]. An exchange takes the time of
+    an even one that loads every rank as this one loads its busiest, plus the copy of what stays on the rank.
+    """
+    cases = job.cases()
+    seconds = np.zeros((len(cases), job.ranks, len(OPERATIONS)))
+    tags = np.zeros((len(cases), len(OPERATIONS)), dtype=np.int8)
+    for index, ((_, tokens), table) in enumerate(zip(cases, counts, strict=True)):
+        size = np.asarray(float(tokens))
+        rows = traffic(table)
+        busiest = np.asarray(rows.busiest(profile.both_ways) * bytes_per_row)
+        stay_s, stay_tag = profile.keep.at(rows.kept.astype(np.float64) * bytes_per_row)
+        arriving = table.sum(axis=0).reshape(job.ranks, -1).astype(np.float64)
+        out_s, out_tag = profile.dispatch.at(busiest)
+        back_s, back_tag = profile.combine.at(busiest)
+        priced = {
+            "gate": profile.gate.at(size),
+            "permute": profile.permute.at(size),
+            "dispatch": (out_s + stay_s, np.maximum(out_tag, stay_tag)),
+            "experts": profile.experts.at(arriving),
+            "combine": (back_s + stay_s, np.maximum(back_tag, stay_tag)),
+            "unpermute": profile.unpermute.at(size),
+        }
+        for column, name in enumerate(OPERATIONS):
+            seconds[index, :, column] = priced[name][0]
+            tags[index, column] = np.max(priced[name][1])
+    return execute(seconds, tags)
+
+
+def execute(seconds: Floats, tags: NDArray[np.int8]) -> Prediction:
+    """Run the layer's task graph, one step for each case: seconds [cases, ranks, operations]."""
+    from moesim.engine import maxplus
+
+    times = maxplus.run(layer_graph(seconds))
+    return Prediction(layer_s=times.step_s, operation_s=seconds, wait_s=times.wait_s, tags=tags)
+
+
+def layer_graph(seconds: Floats) -> TaskGraph:
+    """The layer as a chain of six tasks, two of them collectives of all ranks: seconds [cases, ranks, operations]."""
+    cases, ranks, _ = seconds.shape
+    everyone = np.zeros(ranks, dtype=np.int64)
+    tasks = tuple(
+        Task(
+            name=name,
+            operation=name,
+            stream=Stream.COMMUNICATION if name in COLLECTIVES else Stream.COMPUTE,
+            duration_s=seconds[:, :, index],
+            depends_on=(index - 1,) if index else (),
+            groups=everyone if name in COLLECTIVES else None,
+            layer=0,
+        )
+        for index, name in enumerate(OPERATIONS)
+    )
+    return TaskGraph(steps=cases, ranks=ranks, tasks=tasks)
+
+
+def prediction_json(job: Job, prediction: Prediction, counts: list[NDArray[np.int64]]) -> list[dict[str, Any]]:
+    """One entry for each case: what is predicted, from which rows."""
+    return [
+        {
+            "placement": placement.name,
+            "tokens_per_rank": tokens,
+            "layer_s": float(prediction.layer_s[index]),
+            "operation_s": dict(zip(OPERATIONS, prediction.operation_s[index].T.tolist(), strict=True)),
+            "wait_s": prediction.wait_s[index].tolist(),
+            "tags": {name: Tag(int(tag)).label for name, tag in zip(OPERATIONS, prediction.tags[index], strict=True)},
+            "rows_by_rank": counts[index].sum(axis=0).reshape(job.ranks, -1).sum(axis=1).tolist(),
+        }
+        for index, (placement, tokens) in enumerate(job.cases())
+    ]
+
+
+def write_predictions(path: Path, cases: list[dict[str, Any]], profile: Profile) -> dict[str, str]:
+    """Write predictions.json whole and synced; return its time and hash, for the record.
+
+    `sha256` is of the text written, so that anyone can see that the record speaks of this very file.
+    """
+    written = datetime.now(UTC).isoformat(timespec="microseconds")
+    text = json.dumps(
+        {
+            "schema_version": 1,
+            "written": written,
+            "cases": cases,
+            "profile": {"both_ways": profile.both_ways, "points": profile.points},
+        },
+        indent=1,
+        allow_nan=False,
+    )
+    write_text(path, text + "\n")
+    return {"file": path.name, "written": written, "sha256": hashlib.sha256((text + "\n").encode()).hexdigest()}

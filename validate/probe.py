@@ -1,0 +1,307 @@
+"""The profile taken on the spot, before anything is predicted: each operation of the layer at shapes of its own.
+
+None of the shapes is one of the test runs': token counts lie between them, exchanges are even, experts are balanced
+(or, for the grouped kernel, drawn at random).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from validate.costs import Curve, ExpertCost, Floats, both_ways_share, fit_grouped, fit_loop, rising, traffic
+from validate.group import need_torch
+from validate.layer import (
+    Mark,
+    Permuted,
+    combine,
+    dispatch,
+    draw_tokens,
+    gate,
+    permute,
+    run_experts,
+    unpermute,
+)
+from validate.rig import Rig, generator
+
+# Samples of each point on each rank: with two ranks a median of 26.
+REPEATS = 13
+WARMUP = 2
+TOKEN_POINTS = 6
+EXCHANGE_POINTS = 9
+KEEP_POINTS = 4
+ONE_WAY_POINTS = 3  # the largest sizes, where bytes and not latency make the time
+EXPERT_POINTS = 12
+GROUPED_POINTS = 24
+# Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
+# at large ones (so that a sample stays short).
+SAMPLE_ROWS = 1024
+# Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
+LATENESS_S = 2e-3
+# Dirichlet concentrations of the random histograms of the grouped kernel: one hot expert, uneven, nearly even.
+CONCENTRATIONS = (0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured on the spot, on all ranks at once.
+
+    gate, permute, unpermute: seconds over tokens of a rank. dispatch, combine: seconds over the bytes that the busiest
+    rank sends and receives. keep: extra seconds over the bytes that stay on a rank (copied, not sent). both_ways: how
+    much of a rank's less busy direction adds to its time (0 to 1). points: every measured median with its p10 and p90.
+    """
+
+    gate: Curve
+    permute: Curve
+    unpermute: Curve
+    dispatch: Curve
+    combine: Curve
+    keep: Curve
+    both_ways: float
+    experts: ExpertCost
+    points: list[dict[str, Any]]
+
+
+def probe_sizes(least: float, most: float, points: int, avoid: set[int]) -> list[int]:
+    """About `points` sizes spread evenly in the logarithm over [least, most], none of them one of `avoid`."""
+    sizes: set[int] = set()
+    for value in np.geomspace(max(least, 1.0), max(most, 1.0), points):
+        size = max(round(float(value)), 1)
+        while size in avoid:
+            size += 1
+        sizes.add(size)
+    return sorted(sizes)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape to be profiled: `call` marks the ends of its operations; at some of them all ranks meet."""
+
+    label: str
+    call: Callable[[Mark], None]
+    collective: tuple[bool, ...]
+
+
+def sample(rig: Rig, points: Sequence[Point]) -> list[Floats]:
+    """Seconds in the operations of each point: [ranks, repeats, operations] each.
+
+    The points take turns in random order, as the test cases do later: repeating one shape keeps its memory mapped and
+    its data near, and a change in the load of the machine would fall on some points only.
+    """
+    rng = generator(rig.job, 6)
+    moments: list[list[list[float]]] = [[] for _ in points]
+    for turn in range(WARMUP + REPEATS):
+        for index in rng.permutation(len(points)).tolist():
+            rig.group.beat.at(f"profiling {points[index].label}")
+            rig.flush()
+            marks = rig.group.marks()
+            rig.group.start_together()
+            points[index].call(marks.mark)
+            if turn >= WARMUP:
+                moments[index].append(marks.read())
+    return [
+        intervals(rig.group.gather(np.asarray(rows)), point.collective)[0]
+        for point, rows in zip(points, moments, strict=True)
+    ]
+
+
+def intervals(moments: Floats, collective: Sequence[bool]) -> tuple[Floats, Floats]:
+    """Time in each operation and time spent waiting for its start: [ranks, ..., operations] each, in seconds.
+
+    moments: [ranks, ..., operations + 1] on one clock. A collective starts when the last rank comes to it.
+    """
+    starts = moments[..., :-1].copy()
+    meeting = np.asarray(collective)
+    starts[..., meeting] = starts[..., meeting].max(axis=0, keepdims=True)
+    return moments[..., 1:] - starts, starts - moments[..., :-1]
+
+
+def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
+    """Profile every operation, all ranks together.
+
+    counts: rows of the test cases, [source ranks, slots] each; they only say how far the points must reach.
+    """
+    token_sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
+    away_sizes, home_sizes = _exchange_sizes(rig, counts)
+    histograms = _random_histograms(rig, counts) if rig.grouped else _even_histograms(rig, counts)
+    one_way_sizes = away_sizes[-ONE_WAY_POINTS:] if rig.job.ranks > 1 else []
+    shapes = (
+        [_local_point(rig, size) for size in token_sizes],
+        [_exchange_point(rig, away=size, home=0) for size in away_sizes],
+        [_exchange_point(rig, away=0, home=size) for size in home_sizes],
+        [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
+        [_expert_point(rig, histogram) for histogram in histograms],
+    )
+    found = sample(rig, [point for group in shapes for point in group])
+    ends = np.cumsum([len(group) for group in shapes])
+    local, away, home, one_way, experts = (
+        found[end - len(group) : end] for end, group in zip(ends, shapes, strict=True)
+    )
+
+    points: list[dict[str, Any]] = []
+    gate_s, permute_s, unpermute_s = (
+        [
+            _note(points, name, {"tokens": size}, spent[..., column])
+            for size, spent in zip(token_sizes, local, strict=True)
+        ]
+        for column, name in ((0, "gate"), (1, "permute"), (3, "unpermute"))
+    )
+    sent = [size * (rig.job.ranks - 1) * row_bytes(rig) for size in away_sizes]
+    dispatch_s, combine_s = (
+        [_note(points, name, {"sent_bytes": size}, spent[..., column]) for size, spent in zip(sent, away, strict=True)]
+        for column, name in ((0, "dispatch"), (2, "combine"))
+    )
+    kept = [size * row_bytes(rig) for size in home_sizes]
+    stay_s = [
+        _note(points, "keep", {"kept_bytes": size}, spent[..., 2]) for size, spent in zip(kept, home, strict=True)
+    ]
+    single = [size * (rig.job.ranks // 2) * row_bytes(rig) for size in one_way_sizes]
+    single_s = [
+        _note(points, "one_way", {"sent_bytes": size}, _slowest(spent[..., 2]))
+        for size, spent in zip(single, one_way, strict=True)
+    ]
+    combine_curve = rising(sent, combine_s)
+    expert_s = [
+        _note(points, "experts", {"histogram": histogram.tolist()}, spent[..., 0])
+        for histogram, spent in zip(histograms, experts, strict=True)
+    ]
+    return Profile(
+        gate=rising(token_sizes, gate_s),
+        permute=rising(token_sizes, permute_s),
+        unpermute=rising(token_sizes, unpermute_s),
+        dispatch=rising(sent, dispatch_s),
+        combine=combine_curve,
+        keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
+        both_ways=both_ways_share(combine_curve, single, single_s),
+        experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
+        points=points,
+    )
+
+
+def _note(points: list[dict[str, Any]], operation: str, shape: dict[str, Any], samples: Floats) -> float:
+    """Keep a point's median, p10 and p90 over all ranks and repeats; return the median."""
+    low, middle, high = np.quantile(samples, [0.1, 0.5, 0.9]).tolist()
+    points.append({"operation": operation, **shape, "median_s": middle, "p10_s": low, "p90_s": high})
+    return float(middle)
+
+
+def _slowest(samples: Floats) -> Floats:
+    """Samples of the rank with the largest median: [ranks, repeats] -> [repeats]."""
+    return np.asarray(samples[int(np.median(samples, axis=1).argmax())])
+
+
+def _local_point(rig: Rig, size: int) -> Point:
+    torch = need_torch()
+    job, layer = rig.job, rig.layers[0]
+    drawn = draw_tokens(size, rig.basis, np.asarray(job.profile), generator(job, 2, rig.group.rank, size))
+    x = torch.as_tensor(drawn).to(rig.group.device, rig.tokens[job.tokens[0]].dtype)
+
+    def call(mark: Mark) -> None:
+        mark()
+        ids, weights = gate(x, layer.router, job.shape.top_k)
+        mark()
+        permuted = permute(x, ids, layer.routes)
+        mark()
+        rig.flush()  # as the experts do
+        back = permuted.rows.clone()  # as combine leaves them: just written
+        mark()
+        unpermute(back, permuted.source, weights)
+        mark()
+
+    return Point(f"gate and permute at {size} tokens", call, (False, False, False, False))
+
+
+def row_bytes(rig: Rig) -> int:
+    """Bytes of one token's row as it travels."""
+    return int(rig.job.shape.hidden * rig.tokens[rig.job.tokens[0]].element_size())
+
+
+def _exchange_sizes(rig: Rig, counts: list[NDArray[np.int64]]) -> tuple[list[int], list[int]]:
+    """Rows to each other rank (0 among them), and rows kept, that span those of the test cases."""
+    peers = rig.job.ranks - 1
+    busiest = [int(traffic(case).busiest(0.0)) for case in counts]
+    kept = [int(traffic(case).kept.max()) for case in counts]
+    away = [0]
+    if peers:
+        avoid = {rows // peers for rows in busiest if rows % peers == 0}
+        away += probe_sizes(1, 1.3 * max(busiest) / peers, EXCHANGE_POINTS, avoid)
+    return away, probe_sizes(1, 1.3 * max([*kept, 1]), KEEP_POINTS, set(kept))
+
+
+def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) -> Point:
+    """Dispatch and combine with `away` rows to each other rank and `home` rows kept; between them, rows are written.
+
+    `one_way`: only the first half of the ranks sends (and only to the second half) in dispatch, only the second half in
+    combine.
+    The ranks come to both at different moments, as they do in the layer: one that waited must be woken first.
+    """
+    torch = need_torch()
+    group, like = rig.group, rig.tokens[rig.job.tokens[0]]
+    ranks, local = rig.job.ranks, rig.local_slots[0]
+    to_rank = np.full(ranks, away)
+    if one_way:
+        middle = ranks // 2
+        to_rank[:middle] = 0
+        to_rank[middle:] *= int(group.rank < middle)
+    to_rank[group.rank] = home
+    slots = np.stack([np.bincount(np.arange(rows) % local, minlength=local) for rows in to_rank])
+    source = torch.randn(int(to_rank.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
+    slot_counts = torch.as_tensor(slots.reshape(-1)).to(like.device)
+    rng = generator(rig.job, 7, group.rank, away, home, int(one_way))
+
+    def call(mark: Mark) -> None:
+        rows = source.clone()  # as permute leaves them: just written
+        group.linger(rng.uniform(0.0, LATENESS_S))
+        mark()
+        arrived = dispatch(Permuted(rows, None, slot_counts), group)
+        mark()
+        rig.flush()
+        done = arrived.rows.clone()  # as the experts leave them
+        group.linger(rng.uniform(0.0, LATENESS_S))
+        mark()
+        combine(done, arrived, group)
+        mark()
+
+    return Point(
+        f"all-to-all of {away} rows to each rank{', one way' * one_way}, {home} kept", call, (True, False, True)
+    )
+
+
+def _expert_point(rig: Rig, histogram: NDArray[np.int64]) -> Point:
+    """The local experts with `histogram` [local slots] rows each, spread over all source ranks."""
+    torch = need_torch()
+    like = rig.tokens[rig.job.tokens[0]]
+    share, odd = np.divmod(histogram, rig.job.ranks)
+    counts = [(share + (odd > source)).tolist() for source in range(rig.job.ranks)]
+    rows = torch.randn(int(histogram.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
+
+    def call(mark: Mark) -> None:
+        mark()
+        run_experts(rows, counts, rig.layers[0])
+        mark()
+
+    return Point(f"experts at {int(histogram.max())} tokens each", call, (False,))
+
+
+def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """The same number of rows for each used expert, from 1 to beyond the most that one gets in a test case."""
+    local = rig.local_slots[0]
+    most = max(int(case.sum(axis=0).max()) for case in counts)
+    sizes = sorted({1, 2, *probe_sizes(3, 1.2 * most, EXPERT_POINTS, set())})
+    return [np.where(np.arange(local) < max(1, SAMPLE_ROWS // size), size, 0) for size in sizes]
+
+
+def _random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Random rows for each expert, from even to one hot expert; the same on every rank."""
+    local = rig.local_slots[0]
+    most = max(int(case.sum(axis=0).reshape(rig.job.ranks, -1).sum(axis=1).max()) for case in counts)
+    rng = generator(rig.job, 3)
+    totals = np.geomspace(2, 1.2 * most, GROUPED_POINTS).round().astype(np.int64).tolist()
+    return [
+        rng.multinomial(total, rng.dirichlet(np.full(local, rng.choice(CONCENTRATIONS)))).astype(np.int64)
+        for total in totals
+    ]
