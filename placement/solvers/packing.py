@@ -154,3 +154,22 @@ def groups_to_nodes(weight: NDArray[np.float64], nodes: int) -> NDArray[np.int64
         table[row] = pack_apart(weight[row], ones, nodes)
         swap_down(table[row], weight[row], ones, nodes, 0.0)
     return table
+
+
+@njit(cache=True)
+def row_max_over_mean(table: NDArray[np.int64], weight: NDArray[np.float64], ranks: int) -> NDArray[np.float64]:
+    """Largest over mean rank load of each row: table [rows, slots], weight [rows, experts] -> [rows]."""
+    rows, slots = table.shape
+    found = np.ones(rows, dtype=np.float64)
+    for row in range(rows):
+        count = np.zeros(weight.shape[1], dtype=np.int64)
+        for slot in range(slots):
+            count[table[row, slot]] += 1
+        load = np.zeros(ranks, dtype=np.float64)
+        for slot in range(slots):
+            expert = table[row, slot]
+            load[slot * ranks // slots] += weight[row, expert] / count[expert]
+        mean = load.sum() / ranks
+        if mean > 0.0:
+            found[row] = load.max() / mean
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from placement.problem import refuse_uneven_groups
@@ -26,24 +25,9 @@ def solve(request: PlacementRequest) -> ExpertPlacement:
     node where groups > 1. Raises Infeasible where groups, nodes and ranks do not divide.
     """
     refuse_uneven_groups(request)
-    return request.placement(robust_table(request, tail=0.0), "robust")
-
-
-def robust_table(request: PlacementRequest, *, tail: float) -> NDArray[np.int64]:
-    """The slots [layers, slots] of the robust placement.
-
-    tail: 0 weighs the loads as the request does. Above 0 (at most 1), a second search moves that share of each layer's
-    weight to its worst load, which trades the mean over loads for the worst one (CVaR in the limit of one load).
-    """
     table = pack_mix(request, request.mix())
     loads = np.ascontiguousarray(request.loads.transpose(1, 0, 2))
     node_ranks = request.ranks // request.nodes if request.groups > 1 else request.ranks
     weights = np.ascontiguousarray(np.broadcast_to(request.weights, loads.shape[:2]))
     search_layers(table, loads, weights, request.ranks, node_ranks, DOUBLINGS, PASSES)
-    if tail > 0.0:
-        placed = request.placement(table, "robust")
-        hottest = placed.rank_loads(request.loads).max(axis=-1).T  # [layers, scenarios]
-        worst = hottest == hottest.max(axis=1, keepdims=True)
-        weights = (1.0 - tail) * weights + tail * worst / worst.sum(axis=1, keepdims=True)
-        search_layers(table, loads, weights, request.ranks, node_ranks, DOUBLINGS, PASSES)
-    return table
+    return request.placement(table, "robust")
