@@ -1,4 +1,50 @@
 """The command `simulate`."""
+
 from __future__ import annotations
-def simulate() -> None:
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file (YAML).")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    timeline: Annotated[Path | None, typer.Option(help="Write a Chrome trace (gzip) of a typical step here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report page (HTML) here.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c; repeats.")] = None,
+    fidelity: Annotated[str, typer.Option(help="table, maxplus or des.")] = "table",
+    draws: Annotated[int, typer.Option(min=0, help="Joint draws behind the intervals; 0 gives none.")] = 20,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; the scenario's if left out.")] = None,
+) -> None:
     """Simulate a scenario: throughput, latencies, step time and memory, with intervals."""
+    from moesim.engine.deployment import groundwork, resolve
+    from moesim.engine.simulate import simulate as run
+    from moesim.engine.stepmodel import FIDELITIES
+    from moesim.errors import BadInput
+    from moesim.output.console import print_json, print_simulation, progress_bar
+    from moesim.output.metrics import simulation_json
+    from moesim.spec.scenario import load_scenario
+
+    if fidelity not in FIDELITIES:
+        raise BadInput(f"unknown fidelity {fidelity!r}", where="--fidelity", mend=f"use {', '.join(FIDELITIES)}")
+    spec = load_scenario(scenario, tuple(set_ or ()))
+    if seed is not None:
+        spec = spec.model_copy(update={"seed": seed})
+    deployment = resolve(groundwork(spec))
+    with progress_bar("simulating") as progress:
+        simulation = run(deployment, draws=draws, fidelity=FIDELITIES[fidelity], progress=progress)
+    result = simulation_json(simulation)
+    if timeline is not None:
+        from moesim.output.steptrace import write_step_timeline
+
+        write_step_timeline(timeline, simulation)
+    if report is not None:
+        from moesim.output.report import write_simulation_report
+
+        write_simulation_report(report, spec, result)
+    if json_:
+        print_json(result)
+    else:
+        print_simulation(result)

@@ -43,7 +43,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """What happened: times in seconds by request [requests]; gaps_s: all inter-token latencies; log: by step."""
+    """What happened: times in seconds by request [requests]; gaps_s: all inter-token latencies; step_*: by step.
+
+    peak_kv_tokens: most tokens of context that one attention-DP rank had reserved.
+    """
 
     arrival_s: Floats
     first_token_s: Floats
@@ -59,6 +62,7 @@ class Served:
     step_decode_seqs: Ints
     step_prefill_tokens: Ints
     step_instance: Ints
+    peak_kv_tokens: int
 
 
 class _Log:
@@ -90,6 +94,7 @@ class _Run:
         self.arrived = 0
         self.ended = 0
         self.events = 0
+        self.peak_kv_tokens = 0
         self.log = _Log()
 
     def admit(self) -> None:
@@ -120,6 +125,7 @@ class _Run:
                 self.waking[instance] = self.environment.event()
                 yield self.waking[instance]
                 continue
+            self.peak_kv_tokens = max(self.peak_kv_tokens, int(group.kv_tokens.max()))
             start_s = self.environment.now
             step_s = self.step_time(plan)
             self.log.add(start_s, step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum(), instance)
@@ -184,4 +190,5 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
         step_decode_seqs=log[:, 2].astype(np.int64),
         step_prefill_tokens=log[:, 3].astype(np.int64),
         step_instance=log[:, 4].astype(np.int64),
+        peak_kv_tokens=run.peak_kv_tokens,
     )

@@ -67,7 +67,9 @@ def step_batch(
     padded_tokens: ArrayLike | None = None,
 ) -> StepBatch:
     """Build a StepBatch from values that broadcast to [steps, ranks]; without padding, rows are the tokens."""
-    given = [np.asarray(x, dtype=np.float64) for x in (decode_seqs, decode_kv, prefill_seqs, prefill_new, prefill_prefix)]
+    given = [
+        np.asarray(x, dtype=np.float64) for x in (decode_seqs, decode_kv, prefill_seqs, prefill_new, prefill_prefix)
+    ]
     if padded_tokens is not None:
         given.append(np.asarray(padded_tokens, dtype=np.float64))
     steps = np.broadcast_shapes(*(x.shape for x in given), (1, ranks))[0]

@@ -14,14 +14,19 @@ from moesim.graph.task import Link, Stream, Task, TaskGraph
 
 
 def build_step(
-    setup: LayerSetup, priced: Sequence[PricedStep], *, scale: Mapping[str, float] | None = None
+    setup: LayerSetup,
+    priced: Sequence[PricedStep],
+    *,
+    scale: Mapping[str, float] | None = None,
+    collapsed: bool = False,
 ) -> TaskGraph:
     """The task graph of one priced step, or of the two micro-batches of a two-batch step.
 
     Ranks are the GPUs of one instance, TP fastest. `scale` multiplies all costs of a family (a joint draw).
+    collapsed: the parts have one rank only, which stands for the slowest at each stage.
     """
-    steps, ranks = priced[0].batch.steps, setup.parallel.gpus
-    lists = [_Builder(setup, part, scale).tasks() for part in priced]
+    steps, ranks = priced[0].batch.steps, 1 if collapsed else setup.parallel.gpus
+    lists = [_Builder(setup, part, scale, ranks).tasks() for part in priced]
     if setup.policies.schedule == "two_batch":
         if len(lists) != 2:
             raise BadInput("a two-batch schedule needs two micro-batches", mend="price the two halves of the batch")
@@ -32,14 +37,14 @@ def build_step(
 class _Builder:
     """Builds the task list of one micro-batch."""
 
-    def __init__(self, setup: LayerSetup, priced: PricedStep, scale: Mapping[str, float] | None) -> None:
+    def __init__(self, setup: LayerSetup, priced: PricedStep, scale: Mapping[str, float] | None, ranks: int) -> None:
         self.setup = setup
         self.priced = priced
         self.scale = scale
         self.found: list[Task] = []
         parallel = setup.parallel
-        gpu = np.arange(parallel.gpus)
-        self.everyone: NDArray[np.int64] = np.zeros(parallel.gpus, dtype=np.int64)
+        gpu = np.arange(ranks)
+        self.everyone: NDArray[np.int64] = np.zeros(ranks, dtype=np.int64)
         self.tp_group: NDArray[np.int64] = (gpu // parallel.tp).astype(np.int64)
         self.dp_rank = gpu // parallel.tp
         self.ep_rank = gpu // parallel.expert_tp
@@ -49,8 +54,13 @@ class _Builder:
     def tasks(self) -> list[Task]:
         """The whole step, in order."""
         priced, model = self.priced, self.setup.model
-        of = {name: self._spread(getattr(priced, name)) for name in ("projections", "attention", "gate", "shared", "dense")}
-        sync, gather, dense_sync = (self._whole(part) for part in (priced.attention_sync, priced.gather, priced.dense_sync))
+        of = {
+            name: self._spread(getattr(priced, name))
+            for name in ("projections", "attention", "gate", "shared", "dense")
+        }
+        sync, gather, dense_sync = (
+            self._whole(part) for part in (priced.attention_sync, priced.gather, priced.dense_sync)
+        )
         eager = self._whole(priced.eager)
         experts = self._by_layer(priced.experts, self.ep_rank)
         dispatch, combine = (self._by_layer(part, None) for part in (priced.dispatch, priced.combine))
@@ -106,7 +116,14 @@ class _Builder:
 
     def _compute(self, name: str, operation: str, seconds: Floats, layer: int = -1) -> None:
         self.found.append(
-            Task(name=name, operation=operation, stream=Stream.COMPUTE, duration_s=seconds, depends_on=self._last(), layer=layer)
+            Task(
+                name=name,
+                operation=operation,
+                stream=Stream.COMPUTE,
+                duration_s=seconds,
+                depends_on=self._last(),
+                layer=layer,
+            )
         )
 
     def _meet(

@@ -110,27 +110,33 @@ class Pricer:
         self.setup = setup
         self.costs = costs
 
-    def price(self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool) -> PricedStep:
+    def price(
+        self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool, attention: bool = True
+    ) -> PricedStep:
         """Price one set of steps.
 
         counts: float64 [steps, layers, experts], tokens that each expert gets from the whole instance. mode: "normal"
         or "low_latency" (DeepEP), ignored by other backends. graphed: whether a captured graph hides kernel launches.
+        attention: whether to price the attention kernel.
         Raises OutsideProfile.
         """
         setup = self.setup
         rows = batch.padded_tokens
+        slots = setup.placement.slot_loads(counts)
+        local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
+        exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)
         return PricedStep(
             batch=batch,
             mode=mode,
             head=self._memory(rows * setup.model.hidden * self._activation_bytes * 2, "embedding"),
             projections=self._projections(batch),
-            attention=self._attention(batch),
+            attention=self.attention(batch) if attention else Part(),
             attention_sync=self._tensor_parallel_sync(rows),
             gate=self._gate(rows),
             shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
-            dispatch=self._exchange("dispatch", batch, counts, mode),
-            experts=self._experts(counts, mode),
-            combine=self._exchange("combine", batch, counts, mode),
+            dispatch=self._exchange("dispatch", batch, exchange, mode),
+            experts=self._experts(local, mode),
+            combine=self._exchange("combine", batch, exchange, mode),
             gather=self._gather(rows),
             dense=self._swiglu(rows, setup.model.dense_intermediate // setup.parallel.tp),
             dense_sync=self._dense_sync(rows),
@@ -167,7 +173,9 @@ class Pricer:
         return Part(block.estimates * blocks)
 
     def _overhead(self, seconds: float) -> Part:
-        priced = estimate(np.full((1, 1), seconds), Tag.ASSUMED, "overhead", self.setup.overhead_rel_sigma, "engine rules")
+        priced = estimate(
+            np.full((1, 1), seconds), Tag.ASSUMED, "overhead", self.setup.overhead_rel_sigma, "engine rules"
+        )
         return Part((priced,))
 
     def _norm(self, rows: Floats) -> Part:
@@ -181,7 +189,9 @@ class Pricer:
         out = self._gemm(rows, hidden, heads * spec.value_head_dim, dtype)
         if spec.kind == "gqa":
             kv_heads = max(1, spec.kv_heads // tp)
-            qkv = self._gemm(rows, heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim), hidden, dtype)
+            qkv = self._gemm(
+                rows, heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim), hidden, dtype
+            )
             rope = self._memory(rows * (heads + kv_heads) * spec.head_dim * self._activation_bytes * 2, "rope")
             return self._norm(rows) + qkv + rope + out
         latent = spec.kv_lora_rank + spec.qk_rope_head_dim
@@ -209,7 +219,8 @@ class Pricer:
             parts = parts + self._gemm(batch.prefill_tokens, expand, spec.kv_lora_rank, dtype)
         return parts
 
-    def _attention(self, batch: StepBatch) -> Part:
+    def attention(self, batch: StepBatch) -> Part:
+        """The attention kernels of one layer: [steps, attention-DP ranks]."""
         part = Part()
         if batch.decode_seqs.any():
             ones = np.ones_like(batch.decode_seqs)
@@ -288,13 +299,15 @@ class Pricer:
             return Part()
         hidden, dtype = self.setup.model.hidden, self.setup.precision.dense
         activation = self._memory(rows * intermediate * self._activation_bytes * 3, "silu")
-        return self._gemm(rows, 2 * intermediate, hidden, dtype) + activation + self._gemm(rows, hidden, intermediate, dtype)
+        return (
+            self._gemm(rows, 2 * intermediate, hidden, dtype)
+            + activation
+            + self._gemm(rows, hidden, intermediate, dtype)
+        )
 
-    def _experts(self, counts: NDArray[np.float64], mode: str) -> Part:
+    def _experts(self, local: Floats, mode: str) -> Part:
+        """Grouped products of each EP rank; local: [steps, layers, ep, local slots] tokens."""
         setup = self.setup
-        placement = setup.placement
-        slots = placement.slot_loads(counts)
-        local = slots.reshape(*slots.shape[:-1], placement.ranks, placement.slots_per_rank)
         grouping = f"deepep_{mode}" if setup.policies.dispatch.backend == "deepep" else "fused"
         return self._one(
             ExpertGemm(
@@ -308,33 +321,38 @@ class Pricer:
             )
         )
 
-    def _exchange(self, step: str, batch: StepBatch, counts: NDArray[np.float64], mode: str) -> Part:
+    def _balanced_tokens(
+        self, batch: StepBatch, counts: NDArray[np.float64], arriving: Floats, mode: str
+    ) -> Floats | None:
+        """Tokens per GPU of the balanced exchange that loads its busiest endpoint as this one does: [steps, layers]."""
         setup = self.setup
-        backend = setup.policies.dispatch.backend
-        model, parallel = setup.model, setup.parallel
-        sent = batch.tokens
-        if backend == "allreduce":
-            if step == "dispatch":
-                return Part()
-            size = batch.padded_tokens.max(axis=1, keepdims=True) * model.hidden * self._activation_bytes
-            return self._by_layer(self._collective("all_reduce", size, parallel.gpus)) if parallel.gpus > 1 else Part()
-        if backend == "allgather_reducescatter":
-            kind = "all_gather" if step == "dispatch" else "reduce_scatter"
-            size = batch.padded_tokens.max(axis=1, keepdims=True) * parallel.attention_dp * model.hidden
-            return self._by_layer(self._collective(kind, size * self._activation_bytes, parallel.gpus))
-        per_gpu = np.repeat(sent / parallel.tp, parallel.tp, axis=1)
-        arriving = setup.placement.rank_loads(counts)
-        balanced = equivalent_tokens(
-            mode="low_latency" if backend == "alltoall" or mode == "low_latency" else "normal",
-            tokens=per_gpu,
+        if setup.policies.dispatch.backend not in ("deepep", "alltoall"):
+            return None
+        tp, moe = setup.parallel.tp, setup.model.moe
+        by_expert = mode == "low_latency" or setup.policies.dispatch.backend == "alltoall"
+        return equivalent_tokens(
+            mode="low_latency" if by_expert else "normal",
+            tokens=np.repeat(batch.tokens / tp, tp, axis=1),
             rank_loads=arriving,
             placement=setup.placement,
             counts=counts,
-            top_k=model.moe.top_k,
-            groups=model.moe.groups,
-            top_groups=model.moe.top_groups,
+            top_k=moe.top_k,
+            groups=moe.groups,
+            top_groups=moe.top_groups,
             nodes=setup.nodes,
         )
+
+    def _exchange(self, step: str, batch: StepBatch, balanced: Floats | None, mode: str) -> Part:
+        setup = self.setup
+        backend = setup.policies.dispatch.backend
+        model, parallel = setup.model, setup.parallel
+        if balanced is None:
+            size = batch.padded_tokens.max(axis=1, keepdims=True) * model.hidden * self._activation_bytes
+            if backend == "allreduce":
+                alone = step == "dispatch" or parallel.gpus == 1
+                return Part() if alone else self._by_layer(self._collective("all_reduce", size, parallel.gpus))
+            kind = "all_gather" if step == "dispatch" else "reduce_scatter"
+            return self._by_layer(self._collective(kind, size * parallel.attention_dp, parallel.gpus))
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
         if backend == "alltoall":
             size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[dtype]
@@ -357,7 +375,13 @@ class Pricer:
         """Give a part that is alike in all layers a layer axis: [steps, 1] -> [steps, 1, 1]."""
         return Part(
             tuple(
-                estimate(one.seconds[:, None, :], one.tags[..., None, :] if one.tags.ndim > 1 else one.tags, one.family, one.rel_sigma, one.source)
+                estimate(
+                    one.seconds[:, None, :],
+                    one.tags[..., None, :] if one.tags.ndim > 1 else one.tags,
+                    one.family,
+                    one.rel_sigma,
+                    one.source,
+                )
                 for one in part.estimates
             )
         )
@@ -366,4 +390,6 @@ class Pricer:
         """Final norm and logits of the sequences that end the step with a token, over the TP group's vocabulary share."""
         model = self.setup.model
         sequences = batch.decode_seqs + batch.prefill_seqs
-        return self._norm(sequences) + self._gemm(sequences, model.vocabulary // self.setup.parallel.tp, model.hidden, "bf16")
+        return self._norm(sequences) + self._gemm(
+            sequences, model.vocabulary // self.setup.parallel.tp, model.hidden, "bf16"
+        )

@@ -86,9 +86,10 @@ class ExpertPlacement:
 
     def slot_loads(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Equal split of `counts` [..., layers, experts] over the replicas: [..., layers, slots]."""
-        share = counts / self.replica_counts()
-        index = np.broadcast_to(self.physical_to_logical, (*share.shape[:-1], self.slots))
-        return np.asarray(np.take_along_axis(share, index, axis=-1), dtype=np.float64)
+        share = (counts / self.replica_counts()).reshape(*counts.shape[:-2], self.layers * self.experts)
+        index = (self.physical_to_logical + np.arange(self.layers)[:, None] * self.experts).ravel()
+        slots = np.take(share, index, axis=-1)
+        return np.asarray(slots.reshape(*counts.shape[:-2], self.layers, self.slots), dtype=np.float64)
 
     def rank_loads(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Equal-split tokens of each rank: [..., layers, ranks]."""

@@ -1,0 +1,261 @@
+"""From a scenario to something that can run: specs loaded, plan checked, placement solved, memory counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim import plugins
+from moesim.cost.estimate import CostModel
+from moesim.engine.memory import MemoryLedger, ledger
+from moesim.engine.rules import EngineRules, engine_rules
+from moesim.errors import BadInput, Infeasible
+from moesim.graph.pricing import LayerSetup
+from moesim.routing.holdout import split
+from moesim.routing.resolve import resolve_routing
+from moesim.routing.trace import RoutingCounts, stack_profiles
+from moesim.spec.cluster import ClusterSpec
+from moesim.spec.hf import load_model
+from moesim.spec.model import ModelSpec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.placement_file import read_placement
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from moesim.spec.presets import load_cluster
+from moesim.spec.scenario import PlacementSpec, PoliciesSpec, Scenario, ServingSpec
+
+DEFAULT_SOLVER = "greedy"
+
+
+@dataclass(frozen=True)
+class Groundwork:
+    """What all plans of a scenario share: the model, the cluster, the loads to fit to and the loads to judge on.
+
+    judged_on_fit: there was nothing to hold out, so the judge loads are those that the placement was fitted to.
+    """
+
+    scenario: Scenario
+    model: ModelSpec
+    cluster: ClusterSpec
+    fit: tuple[RoutingCounts, ...]
+    judge: tuple[RoutingCounts, ...]
+    judged_on_fit: bool
+    costs: CostModel
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One plan on its cluster, checked and ready: `instances` copies of `setup`, side by side."""
+
+    ground: Groundwork
+    scenario: Scenario
+    setup: LayerSetup
+    rules: EngineRules
+    memory: MemoryLedger
+    instances: int
+
+    @property
+    def serving(self) -> ServingSpec:
+        """The serving part of the scenario; there is one, `groundwork` saw to it."""
+        assert self.scenario.serving is not None
+        return self.scenario.serving
+
+
+def groundwork(scenario: Scenario) -> Groundwork:
+    """Load everything that does not depend on the plan. Raises BadInput or Infeasible in one line."""
+    refuse_unsupported(scenario)
+    model = load_model(scenario.model)
+    cluster = load_cluster(scenario.cluster)
+    rng = np.random.default_rng([scenario.seed, 1])
+    loads = resolve_routing(scenario.routing, model, rng)
+    fit, judge = split(loads, scenario.routing.holdout, np.random.default_rng([scenario.seed, 2]))
+    costs: CostModel = plugins.load(plugins.COSTS, scenario.cost.source, where="cost.source")(scenario, model, cluster)
+    return Groundwork(
+        scenario=scenario,
+        model=model,
+        cluster=cluster,
+        fit=tuple(fit) or tuple(loads),
+        judge=tuple(judge) or tuple(loads),
+        judged_on_fit=not judge,
+        costs=costs,
+    )
+
+
+def refuse_unsupported(scenario: Scenario) -> None:
+    """Name what the scenario asks for that this version does not simulate, before anything runs. Raises BadInput."""
+    serving = scenario.serving
+    if serving is None:
+        raise BadInput("training is not simulated yet", where="training", mend="give `serving` instead")
+    refused = {
+        "serving.roles": serving.roles is not None,
+        "serving.speculative": serving.speculative is not None,
+        "serving.workload.file": serving.workload.file is not None,
+        "serving.batching.prefix_cache": serving.batching.prefix_cache,
+        "system": scenario.system is not None,
+    }
+    for key, asked in refused.items():
+        if asked:
+            raise BadInput("this is not simulated yet", where=key, mend="leave it out")
+    if scenario.policies.gate != "model":
+        raise BadInput("only the model's own gate is simulated yet", where="policies.gate", mend="write `gate: model`")
+    if scenario.policies.capacity.rule != "dropless":
+        raise BadInput(
+            "serving engines are dropless, and no other rule is simulated yet",
+            where="policies.capacity.rule",
+            mend="write `rule: dropless`",
+        )
+
+
+def resolve(
+    ground: Groundwork, scenario: Scenario | None = None, placement: ExpertPlacement | None = None
+) -> Deployment:
+    """Check one plan of the groundwork's scenario and make it ready to run.
+
+    scenario: a variant that differs in parallel, placement, policies or batching only. placement: solved beforehand.
+    Raises BadInput or Infeasible (with its counted reason) in one line.
+    """
+    scenario = scenario or ground.scenario
+    assert scenario.serving is not None
+    model, cluster = ground.model, ground.cluster
+    parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
+    policies = scenario.policies
+    check_parallel(parallel, model, cluster, policies)
+    rules = engine_rules(scenario.engine.name)
+    if placement is None:
+        placement = place(ground, scenario.placement, parallel)
+    check_placement(placement, model, parallel)
+    workload = scenario.serving.workload
+    counted = ledger(
+        model,
+        cluster,
+        parallel,
+        scenario.precision,
+        slots_per_rank=placement.slots_per_rank,
+        batching=scenario.serving.batching,
+        memory=scenario.serving.memory,
+        policies=policies,
+        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+    )
+    setup = LayerSetup(
+        model=model,
+        parallel=parallel,
+        precision=scenario.precision,
+        policies=policies,
+        placement=placement,
+        nodes=-(-parallel.gpus // cluster.gpus_per_node),
+        gpus_per_node=cluster.gpus_per_node,
+        step_overhead_s=rules.step_overhead_s,
+        eager_layer_s=rules.eager_layer_s,
+        overhead_rel_sigma=rules.overhead_rel_sigma,
+    )
+    return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
+
+
+def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec, policies: PoliciesSpec) -> None:
+    """Whether a parallelism plan can run at all on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
+    where = "parallel"
+    if parallel.pp > 1 or parallel.cp > 1:
+        raise BadInput("pipeline and context parallelism are not simulated yet", where=where, mend="set pp and cp to 1")
+    if parallel.gpus > cluster.gpus or cluster.gpus % parallel.gpus:
+        raise Infeasible(
+            f"{parallel.gpus} GPUs of an instance do not divide the cluster's {cluster.gpus}",
+            where=where,
+            mend=f"choose tp x attention_dp that divides {cluster.gpus}",
+            reason="gpus_not_divisible",
+        )
+    node = cluster.gpus_per_node
+    if parallel.gpus > node and parallel.gpus % node:
+        raise Infeasible(
+            f"an instance of {parallel.gpus} GPUs does not fill whole nodes of {node}",
+            where=where,
+            mend=f"use a multiple of {node} GPUs",
+            reason="nodes_not_filled",
+        )
+    if model.attention.heads % parallel.tp:
+        raise Infeasible(
+            f"{model.attention.heads} attention heads do not divide by tp {parallel.tp}",
+            where=f"{where}.tp",
+            mend="choose a tp that divides the heads",
+            reason="heads_not_divisible",
+        )
+    if parallel.ep > model.moe.experts:
+        raise Infeasible(
+            f"ep {parallel.ep} is more than the {model.moe.experts} experts",
+            where=f"{where}.ep",
+            mend="lower ep",
+            reason="more_ranks_than_experts",
+        )
+    if model.moe.intermediate % parallel.expert_tp:
+        raise Infeasible(
+            f"an expert's width {model.moe.intermediate} does not divide by expert_tp {parallel.expert_tp}",
+            where=f"{where}.expert_tp",
+            mend="choose an expert_tp that divides it",
+            reason="expert_not_divisible",
+        )
+    backend = policies.dispatch.backend
+    if backend in ("deepep", "alltoall") and (parallel.ep == 1 or parallel.expert_tp > 1):
+        raise Infeasible(
+            f"{backend} needs whole experts spread over ranks, not ep {parallel.ep} with expert_tp {parallel.expert_tp}",
+            where="policies.dispatch.backend",
+            mend="use ep > 1 with expert_tp 1, or backend allreduce",
+            reason="backend_needs_ep",
+        )
+    if backend == "allreduce" and parallel.attention_dp > 1:
+        raise Infeasible(
+            "allreduce combines the experts' output only where all ranks hold the same tokens",
+            where="policies.dispatch.backend",
+            mend="use attention_dp 1, or backend deepep or allgather_reducescatter",
+            reason="backend_needs_same_tokens",
+        )
+
+
+def check_placement(placement: ExpertPlacement, model: ModelSpec, parallel: ParallelSpec) -> None:
+    """Whether a placement is one for this model and these ranks. Raises BadInput."""
+    if placement.ranks != parallel.ep:
+        raise BadInput(
+            f"the placement is for {placement.ranks} ranks, the plan has ep {parallel.ep}",
+            where="placement",
+            mend="solve it for this plan",
+        )
+    if placement.experts != model.moe.experts or tuple(placement.layer_ids.tolist()) != model.moe.layer_ids:
+        raise BadInput(
+            f"the placement covers {placement.layers} layers of {placement.experts} experts, "
+            f"{model.id} has {model.moe_layers} of {model.moe.experts}",
+            where="placement",
+            mend="solve it for this model",
+        )
+
+
+def place(ground: Groundwork, spec: PlacementSpec, parallel: ParallelSpec) -> ExpertPlacement:
+    """Read or solve the placement of a plan, fitted to the groundwork's fit loads only."""
+    if spec.file is not None:
+        return read_placement(spec.file)
+    return solve(
+        ground,
+        spec.solver or DEFAULT_SOLVER,
+        slots=ground.model.moe.experts + spec.redundant_experts,
+        parallel=parallel,
+        groups=spec.groups,
+        loads=ground.fit,
+    )
+
+
+def solve(
+    ground: Groundwork, solver: str, *, slots: int, parallel: ParallelSpec, groups: int, loads: Sequence[RoutingCounts]
+) -> ExpertPlacement:
+    """Run a registered solver on the given loads. Raises Infeasible for slots that do not fit the ranks."""
+    profiles, weights = stack_profiles(loads)
+    request = PlacementRequest(
+        loads=profiles,
+        weights=weights,
+        layer_ids=np.asarray(ground.model.moe.layer_ids, dtype=np.int64),
+        absolute_layers=ground.model.layers,
+        slots=slots,
+        ranks=parallel.ep,
+        nodes=max(1, parallel.gpus // ground.cluster.gpus_per_node),
+        groups=groups,
+        seed=ground.scenario.seed,
+    )
+    found: ExpertPlacement = plugins.load(plugins.SOLVERS, solver, where="placement.solver")(request)
+    return found

@@ -1,0 +1,45 @@
+"""Joint draws of what is not known: the shared errors of the cost model, and which routing the deployment will meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Families of cost parameters that err together; see Estimate.family.
+FAMILIES = ("attention", "collective", "dispatch", "experts", "gemm", "memory_bound", "overhead")
+LEVEL = 0.9
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One possible truth: standard normal by cost family, and a weight for each judged load (sum 1)."""
+
+    normal: dict[str, float]
+    load_weights: NDArray[np.float64]
+
+    def scale(self, rel_sigma: dict[str, float]) -> dict[str, float]:
+        """Factor on all costs of each family, lognormal with the family's own error."""
+        return {name: float(np.exp(rel_sigma.get(name, 0.0) * value)) for name, value in self.normal.items()}
+
+
+def joint_draws(count: int, loads: int, seed: int) -> list[Draw]:
+    """Seeded draws, the same for every plan that is compared.
+
+    Load weights come from a Bayesian bootstrap (flat Dirichlet) over the judged loads: the deployment meets one mix of
+    them, and it is not known which.
+    """
+    rng = np.random.default_rng([seed, 3])
+    found = []
+    for _ in range(count):
+        normal = {name: float(rng.standard_normal()) for name in FAMILIES}
+        found.append(Draw(normal, rng.dirichlet(np.ones(loads))))
+    return found
+
+
+def interval(values: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:
+    """Central interval of drawn values."""
+    tail = (1.0 - level) / 2.0 * 100.0
+    low, high = np.percentile(values, [tail, 100.0 - tail])
+    return float(low), float(high)

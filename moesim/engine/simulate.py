@@ -1,0 +1,105 @@
+"""Run one deployment under its workload: once as best known, and once for each joint draw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.arrivals import poisson
+from moesim.engine.deployment import Deployment
+from moesim.engine.draws import Draw, joint_draws
+from moesim.engine.serving import Load, Served, serve
+from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.graph.batch import StepBatch, step_batch
+
+DEFAULT_DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A run as best known, the same run under each joint draw, and what they were made with."""
+
+    deployment: Deployment
+    model: StepModel
+    load: Load
+    served: Served
+    drawn: tuple[Served, ...]
+    fidelity: Fidelity
+    seed: int
+    wall_s: float
+    cpu_s: float
+
+
+def make_load(deployment: Deployment, seed: int) -> Load:
+    """The scenario's requests: the same for every plan and draw."""
+    workload = deployment.serving.workload
+    assert workload.isl and workload.osl and workload.requests and workload.arrivals
+    count = workload.requests
+    isl = np.full(count, workload.isl, dtype=np.int64)
+    osl = np.full(count, workload.osl, dtype=np.int64)
+    if workload.arrivals.poisson is not None:
+        rng = np.random.default_rng([seed, 6])
+        return Load(isl, osl, arrival_s=poisson(workload.arrivals.poisson.requests_per_s, count, rng))
+    return Load(isl, osl, concurrency=workload.arrivals.concurrency)
+
+
+def simulate(
+    deployment: Deployment,
+    *,
+    draws: int = DEFAULT_DRAWS,
+    seed: int | None = None,
+    fidelity: Fidelity = "table",
+    progress: Callable[[float], None] | None = None,
+) -> Simulation:
+    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile and Infeasible."""
+    seed = deployment.scenario.seed if seed is None else seed
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    model = StepModel(deployment, seed=seed)
+    load = make_load(deployment, seed)
+
+    def run(draw: Draw | None) -> Served:
+        timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
+        ranks = deployment.setup.parallel.attention_dp
+        return serve(load, model.limits, ranks=ranks, instances=deployment.instances, step_time=timed)
+
+    served = run(None)
+    drawn = []
+    for index, draw in enumerate(joint_draws(draws, len(deployment.ground.judge), seed)):
+        if progress is not None:
+            progress((index + 1) / (draws + 1))
+        drawn.append(run(draw))
+    return Simulation(
+        deployment=deployment,
+        model=model,
+        load=load,
+        served=served,
+        drawn=tuple(drawn),
+        fidelity=fidelity,
+        seed=seed,
+        wall_s=time.perf_counter() - wall_s,
+        cpu_s=time.process_time() - cpu_s,
+    )
+
+
+def typical_decode(simulation: Simulation) -> StepBatch:
+    """The decode step that the run spent its time in: tokens weighted by step time, context halfway through a request."""
+    served = simulation.served
+    decode = (served.step_prefill_tokens == 0) & (served.step_decode_seqs > 0)
+    chosen = decode if decode.any() else served.step_decode_seqs >= 0
+    seqs = weighted_mean(served.step_decode_seqs[chosen], served.step_s[chosen])
+    ranks = simulation.deployment.setup.parallel.attention_dp
+    per_rank = max(1, round(seqs / ranks))
+    workload = simulation.deployment.serving.workload
+    context = float((workload.isl or 1) + (workload.osl or 1) / 2)
+    padded = float(simulation.model.padded(per_rank))
+    return step_batch(ranks=ranks, decode_seqs=float(per_rank), decode_kv=context, padded_tokens=padded)
+
+
+def weighted_mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float:
+    """Mean of `values` weighted by `weights`; 0 where there is no weight."""
+    total = float(weights.sum())
+    return float((values * weights).sum() / total) if total > 0 else 0.0

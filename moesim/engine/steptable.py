@@ -1,0 +1,247 @@
+"""The `table` fidelity: step time over a grid, priced once by `maxplus`, looked up at every step of the serving loop.
+
+Ranks meet at every dispatch and combine, so what a step takes depends on the slowest rank of each stage. The grid is
+priced on one collapsed rank that has, at each stage, the duration of the slowest: exact for the sequential schedule
+where one rank is the slowest throughout, an approximation otherwise (`simulate --fidelity maxplus` checks it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import Estimate, Tag, estimate
+from moesim.engine import maxplus
+from moesim.engine.routing_draws import RoutingDraws
+from moesim.errors import OutsideProfile
+from moesim.graph.batch import StepBatch, step_batch
+from moesim.graph.layer import build_step
+from moesim.graph.pricing import Part, PricedStep, Pricer
+
+Floats = NDArray[np.float64]
+
+# Independent steps drawn per grid point and load, whose mean is the table's value: prompts bring many tokens, whose
+# counts scatter little.
+DRAWS_PER_POINT = {"decode": 3, "prefill": 1}
+# Attention times of the grid, as shares of the longest: two points are exact for a sequential schedule (linear).
+_SHARES_SEQUENTIAL = (0.0, 1.0)
+_SHARES_OVERLAPPED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class PricedGrid:
+    """Grid points of one kind of step, priced but not yet timed.
+
+    tokens: [nt] mean tokens of an attention-DP rank; hot: [nh] largest over mean; steps run over loads, draws, tokens,
+    hot (slowest first). loads: indices of the judged loads. upper: the error that ended the grid, if one did.
+    """
+
+    tokens: Floats
+    hot: Floats
+    loads: list[int]
+    draws: int
+    priced: PricedStep
+    upper: OutsideProfile | None
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Timed grid of one kind of step: seconds [nt, nh, nx] over mean tokens, hot factor and attention time per layer.
+
+    before_s: [nt] time per layer of a rank before dispatch without its attention kernel, at rows = `tokens`.
+    """
+
+    tokens: Floats
+    hot: Floats
+    attention_s: Floats
+    seconds: Floats
+    before_s: Floats
+    upper: OutsideProfile | None
+
+    def step_s(self, mean_tokens: float, hot: float, attention_s: float) -> float:
+        """Seconds of one step. Raises OutsideProfile past the grid's priced end."""
+        if mean_tokens > self.tokens[-1] * (1 + 1e-9) and self.upper is not None:
+            raise self.upper
+        return float(_trilinear(self.tokens, self.hot, self.attention_s, self.seconds, mean_tokens, hot, attention_s))
+
+    def before(self, rows: float) -> float:
+        """Seconds per layer before dispatch, without the attention kernel, for a batch of `rows` tokens."""
+        return float(_linear(self.tokens, self.before_s, rows))
+
+
+def price_grid(
+    pricer: Pricer,
+    routing: RoutingDraws,
+    *,
+    phase: str,
+    mode: str,
+    graphed: bool,
+    tokens: Floats,
+    hot: Floats,
+    most_tokens: float,
+    kv_tokens: float,
+    seed: int,
+) -> PricedGrid:
+    """Price all grid points that the cost model can; the grid ends where it cannot.
+
+    phase: "decode" or "prefill" (the hot rank reads prompts). most_tokens: cap on a rank's tokens. kv_tokens: context
+    at which the grid's attention is priced (its time is a grid axis, so this only has to be inside the profile).
+    Raises OutsideProfile when not even one point can be priced.
+    """
+    split = pricer.setup.policies.schedule == "two_batch"
+
+    def attempt(points: Floats) -> PricedStep:
+        return _price(pricer, routing, phase, mode, graphed, points, hot, most_tokens, kv_tokens, seed, split)
+
+    try:
+        return PricedGrid(tokens, hot, routing.for_phase(phase), DRAWS_PER_POINT[phase], attempt(tokens), None)
+    except OutsideProfile as error:
+        good: list[float] = []
+        first, last = error, error
+        for point in tokens:
+            try:
+                attempt(np.asarray([point]))
+                good.append(float(point))
+            except OutsideProfile as outside:
+                last = outside
+                if good:
+                    break
+        if not good:
+            raise first from None
+        kept = np.asarray(good)
+        return PricedGrid(kept, hot, routing.for_phase(phase), DRAWS_PER_POINT[phase], attempt(kept), last)
+
+
+def _price(
+    pricer: Pricer,
+    routing: RoutingDraws,
+    phase: str,
+    mode: str,
+    graphed: bool,
+    tokens: Floats,
+    hot: Floats,
+    most_tokens: float,
+    kv_tokens: float,
+    seed: int,
+    split: bool,
+) -> PricedStep:
+    ranks = pricer.setup.parallel.attention_dp
+    mean, factor = (axis.ravel() for axis in np.meshgrid(tokens, hot, indexing="ij"))
+    largest = np.minimum(mean * factor, np.maximum(most_tokens, mean))
+    others = (mean * ranks - largest) / (ranks - 1) if ranks > 1 else largest
+    share = 0.5 if split else 1.0
+    rows = np.repeat(others[:, None], ranks, axis=1)
+    rows[:, 0] = largest
+    loads = routing.for_phase(phase)
+    draws = DRAWS_PER_POINT[phase]
+    repeats = len(loads) * draws
+    rows = np.tile(rows, (repeats, 1)) * share
+    group_tokens = rows.sum(axis=1)
+    counts = []
+    points = len(mean)
+    for position, load in enumerate(loads):
+        rng = np.random.default_rng([seed, 4, position])
+        of_load = slice(position * draws * points, (position + 1) * draws * points)
+        counts.append(routing.counts(load, group_tokens[of_load], rng))
+    if phase == "prefill":
+        batch = step_batch(ranks=ranks, prefill_seqs=1.0, prefill_new=rows)
+    else:
+        batch = step_batch(ranks=ranks, decode_seqs=rows, decode_kv=kv_tokens)
+    return pricer.price(batch, np.concatenate(counts), mode=mode, graphed=graphed, attention=False)
+
+
+def time_grid(
+    pricer: Pricer,
+    grid: PricedGrid,
+    *,
+    longest_attention_s: float,
+    scale: Mapping[str, float] | None,
+    load_weights: Floats,
+) -> StepTable:
+    """Time a priced grid under one draw: family scales, and a weight for each judged load (over all loads, sum 1)."""
+    overlapped = pricer.setup.policies.schedule == "two_batch"
+    shares = np.asarray(_SHARES_OVERLAPPED if overlapped else _SHARES_SEQUENTIAL)
+    attention_s = shares * max(longest_attention_s, 1e-9)
+    times = len(shares)
+    collapsed = _collapse(grid.priced, times)
+    steps = collapsed.batch.steps
+    kernel = estimate(np.tile(attention_s, steps // times)[:, None], Tag.INTERPOLATED, "grid", 0.0, "grid axis")
+    collapsed = replace(collapsed, attention=Part((kernel,)))
+    micro = [collapsed, collapsed] if overlapped else [collapsed]
+    graph = build_step(pricer.setup, micro, scale=scale, collapsed=True)
+    seconds = maxplus.run(graph).step_s
+    shaped = seconds.reshape(len(grid.loads), grid.draws, len(grid.tokens), len(grid.hot), times)
+    weights = load_weights[grid.loads]
+    weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1.0 / len(weights))
+    mean = np.tensordot(weights, shaped.mean(axis=1), axes=1)
+    before = (grid.priced.projections + grid.priced.gate + grid.priced.shared).seconds(scale)
+    points = len(grid.tokens) * len(grid.hot)
+    by_point = np.broadcast_to(before, (grid.priced.batch.steps, before.shape[1]))[:points]
+    largest = by_point.max(axis=1).reshape(len(grid.tokens), len(grid.hot))[:, 0]
+    return StepTable(
+        tokens=grid.tokens,
+        hot=grid.hot,
+        attention_s=attention_s,
+        seconds=np.ascontiguousarray(mean),
+        before_s=np.maximum.accumulate(largest),
+        upper=grid.upper,
+    )
+
+
+def _collapse(priced: PricedStep, times: int) -> PricedStep:
+    """Keep the slowest rank of every part, and repeat each step for each attention time."""
+
+    def of(part: Part) -> Part:
+        return Part(tuple(_slowest(one, times) for one in part.estimates))
+
+    names = [name for name, value in vars(priced).items() if isinstance(value, Part)]
+    parts = {name: of(getattr(priced, name)) for name in names}
+    batch = priced.batch
+    one = StepBatch(*(np.repeat(axis.max(axis=1, keepdims=True), times, axis=0) for axis in vars(batch).values()))
+    return replace(priced, batch=one, **parts)
+
+
+def _slowest(one: Estimate, times: int) -> Estimate:
+    seconds = one.seconds.max(axis=-1, keepdims=True)
+    if seconds.shape[0] > 1:
+        seconds = np.repeat(seconds, times, axis=0)
+    return estimate(seconds, np.int8(0), one.family, one.rel_sigma, one.source)  # type: ignore[arg-type]
+
+
+@njit(cache=True)
+def _bracket(axis: Floats, value: float) -> tuple[int, float]:
+    """Lower index and share of the way to the next point; clamped to the axis."""
+    n = len(axis)
+    if n == 1 or value <= axis[0]:
+        return 0, 0.0
+    if value >= axis[n - 1]:
+        return n - 2, 1.0
+    low = np.searchsorted(axis, value) - 1
+    return low, (value - axis[low]) / (axis[low + 1] - axis[low])
+
+
+@njit(cache=True)
+def _trilinear(xs: Floats, ys: Floats, zs: Floats, values: Floats, x: float, y: float, z: float) -> float:
+    i, u = _bracket(xs, x)
+    j, v = _bracket(ys, y)
+    k, w = _bracket(zs, z)
+    if z > zs[-1]:  # longer attention than the grid's: the step grows with it one to one, as at the last interval
+        w = (z - zs[k]) / (zs[k + 1] - zs[k])
+    total = 0.0
+    for a in range(2 if len(xs) > 1 else 1):
+        for b in range(2 if len(ys) > 1 else 1):
+            for c in range(2 if len(zs) > 1 else 1):
+                weight = (u if a else 1.0 - u) * (v if b else 1.0 - v) * (w if c else 1.0 - w)
+                if weight != 0.0:
+                    total += weight * values[i + a, j + b, k + c]
+    return total
+
+
+@njit(cache=True)
+def _linear(xs: Floats, values: Floats, x: float) -> float:
+    i, u = _bracket(xs, x)
+    return values[i] if len(xs) == 1 else values[i] * (1.0 - u) + values[i + 1] * u

@@ -1,0 +1,185 @@
+"""Placements compared in time: the decode step of each at several batch sizes, paired on the same routing and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine import maxplus
+from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
+from moesim.engine.draws import LEVEL, Draw, interval, joint_draws
+from moesim.engine.routing_draws import RoutingDraws
+from moesim.errors import OutsideProfile
+from moesim.graph.batch import step_batch
+from moesim.graph.layer import build_step
+from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.routing.trace import RoutingCounts
+from moesim.spec.plan import ExpertPlacement, max_over_mean
+from moesim.spec.scenario import Scenario
+
+Floats = NDArray[np.float64]
+
+# Independent steps drawn for each judged load: the step time's own scatter is averaged over them.
+STEPS_PER_LOAD = 6
+
+
+@dataclass(frozen=True)
+class TimedPlacements:
+    """Step times by placement at one batch size.
+
+    step_s: name -> float64 [draws + 1]; entry 0 is as best known, the others are joint draws, the same for all names.
+    balance: name -> mean over judged steps and layers of max/mean rank load.
+    """
+
+    tokens_per_rank: int
+    mode: str
+    step_s: dict[str, Floats]
+    balance: dict[str, float]
+
+
+def compare_placements(
+    scenario: Scenario,
+    placements: Mapping[str, ExpertPlacement],
+    judge: Sequence[RoutingCounts],
+    tokens_per_rank: Sequence[int],
+    draws: int,
+    seed: int,
+    *,
+    baseline: str | None = None,
+) -> dict[str, Any]:
+    """Step time of each placement and its paired gain over `baseline` (default: the first), ready for JSON.
+
+    judge: loads that no placement was fitted to. tokens_per_rank: decode tokens of an attention-DP rank. All placements
+    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal.
+    Raises BadInput, Infeasible and OutsideProfile.
+    """
+    ground = groundwork(scenario)
+    rows = timed_placements(ground, placements, judge, tokens_per_rank, draws, seed)
+    base = baseline or next(iter(placements))
+    return {"baseline": base, "level": LEVEL, "rows": [_row(row, base) for row in rows]}
+
+
+def timed_placements(
+    ground: Groundwork,
+    placements: Mapping[str, ExpertPlacement],
+    judge: Sequence[RoutingCounts],
+    tokens_per_rank: Sequence[int],
+    draws: int,
+    seed: int,
+) -> list[TimedPlacements]:
+    """Step times of placements at each batch size; see compare_placements."""
+    deployments = {
+        name: resolve(ground, variant_for(ground.scenario, placement), placement)
+        for name, placement in placements.items()
+    }
+    routing = RoutingDraws(judge, ground.model.moe.top_k)
+    truths: list[Draw | None] = [None, *joint_draws(draws, len(judge), seed)]
+    return [_timed(ground, deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+
+
+def variant_for(scenario: Scenario, placement: ExpertPlacement) -> Scenario:
+    """The scenario with the redundancy of a placement that was solved elsewhere."""
+    spec = scenario.placement.model_copy(update={"redundant_experts": placement.redundant, "file": None})
+    return scenario.model_copy(update={"placement": spec})
+
+
+def _timed(
+    ground: Groundwork,
+    deployments: Mapping[str, Deployment],
+    routing: RoutingDraws,
+    tokens: int,
+    truths: Sequence[Draw | None],
+    seed: int,
+) -> TimedPlacements:
+    first = next(iter(deployments.values()))
+    asked = first.setup.policies.dispatch.mode
+    limit = first.rules.low_latency_tokens * first.setup.parallel.tp
+    if first.setup.policies.dispatch.backend != "deepep":
+        modes = ["normal"]
+    elif asked == "auto":
+        modes = ["low_latency", "normal"] if tokens <= limit else ["normal"]
+    else:
+        modes = [asked]
+    for position, mode in enumerate(modes):
+        try:
+            priced = {name: _price(one, routing, tokens, mode, seed) for name, one in deployments.items()}
+            break
+        except OutsideProfile:
+            if position == len(modes) - 1:
+                raise
+    sigma = _sigmas(priced.values())
+    loads = routing.for_phase("decode")
+    step_s = {}
+    for name, one in deployments.items():
+        found = []
+        for truth in truths:
+            scale = None if truth is None else truth.scale(sigma)
+            micro = [priced[name]] * (2 if one.setup.policies.schedule == "two_batch" else 1)
+            times = maxplus.run(build_step(one.setup, micro, scale=scale)).step_s
+            by_load = times.reshape(len(loads), STEPS_PER_LOAD).mean(axis=1)
+            weights = (routing.weights if truth is None else truth.load_weights)[loads]
+            found.append(float(by_load @ weights / weights.sum()))
+        step_s[name] = np.asarray(found)
+    return TimedPlacements(tokens, mode, step_s, _balance(deployments, routing, tokens, seed))
+
+
+def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int) -> PricedStep:
+    setup = deployment.setup
+    workload = deployment.serving.workload
+    context = float((workload.isl or 1) + (workload.osl or 1) / 2)
+    padded = float(deployment.rules.padded(tokens))
+    batch = step_batch(
+        ranks=setup.parallel.attention_dp, decode_seqs=float(tokens), decode_kv=context, padded_tokens=padded
+    )
+    micro = batch.half() if setup.policies.schedule == "two_batch" else batch
+    counts = _counts(routing, float(micro.tokens.sum()), seed)
+    return Pricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=True)
+
+
+def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:
+    """The same counts for every placement: [judged loads of decode x steps, layers, experts]."""
+    drawn = [
+        routing.counts(load, np.full(STEPS_PER_LOAD, group_tokens), np.random.default_rng([seed, 8, load]))
+        for load in routing.for_phase("decode")
+    ]
+    return np.concatenate(drawn)
+
+
+def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, tokens: int, seed: int) -> dict[str, float]:
+    found = {}
+    for name, one in deployments.items():
+        counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
+        found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts)).mean())
+    return found
+
+
+def _sigmas(priced: Sequence[PricedStep] | Any) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for step in priced:
+        for part in vars(step).values():
+            if isinstance(part, Part):
+                for one in part.estimates:
+                    found[one.family] = max(found.get(one.family, 0.0), one.rel_sigma)
+    return found
+
+
+def _row(row: TimedPlacements, base: str) -> dict[str, Any]:
+    placements = {}
+    for name, times in row.step_s.items():
+        gains = 1.0 - times / row.step_s[base]
+        placements[name] = {
+            "step_s": _with_interval(times),
+            "gain": _with_interval(gains),
+            "per_step_max_over_mean": row.balance[name],
+        }
+    return {"tokens_per_rank": row.tokens_per_rank, "mode": row.mode, "placements": placements}
+
+
+def _with_interval(values: Floats) -> dict[str, float]:
+    """Best-known value and the interval over the draws (its own value twice where nothing was drawn)."""
+    low, high = interval(values[1:]) if len(values) > 1 else (float(values[0]), float(values[0]))
+    return {"value": float(values[0]), "low": low, "high": high}

@@ -1,0 +1,79 @@
+"""What a person sees in the terminal: one JSON object, or tables; progress on stderr, off when not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moesim.units import human_bytes, human_seconds
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print exactly one JSON object on stdout."""
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[float], None] | None]:
+    """A bar on stderr that is told the share done; none where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def with_interval(value: float, interval: dict[str, float] | None, scale: float = 1.0, digits: int = 3) -> str:
+    """`12.3 [11.9, 12.8]`, or the value alone."""
+    text = f"{value * scale:.{digits}g}"
+    if interval is None:
+        return text
+    return f"{text} [{interval['low'] * scale:.{digits}g}, {interval['high'] * scale:.{digits}g}]"
+
+
+def print_simulation(result: dict[str, Any]) -> None:
+    """Tables of a simulation for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics, found, step = result["metrics"], result["intervals"], result["step"]
+    console = Console()
+    rates = Table(title="Throughput and latency (90 % interval)", title_justify="left")
+    rates.add_column("figure")
+    rates.add_column("value", justify="right")
+    names = {"output_tokens_per_s_per_gpu": "output tokens/s/GPU", "total_tokens_per_s_per_gpu": "total tokens/s/GPU"}
+    for key, label in names.items():
+        rates.add_row(label, with_interval(metrics[key], found.get(key), digits=4))
+    for key, label in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
+        for statistic in ("p50", "p99"):
+            value = with_interval(metrics[key][statistic], found.get(f"{key}.{statistic}"), 1e3)
+            rates.add_row(f"{label} {statistic} (ms)", value)
+    console.print(rates)
+    parts = Table(title=f"A typical decode step: {human_seconds(step['step_s'])}", title_justify="left")
+    parts.add_column("operation")
+    parts.add_column("time", justify="right")
+    parts.add_column("share", justify="right")
+    for name, seconds in sorted(step["by_operation_s"].items(), key=lambda item: -item[1]):
+        parts.add_row(name, human_seconds(seconds), f"{seconds / step['step_s']:.0%}")
+    console.print(parts)
+    memory = result["memory"]
+    console.print(
+        f"Rank load max/mean {result['routing']['max_over_mean']:.3f} on the mean profile, "
+        f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
+        f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
+    )
+    shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
+    console.print(f"Where the step times come from: {shares}.")
+    for row in result["slo"]["limits"]:
+        verdict = "met" if row["met"] else "missed"
+        console.print(
+            f"SLO {row['metric']} <= {human_seconds(row['limit_s'])}: {human_seconds(row['value_s'])}, {verdict}."
+        )
