@@ -188,19 +188,25 @@ def _read_npy(archive: zipfile.ZipFile, member: str, path: Path) -> NDArray[Any]
 
 def _read_table(path: Path, experts: int | None) -> Raw:
     """CSV or parquet with the columns layer_id, expert_id, count and, optionally, step."""
+    first_line = 2 if path.suffix == ".csv" else 0
+    return table_counts(read_frame(path), experts=experts, where=str(path), first_line=first_line)
+
+
+def read_frame(path: Path) -> Any:
+    """Read a CSV (all text) or parquet file as a Polars frame of at most MAX_CELLS rows. Raises BadInput."""
     import polars as pl
     from polars.exceptions import PanicException, PolarsError
 
     try:
-        frame = (
-            pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path, memory_map=False)
-        )
+        if path.suffix == ".csv":
+            return pl.read_csv(path, infer_schema=False)
+        check_cells((pl.scan_parquet(path).select(pl.len()).collect().item(),), where=str(path))
+        return pl.read_parquet(path, memory_map=False)
     except (PolarsError, PanicException, OSError, ValueError, OverflowError) as error:
         fault = " ".join(str(error).split())[:100]
         raise BadInput(
             f"not a readable {path.suffix} file ({fault})", where=str(path), mend="write layer_id,expert_id,count"
         ) from None
-    return table_counts(frame, experts=experts, where=str(path), first_line=2 if path.suffix == ".csv" else 0)
 
 
 def table_counts(frame: Any, *, experts: int | None, where: str, first_line: int) -> Raw:
@@ -224,7 +230,7 @@ def table_counts(frame: Any, *, experts: int | None, where: str, first_line: int
         if values.null_count():
             row = int(values.is_null().arg_true()[0])
             raise BadInput(
-                f"{name} is not a{'n integer' if name != 'count' else ' number'}",
+                f"this {name} is no {'number' if name == 'count' else 'integer'}",
                 where=f"{where}: {'line' if first_line else 'row'} {row + first_line}",
                 mend="correct this value",
             )
@@ -388,12 +394,14 @@ def _read_trtllm(path: Path) -> Raw:
             total[place] = total[place] + array if place in total else array.astype(np.float64)
     if not total:
         raise BadInput("the files hold no tensors", where=str(path), mend="record a loaded server")
-    steps = sorted({iteration for iteration, _ in total})
-    layers = sorted({layer for _, layer in total})
+    steps = sorted({number for number, _ in total})
+    layers = sorted({number for _, number in total})
     check_cells((len(steps), len(layers), experts), where=str(path))
     counts = np.zeros((len(steps), len(layers), experts))
-    for (iteration, layer), row in total.items():
-        counts[steps.index(iteration), layers.index(layer)] = row
+    step_of = {number: index for index, number in enumerate(steps)}
+    layer_of = {number: index for index, number in enumerate(layers)}
+    for place, row in total.items():
+        counts[step_of[place[0]], layer_of[place[1]]] = row
     return counts, np.asarray(layers, dtype=np.int64), True
 
 

@@ -4,7 +4,7 @@ Every draw is without replacement and keeps the measured shares (see inclusion.p
 tokens; above, each expert's count is drawn on its own with the mean and variance that it has when tokens are drawn
 exactly, and the small difference between their sum and tokens x top_k is spread over the experts by their variance.
 Means below LOW_MEAN invert a binomial or negative binomial (Panjer's recursion, ASTIN Bulletin 12, 1981), the others a
-normal with the Cornish-Fisher correction for skewness. tests/oracle/test_routing_sample.py compares both with exact draws.
+normal with the Cornish-Fisher correction for skewness. tests/oracle/test_routing_sample.py compares with exact draws.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ QUANTILES = 4096
 # Rows of the table that describes the distribution of each expert's count; see `_moments`.
 SHAPES = 5
 MEAN, A, B, C, SWELL = range(SHAPES)
+# 1 / n: a count of a mean below LOW_MEAN ends long before (a multiplication is a third of a division).
+INVERSE = 1.0 / np.maximum(np.arange(256.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def sample_counts(
 
 
 def sample_counts_with_replacement(profile: Floats, tokens: ArrayLike, top_k: int, rng: np.random.Generator) -> Floats:
-    """Counts [steps, layers, experts] when a token may pick an expert twice: multinomial; cheaper, and wrong for top-k."""
+    """Counts [steps, layers, experts] when a token may pick an expert twice (multinomial), as no top-k router does."""
     picks = np.atleast_1d(np.asarray(tokens, dtype=np.int64)) * top_k
     shares = np.asarray(profile, dtype=np.float64)
     return np.asarray(rng.multinomial(picks[:, None], shares / shares.sum(axis=-1, keepdims=True)), dtype=np.float64)
@@ -239,12 +241,14 @@ def _quantile(u: float, coarse: Floats, fine: Floats) -> float:
     if index == 0:
         inner = place * intervals
         index = int(inner)
-        return fine[index] + (inner - index) * (fine[index + 1] - fine[index])
-    if index == intervals - 1:
+        value = fine[index] + (inner - index) * (fine[index + 1] - fine[index])
+    elif index == intervals - 1:
         inner = (intervals - place) * intervals
         index = min(int(inner), intervals - 1)
-        return -(fine[index] + (inner - index) * (fine[index + 1] - fine[index]))
-    return coarse[index] + (place - index) * (coarse[index + 1] - coarse[index])
+        value = -(fine[index] + (inner - index) * (fine[index + 1] - fine[index]))
+    else:
+        value = coarse[index] + (place - index) * (coarse[index + 1] - coarse[index])
+    return float(value)
 
 
 @njit(cache=True)
@@ -295,6 +299,7 @@ def _draw_apart(
 ) -> float:
     """Draw each expert's count on its own; returns their sum."""
     total = 0.0
+    last = min(int(held), INVERSE.shape[0] - 1)
     for e in range(row.shape[0]):
         u = rng.random()
         if shape[MEAN, e] >= LOW_MEAN:
@@ -302,13 +307,16 @@ def _draw_apart(
             n = shape[MEAN, e] + shape[A, e] * (z * z - 1.0) + z * (shape[B, e] + shape[C, e] * z * z)
             n = max(np.floor(n + 0.5), 0.0)
         else:
-            n = 0.0
             part = shape[A, e]
             u -= part
-            while u > 0.0 and n < held and part > 0.0:
-                n += 1.0
-                part *= shape[B, e] + shape[C, e] / n
+            a = shape[B, e]
+            b = shape[C, e]
+            i = 0
+            while u > 0.0 and part > 0.0 and i < last:
+                i += 1
+                part *= a + b * INVERSE[i]
                 u -= part
+            n = float(i)
         n = min(n, held)
         row[e] = n
         total += n
@@ -319,9 +327,9 @@ def _draw_apart(
 def _moments(held: float, cv2: float, chance: Floats, spread: Floats, shape: Floats) -> None:
     """Describe each expert's count: binomial, its chance shaken by a gamma factor of `cv2`.
 
-    shape [SHAPES, experts]: the mean; A, B, C: quadratic, linear and cubic coefficient of the Cornish-Fisher expansion
-    (excess kurtosis set to the squared skewness, as it is for a Poisson), or below LOW_MEAN the chance of 0 and Panjer's
-    a and b; and by how much the shaking swells the variance, as a factor.
+    shape [SHAPES, experts]: the mean; A, B, C: quadratic, linear, cubic coefficient of the Cornish-Fisher expansion
+    (excess kurtosis set to the squared skewness, as it is for a Poisson), or below LOW_MEAN the chance of 0 and
+    Panjer's a and b; and by how much the shaking swells the variance, as a factor.
     """
     for e in range(chance.shape[0]):
         m = held * chance[e]

@@ -75,17 +75,16 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     if not isinstance(header, dict):
         raise BadInput("the safetensors header is no mapping", where=str(path), mend=mend)
     data = memoryview(content)[8 + length :]
-    return {
-        name: _tensor(entry, data, f"{path}: {name[:40]}") for name, entry in header.items() if name != "__metadata__"
-    }
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: _tensor(entry, data, f"{path}: {name[:40]}") for name, entry in tensors.items()}
 
 
 def _tensor(entry: Any, data: memoryview, where: str) -> NDArray[Any]:
     fault = BadInput("the header of this tensor is wrong", where=where, mend="give the file as the engine wrote it")
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
         raise fault
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+    shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
         raise fault
     check_cells(shape, where=where)
     dtype = np.dtype(DTYPES[entry["dtype"]])
@@ -95,7 +94,8 @@ def _tensor(entry: Any, data: memoryview, where: str) -> NDArray[Any]:
     return np.frombuffer(data[begin:end], dtype=dtype).reshape(shape)
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
-    )
+def _naturals(value: Any) -> list[int] | None:
+    """The list, if it is one of natural numbers."""
+    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+        return value
+    return None
