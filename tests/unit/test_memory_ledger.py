@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,3 +222,21 @@ def test_weights_as_engines_report_them(
 ) -> None:
     predicted = sum(weights(DEEPSEEK, parallel, PrecisionSpec(), slots, policies).values()) / GIB
     assert predicted == pytest.approx(observed_gib, rel=0.01)
+
+
+def test_the_documented_ledgers(repo: Path) -> None:
+    text = (repo / "docs" / "explanation" / "memory.md").read_text(encoding="utf-8")
+    plans = [
+        of(EP32, 9, max_context_tokens=6000),
+        of(ParallelSpec(attention_dp=8, ep=8), 32, max_context_tokens=6000),
+        of(ParallelSpec(tp=8, ep=8), 32, policies=ALLREDUCE, max_context_tokens=6000),
+    ]
+    measures = {
+        "weights": lambda plan: f"{plan.weight_bytes / 1e9:.1f}",
+        "of which experts": lambda plan: f"{plan.items['weights_experts'] / 1e9:.1f}",
+        "activations": lambda plan: f"{plan.items['activations'] / 1e9:.1f}",
+        "KV cache": lambda plan: f"{plan.items['kv_cache'] / 1e9:.1f}",
+        "tokens an attention-DP rank can keep": lambda plan: f"{plan.kv_capacity_tokens:,}",
+    }
+    for name, measure in measures.items():
+        assert f"| {name} | {' | '.join(measure(plan) for plan in plans)} |" in text
