@@ -1,0 +1,350 @@
+"""The measured cost model: prices operations from the profiles that a scenario names.
+
+Inside the measured hull a price is measured (an exact point) or interpolated. Outside, it is an OutsideProfile error that
+names the point and the command that measures it, unless the scenario says `extrapolate: allow`: then the nearest measured
+price is carried on in proportion to the roofline formula and tagged `extrapolated`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
+from moesim.cost.ops import (
+    Attention,
+    Collective,
+    ExpertGemm,
+    Gemm,
+    MemoryBound,
+    MlaAbsorb,
+    MlaAttention,
+    MoeExchange,
+    Operation,
+)
+from moesim.cost.roofline import Roofline, family_of
+from moesim.errors import BadInput, OutsideProfile
+from moesim.spec.cluster import ClusterSpec
+from moesim.spec.model import ModelSpec
+from moesim.spec.scenario import Scenario
+from profiles.experts import ExpertTable, Physics, Shape, expert_table, physics_name
+from profiles.fit import OUTSIDE
+from profiles.lookup import (
+    Priced,
+    along,
+    along_curve,
+    between_shapes,
+    by_experts,
+    describe,
+    fastest,
+    key_of,
+    mend,
+    never_free,
+    nothing,
+    on_grid,
+    point_of,
+    versions,
+    where_key,
+)
+from profiles.store import Profile, open_profile
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = NDArray[np.float64]
+Tags = NDArray[np.int8]
+
+# The number of multiprocessors that DeepEP's normal kernels use unless told otherwise: `Buffer.num_sms` in
+# deepseek-ai/DeepEP, deep_ep/buffer.py.
+DEEPEP_SMS = 20
+# Uncertainty of a family whose leave-out error the profile does not tell; assumed.
+UNKNOWN_SIGMA = 0.25
+TINY_S = 1e-12  # keeps a ratio of formulas finite where both are 0
+# Engines whose tables serve another's: SGLang's prefill runs the expanded MLA that TensorRT-LLM's table measured.
+MLA_PREFILL_ENGINES = {"sglang": ("sglang", "trtllm"), "trtllm": ("trtllm",), "vllm": ("vllm", "trtllm")}
+
+
+def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) -> CostModel:
+    """The cost model of the scenario's engine on its profiles. Raises BadInput when a profile cannot be opened."""
+    system = cluster.name if isinstance(scenario.cluster, Path) else scenario.cluster.system
+    return _shared(
+        system,
+        scenario.engine.name,
+        scenario.cost.profiles,
+        scenario.cost.extrapolate == "allow",
+        cluster.model_dump_json(),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str) -> StoreCosts:
+    """One model for all scenarios alike: a tuner asks a thousand times."""
+    if not names:
+        raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
+    profiles = tuple(open_profile(name, system) for name in names)
+    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)))
+
+
+@dataclass
+class StoreCosts:
+    """Prices operations from measured tables; implements CostModel. Prepared tables are kept by kernel and shape."""
+
+    profiles: tuple[Profile, ...]
+    engine: str
+    allow: bool
+    roofline: Roofline
+    _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
+    _tables: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def estimate(self, operation: Operation) -> Estimate:
+        """Price one operation, vectorised over its sizes. Raises OutsideProfile, BadInput."""
+        if isinstance(operation, MemoryBound):
+            return self._memory_bound(operation)
+        key = key_of(operation)
+        found = self._prepared.get(key)
+        if found is None:
+            found = self._prepared[key] = tuple(self._prepare(operation))
+        if not found:
+            return self._unmeasured(operation)
+        seconds, tags = found[0].price(operation)
+        source, sigma = found[0].source, found[0].sigma
+        outside = tags == OUTSIDE
+        if outside.any():
+            for older in found[1:]:
+                more, more_tags = older.price(operation)
+                take = outside & (more_tags != OUTSIDE)
+                if take.any():
+                    seconds, tags = np.where(take, more, seconds), np.where(take, more_tags, tags).astype(np.int8)
+                    source, sigma = f"{source}; {older.source}", max(sigma, older.sigma)
+                outside = tags == OUTSIDE
+                if not outside.any():
+                    break
+        if outside.any():
+            seconds, tags = self._carry_on(operation, found[0], seconds, tags)
+        return Estimate(seconds, tags, family_of(operation), sigma, source)
+
+    # What is prepared once for a kernel and shape, newest version first.
+
+    def _prepare(self, op: Operation) -> Iterator[Priced]:
+        match op:
+            case Gemm():
+                yield from self._gemm(op)
+            case ExpertGemm():
+                yield from self._experts(op)
+            case Attention():
+                yield from self._attention(op)
+            case MlaAttention():
+                yield from self._mla(op)
+            case MlaAbsorb():
+                yield from self._absorb(op)
+            case Collective():
+                yield from self._collective(op)
+            case MoeExchange():
+                yield from self._exchange(op)
+
+    def _gemm(self, op: Gemm) -> Iterator[Priced]:
+        rows = self._rows("gemm", dtype=op.dtype)
+        for source, table in versions(rows):
+            exact = where_key(table, n=op.n, k=op.k)
+            if exact.height:
+                yield along(exact, "m", source, self._sigma("gemm"))
+                continue
+            between = between_shapes(table, op.n, op.k)
+            if between is not None:
+                yield along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
+
+    def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
+        slots = int(op.tokens.shape[-1])
+        rows = self._rows(
+            "experts",
+            grouping=op.grouping,
+            dtype=op.dtype,
+            hidden=op.hidden,
+            intermediate=op.intermediate,
+            experts=op.experts,
+            top_k=op.top_k,
+        )
+        shape = Shape(op.hidden, op.intermediate, op.dtype, op.experts, op.top_k, op.grouping)
+        for source, table in versions(rows):
+            found = self._expert_table(shape, source, table)
+            by_slots = None if found is None else found.at(slots)
+            if by_slots is not None:
+                sigma = self._sigma(f"experts_{op.grouping}")
+                yield by_experts(by_slots, source, sigma)
+
+    def _expert_table(self, shape: Shape, source: str, table: pl.DataFrame) -> ExpertTable | None:
+        """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""
+        key = (shape, source)
+        if key not in self._tables:
+            self._tables[key] = expert_table(shape, table, self._physics(shape, source))
+        found: ExpertTable | None = self._tables[key]
+        return found
+
+    def _physics(self, shape: Shape, source: str) -> tuple[Physics, dict[int, float]] | None:
+        for profile in self.profiles:
+            stored = profile.description.get("physics", {}).get(physics_name(shape, source))
+            if stored is not None:
+                limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
+                return Physics(**stored["parameters"]), limits
+        return None
+
+    def _attention(self, op: Attention) -> Iterator[Priced]:
+        family = f"attention_{op.phase}"
+        rows = self._rows(
+            family, kv_dtype=op.kv_dtype, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim, window=op.window
+        )
+        exact = where_key(rows, dtype=op.dtype)
+        # With an fp8 cache FlashAttention-3 takes fp8 queries, too: the prefill table has no other rows.
+        yield from self._grids(exact if exact.height else where_key(rows, dtype=op.kv_dtype), op, op.phase, family)
+
+    def _mla(self, op: MlaAttention) -> Iterator[Priced]:
+        family = f"mla_{op.phase}"
+        rows = self._rows(
+            family,
+            engines=MLA_PREFILL_ENGINES.get(self.engine) if op.phase == "prefill" else None,
+            form="absorbed" if op.phase == "decode" else "expanded",
+            dtype=op.dtype,
+            kv_dtype=op.kv_dtype,
+            heads=op.heads,
+            kv_lora_rank=op.kv_lora_rank,
+            qk_nope_head_dim=op.qk_nope_head_dim,
+            qk_rope_head_dim=op.qk_rope_head_dim,
+            value_head_dim=op.value_head_dim,
+        )
+        yield from self._grids(rows, op, op.phase, family)
+
+    def _grids(self, rows: pl.DataFrame, op: Attention | MlaAttention, phase: str, family: str) -> Iterator[Priced]:
+        size = "new_tokens" if phase == "prefill" else "kv_tokens"
+        for source, table in versions(rows):
+            yield on_grid(
+                table, size, source, self._sigma(family), self._grid_formula(op, size) if self.allow else None
+            )
+
+    def _grid_formula(self, op: Attention | MlaAttention, size: str) -> Callable[[Floats, Floats], Floats]:
+        """Roofline seconds at (batch, size), to fill what the grid lacks where that is allowed."""
+
+        def formula(batch: Floats, length: Floats) -> Floats:
+            new = length if size == "new_tokens" else np.ones_like(length)
+            at = dataclasses.replace(op, batch=batch, new_tokens=new, prefix_tokens=length - new)
+            return self.roofline.seconds(at)
+
+        return formula
+
+    def _absorb(self, op: MlaAbsorb) -> Iterator[Priced]:
+        # SGLang quantises these weights per tensor where the dense ones are block-scaled (bmm_fp8 in its MLA layer).
+        dtype = "fp8" if op.dtype == "fp8_block" else op.dtype
+        rows = self._rows(
+            "mla_absorb",
+            side=op.side,
+            dtype=dtype,
+            heads=op.heads,
+            kv_lora_rank=op.kv_lora_rank,
+            head_dim=op.head_dim,
+        )
+        for source, table in versions(rows):
+            yield along(table, "tokens", source, self._sigma("mla_absorb"))
+
+    def _collective(self, op: Collective) -> Iterator[Priced]:
+        if op.gpus == 1:
+            yield Priced(lambda o: nothing(o.bytes), "one GPU", 0.0, "")
+            return
+        rows = self._rows("collective", engines=("nccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes)
+        sigma = self._sigma("collective")
+        paths = []
+        for path in ("nccl", "custom"):
+            newest = next(iter(versions(where_key(rows, path=path))), None)
+            if newest is not None:
+                paths.append(along(newest[1], "bytes", newest[0], sigma))
+        if len(paths) == 2:
+            # Engines take their own all-reduce where it is the faster one and NCCL beyond.
+            source = " or ".join(path.source for path in paths)
+            yield dataclasses.replace(
+                paths[0], price=lambda o: fastest(paths[0].price(o), paths[1].price(o)), source=source
+            )
+        else:
+            yield from paths
+
+    def _exchange(self, op: MoeExchange) -> Iterator[Priced]:
+        rows = self._rows(
+            "exchange",
+            step=op.step,
+            mode=op.mode,
+            nodes=op.nodes,
+            ep=op.ep,
+            hidden=op.hidden,
+            top_k=op.top_k,
+            experts=op.experts,
+            dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
+            sms=0 if op.mode == "low_latency" else DEEPEP_SMS,
+        )
+        for source, table in versions(rows):
+            priced = along(table, "tokens", source, self._sigma(f"exchange_{op.mode}"))
+            # An empty low-latency exchange still runs: the price of the smallest one measured.
+            yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))
+
+    # Tables.
+
+    def _rows(self, family: str, engines: Iterable[str] | None = None, **key: object) -> pl.DataFrame:
+        """Rows of a family for this engine and key, over all profiles."""
+        import polars as pl
+
+        wanted = tuple(engines) if engines is not None else (self.engine,)
+        if (family, wanted) not in self._tables:
+            tables = [profile.table(family) for profile in self.profiles]
+            self._tables[family, wanted] = pl.concat(tables).filter(pl.col("engine").is_in(list(wanted)))
+        return where_key(self._tables[family, wanted], **key)
+
+    def _sigma(self, name: str) -> float:
+        """One standard deviation of ln(true / predicted), from the profile's leave-out errors."""
+        for profile in self.profiles:
+            found = profile.errors(name)
+            if found:
+                return found["p68"]
+        return UNKNOWN_SIGMA
+
+    # Beyond the tables.
+
+    def _memory_bound(self, op: MemoryBound) -> Estimate:
+        source = f"bytes over {self.roofline.cluster.gpu.name}'s HBM and a launch"
+        return estimate(
+            self.roofline.memory_bound(op.bytes), Tag.FORMULA, "memory_bound", self._sigma("memory_bound"), source
+        )
+
+    def _unmeasured(self, op: Operation) -> Estimate:
+        """An operation whose kernel and shape no table holds."""
+        if not self.allow:
+            raise OutsideProfile(
+                f"{describe(op)} is not measured for {self.engine}",
+                where=self._names(),
+                mend=mend(op),
+            )
+        formula = self.roofline.estimate(op)
+        return dataclasses.replace(formula, source=f"{formula.source} (no table holds {describe(op)})")
+
+    def _carry_on(self, op: Operation, priced: Priced, seconds: Floats, tags: Tags) -> tuple[Floats, Tags]:
+        """Points outside the hull: an error, or the nearest measured price in proportion to the roofline."""
+        outside = tags == OUTSIDE
+        if not self.allow:
+            raise OutsideProfile(
+                f"{describe(op)} at {point_of(op, outside)} lies outside what was measured ({priced.hull})",
+                where=self._names(),
+                mend=mend(op),
+            )
+        if priced.clamp is None:  # the table's own model has carried on
+            carried = seconds
+        else:
+            nearest = priced.clamp(op)
+            held, _ = priced.price(nearest)
+            carried = held * self.roofline.seconds(op) / np.maximum(self.roofline.seconds(nearest), TINY_S)
+        mixed = np.where(outside, carried, seconds)
+        return mixed, np.where(outside, int(Tag.EXTRAPOLATED), tags).astype(np.int8)
+
+    def _names(self) -> str:
+        return "profile " + ", ".join(profile.folder.name for profile in self.profiles)

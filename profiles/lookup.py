@@ -1,0 +1,271 @@
+"""How operations meet tables: keys, versions, prepared lookups, and the words of a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import Tag
+from moesim.cost.ops import (
+    Attention,
+    Collective,
+    ExpertGemm,
+    Gemm,
+    MemoryBound,
+    MlaAbsorb,
+    MlaAttention,
+    MoeExchange,
+    Operation,
+)
+from profiles.experts import ExpertCurve
+from profiles.fit import OUTSIDE, Curve, Surface, completed, curve, medians, surface
+from profiles.record import COLLECTIVES, KERNELS, LATENCY
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = NDArray[np.float64]
+Tags = NDArray[np.int8]
+
+# The fields of each operation that hold sizes; all others are the key.
+SIZES: dict[type, tuple[str, ...]] = {
+    Gemm: ("m",),
+    ExpertGemm: ("tokens",),
+    Attention: ("batch", "new_tokens", "prefix_tokens"),
+    MlaAttention: ("batch", "new_tokens", "prefix_tokens"),
+    MlaAbsorb: ("tokens",),
+    MemoryBound: ("bytes",),
+    Collective: ("bytes",),
+    MoeExchange: ("tokens",),
+}
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What one version of a table says of an operation.
+
+    price: operation -> seconds and tags. hull: the measured range, for people. clamp: the operation moved to the edge of
+    the hull; None where `price` carries on by a model of its own.
+    """
+
+    price: Callable[[Any], tuple[Floats, Tags]]
+    source: str
+    sigma: float
+    hull: str
+    clamp: Callable[[Any], Any] | None = None
+
+
+@functools.cache
+def key_fields(kind: type) -> tuple[str, ...]:
+    """The fields of an operation that are not sizes."""
+    return tuple(entry.name for entry in dataclasses.fields(kind) if entry.name not in SIZES[kind])
+
+
+def key_of(op: Operation) -> tuple[object, ...]:
+    """What is fixed about an operation; for experts also the number of local slots."""
+    fixed = tuple(getattr(op, name) for name in key_fields(type(op)))
+    return (type(op), *fixed, op.tokens.shape[-1] if isinstance(op, ExpertGemm) else 0)
+
+
+def where_key(table: pl.DataFrame, **key: object) -> pl.DataFrame:
+    """Rows whose columns equal the key."""
+    import polars as pl
+
+    return table.filter(*(pl.col(name) == value for name, value in key.items())) if key else table
+
+
+def versions(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The rows of each engine and version, newest first, with the words that name them."""
+    parts = rows.partition_by(["engine", "version"], as_dict=True)
+    for (engine, version), part in sorted(parts.items(), key=lambda item: newness(str(item[0][1])), reverse=True):
+        kernels = ", ".join(sorted(part["kernel"].unique()))
+        first = part.row(0, named=True)
+        yield f"{engine} {version} {kernels} ({first['package']} {first['package_version']})", part
+
+
+def newness(version: str) -> tuple[tuple[int, ...], int]:
+    """Orders versions: numbers as numbers, a release candidate before its release, a post-release after."""
+    candidate = re.search(r"(?:rc|a|b|dev)(\d*)", version)
+    release = version[: candidate.start()] if candidate else version
+    numbers = tuple(int(part) for part in re.findall(r"\d+", release))
+    return numbers, int(candidate.group(1) or 0) if candidate else 1_000_000
+
+
+def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:
+    """A lookup along one size."""
+    return along_curve(curve(rows[size].to_numpy(), rows[LATENCY].to_numpy()), size, source, sigma)
+
+
+def along_curve(by_size: Curve, size: str, source: str, sigma: float) -> Priced:
+    """A lookup along one size on a curve that is there already."""
+    largest = by_size.largest
+
+    def price(op: Any) -> tuple[Floats, Tags]:
+        return by_size.price(getattr(op, size))
+
+    def clamp(op: Any) -> Any:
+        return dataclasses.replace(op, **{size: np.minimum(getattr(op, size), largest)})
+
+    return Priced(price, source, sigma, f"{size} up to {largest:g}", clamp)
+
+
+def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
+    """The curve of a product [m, k] x [k, n] between the four measured shapes around it; None outside them.
+
+    Bilinear in ln n and ln k of ln seconds, at every m that all of them have.
+    """
+    import polars as pl
+
+    corners = table.select("n", "k").unique()
+    ns, ks = corners["n"].unique().sort().to_numpy(), corners["k"].unique().sort().to_numpy()
+    around_n, around_k = _around(ns, n), _around(ks, k)
+    if around_n is None or around_k is None:
+        return None
+    total: Floats | None = None
+    common: Floats | None = None
+    parts = []
+    for at_n, weight_n in around_n:
+        for at_k, weight_k in around_k:
+            if weight_n * weight_k == 0.0:
+                continue
+            rows = table.filter((pl.col("n") == at_n) & (pl.col("k") == at_k))
+            if not rows.height:
+                return None
+            ms, seconds = medians(rows["m"].to_numpy(), rows[LATENCY].to_numpy())
+            common = ms if common is None else np.intersect1d(common, ms)
+            parts.append((weight_n * weight_k, ms, np.log(np.maximum.accumulate(seconds))))
+    if common is None or not len(common):
+        return None
+    for weight, ms, logs in parts:
+        at = weight * logs[np.searchsorted(ms, common)]
+        total = at if total is None else total + at
+    assert total is not None
+    return curve(common, np.exp(total), exact=False)
+
+
+def _around(axis: NDArray[np.int64], value: int) -> tuple[tuple[int, float], tuple[int, float]] | None:
+    """The two measured values around `value`, with their weights in the logarithm; None outside."""
+    if value < axis[0] or value > axis[-1]:
+        return None
+    high = int(np.searchsorted(axis, value))
+    if axis[high] == value:
+        return (int(axis[high]), 1.0), (int(axis[high]), 0.0)
+    low = high - 1
+    share = float(np.log(value / axis[low]) / np.log(axis[high] / axis[low]))
+    return (int(axis[low]), 1.0 - share), (int(axis[high]), share)
+
+
+def by_experts(by_slots: ExpertCurve, source: str, sigma: float) -> Priced:
+    """A lookup by histogram."""
+    kind = "measured" if by_slots.measured else "between measured numbers of local experts"
+    return Priced(
+        lambda op: by_slots.price(op.tokens),
+        f"{source}, {kind}",
+        sigma,
+        f"up to {by_slots.pairs:g} pairs a rank balanced",
+    )
+
+
+def on_grid(
+    rows: pl.DataFrame, size: str, source: str, sigma: float, formula: Callable[[Floats, Floats], Floats] | None
+) -> Priced:
+    """A lookup over batch and length; `formula` fills the corners that the grid lacks, where that is allowed."""
+    grid = surface(*(rows[name].to_numpy() for name in ("batch", size, LATENCY)))
+    if formula is not None:
+        grid = completed(grid, formula(*np.meshgrid(grid.axis_a, grid.axis_b, indexing="ij")))
+    most_batch, most_length = float(grid.axis_a[-1]), float(grid.axis_b[-1])
+    hull = f"batch up to {most_batch:g}, {size} up to {most_length:g}, long ones in small batches"
+    if size == "new_tokens":
+
+        def clamp_prefill(op: Any) -> Any:
+            length = np.minimum(causal_length(op), most_length)
+            batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
+            return dataclasses.replace(op, batch=batch, new_tokens=length, prefix_tokens=np.zeros_like(length))
+
+        return Priced(functools.partial(_prefill, grid), source, sigma, hull, clamp_prefill)
+
+    def clamp_decode(op: Any) -> Any:
+        length = np.minimum(np.asarray(op.prefix_tokens) + np.asarray(op.new_tokens), most_length)
+        new = np.minimum(np.asarray(op.new_tokens, dtype=np.float64), length)
+        batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
+        return dataclasses.replace(op, batch=batch, new_tokens=new, prefix_tokens=length - new)
+
+    return Priced(functools.partial(_decode, grid), source, sigma, hull, clamp_decode)
+
+
+def causal_length(op: Attention | MlaAttention) -> Floats:
+    """The prompt without a prefix that has as many causal pairs: s^2 = new^2 + 2 new prefix."""
+    new = np.asarray(op.new_tokens, dtype=np.float64)
+    length: Floats = np.sqrt(new * (new + 2.0 * np.asarray(op.prefix_tokens, dtype=np.float64)))
+    return length
+
+
+def _prefill(grid: Surface, op: Attention | MlaAttention) -> tuple[Floats, Tags]:
+    """Prompts; after a prefix by the causal work, which is a formula on a measured price."""
+    batch = np.asarray(op.batch, dtype=np.float64)
+    seconds, tags = grid.price(batch, causal_length(op))
+    after = (np.asarray(op.prefix_tokens) > 0) & (tags != OUTSIDE) & (seconds > 0)
+    return seconds, np.where(after, np.maximum(tags, int(Tag.FORMULA)), tags).astype(np.int8)
+
+
+def _decode(grid: Surface, op: Attention | MlaAttention) -> tuple[Floats, Tags]:
+    """One token each over the mean length, itself included."""
+    batch = np.asarray(op.batch, dtype=np.float64) * np.asarray(op.new_tokens, dtype=np.float64)
+    return grid.price(batch, np.asarray(op.prefix_tokens, dtype=np.float64) + 1.0)
+
+
+def nothing(sizes: Floats) -> tuple[Floats, Tags]:
+    """No time at all."""
+    return np.zeros(np.shape(sizes)), np.zeros(np.shape(sizes), dtype=np.int8)
+
+
+def fastest(one: tuple[Floats, Tags], other: tuple[Floats, Tags]) -> tuple[Floats, Tags]:
+    """The smaller of two prices that are inside; outside only where both are."""
+    usable = other[1] != OUTSIDE
+    take = usable & ((one[1] == OUTSIDE) | (other[0] < one[0]))
+    return np.where(take, other[0], one[0]), np.where(take, other[1], one[1]).astype(np.int8)
+
+
+def never_free(price: Callable[[Any], tuple[Floats, Tags]]) -> Callable[[Any], tuple[Floats, Tags]]:
+    """The same lookup with sizes held at a positive floor, so that an empty exchange costs the smallest measured one."""
+
+    def held(op: Any) -> tuple[Floats, Tags]:
+        return price(dataclasses.replace(op, tokens=np.maximum(np.asarray(op.tokens, dtype=np.float64), FLOOR)))
+
+    return held
+
+
+FLOOR = 1e-6  # a size below every measured one, above zero
+
+
+def describe(op: Operation) -> str:
+    """The kernel and shape of an operation: `Gemm n=4096 k=7168 dtype=fp8_block`."""
+    words = [f"{name}={getattr(op, name)}" for name in key_fields(type(op))]
+    if isinstance(op, ExpertGemm):
+        words.append(f"local_experts={op.tokens.shape[-1]}")
+    return " ".join([type(op).__name__, *words])
+
+
+def point_of(op: Operation, outside: NDArray[np.bool_]) -> str:
+    """The sizes of the first point that lies outside."""
+    words = []
+    for name in SIZES[type(op)]:
+        sizes = np.asarray(getattr(op, name), dtype=np.float64)
+        if isinstance(op, ExpertGemm):
+            sizes = sizes.sum(axis=-1)
+        value = np.broadcast_to(sizes, outside.shape)[outside][0]
+        words.append(f"{name}={value:g}" + (" in all" if isinstance(op, ExpertGemm) else ""))
+    return " ".join(words)
+
+
+def mend(op: Operation) -> str:
+    """What the user can do about a point that is not measured."""
+    command = COLLECTIVES if isinstance(op, Collective | MoeExchange) else KERNELS
+    return f"measure it with `{command}`, or set cost.extrapolate: allow"
