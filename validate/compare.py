@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 SPLITS = 200
-RESAMPLES = 1000
-# A difference between two placements counts as measured when this much of its bootstrap lies on one side of zero.
-LEVEL = 0.9
+# A difference between two placements counts as measured when chance alone would show it less often than this.
+CHANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,24 +71,28 @@ def split_half(samples: Floats, rng: np.random.Generator) -> SplitHalf:
     return SplitHalf(gap=float(np.median(gaps)), reliability=reliability)
 
 
-def pair_ordering(predicted: Floats, samples: Floats, groups: Sequence[int], rng: np.random.Generator) -> PairOrder:
+def pair_ordering(predicted: Floats, samples: Floats, groups: Sequence[int]) -> PairOrder:
     """Whether the faster of two placements was foretold, over all pairs of cases of one group (token count).
 
     predicted: [cases]; samples: [cases, repeats], repeats measured in turn, so they are compared pair by pair; groups:
-    [cases]. A pair is decided when the bootstrap interval of the paired median difference leaves out zero.
+    [cases]. A pair is decided when an exact sign test of the paired differences rejects chance (two-sided, 10 %).
     """
+    from scipy.stats import binomtest
+
     pairs = decided = agreed = 0
     for first in range(len(groups)):
         for second in range(first + 1, len(groups)):
             if groups[first] != groups[second]:
                 continue
             pairs += 1
-            difference = samples[first] - samples[second]
-            drawn = rng.integers(0, len(difference), size=(RESAMPLES, len(difference)))
-            low, high = np.quantile(np.median(difference[drawn], axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            if low > 0 or high < 0:
+            slower = int((samples[first] > samples[second]).sum())
+            quicker = int((samples[first] < samples[second]).sum())
+            if slower + quicker and binomtest(slower, slower + quicker).pvalue < CHANCE:
                 decided += 1
-                agreed += int((predicted[first] - predicted[second] > 0) == (low > 0))
+                agreed += int(
+                    predicted[first] != predicted[second]
+                    and (predicted[first] > predicted[second]) == (slower > quicker)
+                )
     return PairOrder(pairs, decided, agreed)
 
 

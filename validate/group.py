@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,20 +98,30 @@ class Marks(Protocol):
         """Seconds of every moment, on this rank's clock."""
         ...
 
+    def worked(self) -> list[float]:
+        """Seconds of a processor that the rank's thread had used at every moment; empty where that says nothing."""
+        ...
+
 
 class HostMarks:
     """Moments on the host's monotonic clock: CPU work is done when the call returns."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
+        self._worked: list[float] = []
 
     def mark(self) -> None:
         """Note this moment."""
+        self._worked.append(time.thread_time())
         self._times.append(time.perf_counter())
 
     def read(self) -> list[float]:
         """Seconds since the host's arbitrary zero."""
         return self._times
+
+    def worked(self) -> list[float]:
+        """Processor seconds of this thread."""
+        return self._worked
 
 
 class EventMarks:
@@ -131,6 +141,27 @@ class EventMarks:
         """Seconds since the first event, once all are done."""
         self._events[-1].synchronize()
         return [self._events[0].elapsed_time(event) / 1e3 for event in self._events]
+
+    def worked(self) -> list[float]:
+        """Empty: the device works, not the thread."""
+        return []
+
+
+class CoreShare:
+    """Adds up how much of a processor a rank had while it computed: 1 on a free machine, less where others run too."""
+
+    def __init__(self) -> None:
+        self.worked_s = 0.0
+        self.passed_s = 0.0
+
+    def add(self, marks: Marks, collective: Sequence[bool]) -> None:
+        """Count the operations between the marks that are local ones."""
+        moments, worked = marks.read(), marks.worked()
+        if worked:
+            for index, meeting in enumerate(collective):
+                if not meeting:
+                    self.worked_s += worked[index + 1] - worked[index]
+                    self.passed_s += moments[index + 1] - moments[index]
 
 
 class Group:
@@ -190,6 +221,11 @@ class Group:
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
             pass
+
+    def core_share(self, share: CoreShare) -> float | None:
+        """The share over all ranks, on every rank; None where it says nothing (a device does the work)."""
+        worked, passed = self.gather(np.asarray([share.worked_s, share.passed_s])).sum(axis=0).tolist()
+        return float(worked / passed) if passed > 0 else None
 
     def start_together(self) -> None:
         """Return at the same moment on all ranks (on one clock), or just after a barrier (on several)."""

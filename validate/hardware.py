@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import BadInput, MissingPart
+from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_text
 from validate.job import (
     Backend,
@@ -64,6 +64,8 @@ def make_job(
     """Put the job together: load profile, placements, shape. Raises BadInput, Infeasible, MissingPart."""
     if ranks < 1:
         raise BadInput(f"{ranks} ranks", where="--ranks", mend="pass at least 1")
+    if seed < 0:
+        raise BadInput(f"a seed of {seed}", where="--seed", mend="pass 0 or more")
     if loads is not None:
         profile, layer = file_profile(loads, layer)
         source = f"layer {layer} of {loads.name}"
@@ -82,6 +84,21 @@ def make_job(
     shape = LayerShape.read(
         {"hidden": hidden, "intermediate": intermediate, "experts": count, "top_k": top_k}, where="the layer's shape"
     )
+    if top_k > count:
+        raise BadInput(f"{top_k} of {count} experts", where="--top-k", mend=f"pass at most {count}")
+    if hidden < count:
+        raise BadInput(
+            f"a hidden size of {hidden} cannot carry the routes of {count} experts",
+            where="--hidden",
+            mend=f"pass at least {count}",
+        )
+    if count % ranks:
+        raise Infeasible(
+            f"{count} experts do not divide by {ranks} ranks, so there is no contiguous placement to compare with",
+            where="--ranks",
+            mend=f"use a divisor of {count}",
+            reason="experts_not_divisible",
+        )
     total = slots if slots is not None else min(count + REPLICAS_PER_RANK * ranks, count * ranks)
     cases: tuple[PlacedCase, ...] = built_in_cases(profile, ranks=ranks, slots=total, seed=seed, planned=not placements)
     for path in placements:
@@ -91,7 +108,7 @@ def make_job(
         "backend": backend,
         "ranks": ranks,
         "shape": shape,
-        "tokens": tokens,
+        "tokens": tuple(dict.fromkeys(tokens)),
         "profile": tuple(profile.tolist()),
         "profile_source": source,
         "placements": cases,

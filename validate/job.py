@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moesim.errors import BadInput
-from moesim.files import read_text
 from moesim.plugins import SOLVERS, load
 from moesim.spec.base import Spec
-from moesim.spec.plan import FORMAT, ExpertPlacement, PlacementRequest
+from moesim.spec.placement_file import read_placement
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
 # Spread of ln(share) of the synthetic expert profile: the hottest half of the experts then holds 84 % of the draws
 # (the normal distribution function at one sigma), enough for a bad placement to be visibly slower than a good one.
@@ -33,16 +32,6 @@ class LayerShape(Spec):
     experts: int = Field(gt=0)
     top_k: int = Field(gt=0)
 
-    @model_validator(mode="after")
-    def _fits(self) -> LayerShape:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
-        if self.hidden < self.experts:
-            raise ValueError(
-                f"hidden {self.hidden} is less than the {self.experts} experts: tokens cannot carry routes"
-            )
-        return self
-
 
 class PlacedCase(Spec):
     """One placement of the layer's experts: the expert in each slot, slots contiguous by rank."""
@@ -58,7 +47,7 @@ class Job(Spec):
     backend: Backend
     ranks: int = Field(gt=0)
     shape: LayerShape
-    tokens: tuple[int, ...] = Field(min_length=1)
+    tokens: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
     profile: tuple[float, ...]
     profile_source: str
     placements: tuple[PlacedCase, ...] = Field(min_length=1)
@@ -74,12 +63,6 @@ class Job(Spec):
     def _agrees(self) -> Job:
         if len(self.profile) != self.shape.experts:
             raise ValueError(f"the load profile has {len(self.profile)} experts, the layer {self.shape.experts}")
-        if any(count < 1 for count in self.tokens):
-            raise ValueError("every token count must be at least 1")
-        if len(set(self.tokens)) != len(self.tokens):
-            raise ValueError("a token count is given twice")
-        if len({case.name for case in self.placements}) != len(self.placements):
-            raise ValueError("two placements have the same name")
         return self
 
     def cases(self) -> list[tuple[PlacedCase, int]]:
@@ -111,34 +94,6 @@ def file_profile(path: Path, layer: int | None) -> tuple[NDArray[np.float64], in
             raise BadInput(f"layer {layer} is not in the loads", where=str(path), mend=f"use a MoE layer of {known}")
         row = int(rows[0])
     return np.asarray(profiles[row], dtype=np.float64), int(counts.layer_ids[row])
-
-
-def read_placement(path: Path) -> ExpertPlacement:
-    """Read a placement in moesim's own format. Raises BadInput with the file and the key."""
-    try:
-        data = json.loads(read_text(path, what="placement"))
-    except ValueError as error:
-        raise BadInput(
-            f"not valid JSON ({error})", where=str(path), mend="write it with `moesim place --out`"
-        ) from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise BadInput("not a moesim placement", where=str(path), mend="write it with `moesim place --format moesim`")
-    try:
-        table = np.asarray(data["physical_to_logical"], dtype=np.int64)
-        layer_ids = np.asarray(data["layer_ids"], dtype=np.int64)
-        experts, ranks, layers = int(data["experts"]), int(data["ranks"]), int(data["absolute_layers"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BadInput(
-            f"a key is missing or malformed ({type(error).__name__}: {error})",
-            where=str(path),
-            mend="write it with `moesim place --format moesim`",
-        ) from None
-    if ranks < 1 or table.ndim != 2 or layer_ids.ndim != 1:
-        raise BadInput("ranks or the map has the wrong shape", where=str(path), mend="give [layers, slots]")
-    try:
-        return ExpertPlacement(table, layer_ids, experts, ranks, layers, solver=str(data.get("solver", "file")))
-    except BadInput as error:
-        raise BadInput(error.what, where=str(path), mend=error.mend) from None
 
 
 def case_of_file(path: Path, *, experts: int, ranks: int, layer: int | None, taken: tuple[str, ...]) -> PlacedCase:

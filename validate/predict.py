@@ -122,7 +122,11 @@ def write_predictions(path: Path, cases: list[dict[str, Any]], profile: Profile)
             "schema_version": 1,
             "written": written,
             "cases": cases,
-            "profile": {"both_ways": profile.both_ways, "points": profile.points},
+            "profile": {
+                "both_ways": profile.both_ways,
+                "core_share": profile.core_share,
+                "points": profile.points,
+            },
         },
         indent=1,
         allow_nan=False,

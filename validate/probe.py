@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.costs import Curve, ExpertCost, Floats, both_ways_share, fit_grouped, fit_loop, rising, traffic
-from validate.group import need_torch
+from validate.group import CoreShare, need_torch
 from validate.layer import (
     Mark,
     Permuted,
@@ -41,7 +41,7 @@ GROUPED_POINTS = 24
 # at large ones (so that a sample stays short).
 SAMPLE_ROWS = 1024
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
-LATENESS_S = 2e-3
+LATENESS_S = 5e-3
 # Dirichlet concentrations of the random histograms of the grouped kernel: one hot expert, uneven, nearly even.
 CONCENTRATIONS = (0.1, 1.0, 10.0)
 
@@ -52,7 +52,8 @@ class Profile:
 
     gate, permute, unpermute: seconds over tokens of a rank. dispatch, combine: seconds over the bytes that the busiest
     rank sends and receives. keep: extra seconds over the bytes that stay on a rank (copied, not sent). both_ways: how
-    much of a rank's less busy direction adds to its time (0 to 1). points: every measured median with its p10 and p90.
+    much of a rank's less busy direction adds to its time (0 to 1). core_share: how much of a processor the ranks had
+    while they computed (None: a device computes). points: every measured median with its p10 and p90.
     """
 
     gate: Curve
@@ -63,6 +64,7 @@ class Profile:
     keep: Curve
     both_ways: float
     experts: ExpertCost
+    core_share: float | None
     points: list[dict[str, Any]]
 
 
@@ -86,14 +88,15 @@ class Point:
     collective: tuple[bool, ...]
 
 
-def sample(rig: Rig, points: Sequence[Point]) -> list[Floats]:
-    """Seconds in the operations of each point: [ranks, repeats, operations] each.
+def sample(rig: Rig, points: Sequence[Point]) -> tuple[list[Floats], float | None]:
+    """Seconds in the operations of each point, [ranks, repeats, operations] each, and the share of a core it had.
 
     The points take turns in random order, as the test cases do later: repeating one shape keeps its memory mapped and
     its data near, and a change in the load of the machine would fall on some points only.
     """
     rng = generator(rig.job, 6)
     moments: list[list[list[float]]] = [[] for _ in points]
+    share = CoreShare()
     for turn in range(WARMUP + REPEATS):
         for index in rng.permutation(len(points)).tolist():
             rig.group.beat.at(f"profiling {points[index].label}")
@@ -103,10 +106,12 @@ def sample(rig: Rig, points: Sequence[Point]) -> list[Floats]:
             points[index].call(marks.mark)
             if turn >= WARMUP:
                 moments[index].append(marks.read())
-    return [
+                share.add(marks, points[index].collective)
+    spent = [
         intervals(rig.group.gather(np.asarray(rows)), point.collective)[0]
         for point, rows in zip(points, moments, strict=True)
     ]
+    return spent, rig.group.core_share(share)
 
 
 def intervals(moments: Floats, collective: Sequence[bool]) -> tuple[Floats, Floats]:
@@ -136,7 +141,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
         [_expert_point(rig, histogram) for histogram in histograms],
     )
-    found = sample(rig, [point for group in shapes for point in group])
+    found, core_share = sample(rig, [point for group in shapes for point in group])
     ends = np.cumsum([len(group) for group in shapes])
     local, away, home, one_way, experts = (
         found[end - len(group) : end] for end, group in zip(ends, shapes, strict=True)
@@ -178,6 +183,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
         both_ways=both_ways_share(combine_curve, single, single_s),
         experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
+        core_share=core_share,
         points=points,
     )
 
@@ -251,9 +257,12 @@ def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) ->
     slots = np.stack([np.bincount(np.arange(rows) % local, minlength=local) for rows in to_rank])
     source = torch.randn(int(to_rank.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
     slot_counts = torch.as_tensor(slots.reshape(-1)).to(like.device)
+    before = rig.tokens[min(rig.tokens)]
     rng = generator(rig.job, 7, group.rank, away, home, int(one_way))
 
     def call(mark: Mark) -> None:
+        ids, _ = gate(before, rig.layers[0].router, rig.job.shape.top_k)  # so that dispatch is not the first to run
+        permute(before, ids, rig.layers[0].routes)
         rows = source.clone()  # as permute leaves them: just written
         group.linger(rng.uniform(0.0, LATENESS_S))
         mark()

@@ -118,7 +118,7 @@ def comparison_json(
             "predicted_sum_s": float(foretold.sum()),
             "measured_sum_s": float(found.sum()),
         }
-    order = pair_ordering(layer_predicted, samples, groups, rng)
+    order = pair_ordering(layer_predicted, samples, groups)
     return {
         "layer": {
             "signed_error": errors.tolist(),
@@ -139,6 +139,7 @@ def record_json(
     device: Any,
     dtype: str,
     clock: str,
+    core_share: dict[str, float | None],
     prediction_file: dict[str, str],
     predicted: list[dict[str, Any]],
     measured_from: str,
@@ -156,6 +157,7 @@ def record_json(
         "job": job.model_dump(mode="json", exclude={"out"}),
         "dtype": dtype,
         "clock": clock,
+        "core_share": core_share,
         "predictions": prediction_file,
         "measured_from": measured_from,
         "output_error": output_error,
@@ -189,7 +191,16 @@ def table(record: dict[str, Any]) -> str:
             cells = [_cell(max(p["operation_s"][name]), slowest(m, name)) for p, m in pairs]
             lines.append(_row(f"  {name}", cells))
         lines.append(_row("  layer", [_cell(p["layer_s"], m["layer_s"]) for p, m in pairs]))
-    return "\n".join([*lines, "", *_summary(record["comparison"])])
+    return "\n".join([*lines, "", *_summary(record["comparison"]), *_machine(record["core_share"])])
+
+
+def _machine(core_share: dict[str, float | None]) -> list[str]:
+    profiled, measured = core_share["profile"], core_share["measured"]
+    if profiled is None or measured is None:
+        return []
+    return [
+        f"the machine: computing ranks had {profiled:.0%} of their cores while profiled, {measured:.0%} while measured"
+    ]
 
 
 def _row(name: str, cells: list[str]) -> str:
@@ -213,12 +224,12 @@ def _summary(comparison: dict[str, Any]) -> list[str]:
     layer, half, order = comparison["layer"], comparison["split_half"], comparison["pair_order"]
     by_operation = ", ".join(f"{name} {entry['mape']:.0%}" for name, entry in comparison["operations"].items())
     reliability = "-" if half["reliability"] is None else f"{half['reliability']:.3f}"
-    regrets = ", ".join(f"{value:.1%} at {tokens} tokens" for tokens, value in comparison["regret"].items())
+    regrets = ", ".join(f"{value:.1%} at {tokens}" for tokens, value in comparison["regret"].items())
     return [
         f"layer error: mean {layer['mean_signed_error']:+.1%}, absolute {layer['mape']:.1%}, "
         f"largest {layer['largest_error']:+.1%}",
         f"absolute error by operation: {by_operation}",
         f"the measurement itself: halves of the repeats differ by {half['gap']:.1%}, reliability {reliability}",
         f"order of placements: {order['agreed']} of {order['decided']} decided pairs foretold "
-        f"({order['undecided']} undecided); regret of the predicted best: {regrets}",
+        f"({order['undecided']} undecided); regret of the predicted best: {regrets} tokens",
     ]

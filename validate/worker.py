@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from moesim.errors import CheckFailed, MoesimError
 from moesim.files import read_text, write_json, write_text
 from validate import probe, record
-from validate.group import Beat, Group, need_torch
+from validate.group import Beat, CoreShare, Group, need_torch
 from validate.job import Job
-from validate.layer import OPERATIONS, forward
+from validate.layer import COLLECTIVES, OPERATIONS, forward
 from validate.predict import predict, prediction_json, write_predictions
 from validate.rig import Rig, build, check_outputs, device_of, generator, routed_counts
 
@@ -51,7 +51,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         group.start_together()
         output_error = check(rig, counts)
         started = datetime.now(UTC).isoformat(timespec="microseconds")
-        moments = measure(rig)
+        moments, core_share = measure(rig)
     if group.rank != 0:
         return None
     beat.at("comparing")
@@ -61,6 +61,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         device=group.device,
         dtype=rig.dtype,
         clock="shared" if group.shared_clock else "each rank's own",
+        core_share={"profile": profile.core_share, "measured": core_share},
         prediction_file=written,
         predicted=predicted,
         measured_from=started,
@@ -98,11 +99,15 @@ def check(rig: Rig, counts: list[NDArray[np.int64]]) -> float:
     return check_outputs(rig, outputs)
 
 
-def measure(rig: Rig) -> NDArray[np.float64]:
-    """Moments of every timed run, cases in random turn within each repeat: [ranks, cases, repeats, operations + 1]."""
+def measure(rig: Rig) -> tuple[NDArray[np.float64], float | None]:
+    """Moments of every timed run, [ranks, cases, repeats, operations + 1], and the share of a core that ranks had.
+
+    Within a repeat the cases come in random turn, the same on every rank.
+    """
     job, group = rig.job, rig.group
     cases = job.cases()
     rng = generator(job, 4)
+    share = CoreShare()
     moments = np.zeros((len(cases), job.repeats, len(OPERATIONS) + 1))
     for turn in range(-job.warmup, job.repeats):
         for index in rng.permutation(len(cases)).tolist():
@@ -114,7 +119,8 @@ def measure(rig: Rig) -> NDArray[np.float64]:
             forward(rig.tokens[tokens], rig.layers[index % len(rig.layers)], group, marks.mark)
             if turn >= 0:
                 moments[index, turn] = marks.read()
-    return group.gather(moments)
+                share.add(marks, [name in COLLECTIVES for name in OPERATIONS])
+    return group.gather(moments), group.core_share(share)
 
 
 @contextlib.contextmanager
