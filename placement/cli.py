@@ -132,23 +132,21 @@ def _step_table(placed: Placed) -> Any:
     assert placed.step_time is not None
     table = Table(title="step time on held-out loads, with its interval", title_justify="left")
     table.add_column("tokens per GPU", justify="right")
-    names = list(placed.step_time.figures)
-    for name in names:
+    contenders = list(next(iter(placed.step_time.step_s.values())))
+    for name in contenders:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("gain", justify="right")
     table.add_column("from replicas", justify="right")
 
     def share(gain: Any) -> str:
-        return "-" if gain is None else f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+        return "-" if gain is None else f"{gain.value:+.1%}\n({gain.low:+.1%} to {gain.high:+.1%})"
 
-    for tokens, gain in placed.step_time.gains.items():
-        cells = []
-        for name in names:
-            step = placed.step_time.figures[name][tokens]["step_s"]
-            cells.append(
-                f"{human_seconds(step['mean'])} ({human_seconds(step['low'])} to {human_seconds(step['high'])})"
-            )
-        table.add_row(str(tokens), *cells, share(gain), share(placed.step_time.replicas.get(tokens)))
+    def span(time: Any) -> str:
+        return f"{human_seconds(time.value)}\n({human_seconds(time.low)} to {human_seconds(time.high)})"
+
+    for tokens, times in placed.step_time.step_s.items():
+        gain, replicas = placed.step_time.gains[tokens], placed.step_time.replicas.get(tokens)
+        table.add_row(str(tokens), *(span(times[name]) for name in contenders), share(gain), share(replicas))
     return table
 
 

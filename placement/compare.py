@@ -13,7 +13,7 @@ from moesim.routing.holdout import split
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec
-from placement.judge import Gain, balance, paired_gain
+from placement.judge import Figure, balance, paired_gain
 from placement.problem import request_from_loads, solve, without_redundancy
 
 BASELINE = "contiguous"
@@ -44,8 +44,8 @@ class HeldOut:
     splits: int
     workloads: tuple[str, ...]
     each: dict[str, float]
-    gain: Gain
-    replicas: Gain | None
+    gain: Figure
+    replicas: Figure | None
 
     def to_json(self) -> dict[str, Any]:
         """How the loads were split, and the figures."""

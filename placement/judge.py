@@ -55,8 +55,8 @@ class Balance:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A relative gain (0.1 = the hottest rank has 10 % less work) with its interval."""
+class Figure:
+    """A figure with its interval: most often a relative gain (0.1 = 10 % less of what is compared)."""
 
     value: float
     low: float
@@ -105,7 +105,7 @@ def paired_gain(
     *,
     draws: int = DRAWS,
     level: float = LEVEL,
-) -> Gain:
+) -> Figure:
     """1 - candidate / baseline of mean max/mean, by a bootstrap that draws workloads and layers, the same for both.
 
     baseline, candidate: [loads, layers]; weights: [loads]. Loads are drawn with replacement by their weight, layers
@@ -121,4 +121,4 @@ def paired_gain(
     base = np.einsum("dw,wl,dl->d", load_times, baseline, layer_times, optimize=True)
     cand = np.einsum("dw,wl,dl->d", load_times, candidate, layer_times, optimize=True)
     low, high = np.quantile(1.0 - cand / base, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Gain(value=value, low=float(low), high=float(high), level=level)
+    return Figure(value=value, low=float(low), high=float(high), level=level)

@@ -11,25 +11,18 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
-from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import HoldoutSpec, Scenario
 from placement.compare import (
     BASELINE,
-    PLANNED,
-    WITHOUT_REPLICAS,
     HeldOut,
-    Split,
-    contenders,
     judge_splits,
     make_splits,
-    refit,
 )
-from placement.judge import Balance, Gain, balance
+from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
-from placement.verdict import Verdict, gain_from, on_balance, on_step_time, withheld
-
-TOKENS_PER_RANK = (8, 32, 128, 512)
-"""Where every placement figure is given in time (DESIGN, section 2)."""
+from placement.steps import StepTime, judge_steps
+from placement.verdict import Verdict, on_balance, on_step_time, withheld
 
 
 @dataclass(frozen=True)
@@ -45,27 +38,6 @@ class Asked:
     holdout: HoldoutSpec
     seed: int
     scenario: Scenario | None = None
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Step times on held-out loads: contender -> tokens per rank -> figures; and the gains over two references."""
-
-    judged: tuple[str, ...]
-    figures: dict[str, dict[int, dict[str, Any]]]
-    gains: dict[int, Gain]
-    replicas: dict[int, Gain]
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures by contender and tokens per rank."""
-        return {
-            "judged_on": list(self.judged),
-            "by_placement": {
-                name: {str(tokens): found for tokens, found in rows.items()} for name, rows in self.figures.items()
-            },
-            "gain": {str(tokens): gain.to_json() for tokens, gain in self.gains.items()},
-            "gain_from_replicas": {str(tokens): gain.to_json() for tokens, gain in self.replicas.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -118,7 +90,7 @@ class Placed:
         }
 
 
-def _headline(gains: dict[int, Gain]) -> dict[str, Any]:
+def _headline(gains: dict[int, Figure]) -> dict[str, Any]:
     """The gain at the tokens per rank in the middle of those judged, which it names."""
     tokens = sorted(gains)[len(gains) // 2]
     return {"tokens_per_rank": tokens, **gains[tokens].to_json()}
@@ -226,7 +198,7 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
     held = judge_splits(splits, request, asked.solver, asked.holdout) if splits else None
     step_time = None
     if held is not None and asked.scenario is not None:
-        step_time = _step_time(asked.scenario, splits, request, asked, draws)
+        step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -260,34 +232,3 @@ def _assumed(asked: Asked) -> str:
         parts.append("expert parallelism over several nodes is not validated on hardware")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
-def _step_time(
-    scenario: Scenario, splits: Sequence[Split], request: PlacementRequest, asked: Asked, draws: int
-) -> StepTime:
-    """Price the contenders' steps on the first split that holds a decode load out (else the first).
-
-    8 to 512 tokens per rank are sizes of decode steps, so where a decode load is held out, it alone judges.
-    """
-    from moesim.engine.steptime import compare_placements
-
-    def decodes(split: Split) -> list[RoutingCounts]:
-        return [load for load in split.judge if load.phase == "decode"]
-
-    split = next((found for found in splits if decodes(found)), splits[0])
-    judge = decodes(split) or list(split.judge)
-    found = contenders(refit(request, split.fit), asked.solver)
-    options = {"judge": judge, "tokens_per_rank": TOKENS_PER_RANK, "draws": draws, "seed": asked.seed}
-    figures = compare_placements(scenario, found, **options)
-    level = 0.9
-    replicas: dict[int, Gain] = {}
-    if WITHOUT_REPLICAS in found:
-        pair = {name: found[name] for name in (WITHOUT_REPLICAS, PLANNED)}
-        against = compare_placements(scenario, pair, **options)
-        replicas = {tokens: gain_from(row["gain"], level) for tokens, row in against[PLANNED].items()}
-    return StepTime(
-        judged=tuple(load.name for load in judge),
-        figures=figures,
-        gains={tokens: gain_from(row["gain"], level) for tokens, row in figures[PLANNED].items()},
-        replicas=replicas,
-    )

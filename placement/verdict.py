@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from placement.compare import HeldOut
-from placement.judge import Gain
+from placement.judge import Figure
 
 GAIN, TIE, DONT, MIXED, WITHHELD = "gain", "tie", "dont", "mixed", "withheld"
 
@@ -24,7 +23,7 @@ class Verdict:
         return {"code": self.code, "text": self.text}
 
 
-def sign(gain: Gain) -> int:
+def sign(gain: Figure) -> int:
     """1 where the whole interval is a gain, -1 where it is a loss, 0 for a tie (the interval holds 0)."""
     return 1 if gain.low > 0 else -1 if gain.high < 0 else 0
 
@@ -65,7 +64,7 @@ def on_balance(held: HeldOut, solver: str) -> Verdict:
     return Verdict(code, f"{text} Balance is not time: give a scenario to judge step time.")
 
 
-def _replicas_balance(gain: Gain) -> str:
+def _replicas_balance(gain: Figure) -> str:
     interval = f"{gain.value:.1%} ({gain.low:.1%} to {gain.high:.1%})"
     if sign(gain) > 0:
         return f"Against the same solver without replicas, the replicas gain {interval}."
@@ -75,7 +74,7 @@ def _replicas_balance(gain: Gain) -> str:
 
 
 def on_step_time(
-    gains: Mapping[int, Gain], replicas: Mapping[int, Gain], solver: str, *, judged: str, assumed: str = ""
+    gains: Mapping[int, Figure], replicas: Mapping[int, Figure], solver: str, *, judged: str, assumed: str = ""
 ) -> Verdict:
     """Verdict on step time at several tokens per rank.
 
@@ -111,7 +110,7 @@ def on_step_time(
     return Verdict(code, text)
 
 
-def _replicas_time(gains: Mapping[int, Gain]) -> str:
+def _replicas_time(gains: Mapping[int, Figure]) -> str:
     pays = [t for t, gain in gains.items() if sign(gain) > 0]
     lose = [t for t, gain in gains.items() if sign(gain) < 0]
     even = [t for t, gain in gains.items() if sign(gain) == 0]
@@ -130,8 +129,3 @@ def tokens_list(tokens: list[int]) -> str:
     """`8, 32 and 128`."""
     words = [str(token) for token in tokens]
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
-
-
-def gain_from(data: Mapping[str, Any], level: float) -> Gain:
-    """A Gain from `{value, low, high}`."""
-    return Gain(float(data["value"]), float(data["low"]), float(data["high"]), level)

@@ -1,0 +1,106 @@
+"""Where trials run: in this process, or in a pool of worker processes; outcomes come back in the order asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.deployment import groundwork
+from moesim.errors import MoesimError
+from moesim.spec.scenario import Scenario
+from placement.objective import Evaluator, Outcome, drawn_values
+from placement.space import Plan
+
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
+
+
+class Workers(Protocol):
+    """Evaluates batches of plans."""
+
+    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of the plans, in their order."""
+        ...
+
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+        """Metrics of each plan as best known (entry 0) and under the same joint draws."""
+        ...
+
+
+class LocalWorkers:
+    """All trials in this process."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+
+    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of the plans, in their order."""
+        return [self.evaluator.evaluate(plan) for plan in plans]
+
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+        """Metrics of each plan as best known (entry 0) and under the same joint draws."""
+        return [_draw(self.evaluator, plan, draws, metrics) for plan in plans]
+
+
+class PoolWorkers:
+    """Trials in worker processes, each with its own groundwork; a lost worker ends the run with one line."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of the plans, in their order."""
+        try:
+            return list(self.pool.map(_evaluate_here, plans))
+        except BrokenProcessPool:
+            raise _lost_worker() from None
+
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+        """Metrics of each plan as best known (entry 0) and under the same joint draws."""
+        try:
+            return list(self.pool.map(_draw_here, plans, [draws] * len(plans), [tuple(metrics)] * len(plans)))
+        except BrokenProcessPool:
+            raise _lost_worker() from None
+
+
+def _lost_worker() -> MoesimError:
+    return MoesimError("a worker process died", mend="run again with --resume, with fewer --workers if memory is short")
+
+
+@contextmanager
+def start_workers(scenario: Scenario, evaluator: Evaluator, count: int) -> Iterator[Workers]:
+    """Workers for a run: this process for one, else a pool of spawned processes with one thread each."""
+    if count <= 1:
+        yield LocalWorkers(evaluator)
+        return
+    for name in _THREAD_SETTINGS:
+        os.environ.setdefault(name, "1")
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start, initargs=(scenario,)) as pool:
+        yield PoolWorkers(pool)
+
+
+_here: dict[str, Evaluator] = {}
+
+
+def _start(scenario: Scenario) -> None:
+    _here["evaluator"] = Evaluator(groundwork(scenario), scenario)
+
+
+def _evaluate_here(plan: Plan) -> Outcome:
+    return _here["evaluator"].evaluate(plan)
+
+
+def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
+    return _draw(_here["evaluator"], plan, draws, metrics)
+
+
+def _draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    simulation = evaluator.run(plan, draws=draws)
+    return {metric: drawn_values(simulation, metric) for metric in metrics}

@@ -1,0 +1,124 @@
+"""What one plan is worth: simulated once as best known, and again under joint draws for the finalists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.deployment import Deployment, Groundwork, resolve, solve
+from moesim.engine.simulate import Simulation, simulate
+from moesim.errors import Infeasible, OutsideProfile
+from moesim.output.metrics import flatten, serving_metrics
+from moesim.routing.trace import stack_profiles
+from moesim.spec.plan import ExpertPlacement, max_over_mean
+from moesim.spec.scenario import Scenario
+from placement.space import Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished trial. status: "ok", or the reason why the plan could not be priced or run.
+
+    metrics: flat contract metrics plus rank_load_max_over_mean and memory_peak_bytes. violation: how far the worst
+    service level is missed, as a share of its limit (at most 0: all are met).
+    """
+
+    status: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    violation: float = 0.0
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome as stored with its trial."""
+        return {"status": self.status, "metrics": self.metrics, "violation": self.violation, "detail": self.detail}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Outcome:
+        """The outcome of a stored trial."""
+        return Outcome(data["status"], dict(data["metrics"]), float(data["violation"]), data.get("detail", ""))
+
+
+class Evaluator:
+    """Evaluates plans of one scenario; keeps solved placements, which many plans share."""
+
+    def __init__(self, ground: Groundwork, scenario: Scenario) -> None:
+        self.ground = ground
+        self.scenario = scenario
+        self.solved: dict[tuple[str, int, int, int], ExpertPlacement] = {}
+
+    def deployment(self, plan: Plan) -> Deployment:
+        """The plan on its cluster. Raises Infeasible and BadInput."""
+        variant = plan.apply(self.scenario)
+        nodes = max(1, plan.parallel.gpus // self.ground.cluster.gpus_per_node)
+        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes)
+        if key not in self.solved:
+            self.solved[key] = solve(
+                self.ground,
+                plan.solver,
+                slots=self.ground.model.moe.experts + plan.redundant_experts,
+                parallel=plan.parallel,
+                groups=variant.placement.groups,
+                loads=self.ground.fit,
+            )
+        return resolve(self.ground, variant, self.solved[key])
+
+    def run(self, plan: Plan, *, draws: int = 0) -> Simulation:
+        """Simulate a plan. Raises Infeasible and OutsideProfile."""
+        return simulate(self.deployment(plan), draws=draws)
+
+    def evaluate(self, plan: Plan) -> Outcome:
+        """Simulate a plan once; what cannot run becomes an outcome with its reason."""
+        try:
+            simulation = self.run(plan)
+        except OutsideProfile as error:
+            return Outcome("outside_profile", detail=error.line())
+        except Infeasible as error:
+            return Outcome(error.reason, detail=error.line())
+        return outcome_of(simulation)
+
+
+def outcome_of(simulation: Simulation) -> Outcome:
+    """Metrics and service levels of a run as best known."""
+    deployment = simulation.deployment
+    metrics = plan_metrics(simulation)
+    limits = deployment.scenario.objective.slo.limits()
+    excess = [metrics[f"{name}.{statistic}"] / limit - 1.0 for (name, statistic), limit in limits.items()]
+    return Outcome("ok", metrics, max(excess, default=0.0))
+
+
+def plan_metrics(simulation: Simulation) -> dict[str, float]:
+    """Flat metrics of a run, with its balance on the judged loads and its memory."""
+    deployment = simulation.deployment
+    metrics = flatten(serving_metrics(simulation.served, deployment.ground.cluster.gpus))
+    profiles, _ = stack_profiles(deployment.ground.judge)
+    loads = deployment.setup.placement.rank_loads(profiles)
+    metrics["rank_load_max_over_mean"] = float(max_over_mean(loads).mean())
+    fixed = sum(size for name, size in deployment.memory.items.items() if name != "kv_cache")
+    metrics["memory_peak_bytes"] = fixed + simulation.served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
+    metrics["goodput_per_gpu"] = goodput(simulation)
+    return metrics
+
+
+def goodput(simulation: Simulation) -> float:
+    """Output tokens/s/GPU of the requests that met every latency level on their own."""
+    served = simulation.served
+    limits = simulation.deployment.scenario.objective.slo.limits()
+    of_request = {
+        "ttft_s": served.first_token_s - served.arrival_s,
+        "tpot_s": (served.finish_s - served.first_token_s) / np.maximum(served.osl - 1, 1),
+        "e2e_s": served.finish_s - served.arrival_s,
+    }
+    good = np.isfinite(served.finish_s)
+    for (name, _), limit in limits.items():
+        good &= of_request[name] <= limit
+    return float(served.osl[good].sum()) / served.duration_s / simulation.deployment.ground.cluster.gpus
+
+
+def drawn_values(simulation: Simulation, metric: str) -> NDArray[np.float64]:
+    """A metric as best known (entry 0) and under each joint draw."""
+    gpus = simulation.deployment.ground.cluster.gpus
+    runs = [simulation.served, *simulation.drawn]
+    return np.asarray([flatten(serving_metrics(run, gpus))[metric] for run in runs])

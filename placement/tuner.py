@@ -1,0 +1,200 @@
+"""The search: Optuna asks, the simulator answers, in batches of fixed size that are durable when they end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from moesim.errors import BadInput
+from moesim.spec.scenario import Scenario
+from placement.executors import Workers
+from placement.objective import Outcome
+from placement.space import Plan, Space
+
+# Trials of a batch: told together, in order, so that any number of workers gives the same study.
+BATCH = 8
+STUDY = "moesim"
+_OUTCOME = "outcome"
+_VIOLATION = "violation"
+_ASKS = 6  # a sampler that keeps asking for plans already tried gives way to a random untried one
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial."""
+
+    number: int
+    plan: Plan
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Search:
+    """A finished search. exhausted: every legal plan was evaluated."""
+
+    trials: tuple[Trial, ...]
+    exhausted: bool
+    resumed: int
+
+    def infeasible(self) -> dict[str, int]:
+        """Trials that could not run, by reason."""
+        return dict(Counter(trial.outcome.status for trial in self.trials if trial.outcome.status != "ok"))
+
+
+def open_study(scenario: Scenario, out: Path | None, storage: str | None, resume: bool) -> optuna.Study:
+    """The study of a run: in a journal file of the run folder, at a storage URL, or in memory.
+
+    Raises BadInput when there is one already and `resume` was not asked for, or when it cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    fingerprint = scenario.model_dump_json()
+    try:
+        study = optuna.create_study(
+            study_name=STUDY, storage=_storage(out, storage), load_if_exists=resume, directions=["maximize", "minimize"]
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        raise BadInput(
+            "there is a search here already", where=str(storage or out), mend="add --resume, or choose another --out"
+        ) from None
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise BadInput(
+            f"the stored search cannot be opened ({type(error).__name__})",
+            where=str(storage or out),
+            mend="choose another --out",
+        ) from None
+    stored = study.user_attrs.get("scenario")
+    if stored is not None and stored != fingerprint:
+        raise BadInput(
+            "the stored search is of another scenario", where=str(storage or out), mend="choose another --out"
+        )
+    if stored is None:
+        study.set_user_attr("scenario", fingerprint)
+    return study
+
+
+def _storage(out: Path | None, storage: str | None) -> Any:
+    if storage is not None:
+        return storage
+    if out is None:
+        return None
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    out.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(out / "study.journal")))
+
+
+def search(
+    study: optuna.Study,
+    space: Space,
+    scenario: Scenario,
+    workers: Workers,
+    *,
+    trials: int,
+    recipes: Sequence[Plan],
+    progress: Callable[[float], None] | None = None,
+) -> Search:
+    """Run the search up to `trials` finished trials in all, those of a resumed study included.
+
+    Recipes come first; then the sampler, seeded by batch. Where the whole space is no larger than `trials`, all of it
+    is evaluated in order instead.
+    """
+    by_params = space.by_params()
+    finished = [trial for trial in _stored(study, by_params)]
+    resumed = len(finished)
+    target = min(trials, len(space.plans))
+    whole = trials >= len(space.plans)
+    while len(finished) < target:
+        batch_number = len(finished)
+        rng = np.random.default_rng([scenario.seed, 9, batch_number])
+        seen = {trial.plan for trial in finished}
+        room = min(BATCH - batch_number % BATCH, target - len(finished))
+        first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
+        batch = list(dict.fromkeys(first))[:room]
+        if len(batch) < room:
+            batch += _ask(study, scenario, by_params, seen | set(batch), room - len(batch), rng)
+        outcomes = workers.evaluate(batch)
+        for plan, outcome in zip(batch, outcomes, strict=True):
+            study.add_trial(_frozen(plan, outcome, space))
+            finished.append(Trial(len(finished), plan, outcome))
+        if progress is not None:
+            progress(len(finished) / target)
+    return Search(tuple(finished), len(finished) >= len(space.plans), resumed)
+
+
+def _ask(
+    study: optuna.Study,
+    scenario: Scenario,
+    by_params: dict[tuple[str, ...], Plan],
+    seen: set[Plan],
+    room: int,
+    rng: np.random.Generator,
+) -> list[Plan]:
+    """Plans that the sampler asks for and nobody has tried; untried ones at random where it repeats itself."""
+    seed = int(rng.integers(2**31))
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
+    if scenario.search.sampler == "tpe":
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=False, constant_liar=True, n_startup_trials=2 * BATCH, constraints_func=_constraints
+        )
+    scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    scratch.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE])
+    names = _choices(by_params)
+    found: list[Plan] = []
+    for _ in range(_ASKS * room):
+        if len(found) == room:
+            return found
+        trial = scratch.ask()
+        values = tuple(trial.suggest_categorical(name, choices) for name, choices in names.items())
+        plan = by_params.get(values)
+        if plan is not None and plan not in seen and plan not in found:
+            found.append(plan)
+    untried = [plan for plan in by_params.values() if plan not in seen and plan not in found]
+    chosen = rng.permutation(len(untried))[: room - len(found)]
+    return found + [untried[int(index)] for index in chosen]
+
+
+def _choices(by_params: dict[tuple[str, ...], Plan]) -> dict[str, list[str]]:
+    names = list(next(iter(by_params.values())).params())
+    return {name: sorted({values[axis] for values in by_params}) for axis, name in enumerate(names)}
+
+
+def _constraints(trial: FrozenTrial) -> tuple[float]:
+    return (float(trial.user_attrs.get(_VIOLATION, 1.0)),)
+
+
+def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
+    """The trial as it is stored; a plan that could not run is complete with the worst values."""
+    names = _choices(space.by_params())
+    good = outcome.status == "ok"
+    values = [outcome.metrics["output_tokens_per_s_per_gpu"], outcome.metrics["tpot_s.p50"]] if good else [0.0, 1e6]
+    violation = outcome.violation if good else 1e6
+    return create_trial(
+        state=TrialState.COMPLETE,
+        params=dict(plan.params()),
+        distributions={name: CategoricalDistribution(choices) for name, choices in names.items()},
+        values=values,
+        user_attrs={_OUTCOME: outcome.to_json(), _VIOLATION: violation},
+        system_attrs={"constraints": [violation]},
+    )
+
+
+def _stored(study: optuna.Study, by_params: dict[tuple[str, ...], Plan]) -> list[Trial]:
+    """Finished trials of a resumed study, in order. Raises BadInput when they are not of this space."""
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        plan = by_params.get(tuple(str(value) for value in trial.params.values()))
+        outcome = trial.user_attrs.get(_OUTCOME)
+        if plan is None or outcome is None:
+            raise BadInput("the stored trials are of another search", mend="choose another --out")
+        found.append(Trial(len(found), plan, Outcome.from_json(outcome)))
+    return found

@@ -1,0 +1,210 @@
+"""Maps as engines load them: round trips, each engine's own rules, and the flags with their conversions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from moesim.errors import BadInput, Infeasible
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from moesim.spec.scenario import Scenario
+from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
+from placement.export.engines import export_placement, write_map
+from placement.problem import solve
+
+
+@pytest.fixture(scope="module")
+def placement() -> ExpertPlacement:
+    """Layers 3 to 5 of 6 are MoE; 16 experts, 20 slots, 4 ranks."""
+    loads = np.random.default_rng(0).lognormal(0.0, 1.0, (1, 3, 16))
+    loads /= loads.sum(axis=-1, keepdims=True)
+    request = PlacementRequest(loads, np.ones(1), np.arange(3, 6), 6, slots=20, ranks=4)
+    return solve(request, "greedy").placement
+
+
+def scenario(**more: Any) -> Scenario:
+    data: dict[str, Any] = {
+        "model": "deepseek-ai/DeepSeek-V3",
+        "cluster": {"system": "h200_sxm", "nodes": 2, "gpus_per_node": 8},
+        "parallel": {"tp": 2, "attention_dp": 8, "ep": 16},
+        "policies": {"schedule": "two_batch", "dispatch": {"replica": "equal"}},
+        "serving": {
+            "workload": {"isl": 100, "osl": 10, "requests": 1, "arrivals": {"concurrency": 1}},
+            "batching": {"max_batch_tokens_per_dp_rank": 1024, "max_running_requests_per_dp_rank": 64},
+        },
+    }
+    return Scenario.read({**data, **more}, where="test")
+
+
+def same(first: ExpertPlacement, second: ExpertPlacement) -> bool:
+    return (
+        np.array_equal(first.physical_to_logical, second.physical_to_logical)
+        and np.array_equal(first.layer_ids, second.layer_ids)
+        and (first.ranks, first.experts, first.absolute_layers)
+        == (second.ranks, second.experts, second.absolute_layers)
+    )
+
+
+def test_sglang_round_trip(placement: ExpertPlacement, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    sglang.write(placement, path)
+    assert same(sglang.read(path, experts=16, ranks=4, layer_ids=[3, 4, 5]), placement)
+
+
+def test_sglang_takes_one_key_and_a_legal_row_for_every_absolute_layer(placement: ExpertPlacement) -> None:
+    data = json.loads(sglang.render(placement))
+    assert list(data) == ["physical_to_logical_map"]
+    rows = data["physical_to_logical_map"]
+    assert len(rows) == 6
+    # Dense layers hold what SGLang's trivial location holds: slot mod experts.
+    assert rows[0] == rows[2] == [slot % 16 for slot in range(20)]
+    assert rows[3:] == placement.physical_to_logical.tolist()
+
+
+def test_trtllm_round_trip(placement: ExpertPlacement, tmp_path: Path) -> None:
+    path = tmp_path / "map.yaml"
+    trtllm.write(placement, path)
+    assert same(trtllm.read(path, experts=16, ranks=4, absolute_layers=6), placement)
+    data = yaml.safe_load(path.read_text())
+    assert set(data) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    assert data["layer_updates_per_iter"] == 0
+    assert list(data["initial_global_assignments"]) == [3, 4, 5]
+
+
+def test_vllm_ascend_round_trip(placement: ExpertPlacement, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    vllm_ascend.write(placement, path)
+    assert same(vllm_ascend.read(path, experts=16, layer_ids=[3, 4, 5], absolute_layers=6), placement)
+    data = json.loads(path.read_text())
+    assert data["moe_layer_count"] == 3
+    assert [layer["layer_id"] for layer in data["layer_list"]] == [0, 1, 2]  # relative to the MoE layers
+    assert data["layer_list"][0]["device_list"][1]["device_id"] == 1
+
+
+def test_vllm_ascend_refuses_two_replicas_on_one_device(tmp_path: Path) -> None:
+    twice = ExpertPlacement(np.asarray([[0, 0, 1, 2]]), np.arange(1), experts=3, ranks=2, absolute_layers=1)
+    with pytest.raises(Infeasible) as caught:
+        vllm_ascend.write(twice, tmp_path / "map.json")
+    assert caught.value.reason == "duplicates_on_one_gpu"
+    assert not (tmp_path / "map.json").exists()
+    sglang.write(twice, tmp_path / "map.json")  # SGLang can hold it
+
+
+def test_vllm_names_its_version_gate(placement: ExpertPlacement, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="34297 and 49572"):
+        write_map(placement, "vllm", tmp_path / "map.json")
+
+
+SGLANG: list[tuple[Any, str]] = [
+    ([], "physical_to_logical_map"),
+    ({}, "is missing"),
+    ({"physical_to_logical_map": [[0, 1]], "layers": 1}, "takes no key 'layers'"),
+    ({"physical_to_logical_map": [[0, 1], [0]]}, "row 1"),
+    ({"physical_to_logical_map": [[0, 1, 0]]}, "do not divide"),
+    ({"physical_to_logical_map": [[0, 2]]}, "expert 2 of 2"),
+    ({"physical_to_logical_map": [[0, 0]]}, "no slot for expert 1"),
+    ({"physical_to_logical_map": [[0, 1.0]]}, "1.0"),
+    ({"physical_to_logical_map": [[0, True]]}, "True"),
+    ({"physical_to_logical_map": [[0, -1]]}, "-1"),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), SGLANG)
+def test_sglang_rules(data: Any, text: str) -> None:
+    with pytest.raises((BadInput, Infeasible), match=text):
+        sglang.check(
+            data, experts=2, ranks=2, layers=len(data.get("physical_to_logical_map", [])) if data else 0, where="map"
+        )
+
+
+TRTLLM: list[tuple[Any, str]] = [
+    (3, "not a mapping"),
+    ({"num_slots": 2, "slots": 2}, "takes no key 'slots'"),
+    ({"num_slots": "2"}, "num_slots"),
+    ({"num_slots": 2}, "initial_global_assignments"),
+    ({"num_slots": 2, "initial_global_assignments": {"3": [0, 1]}}, "a layer"),
+    ({"num_slots": 4, "initial_global_assignments": {3: [0, 1]}}, "2 assignments for num_slots 4"),
+    ({"num_slots": 3, "initial_global_assignments": {3: [0, 1, 0]}}, "does not divide"),
+    ({"num_slots": 2, "initial_global_assignments": {3: [0, 9]}}, "expert 9"),
+    ({"num_slots": 2, "initial_global_assignments": {3: [0, 1]}, "layer_updates_per_iter": -1}, "layer_updates"),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), TRTLLM)
+def test_trtllm_rules(data: Any, text: str) -> None:
+    with pytest.raises((BadInput, Infeasible), match=text):
+        trtllm.check(data, experts=2, ranks=2, where="map")
+
+
+def test_sglang_flags_multiply_the_limits_of_one_attention_rank(placement: ExpertPlacement) -> None:
+    lines = sglang.launch(placement, scenario())
+    # 8 attention-DP ranks of TP 2: SGLang's tp counts all 16 GPUs, and it divides both limits by dp.
+    for wanted in (
+        "--tp-size 16",
+        "--dp-size 8",
+        "--enable-dp-attention",
+        "--ep-num-redundant-experts 4",
+        "--init-expert-location expert_location.json",
+        "--ep-dispatch-algorithm dynamic",
+        "--moe-a2a-backend deepep",
+        "--deepep-mode auto",
+        "--enable-two-batch-overlap",
+        f"--chunked-prefill-size {1024 * 8}",
+        f"--max-running-requests {64 * 8}",
+        "--nnodes 2",
+    ):
+        assert wanted in lines
+    local = sglang.launch(placement, scenario(policies={"dispatch": {"replica": "local_first"}}))
+    assert "--ep-dispatch-algorithm static" in local
+
+
+def test_other_engines_keep_the_limits_of_one_attention_rank(placement: ExpertPlacement) -> None:
+    lines = vllm.launch(placement, scenario())
+    for wanted in ("--tensor-parallel-size 2", "--data-parallel-size 8", "--enable-expert-parallel", "--enable-eplb"):
+        assert wanted in lines
+    assert "--max-num-batched-tokens 1024" in lines
+    assert "--max-num-seqs 64" in lines
+    config = next(line for line in lines if line.startswith("--eplb-config"))
+    assert json.loads(config.split("'")[1])["num_redundant_experts"] == 4
+    options = yaml.safe_load(trtllm.options(placement, scenario(parallel={"attention_dp": 16, "ep": 16})))
+    assert (options["tensor_parallel_size"], options["enable_attention_dp"]) == (16, True)
+    assert (options["max_batch_size"], options["max_num_tokens"]) == (64, 1024)
+    assert options["moe_config"] == {"load_balancer": "moe_load_balancer.yaml"}
+
+
+def test_trtllm_refuses_a_layout_that_it_does_not_have(placement: ExpertPlacement, tmp_path: Path) -> None:
+    with pytest.raises(Infeasible, match="TP 2 x DP 8"):
+        export_placement(placement, "trtllm", tmp_path / "trtllm", scenario())
+    assert not (tmp_path / "trtllm").exists()
+
+
+def test_megatron_flags() -> None:
+    plain = ExpertPlacement(np.arange(4)[None, :], np.arange(1), experts=4, ranks=2, absolute_layers=1)
+    training = {"sequence_length": 4096, "micro_batch": 1, "global_batch": 64}
+    policies = {"capacity": {"rule": "megatron", "factor": 1.25, "drop": "position", "pad": True}}
+    parallel = {"tp": 2, "pp": 2, "attention_dp": 4, "ep": 4, "expert_tp": 2}
+    lines = megatron.launch(plain, scenario(serving=None, training=training, policies=policies, parallel=parallel))
+    for wanted in (
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+        "--expert-tensor-parallel-size 2",
+        "--moe-token-dispatcher-type flex",
+        "--moe-enable-deepep",
+        "--moe-expert-capacity-factor 1.25",
+        "--moe-token-drop-policy position",
+        "--moe-pad-expert-input-to-capacity",
+        "--seq-length 4096",
+    ):
+        assert wanted in lines
+
+
+def test_launch_text_is_one_shell_command(placement: ExpertPlacement, tmp_path: Path) -> None:
+    *_, launch = export_placement(placement, "sglang", tmp_path, scenario())
+    text = launch.read_text()
+    assert text.startswith("python -m sglang.launch_server \\\n  --model-path deepseek-ai/DeepSeek-V3 \\\n")
+    assert not text.rstrip().endswith("\\")
