@@ -2,12 +2,14 @@
 
 `deepseek_like` draws log shares. For workload w, layer l and expert e of gating group g,
 
-    ln share = sigma_l * a_w * tail(u),    u = sqrt(gamma) G[w, l, g] + sqrt(1 - gamma) X[w, l, e],
+    ln share = sigma_l * a_w * tail(u),    u = sqrt(gamma) skew(G[w, l, g]) + sqrt(1 - gamma) X[w, l, e],
 
-and G and X are each sqrt(shared) S + sqrt(phase) F[phase of w] + sqrt(rest) W[w] with standard normal S, F and W: what
-all workloads have in common, what those of one phase have, and what one has alone. `tail` is Tukey's g-and-h, scaled to
-mean 0 and variance 1. The parameters, their source and the command that fitted them are in `params/deepseek_like.json`;
-docs/explanation/routing.md shows how well it holds.
+tail(u) brought to mean 0 and variance 1 in each layer, so that sigma_l * a_w is the spread that the layer has. sigma
+and gamma are curves over relative depth, gamma times a factor of the phase. G and X are each sqrt(shared) S +
+sqrt(phase) F + sqrt(rest) W with standard normal S (what all workloads have in common), F (those of one phase) and W
+(one alone). `tail` is Tukey's g-and-h with an h for each side, both falling with sigma: the more skewed a layer, the
+thinner its tails. `skew` is a shifted lognormal: few groups are hot. The parameters, their source and the command that
+fitted them are in `params/deepseek_like.json`; docs/explanation/routing.md shows how well they hold.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ TOKENS = 3_000_000
 ZIPF_EXPONENT = 1.0
 LOGNORMAL_SIGMA = 0.65
 POWER_LAW_EXPONENT = 1.2
+# Below this a spread or a bend is none.
+LEAST_SPREAD = 1e-9
+# A heavier tail than the first has no finite fourth moment; a lighter one than the second would turn back at 5 sigma.
+MOST_TAIL = 0.2
+LEAST_TAIL = -0.04
 
 
 def generate(
@@ -122,13 +129,16 @@ def deepseek_like(
     """Shares [workloads, layers, experts] of workloads of these phases; `values` replaces the shipped parameters."""
     held = parameters() if values is None else values
     groups = groups if experts % groups == 0 else 1
-    gamma = float(held["group_part"]) if groups > 1 else 0.0
+    gamma = _group_part(held, phases, layers) if groups > 1 else np.zeros((len(phases), layers, 1))
     of_experts = _mixed(phases, held["expert_components"], (layers, experts), rng)
-    of_groups = _mixed(phases, held["group_components"], (layers, groups), rng)
+    of_groups = _skewed(_mixed(phases, held["group_components"], (layers, groups), rng), float(held["group_g"]))
     u = np.sqrt(1.0 - gamma) * of_experts + np.sqrt(gamma) * np.repeat(of_groups, experts // groups, axis=2)
     sigma = _sigma_by_layer(held, layers, rng)
     scale = np.exp(float(held["workload_log_sd"]) * rng.standard_normal(len(phases)))
-    log_share = sigma[None, :, None] * scale[:, None, None] * tail(u, float(held["g"]), float(held["h"]))
+    spread = sigma[None, :, None] * scale[:, None, None]
+    shaped = tail(u, float(held["g"]), *tail_weight(held, spread))
+    shaped = shaped - shaped.mean(axis=2, keepdims=True)
+    log_share = spread * shaped / np.maximum(shaped.std(axis=2, keepdims=True), LEAST_SPREAD)
     share = np.exp(log_share - log_share.max(axis=2, keepdims=True))
     return np.asarray(share / share.sum(axis=2, keepdims=True))
 
@@ -156,16 +166,33 @@ def _sigma_by_layer(held: Mapping[str, Any], layers: int, rng: np.random.Generat
     return np.asarray(np.exp(curve + float(held["log_sigma_residual_sd"]) * rng.standard_normal(layers)))
 
 
-def tail(z: Floats, g: float, h: float) -> Floats:
-    """Tukey's g-and-h of standard normals, shifted and scaled to mean 0 and variance 1 (Hoaglin 1985; h < 1/2).
+def _group_part(held: Mapping[str, Any], phases: Sequence[str], layers: int) -> Floats:
+    """Part of the variance that experts of one gating group share: [workloads, layers, 1]."""
+    curve = np.interp(np.arange(layers) / max(layers - 1, 1), held["depth"], held["group_part"])
+    factors: Mapping[str, float] = held["group_part_of_phase"]
+    by_phase = np.asarray([float(factors.get(phase, 1.0)) for phase in phases])
+    return np.asarray(np.clip(by_phase[:, None] * curve, 0.0, 1.0)[..., None])
 
-    Its moments: Martinez and Iglewicz, Communications in Statistics 13(3), 1984.
+
+def _skewed(z: Floats, g: float) -> Floats:
+    """A lognormal of ln spread g, shifted and scaled to mean 0 and variance 1."""
+    if abs(g) < LEAST_SPREAD:
+        return z
+    return np.asarray((np.exp(g * z) - np.exp(g * g / 2.0)) / np.sqrt(np.expm1(g * g) * np.exp(g * g)))
+
+
+def tail_weight(held: Mapping[str, Any], spread: Floats) -> tuple[Floats, Floats]:
+    """h of the lower tail and of the upper, for a spread of ln share [...]."""
+    slope = float(held["h_slope"]) * (np.log(spread) - float(held["h_at_log_sigma"]))
+    lower, upper = (np.clip(float(held[name]) + slope, LEAST_TAIL, MOST_TAIL) for name in ("h_lower", "h_upper"))
+    return np.asarray(lower), np.asarray(upper)
+
+
+def tail(z: Floats, g: float, lower: Floats, upper: Floats) -> Floats:
+    """Tukey's g-and-h of standard normals, with an h for each side; shapes broadcast.
+
+    (e^(g z) - 1) / g * e^(h z^2 / 2): Hoaglin, in Exploring Data Tables, Trends and Shapes (1985), chapter 11.
     """
-    if abs(g) < 1e-9:
-        return np.asarray(z * np.exp(h * z * z / 2.0) * (1.0 - 2.0 * h) ** 0.75)
-    mean = (np.exp(g * g / (2.0 * (1.0 - h))) - 1.0) / (g * np.sqrt(1.0 - h))
-    second = (np.exp(2.0 * g * g / (1.0 - 2.0 * h)) - 2.0 * np.exp(g * g / (2.0 * (1.0 - 2.0 * h))) + 1.0) / (
-        g * g * np.sqrt(1.0 - 2.0 * h)
-    )
-    raw = np.expm1(g * z) / g * np.exp(h * z * z / 2.0)
-    return np.asarray((raw - mean) / np.sqrt(second - mean * mean))
+    h = np.where(z < 0.0, lower, upper)
+    bent = np.expm1(g * z) / g if abs(g) > LEAST_SPREAD else z
+    return np.asarray(bent * np.exp(h * z * z / 2.0))
