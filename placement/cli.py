@@ -119,34 +119,40 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         console.print(f"{duplicates} slots hold an expert that their GPU already has (duplicates_on_one_gpu).")
     if placed.step_time is not None:
         console.print(_step_table(placed))
+        for tokens, reason in placed.step_time.unpriced.items():
+            console.print(f"not priced at {tokens} tokens per GPU: {reason}")
     console.print(placed.verdict.text)
     if out is not None:
         console.print(f"Wrote {out} ({form}).")
 
 
 def _step_table(placed: Placed) -> Any:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    from moesim.units import human_seconds
+    from moesim.units import MILLI
 
     assert placed.step_time is not None
-    table = Table(title="step time on held-out loads, with its interval", title_justify="left")
-    table.add_column("tokens per GPU", justify="right")
+    title = "step time in ms by tokens per GPU, held-out loads, and what the plan gains in %"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
     contenders = list(next(iter(placed.step_time.step_s.values())))
     for name in contenders:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("gain", justify="right")
-    table.add_column("from replicas", justify="right")
+        table.add_column(name.replace("planned_without_replicas", "no replicas"), justify="right", no_wrap=True)
+    table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column("of replicas", justify="right", no_wrap=True)
 
     def share(gain: Any) -> str:
-        return "-" if gain is None else f"{gain.value:+.1%}\n({gain.low:+.1%} to {gain.high:+.1%})"
+        return "-" if gain is None else f"{gain.value:+.1%}\n{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
 
     def span(time: Any) -> str:
-        return f"{human_seconds(time.value)}\n({human_seconds(time.low)} to {human_seconds(time.high)})"
+        return f"{time.value / MILLI:.3g}\n{time.low / MILLI:.3g} to {time.high / MILLI:.3g}"
 
     for tokens, times in placed.step_time.step_s.items():
         gain, replicas = placed.step_time.gains[tokens], placed.step_time.replicas.get(tokens)
         table.add_row(str(tokens), *(span(times[name]) for name in contenders), share(gain), share(replicas))
+    for tokens in placed.step_time.unpriced:
+        table.add_row(str(tokens), *["-"] * (len(contenders) + 2))
     return table
 
 

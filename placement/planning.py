@@ -22,7 +22,7 @@ from placement.compare import (
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
 from placement.steps import StepTime, judge_steps
-from placement.verdict import Verdict, on_balance, on_step_time, withheld
+from placement.verdict import Verdict, on_balance, on_step_time, tokens_list, withheld
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,17 @@ def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> 
     if step_time is None:
         return on_balance(held, asked.solver)
     judged = f"judged on {' and '.join(step_time.judged)}, which the plan was not fitted to"
-    return on_step_time(step_time.gains, step_time.replicas, asked.solver, judged=judged, assumed=_assumed(asked))
+    leans = _leans_on(asked, step_time)
+    return on_step_time(step_time.gains, step_time.replicas, asked.solver, judged=judged, leans_on=leans)
 
 
-def _assumed(asked: Asked) -> str:
-    """What the step times lean on and nobody measured, in a sentence."""
+def _leans_on(asked: Asked, step_time: StepTime) -> str:
+    """What the verdict leaves out, and what it leans on that nobody measured, in a sentence."""
     parts = []
+    if step_time.unpriced:
+        parts.append(
+            f"{tokens_list(list(step_time.unpriced))} tokens per rank lie outside the profile and are left out"
+        )
     if not any(load.per_step for load in asked.loads):
         parts.append("how far a step strays from these aggregate counts is assumed")
     if asked.nodes > 1:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import OutsideProfile
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import PlacementRequest
 from moesim.spec.scenario import Scenario
@@ -24,6 +25,7 @@ class StepTime:
     """Step times on held-out loads by tokens per rank, and what the plan gains over two references.
 
     step_s: tokens per rank -> contender -> seconds with their interval; per_step: the same -> max/mean of a step.
+    unpriced: tokens per rank that the profile does not cover -> why; they are left out, and the verdict says so.
     """
 
     judged: tuple[str, ...]
@@ -32,6 +34,7 @@ class StepTime:
     per_step: dict[int, dict[str, float]]
     gains: dict[int, Figure]
     replicas: dict[int, Figure]
+    unpriced: dict[int, str]
 
     def to_json(self) -> dict[str, Any]:
         """One row for each number of tokens per rank."""
@@ -47,7 +50,8 @@ class StepTime:
             if tokens in self.replicas:
                 row["gain_from_replicas"] = self.replicas[tokens].to_json()
             rows.append(row)
-        return {"judged_on": list(self.judged), "rows": rows}
+        unpriced = [{"tokens_per_rank": tokens, "reason": reason} for tokens, reason in self.unpriced.items()]
+        return {"judged_on": list(self.judged), "rows": rows, "unpriced": unpriced}
 
 
 def judge_steps(
@@ -58,7 +62,7 @@ def judge_steps(
     8 to 512 tokens per rank are sizes of decode steps, so where a decode load is held out, it alone judges.
     """
     from moesim.engine.deployment import groundwork
-    from moesim.engine.steptime import timed_placements
+    from moesim.engine.steptime import TimedPlacements, timed_placements
 
     def decodes(split: Split) -> list[RoutingCounts]:
         return [load for load in split.judge if load.phase == "decode"]
@@ -66,8 +70,17 @@ def judge_steps(
     split = next((found for found in splits if decodes(found)), splits[0])
     judge = decodes(split) or list(split.judge)
     found = contenders(refit(request, split.fit), solver)
-    rows = timed_placements(groundwork(scenario), found, judge, TOKENS_PER_RANK, draws, request.seed)
-    timed = {row.tokens_per_rank: row for row in rows}
+    ground = groundwork(scenario)
+    timed: dict[int, TimedPlacements] = {}
+    unpriced: dict[int, str] = {}
+    for tokens in TOKENS_PER_RANK:
+        try:
+            (timed[tokens],) = timed_placements(ground, found, judge, [tokens], draws, request.seed)
+        except OutsideProfile as error:
+            unpriced[tokens] = error.line()
+            outside = error
+    if not timed:
+        raise outside
     replicas = {}
     if WITHOUT_REPLICAS in found:
         replicas = {tokens: gain_over(row.step_s, WITHOUT_REPLICAS) for tokens, row in timed.items()}
@@ -80,6 +93,7 @@ def judge_steps(
         per_step={tokens: row.balance for tokens, row in timed.items()},
         gains={tokens: gain_over(row.step_s, BASELINE) for tokens, row in timed.items()},
         replicas=replicas,
+        unpriced=unpriced,
     )
 
 

@@ -74,12 +74,12 @@ def _replicas_balance(gain: Figure) -> str:
 
 
 def on_step_time(
-    gains: Mapping[int, Figure], replicas: Mapping[int, Figure], solver: str, *, judged: str, assumed: str = ""
+    gains: Mapping[int, Figure], replicas: Mapping[int, Figure], solver: str, *, judged: str, leans_on: str = ""
 ) -> Verdict:
     """Verdict on step time at several tokens per rank.
 
     gains: tokens per rank -> gain of the plan over contiguous; replicas: the same over the plan without replicas
-    (empty where it has none). judged: which loads it was judged on. assumed: what the figures lean on.
+    (empty where it has none). judged: which loads it was judged on. leans_on: a sentence on what the figures lean on.
     """
     signs = {tokens: sign(gain) for tokens, gain in gains.items()}
     wins, losses = [t for t, s in signs.items() if s > 0], [t for t, s in signs.items() if s < 0]
@@ -105,8 +105,8 @@ def on_step_time(
     text = f"{lead} (gain in step time by tokens per rank, {judged}: {figures})."
     if replicas:
         text += f" {_replicas_time(replicas)}"
-    if assumed:
-        text += f" {assumed}"
+    if leans_on:
+        text += f" {leans_on}"
     return Verdict(code, text)
 
 

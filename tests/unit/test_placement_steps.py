@@ -1,0 +1,134 @@
+"""The verdict on step time: what is priced, left out and said, with an engine whose times are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from moesim import cli
+from moesim.engine import deployment, steptime
+from moesim.errors import OutsideProfile
+from moesim.routing.trace import RoutingCounts
+from moesim.spec.plan import ExpertPlacement, max_over_mean
+
+DRAWS = 20
+
+
+class KnownEngine:
+    """A step takes the hottest rank's tokens plus a share for each slot of a rank: time is known by hand."""
+
+    def __init__(self, slot_s: float, *, refuse: Sequence[int] = ()) -> None:
+        self.slot_s = slot_s
+        self.refuse = refuse
+        self.judged: list[str] = []
+
+    def timed(
+        self,
+        ground: object,
+        placements: Mapping[str, ExpertPlacement],
+        judge: Sequence[RoutingCounts],
+        tokens_per_rank: Sequence[int],
+        draws: int,
+        seed: int,
+    ) -> list[steptime.TimedPlacements]:
+        (tokens,) = tokens_per_rank
+        if tokens in self.refuse:
+            raise OutsideProfile(f"nothing measured at {tokens}", where="profile", mend="measure it")
+        self.judged = [load.name for load in judge]
+        noise = np.random.default_rng(seed).normal(1.0, 0.05, DRAWS + 1)
+        noise[0] = 1.0
+        step_s, balance = {}, {}
+        for name, placement in placements.items():
+            hottest = np.mean([max_over_mean(placement.rank_loads(load.profile())).mean() for load in judge])
+            step_s[name] = noise * 1e-6 * (tokens * float(hottest) + self.slot_s * placement.slots_per_rank)
+            balance[name] = float(hottest)
+        return [steptime.TimedPlacements(tokens, "normal", step_s, balance)]
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    shared = rng.lognormal(0.0, 0.7, (58, 256))
+    loads = []
+    for name, phase in (("p", "prefill"), ("q", "prefill"), ("d", "decode"), ("e", "decode")):
+        counts = np.zeros((61, 256))
+        counts[3:] = 1e4 * shared * rng.lognormal(0.0, 0.2, (58, 256))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"logical_count": counts.round().tolist()}))
+        loads.append({"file": f"{name}.json", "phase": phase})
+    data = {
+        "model": "deepseek-ai/DeepSeek-V3",
+        "cluster": {"system": "h200_sxm", "nodes": 4, "gpus_per_node": 8},
+        "routing": {"loads": loads},
+        "parallel": {"attention_dp": 32, "ep": 32},
+        "placement": {"solver": "greedy", "redundant_experts": 32},
+        "serving": {"workload": {"isl": 10, "osl": 10, "requests": 1, "arrivals": {"concurrency": 1}}},
+    }
+    path = tmp_path / "scenario.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: KnownEngine, *arguments: str
+) -> tuple[int, str]:
+    monkeypatch.setattr(steptime, "timed_placements", engine.timed)
+    monkeypatch.setattr(deployment, "groundwork", lambda scenario: None)
+    code = cli.run(["place", *arguments])
+    return code, capsys.readouterr().out
+
+
+def test_the_scenario_fills_in_what_is_not_given(scenario: Path, monkeypatch, capsys) -> None:
+    engine = KnownEngine(0.0)
+    code, said = place(monkeypatch, capsys, engine, str(scenario), "--json")
+    report: dict[str, Any] = json.loads(said)
+    assert code == 0
+    assert (report["gpus"], report["nodes"], report["slots"], report["solver"]) == (32, 4, 288, "greedy")
+    assert [row["tokens_per_rank"] for row in report["step_time"]["rows"]] == [8, 32, 128, 512]
+    # Judged on decode loads only, each of which was held out of the fit.
+    assert report["step_time"]["judged_on"] == engine.judged
+    assert set(engine.judged) <= {"d", "e"}
+    assert len(engine.judged) == 1
+    assert report["gain"]["by"] == "step_time"
+    assert report["gain"]["tokens_per_rank"] == 128
+    assert report["verdict"]["code"] == "gain"
+    row = report["step_time"]["rows"][0]
+    time = row["step_s"]
+    assert row["gain"]["value"] == pytest.approx(1 - time["planned"]["value"] / time["contiguous"]["value"])
+    # The noise is shared by all contenders, so it cancels in the gain.
+    assert row["gain"]["high"] == pytest.approx(row["gain"]["low"])
+
+
+def test_the_verdict_says_where_replicas_do_not_pay(scenario: Path, monkeypatch, capsys) -> None:
+    # A slot that costs as much as some tokens: replicas lose where tokens are few, and gain where they are many.
+    _, said = place(monkeypatch, capsys, KnownEngine(4.0), str(scenario), "--json")
+    report = json.loads(said)
+    signs = {row["tokens_per_rank"]: row["gain_from_replicas"]["value"] > 0 for row in report["step_time"]["rows"]}
+    assert signs[8] is False
+    assert signs[512] is True
+    assert "the replicas pay at" in report["verdict"]["text"]
+    assert "make the step slower at 8" in report["verdict"]["text"]
+
+
+def test_points_outside_the_profile_are_left_out_and_named(scenario: Path, monkeypatch, capsys) -> None:
+    _, said = place(monkeypatch, capsys, KnownEngine(0.0, refuse=(512,)), str(scenario), "--json")
+    report = json.loads(said)
+    assert [row["tokens_per_rank"] for row in report["step_time"]["rows"]] == [8, 32, 128]
+    assert report["step_time"]["unpriced"][0]["tokens_per_rank"] == 512
+    assert "512 tokens per rank lie outside the profile" in report["verdict"]["text"]
+    code, said = place(monkeypatch, capsys, KnownEngine(0.0, refuse=(8, 32, 128, 512)), str(scenario), "--json")
+    assert (code, said) == (2, "")
+
+
+def test_a_person_reads_the_step_times(scenario: Path, monkeypatch, capsys) -> None:
+    code, said = place(monkeypatch, capsys, KnownEngine(1.0, refuse=(512,)), str(scenario))
+    assert code == 0
+    assert "step time in ms by tokens per GPU" in said
+    assert "not priced at 512 tokens per GPU" in said
+    assert "not validated on hardware" in said
+    assert "strays from these aggregate counts is assumed" in said
