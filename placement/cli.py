@@ -143,10 +143,10 @@ def _step_table(placed: Placed) -> Any:
     table.add_column("of replicas", justify="right", no_wrap=True)
 
     def share(gain: Any) -> str:
-        return "-" if gain is None else f"{gain.value:+.1%}\n{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+        return "-" if gain is None else f"{gain.value:+.1%}\n{100 * gain.low:+.1f}..{100 * gain.high:+.1f}"
 
     def span(time: Any) -> str:
-        return f"{time.value / MILLI:.3g}\n{time.low / MILLI:.3g} to {time.high / MILLI:.3g}"
+        return f"{time.value / MILLI:.3g}\n{time.low / MILLI:.3g}..{time.high / MILLI:.3g}"
 
     for tokens, times in placed.step_time.step_s.items():
         gain, replicas = placed.step_time.gains[tokens], placed.step_time.replicas.get(tokens)
