@@ -28,8 +28,9 @@ from validate.layer import (
 )
 from validate.rig import Rig, generator
 
-# Samples of each point on each rank: with two ranks a median of 26.
-REPEATS = 13
+# Samples of each point on each rank: as many as the test cases get, within these bounds.
+LEAST_REPEATS = 5
+MOST_REPEATS = 13
 WARMUP = 2
 TOKEN_POINTS = 6
 EXCHANGE_POINTS = 9
@@ -97,7 +98,7 @@ def sample(rig: Rig, points: Sequence[Point]) -> tuple[list[Floats], float | Non
     rng = generator(rig.job, 6)
     moments: list[list[list[float]]] = [[] for _ in points]
     share = CoreShare()
-    for turn in range(WARMUP + REPEATS):
+    for turn in range(WARMUP + min(max(rig.job.repeats, LEAST_REPEATS), MOST_REPEATS)):
         for index in rng.permutation(len(points)).tolist():
             rig.group.beat.at(f"profiling {points[index].label}")
             rig.flush()

@@ -1,0 +1,56 @@
+"""Errors, split halves, pair order and regret on samples whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from validate.compare import mape, pair_ordering, regret, signed_error, split_half
+
+
+def test_signed_error_is_positive_when_the_prediction_is_too_slow() -> None:
+    errors = signed_error(np.array([2.0, 0.5]), np.array([1.0, 1.0]))
+    assert errors.tolist() == [1.0, -0.5]
+    assert mape(np.array([2.0, 0.5]), np.array([1.0, 1.0])) == 0.75
+
+
+def test_halves_of_a_measurement_without_scatter_agree_wholly() -> None:
+    samples = np.repeat([[1.0], [2.0], [4.0]], 10, axis=1)
+    found = split_half(samples, np.random.default_rng(0))
+    assert found.gap == 0.0
+    assert found.reliability == pytest.approx(1.0)
+
+
+def test_halves_of_pure_scatter_tell_nothing() -> None:
+    rng = np.random.default_rng(1)
+    samples = np.exp(rng.normal(size=(400, 6)))
+    found = split_half(samples, rng)
+    assert found.gap > 0.3
+    assert found.reliability is not None and abs(found.reliability) < 0.2
+
+
+def test_two_cases_have_no_reliability() -> None:
+    assert split_half(np.ones((2, 4)), np.random.default_rng(0)).reliability is None
+
+
+def test_only_pairs_of_one_group_that_stand_out_are_decided() -> None:
+    rng = np.random.default_rng(2)
+    noise = rng.normal(scale=0.01, size=(4, 20))
+    # Group 8: 1.0 against 2.0 (clear), 1.0 against 1.0 (a tie but for the noise); group 16: one case, no pair.
+    samples = np.array([[1.0], [2.0], [1.0], [9.0]]) + noise
+    samples[2] = samples[0] + np.where(np.arange(20) % 2, 0.01, -0.01)
+    right = pair_ordering(np.array([1.0, 2.0, 1.5, 1.0]), samples, [8, 8, 8, 16])
+    assert (right.pairs, right.decided, right.agreed, right.undecided) == (3, 2, 2, 1)
+    wrong = pair_ordering(np.array([3.0, 2.0, 4.0, 1.0]), samples, [8, 8, 8, 16])
+    assert (wrong.decided, wrong.agreed) == (2, 0)
+
+
+def test_a_predicted_tie_does_not_count_as_foretold() -> None:
+    samples = np.array([[1.0] * 10, [2.0] * 10])
+    assert pair_ordering(np.array([1.0, 1.0]), samples, [8, 8]).agreed == 0
+
+
+def test_regret_is_what_the_predicted_best_costs() -> None:
+    predicted = np.array([1.0, 2.0, 5.0, 4.0])
+    measured = np.array([1.2, 1.0, 3.0, 2.0])
+    assert regret(predicted, measured, [8, 8, 16, 16]) == {8: pytest.approx(0.2), 16: 0.0}

@@ -1,0 +1,127 @@
+"""Curves, expert costs and the traffic of an exchange."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesim.cost.estimate import Tag
+from moesim.spec.plan import ExpertPlacement
+from validate.costs import both_ways_share, fit_grouped, fit_loop, rising, traffic
+from validate.job import Job, LayerShape, PlacedCase
+from validate.layer import OPERATIONS, replica_routes
+from validate.predict import execute, layer_graph
+from validate.probe import intervals, probe_sizes
+
+
+def test_a_curve_interpolates_and_says_where_it_does_not() -> None:
+    seconds, tags = rising([10, 20, 40], [1.0, 2.0, 3.0]).at(np.array([15.0, 40.0, 60.0]))
+    assert seconds.tolist() == [1.5, 3.0, 4.0]
+    assert tags.tolist() == [Tag.INTERPOLATED, Tag.INTERPOLATED, Tag.EXTRAPOLATED]
+
+
+def test_scatter_does_not_make_a_larger_size_quicker() -> None:
+    assert rising([1, 2, 3], [1.0, 3.0, 2.0]).seconds.tolist() == [1.0, 2.5, 2.5]
+
+
+def test_loop_cost_adds_experts_and_skips_idle_ones() -> None:
+    cost = fit_loop([np.array([1, 1]), np.array([10, 0])], [0.2, 1.0])
+    seconds, tags = cost.at(np.array([[10.0, 1.0], [0.0, 1.0], [0.0, 0.0], [20.0, 0.0]]))
+    assert seconds.tolist() == pytest.approx([1.1, 0.1, 0.0, 2.0])
+    assert tags.tolist() == [Tag.INTERPOLATED] * 3 + [Tag.EXTRAPOLATED]
+
+
+def test_grouped_cost_finds_the_parts_it_was_made_of() -> None:
+    rng = np.random.default_rng(0)
+    histograms = [rng.integers(0, 2, size=8) * rng.integers(1, 50, size=8) for _ in range(20)]
+    seconds = [1e-3 + 2e-4 * (h > 0).sum() + 3e-6 * h.sum() for h in histograms]
+    cost = fit_grouped(histograms, seconds)
+    assert (cost.fixed_s, cost.per_expert_s, cost.per_row_s) == pytest.approx((1e-3, 2e-4, 3e-6))
+    assert cost.at(np.zeros(8))[0] == 0.0
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_traffic_loses_no_row(ranks: int, per_rank: int, seed: int) -> None:
+    counts = np.random.default_rng(seed).integers(0, 9, size=(ranks, ranks * per_rank))
+    found = traffic(counts)
+    assert found.sent.sum() == found.received.sum()
+    assert (found.sent + found.kept == counts.sum(axis=1)).all()
+    assert (found.received + found.kept == counts.sum(axis=0).reshape(ranks, -1).sum(axis=1)).all()
+    assert found.busiest(0.0) == max(found.sent.max(), found.received.max())
+    assert found.busiest(1.0) == pytest.approx((found.sent + found.received).max() / 2)
+
+
+def test_an_even_exchange_is_its_own_equal() -> None:
+    found = traffic(np.full((2, 4), 3))
+    assert [found.busiest(share) for share in (0.0, 0.4, 1.0)] == pytest.approx([6.0] * 3)
+
+
+def test_one_way_exchanges_tell_whether_directions_take_turns() -> None:
+    even = rising([0, 100, 200], [0.0, 1.0, 2.0])
+    assert both_ways_share(even, [100, 200], [1.0, 2.0]) == 0.0
+    assert both_ways_share(even, [100, 200], [0.5, 1.0]) == 1.0
+    assert both_ways_share(even, [], []) == 0.0
+
+
+def test_probe_sizes_keep_off_the_test_sizes() -> None:
+    sizes = probe_sizes(1, 100, 5, {1, 10, 100})
+    assert not {1, 10, 100} & set(sizes)
+    assert sizes == sorted(set(sizes))
+
+
+def test_a_collective_is_timed_from_when_the_last_rank_comes() -> None:
+    moments = np.array([[[0.0, 1.0, 4.0]], [[0.0, 3.0, 4.5]]])  # [ranks, repeats, marks]
+    spent, waited = intervals(moments, (False, True))
+    assert spent[:, 0].tolist() == [[1.0, 1.0], [3.0, 1.5]]
+    assert waited[:, 0].tolist() == [[0.0, 2.0], [0.0, 0.0]]
+
+
+def test_the_predicted_layer_is_the_slowest_path() -> None:
+    seconds = np.zeros((1, 2, len(OPERATIONS)))
+    seconds[0, :, OPERATIONS.index("permute")] = [1.0, 2.0]
+    seconds[0, :, OPERATIONS.index("dispatch")] = 1.0
+    seconds[0, :, OPERATIONS.index("experts")] = [5.0, 1.0]
+    seconds[0, :, OPERATIONS.index("unpermute")] = [0.5, 0.25]
+    found = execute(seconds, np.zeros((1, len(OPERATIONS)), dtype=np.int8))
+    assert found.layer_s.tolist() == [8.5]
+    assert found.wait_s.tolist() == [[1.0, 4.0]]
+    assert [task.collective for task in layer_graph(seconds).tasks] == [False, False, True, False, True, False]
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans())
+def test_routes_lead_only_to_replicas_of_the_expert(
+    ranks: int, per_rank: int, spare: int, seed: int, local: bool
+) -> None:
+    experts = ranks * per_rank
+    rng = np.random.default_rng(seed)
+    slots = np.concatenate([np.arange(experts), rng.integers(0, experts, size=spare * ranks)])
+    table = rng.permutation(slots).astype(np.int64)
+    placement = ExpertPlacement(table[None], np.zeros(1, dtype=np.int64), experts, ranks, 1)
+    for rank in range(ranks):
+        routes, count = replica_routes(
+            table, experts=experts, ranks=ranks, rank=rank, replica="local_first" if local else "equal"
+        )
+        assert (table[routes] == np.arange(experts)[:, None]).all()
+        mine = table.reshape(ranks, -1)[rank]
+        for expert in range(experts):
+            used = set(routes[expert, : count[expert]].tolist())
+            held = int((mine == expert).sum())
+            assert len(used) == count[expert]
+            assert count[expert] == (held if local and held else placement.replica_counts()[0, expert])
+
+
+def test_a_job_survives_the_journey_to_a_rank() -> None:
+    job = Job(
+        backend="gloo",
+        ranks=1,
+        shape=LayerShape(hidden=8, intermediate=8, experts=2, top_k=1),
+        tokens=(1, 3),
+        profile=(0.1, 0.9),
+        profile_source="here",
+        placements=(PlacedCase(name="a", slots=(0, 1), replicas=0), PlacedCase(name="b", slots=(1, 0), replicas=0)),
+        out=".",
+    )
+    assert Job.model_validate_json(job.model_dump_json()) == job
+    assert [(case.name, tokens) for case, tokens in job.cases()] == [("a", 1), ("b", 1), ("a", 3), ("b", 3)]
