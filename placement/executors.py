@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moesim.engine.deployment import groundwork
 from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
-from placement.objective import Evaluator, Outcome, drawn_values
+from placement.objective import Evaluator, Outcome, drawn_metrics
 from placement.space import Plan
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
@@ -102,5 +102,5 @@ def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, ND
 
 
 def _draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    simulation = evaluator.run(plan, draws=draws)
-    return {metric: drawn_values(simulation, metric) for metric in metrics}
+    rows = drawn_metrics(evaluator.run(plan, draws=draws))
+    return {metric: np.asarray([row[metric] for row in rows]) for metric in metrics}

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.deployment import Deployment, Groundwork, resolve, solve
+from moesim.engine.draws import joint_draws
+from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, simulate
 from moesim.errors import Infeasible, OutsideProfile
 from moesim.output.metrics import flatten, serving_metrics
@@ -91,21 +93,37 @@ def outcome_of(simulation: Simulation) -> Outcome:
 
 def plan_metrics(simulation: Simulation) -> dict[str, float]:
     """Flat metrics of a run, with its balance on the judged loads and its memory."""
+    weights = simulation.model.routing.weights
+    return _metrics_of(simulation, simulation.served, weights)
+
+
+def drawn_metrics(simulation: Simulation) -> list[dict[str, float]]:
+    """The metrics as best known (entry 0) and under each joint draw."""
     deployment = simulation.deployment
-    metrics = flatten(serving_metrics(simulation.served, deployment.ground.cluster.gpus))
+    draws = joint_draws(len(simulation.drawn), len(deployment.ground.judge), simulation.seed)
+    under = [
+        _metrics_of(simulation, served, draw.load_weights)
+        for served, draw in zip(simulation.drawn, draws, strict=True)
+    ]
+    return [plan_metrics(simulation), *under]
+
+
+def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np.float64]) -> dict[str, float]:
+    deployment = simulation.deployment
+    gpus = deployment.ground.cluster.gpus
+    metrics = flatten(serving_metrics(served, gpus))
     profiles, _ = stack_profiles(deployment.ground.judge)
-    loads = deployment.setup.placement.rank_loads(profiles)
-    metrics["rank_load_max_over_mean"] = float(max_over_mean(loads).mean())
-    fixed = sum(size for name, size in deployment.memory.items.items() if name != "kv_cache")
-    metrics["memory_peak_bytes"] = fixed + simulation.served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
-    metrics["goodput_per_gpu"] = goodput(simulation)
+    balance = max_over_mean(deployment.setup.placement.rank_loads(profiles)).mean(axis=1)
+    metrics["rank_load_max_over_mean"] = float(balance @ load_weights)
+    metrics["memory_peak_bytes"] = (
+        deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
+    )
+    metrics["goodput_per_gpu"] = goodput(served, deployment.scenario.objective.slo.limits(), gpus)
     return metrics
 
 
-def goodput(simulation: Simulation) -> float:
+def goodput(served: Served, limits: dict[tuple[str, str], float], gpus: int) -> float:
     """Output tokens/s/GPU of the requests that met every latency level on their own."""
-    served = simulation.served
-    limits = simulation.deployment.scenario.objective.slo.limits()
     of_request = {
         "ttft_s": served.first_token_s - served.arrival_s,
         "tpot_s": (served.finish_s - served.first_token_s) / np.maximum(served.osl - 1, 1),
@@ -114,11 +132,4 @@ def goodput(simulation: Simulation) -> float:
     good = np.isfinite(served.finish_s)
     for (name, _), limit in limits.items():
         good &= of_request[name] <= limit
-    return float(served.osl[good].sum()) / served.duration_s / simulation.deployment.ground.cluster.gpus
-
-
-def drawn_values(simulation: Simulation, metric: str) -> NDArray[np.float64]:
-    """A metric as best known (entry 0) and under each joint draw."""
-    gpus = simulation.deployment.ground.cluster.gpus
-    runs = [simulation.served, *simulation.drawn]
-    return np.asarray([flatten(serving_metrics(run, gpus))[metric] for run in runs])
+    return float(served.osl[good].sum()) / served.duration_s / gpus

@@ -197,7 +197,7 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
     splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))
     held = judge_splits(splits, request, asked.solver, asked.holdout) if splits else None
     step_time = None
-    if held is not None and asked.scenario is not None:
+    if held is not None and asked.scenario is not None and asked.scenario.serving is not None:
         step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
     return Placed(
         asked=asked,

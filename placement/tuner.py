@@ -24,7 +24,6 @@ from placement.space import Plan, Space
 BATCH = 8
 STUDY = "moesim"
 _OUTCOME = "outcome"
-_VIOLATION = "violation"
 _ASKS = 6  # a sampler that keeps asking for plans already tried gives way to a random untried one
 
 
@@ -144,7 +143,7 @@ def _ask(
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     if scenario.search.sampler == "tpe":
         sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=False, constant_liar=True, n_startup_trials=2 * BATCH, constraints_func=_constraints
+            seed=seed, constant_liar=True, n_startup_trials=2 * BATCH
         )
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     scratch.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE])
@@ -168,10 +167,6 @@ def _choices(by_params: dict[tuple[str, ...], Plan]) -> dict[str, list[str]]:
     return {name: sorted({values[axis] for values in by_params}) for axis, name in enumerate(names)}
 
 
-def _constraints(trial: FrozenTrial) -> tuple[float]:
-    return (float(trial.user_attrs.get(_VIOLATION, 1.0)),)
-
-
 def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
     """The trial as it is stored; a plan that could not run is complete with the worst values."""
     names = _choices(space.by_params())
@@ -183,8 +178,8 @@ def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
         params=dict(plan.params()),
         distributions={name: CategoricalDistribution(choices) for name, choices in names.items()},
         values=values,
-        user_attrs={_OUTCOME: outcome.to_json(), _VIOLATION: violation},
-        system_attrs={"constraints": [violation]},
+        user_attrs={_OUTCOME: outcome.to_json()},
+        constraints={"slo": violation},
     )
 
 

@@ -24,6 +24,7 @@ from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import PlacementSpec, PoliciesSpec, Scenario, ServingSpec
+from moesim.systems.load import apply_system
 
 DEFAULT_SOLVER = "greedy"
 
@@ -64,6 +65,7 @@ class Deployment:
 
 def groundwork(scenario: Scenario) -> Groundwork:
     """Load everything that does not depend on the plan. Raises BadInput or Infeasible in one line."""
+    scenario = apply_system(scenario)
     refuse_unsupported(scenario)
     model = load_model(scenario.model)
     cluster = load_cluster(scenario.cluster)
@@ -92,7 +94,6 @@ def refuse_unsupported(scenario: Scenario) -> None:
         "serving.speculative": serving.speculative is not None,
         "serving.workload.file": serving.workload.file is not None,
         "serving.batching.prefix_cache": serving.batching.prefix_cache,
-        "system": scenario.system is not None,
     }
     for key, asked in refused.items():
         if asked:
@@ -107,6 +108,41 @@ def refuse_unsupported(scenario: Scenario) -> None:
         )
 
 
+def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, MemoryLedger]:
+    """Whether a plan is legal and fits in memory, without solving its placement; cheap.
+
+    Raises BadInput or Infeasible (with its counted reason) in one line.
+    """
+    assert scenario.serving is not None
+    model, cluster = ground.model, ground.cluster
+    parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
+    check_parallel(parallel, model, cluster, scenario.policies)
+    slots = model.moe.experts + scenario.placement.redundant_experts
+    if slots % parallel.ep:
+        short = -(-slots // parallel.ep) * parallel.ep - model.moe.experts
+        raise Infeasible(
+            f"{model.moe.experts} experts and {scenario.placement.redundant_experts} redundant ones do not divide by "
+            f"ep {parallel.ep}",
+            where="placement.redundant_experts",
+            mend=f"use {short}",
+            reason="slots_not_divisible",
+        )
+    workload = scenario.serving.workload
+    counted = ledger(
+        model,
+        cluster,
+        parallel,
+        scenario.precision,
+        slots_per_rank=slots // parallel.ep,
+        batching=scenario.serving.batching,
+        memory=scenario.serving.memory,
+        policies=scenario.policies,
+        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+        low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
+    )
+    return parallel, counted
+
+
 def resolve(
     ground: Groundwork, scenario: Scenario | None = None, placement: ExpertPlacement | None = None
 ) -> Deployment:
@@ -116,32 +152,22 @@ def resolve(
     Raises BadInput or Infeasible (with its counted reason) in one line.
     """
     scenario = scenario or ground.scenario
-    assert scenario.serving is not None
-    model, cluster = ground.model, ground.cluster
-    parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
-    policies = scenario.policies
-    check_parallel(parallel, model, cluster, policies)
-    rules = engine_rules(scenario.engine.name)
+    if placement is None and scenario.placement.file is not None:
+        placement = read_placement(scenario.placement.file)
+    if placement is not None:
+        budget = scenario.placement.model_copy(update={"redundant_experts": placement.redundant})
+        scenario = scenario.model_copy(update={"placement": budget})
+    parallel, counted = check_plan(ground, scenario)
     if placement is None:
         placement = place(ground, scenario.placement, parallel)
-    check_placement(placement, model, parallel)
-    workload = scenario.serving.workload
-    counted = ledger(
-        model,
-        cluster,
-        parallel,
-        scenario.precision,
-        slots_per_rank=placement.slots_per_rank,
-        batching=scenario.serving.batching,
-        memory=scenario.serving.memory,
-        policies=policies,
-        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
-    )
+    check_placement(placement, ground.model, parallel)
+    rules = engine_rules(scenario.engine.name)
+    cluster = ground.cluster
     setup = LayerSetup(
-        model=model,
+        model=ground.model,
         parallel=parallel,
         precision=scenario.precision,
-        policies=policies,
+        policies=scenario.policies,
         placement=placement,
         nodes=-(-parallel.gpus // cluster.gpus_per_node),
         gpus_per_node=cluster.gpus_per_node,
@@ -228,9 +254,7 @@ def check_placement(placement: ExpertPlacement, model: ModelSpec, parallel: Para
 
 
 def place(ground: Groundwork, spec: PlacementSpec, parallel: ParallelSpec) -> ExpertPlacement:
-    """Read or solve the placement of a plan, fitted to the groundwork's fit loads only."""
-    if spec.file is not None:
-        return read_placement(spec.file)
+    """Solve the placement of a plan, fitted to the groundwork's fit loads only."""
     return solve(
         ground,
         spec.solver or DEFAULT_SOLVER,

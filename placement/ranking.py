@@ -1,0 +1,168 @@
+"""From trials to an answer: the best plan, the Pareto front, finalists compared paired, and one honest sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.draws import LEVEL, interval
+from moesim.errors import Infeasible
+from moesim.spec.scenario import Scenario
+from placement.space import Plan
+from placement.tuner import Search, Trial
+
+# Objectives closer than this are ranked by latency: an open loop serves its offered load under every plan that keeps up.
+NEAR_TIE = 0.005
+FINALISTS = 4
+LATENCY = "tpot_s.p50"
+SHOWN = (
+    "output_tokens_per_s_per_gpu",
+    "ttft_s.p50",
+    "ttft_s.p99",
+    "tpot_s.p50",
+    "tpot_s.p99",
+    "rank_load_max_over_mean",
+    "memory_peak_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan simulated again under the joint draws that all finalists share: metric -> [draws + 1], first as known."""
+
+    trial: Trial
+    drawn: dict[str, NDArray[np.float64]]
+
+    def interval(self, metric: str) -> dict[str, float]:
+        """The 90 % interval of a metric."""
+        low, high = interval(self.drawn[metric][1:]) if len(self.drawn[metric]) > 1 else (self.drawn[metric][0],) * 2
+        return {"low": float(low), "high": float(high), "level": LEVEL}
+
+
+def ranked(search: Search, scenario: Scenario) -> list[Trial]:
+    """Trials that met every service level, best first: by objective, near ties by median time per output token.
+
+    Raises Infeasible, with the nearest plan, when none does.
+    """
+    metric = scenario.objective.maximize
+    ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
+    good = [trial for trial in ran if trial.outcome.violation <= 0]
+    if not good:
+        if not ran:
+            told = ", ".join(f"{reason} {count}" for reason, count in search.infeasible().items())
+            raise Infeasible(
+                f"no plan could be simulated ({told})", mend="run `moesim doctor` on the scenario", reason="nothing_ran"
+            )
+        near = min(ran, key=lambda trial: trial.outcome.violation)
+        raise Infeasible(
+            f"no plan meets the service levels; nearest: {near.plan.label()}, {near.outcome.violation:.0%} over",
+            where="objective.slo",
+            mend="relax the level, lower the load or add GPUs",
+            reason="slo",
+        )
+    best = max(trial.outcome.metrics[metric] for trial in good)
+    near_best = [trial for trial in good if trial.outcome.metrics[metric] >= best * (1 - NEAR_TIE)]
+    others = [trial for trial in good if trial not in near_best]
+    near_best.sort(key=lambda trial: trial.outcome.metrics[LATENCY])
+    others.sort(key=lambda trial: -trial.outcome.metrics[metric])
+    return near_best + others
+
+
+def finalists_of(order: Sequence[Trial]) -> list[Trial]:
+    """The best plan and its runners-up, one for each layout first, so that the table shows real alternatives."""
+    chosen = [order[0]]
+    for trial in order[1:]:
+        if len(chosen) < FINALISTS and all(trial.plan.layout != other.plan.layout for other in chosen):
+            chosen.append(trial)
+    for trial in order[1:]:
+        if len(chosen) < FINALISTS and trial not in chosen:
+            chosen.append(trial)
+    return chosen
+
+
+def pareto(search: Search, scenario: Scenario) -> list[Trial]:
+    """Trials that ran and that no other beats in both the objective and the median time per output token."""
+    metric = scenario.objective.maximize
+    ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
+    ran.sort(key=lambda trial: (-trial.outcome.metrics[metric], trial.outcome.metrics[LATENCY]))
+    front: list[Trial] = []
+    for trial in ran:
+        if not front or trial.outcome.metrics[LATENCY] < front[-1].outcome.metrics[LATENCY]:
+            front.append(trial)
+    return front
+
+
+def paired_gain(best: Finalist, base: Finalist, metric: str) -> dict[str, float]:
+    """Relative gain of best over base on common draws; for latencies, the relative saving."""
+    ratio = best.drawn[metric] / base.drawn[metric]
+    gains = ratio - 1.0 if metric.endswith("_per_gpu") else 1.0 - ratio
+    low, high = interval(gains[1:]) if len(gains) > 1 else (float(gains[0]), float(gains[0]))
+    return {"value": float(gains[0]), "low": low, "high": high}
+
+
+def tied(best: Finalist, other: Finalist, metric: str) -> bool:
+    """Whether the interval of the paired difference holds 0."""
+    gain = paired_gain(best, other, metric)
+    return gain["low"] <= 0.0 <= gain["high"]
+
+
+def verdict(
+    best: Finalist,
+    base: Finalist | None,
+    *,
+    base_reason: str,
+    scenario: Scenario,
+    judged_on_fit: bool,
+    nodes: int,
+) -> dict[str, Any]:
+    """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
+    caveat = " Multi-node expert parallelism is not validated on hardware." if nodes > 1 else ""
+    if judged_on_fit:
+        text = "Verdict withheld: there is one snapshot of routing, so nothing was left to judge the plan on."
+        return {"code": "withheld", "text": text + caveat}
+    metric = scenario.objective.maximize
+    if base is None:
+        text = f"{best.trial.plan.label()} meets the service levels; the plain baseline does not ({base_reason})."
+        return {"code": "baseline_fails", "text": text + caveat}
+    if best.trial.plan == base.trial.plan:
+        text = "Don't bother: the plain baseline is the best plan found."
+        return {"code": "dont", "text": text + caveat}
+    gain, saving = paired_gain(best, base, metric), paired_gain(best, base, LATENCY)
+    name = metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU"
+    told = f"{name} {_signed(gain)}, median TPOT {_signed(saving)} lower"
+    level = f"{LEVEL:.0%} intervals, paired draws, routing it was not fitted to"
+    missed = f", which misses the service levels ({base_reason})" if base_reason else ""
+    head = f"{best.trial.plan.label()} against the plain baseline{missed}: {told} ({level})."
+    if gain["low"] > 0.0:
+        return {"code": "gain", "text": f"Worth it. {head}{caveat}"}
+    if saving["low"] > 0.0:
+        return {"code": "latency_gain", "text": f"Throughput ties, latency gains. {head}{caveat}"}
+    if gain["high"] < 0.0 or saving["high"] < 0.0:
+        return {"code": "dont", "text": f"Don't bother. {head}{caveat}"}
+    return {"code": "tie", "text": f"A tie: don't bother. {head}{caveat}"}
+
+
+def _signed(gain: dict[str, float]) -> str:
+    return f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]"
+
+
+def plan_json(trial: Trial, finalist: Finalist | None = None) -> dict[str, Any]:
+    """A plan with its figures, ready for JSON."""
+    plan: Plan = trial.plan
+    return {
+        "label": plan.label(),
+        "parallel": plan.parallel.model_dump(mode="json"),
+        "backend": plan.backend,
+        "schedule": plan.schedule,
+        "solver": plan.solver,
+        "redundant_experts": plan.redundant_experts,
+        "trial": trial.number,
+        "status": trial.outcome.status,
+        "meets_slo": trial.outcome.status == "ok" and trial.outcome.violation <= 0,
+        "metrics": trial.outcome.metrics,
+        "intervals": {} if finalist is None else {metric: finalist.interval(metric) for metric in finalist.drawn},
+    }

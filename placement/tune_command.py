@@ -1,0 +1,255 @@
+"""What `moesim tune` does: space, search, finalists, verdict, and the files of the run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moesim.engine.deployment import Groundwork, groundwork
+from moesim.engine.draws import LEVEL
+from moesim.engine.simulate import Simulation
+from moesim.errors import BadInput, Infeasible, MissingPart
+from moesim.files import write_json, write_text
+from moesim.output.console import print_json, progress_bar, with_interval
+from moesim.output.metrics import simulation_json
+from moesim.output.report import write_run_report
+from moesim.output.series import simulation_series
+from moesim.output.steptrace import write_step_timeline
+from moesim.spec.scenario import Scenario, load_scenario
+from placement.executors import start_workers
+from placement.export.engines import export_placement
+from placement.objective import Evaluator
+from placement.ranking import SHOWN, Finalist, finalists_of, paired_gain, pareto, plan_json, ranked, tied, verdict
+from placement.space import Plan, baseline_plan, enumerate_space, own_plan, require_plans
+from placement.tuner import Search, Trial, open_study, search
+
+FINAL_DRAWS = 20
+ENGINES = ("sglang", "trtllm")
+
+
+def tune(
+    scenario: Path,
+    trials: int,
+    out: Path | None = None,
+    storage: str | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    resume: bool = False,
+    json_output: bool = False,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Run the whole command; returns what `--json` prints. Raises MoesimError in one line."""
+    if trials < 1:
+        raise BadInput(f"{trials} trials", where="--trials", mend="give at least 1")
+    if workers < 1:
+        raise BadInput(f"{workers} workers", where="--workers", mend="give at least 1")
+    if ray is not None:
+        raise MissingPart("searching on a Ray cluster is not built yet", where="--ray", mend="use --workers")
+    started = (time.perf_counter(), time.process_time())
+    spec = load_scenario(scenario, overrides)
+    folder = out or Path("runs") / scenario.stem
+    ground = groundwork(spec)
+    spec = ground.scenario
+    space = enumerate_space(ground, spec)
+    require_plans(space, str(scenario))
+    study = open_study(spec, folder, storage, resume)
+    evaluator = Evaluator(ground, spec)
+    base = baseline_plan(ground, spec)
+    search_started = time.perf_counter()
+    with start_workers(spec, evaluator, workers) as pool:
+        with progress_bar(f"searching {len(space.plans)} plans") as progress:
+            found = search(
+                study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space.plans), progress=progress
+            )
+        order = ranked(found, spec)
+        chosen = finalists_of(order)
+        base_trial = next((trial for trial in found.trials if trial.plan == base), None)
+        plans = [trial.plan for trial in chosen]
+        with_base = base_trial is not None and base_trial.outcome.status == "ok" and base not in plans
+        metrics = sorted({*SHOWN, spec.objective.maximize})
+        drawn = pool.draw([*plans, base] if with_base else plans, FINAL_DRAWS, metrics)
+    search_s = time.perf_counter() - search_started
+    finalists = [Finalist(trial, values) for trial, values in zip(chosen, drawn, strict=False)]
+    base_final = next((one for one in finalists if one.trial.plan == base), None)
+    if with_base and base_trial is not None:
+        base_final = Finalist(base_trial, drawn[-1])
+    simulation = evaluator.run(finalists[0].trial.plan)
+    result = _result(ground, spec, space.infeasible, len(space.plans), found, finalists, base_trial, base_final)
+    result["run"] = {
+        "seed": spec.seed,
+        "wall_s": time.perf_counter() - started[0],
+        "search_s": search_s,
+        "cpu_s": time.process_time() - started[1],
+        "workers": workers,
+        "resumed_trials": found.resumed,
+        "final_draws": FINAL_DRAWS,
+    }
+    base_simulation = evaluator.run(base) if base_final is not None else None
+    result["files"] = write_run(folder, result, simulation, base_simulation)
+    if json_output:
+        print_json(result)
+    else:
+        print_tune(result)
+    return result
+
+
+def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) -> list[Plan]:
+    """Plans that people run: the baseline, the scenario's own, and one planned placement for each layout."""
+    wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario)]
+    layouts: dict[str, Plan] = {}
+    for plan in plans:
+        good = plan.solver in ("greedy", "contiguous" if plan.parallel.ep == 1 else "greedy")
+        if good and plan.layout not in layouts:
+            layouts[plan.layout] = plan
+    return [plan for plan in [*wanted, *layouts.values()] if plan in plans]
+
+
+def _result(
+    ground: Groundwork,
+    scenario: Scenario,
+    infeasible: dict[str, int],
+    legal: int,
+    found: Search,
+    finalists: list[Finalist],
+    base_trial: Trial | None,
+    base: Finalist | None,
+) -> dict[str, Any]:
+    best = finalists[0]
+    metric = scenario.objective.maximize if scenario.objective.maximize in best.drawn else SHOWN[0]
+    base_reason = ""
+    if base_trial is None:
+        base_reason = "it is not a legal plan here"
+    elif base_trial.outcome.status != "ok":
+        base_reason = base_trial.outcome.status
+    elif base_trial.outcome.violation > 0:
+        base_reason = f"{base_trial.outcome.violation:.0%} over"
+    counted = dict(infeasible)
+    for reason, count in found.infeasible().items():
+        counted[reason] = counted.get(reason, 0) + count
+    missed = sum(1 for trial in found.trials if trial.outcome.status == "ok" and trial.outcome.violation > 0)
+    gain = {"metric": metric, "level": LEVEL, "value": None, "low": None, "high": None}
+    saving = {"metric": "tpot_s.p50", "level": LEVEL, "value": None, "low": None, "high": None}
+    if base is not None:
+        gain.update(paired_gain(best, base, metric))
+        saving.update(paired_gain(best, base, "tpot_s.p50"))
+    baseline: dict[str, Any] | None = None
+    if base_trial is not None:
+        baseline = plan_json(base_trial, base)
+    notes = []
+    if scenario.search.capacity_factor is not None:
+        notes.append("search.capacity_factor has no effect: serving engines are dropless")
+    return {
+        "schema_version": 1,
+        "best": plan_json(best.trial, best),
+        "baseline": baseline,
+        "gain": gain,
+        "latency_gain": saving,
+        "verdict": verdict(
+            best,
+            base,
+            base_reason=base_reason,
+            scenario=scenario,
+            judged_on_fit=ground.judged_on_fit,
+            nodes=-(-best.trial.plan.parallel.gpus // ground.cluster.gpus_per_node),
+        ),
+        "alternatives": [
+            plan_json(one.trial, one)
+            | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": paired_gain(best, one, "tpot_s.p50")}
+            for one in finalists[1:]
+        ],
+        "pareto": [plan_json(trial) for trial in pareto(found, scenario)],
+        "trials": len(found.trials),
+        "space": legal,
+        "exhausted": found.exhausted,
+        "infeasible": dict(sorted(counted.items())),
+        "missed_slo": missed,
+        "notes": notes,
+        "trial_list": [plan_json(trial) for trial in found.trials],
+    }
+
+
+def write_run(
+    folder: Path,
+    result: dict[str, Any],
+    simulation: Simulation,
+    base: Simulation | None,
+) -> list[str]:
+    """Write the files of a run, each whole or not at all; returns their paths."""
+    placement = simulation.deployment.setup.placement
+    chosen = simulation.deployment.scenario
+    placement.write(folder / "placement.json")
+    plan = {
+        "format": "moesim-plan",
+        "schema_version": 1,
+        "verdict": result["verdict"],
+        "gain": result["gain"],
+        "placement": "placement.json",
+        "scenario": chosen.model_dump(mode="json", exclude_none=True),
+    }
+    write_text(folder / "plan.yaml", yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
+    written = ["plan.yaml", "placement.json"]
+    for engine in ENGINES:
+        try:
+            paths = export_placement(placement, engine, folder / engine, chosen)
+        except Infeasible as error:
+            result["notes"].append(f"{engine}: {error.line()}")
+            continue
+        written += [str(path.relative_to(folder)) for path in paths]
+    write_step_timeline(folder / "timeline.json.gz", simulation)
+    write_json(folder / "result.json", result, indent=1)
+    write_json(folder / "simulation.json", {"best": _told(simulation), "baseline": _told(base)}, indent=1)
+    write_run_report(folder)
+    return [str(folder / name) for name in [*written, "timeline.json.gz", "result.json", "simulation.json", "report.html"]]
+
+
+def _told(simulation: Simulation | None) -> dict[str, Any] | None:
+    """A simulation's figures and the series behind its pictures."""
+    if simulation is None:
+        return None
+    return {"figures": simulation_json(simulation), "series": simulation_series(simulation)}
+
+
+def print_tune(result: dict[str, Any]) -> None:
+    """The ranked table and the verdict for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    how = "all of them evaluated" if result["exhausted"] else f"{result['trials']} evaluated"
+    console.print(f"{result['space']} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
+    table = Table(title="Plans, best first (90 % interval over joint draws of costs and routing)", title_justify="left")
+    for column in ("plan", "out tok/s/GPU", "TTFT p50 ms", "TPOT p50 ms", "TPOT p99 ms", "max/mean load", "memory GB", "SLO"):
+        table.add_column(column, justify="left" if column == "plan" else "right")
+    rows = [("best", result["best"]), *(("", one) for one in result["alternatives"])]
+    if result["baseline"] is not None and result["baseline"]["label"] != result["best"]["label"]:
+        rows.append(("baseline", result["baseline"]))
+    for name, plan in rows:
+        if plan["status"] != "ok":
+            table.add_row(f"{name}: {plan['label']}", *["-"] * 6, plan["status"])
+            continue
+        metrics, found = plan["metrics"], plan["intervals"]
+        cells = [
+            with_interval(metrics[key], found.get(key), scale, digits)
+            for key, scale, digits in (
+                ("output_tokens_per_s_per_gpu", 1.0, 4),
+                ("ttft_s.p50", 1e3, 3),
+                ("tpot_s.p50", 1e3, 3),
+                ("tpot_s.p99", 1e3, 3),
+                ("rank_load_max_over_mean", 1.0, 4),
+                ("memory_peak_bytes", 1e-9, 3),
+            )
+        ]
+        label = f"{name}: {plan['label']}" if name else plan["label"]
+        table.add_row(label, *cells, "met" if plan["meets_slo"] else "missed")
+    console.print(table)
+    console.print(result["verdict"]["text"])
+    for note in result["notes"]:
+        console.print(f"note: {note}")
+    console.print("Wrote " + ", ".join(result["files"]) + ".")
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
