@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import BadInput, MissingPart
 from moesim.files import read_text, whole_file
+from moesim.routing.parquet import read_parquet
 from moesim.routing.tensors import MAX_FILE_BYTES, check_cells, read_safetensors, tensor_to_numpy
 from moesim.routing.trace import RoutingCounts
 
@@ -188,24 +189,21 @@ def _read_npy(archive: zipfile.ZipFile, member: str, path: Path) -> NDArray[Any]
 
 def _read_table(path: Path, experts: int | None) -> Raw:
     """CSV or parquet with the columns layer_id, expert_id, count and, optionally, step."""
-    first_line = 2 if path.suffix == ".csv" else 0
-    return table_counts(read_frame(path), experts=experts, where=str(path), first_line=first_line)
+    if path.suffix == ".csv":
+        return table_counts(_read_csv(path), experts=experts, where=str(path), first_line=2)
+    return table_counts(read_parquet(path), experts=experts, where=str(path), first_line=0)
 
 
-def read_frame(path: Path) -> Any:
-    """Read a CSV (all text) or parquet file as a Polars frame of at most MAX_CELLS rows. Raises BadInput."""
+def _read_csv(path: Path) -> Any:
     import polars as pl
     from polars.exceptions import PanicException, PolarsError
 
     try:
-        if path.suffix == ".csv":
-            return pl.read_csv(path, infer_schema=False)
-        check_cells((pl.scan_parquet(path).select(pl.len()).collect().item(),), where=str(path))
-        return pl.read_parquet(path, memory_map=False)
-    except (PolarsError, PanicException, OSError, ValueError, OverflowError) as error:
+        return pl.read_csv(path, infer_schema=False)  # all text: numbers are checked by line
+    except (PolarsError, PanicException, OSError, ValueError) as error:
         fault = " ".join(str(error).split())[:100]
         raise BadInput(
-            f"not a readable {path.suffix} file ({fault})", where=str(path), mend="write layer_id,expert_id,count"
+            f"not a readable .csv file ({fault})", where=str(path), mend="write layer_id,expert_id,count"
         ) from None
 
 
