@@ -72,7 +72,9 @@ def contenders(request: PlacementRequest, solver: str) -> dict[str, ExpertPlacem
 def make_splits(loads: Sequence[RoutingCounts], spec: HoldoutSpec, rng: np.random.Generator) -> list[Split]:
     """Up to SPLITS different splits of the loads; none where there is nothing to split (one snapshot)."""
     found: dict[tuple[str, ...], Split] = {}
-    for generator in rng.spawn(SPLITS):
+    for generator in rng.spawn(4 * SPLITS):  # the same split may come up again
+        if len(found) == SPLITS:
+            break
         fit, judge = split(loads, spec, generator)
         if not fit or not judge:
             return []

@@ -114,9 +114,14 @@ def ask(
     loads = _loads(scenario, load_files, seed)
     ranks = gpus
     if scenario is not None:
-        # The cluster's size is asked of it only where it is needed: it may be a preset or a file.
-        if ranks is None:
-            ranks = scenario.parallel.ep if scenario.parallel is not None else _cluster_gpus(scenario)
+        ep = scenario.parallel.ep if scenario.parallel is not None else _cluster_gpus(scenario)
+        if ranks not in (None, ep):
+            raise BadInput(
+                f"{ranks} GPUs are not the {ep} expert-parallel ranks of the scenario",
+                where="--gpus",
+                mend="leave --gpus out, or change parallel.ep in the scenario",
+            )
+        ranks = ep
         if nodes is None and not isinstance(scenario.cluster, Path):
             nodes = scenario.cluster.nodes
         if slots is None:

@@ -95,6 +95,9 @@ def test_splits_hold_out_files_or_steps_or_nothing() -> None:
         assert {load.name for load in part.fit} | {load.name for load in part.judge} == {load.name for load in files}
         assert not {load.name for load in part.fit} & {load.name for load in part.judge}
     assert make_splits(files, HoldoutSpec(by="none"), rng) == []
+    # Of two files either can be held out, and both are.
+    for seed in range(20):
+        assert len(make_splits(files[:2], HoldoutSpec(), np.random.default_rng(seed))) == 2
     assert make_splits(files[:1], HoldoutSpec(), rng) == []
     steps = make_splits(random_loads(1, steps=8), HoldoutSpec(by="step"), rng)
     assert steps

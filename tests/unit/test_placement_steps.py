@@ -132,3 +132,8 @@ def test_a_person_reads_the_step_times(scenario: Path, monkeypatch, capsys) -> N
     assert "not priced at 512 tokens per GPU" in said
     assert "not validated on hardware" in said
     assert "strays from these aggregate counts is assumed" in said
+
+
+def test_gpus_that_contradict_the_scenario_are_refused(scenario: Path, capsys) -> None:
+    assert cli.run(["place", str(scenario), "--gpus", "16"]) == 2
+    assert "leave --gpus out" in capsys.readouterr().err
