@@ -79,9 +79,7 @@ def alone(tmp_path: Path) -> Iterator[Callable[[Job], Any]]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(
-    scope="module", params=[("local_first", "loop"), ("equal", "grouped")], ids=lambda param: "-".join(param)
-)
+@pytest.fixture(scope="module", params=[("local_first", "loop"), ("equal", "grouped")], ids="-".join)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, dict[str, Any]]:
     """A whole run of two gloo ranks over six random placements, and its record."""
     replica, kernel = request.param
@@ -214,14 +212,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_nccl_without_a_gpu_is_a_missing_part() -> None:
+def test_nccl_without_a_gpu_is_a_missing_part(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = command("--backend", "nccl")
-    assert done.returncode == 3
-    assert "nccl needs a GPU" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    from moesim.cli import run
+
+    assert run(["validate", "hardware", "--backend", "nccl"]) == 3
+    said = capsys.readouterr()
+    assert "nccl needs a GPU" in said.err and len(said.err.strip().splitlines()) == 1
+    assert said.out == ""
 
 
 def test_without_torch_the_command_names_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,10 +278,10 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("blow", "words"),
-    [(signal.SIGKILL, "rank 1 was killed by SIGKILL while measuring"), (signal.SIGSTOP, "rank 1 hangs")],
+    [(signal.SIGKILL, "rank 1 was killed by SIGKILL while profiling"), (signal.SIGSTOP, "rank 1 hangs")],
 )
 def test_a_lost_rank_ends_the_run_promptly_and_leaves_nothing(tmp_path: Path, blow: signal.Signals, words: str) -> None:
-    job = job_of(tmp_path, repeats=1_000_000, stall_limit_s=20.0)
+    job = job_of(tmp_path, repeats=13, tokens=(64, 512), stall_limit_s=20.0)
     (tmp_path / "job.json").write_text(job.model_dump_json())
     caught: list[MoesimError] = []
 
@@ -292,7 +293,7 @@ def test_a_lost_rank_ends_the_run_promptly_and_leaves_nothing(tmp_path: Path, bl
 
     thread = threading.Thread(target=watch)
     thread.start()
-    pids = [running(tmp_path, rank, "measuring").pid for rank in range(2)]
+    pids = [running(tmp_path, rank, "profiling").pid for rank in range(2)]
     struck = time.monotonic()
     os.kill(pids[1], blow)
     thread.join(timeout=30.0)
@@ -305,14 +306,14 @@ def test_a_lost_rank_ends_the_run_promptly_and_leaves_nothing(tmp_path: Path, bl
 
 
 def test_ranks_do_not_outlive_a_killed_command(tmp_path: Path) -> None:
-    job = job_of(tmp_path, repeats=1_000_000)
+    job = job_of(tmp_path, repeats=13, tokens=(64, 512))
     (tmp_path / "job.json").write_text(job.model_dump_json())
     script = (
         "import sys; from pathlib import Path; from validate import ranks; folder = Path(sys.argv[1]);"
         "ranks.launch(ranks.commands(folder / 'job.json', folder, 2), folder, stall_limit_s=60.0)"
     )
     parent = subprocess.Popen([sys.executable, "-P", "-c", script, str(tmp_path)])
-    pids = [running(tmp_path, rank, "measuring").pid for rank in range(2)]
+    pids = [running(tmp_path, rank, "profiling").pid for rank in range(2)]
     parent.kill()
     parent.wait()
     for _ in range(100):
