@@ -41,6 +41,8 @@ GROUPED_POINTS = 24
 # Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
 # at large ones (so that a sample stays short).
 SAMPLE_ROWS = 1024
+# Rows of each expert when experts run only for what they do to the operation after them.
+BETWEEN_ROWS = 4
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
 LATENESS_S = 5e-3
 # Dirichlet concentrations of the random histograms of the grouped kernel: one hot expert, uneven, nearly even.
@@ -207,13 +209,15 @@ def _local_point(rig: Rig, size: int) -> Point:
     drawn = draw_tokens(size, rig.basis, np.asarray(job.profile), generator(job, 2, rig.group.rank, size))
     x = torch.as_tensor(drawn).to(rig.group.device, rig.tokens[job.tokens[0]].dtype)
 
+    experts_between = _experts_between(rig)
+
     def call(mark: Mark) -> None:
         mark()
         ids, weights = gate(x, layer.router, job.shape.top_k)
         mark()
         permuted = permute(x, ids, layer.routes)
         mark()
-        rig.flush()  # as the experts do
+        experts_between()
         back = permuted.rows.clone()  # as combine leaves them: just written
         mark()
         unpermute(back, permuted.source, weights)
@@ -259,6 +263,7 @@ def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) ->
     source = torch.randn(int(to_rank.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
     slot_counts = torch.as_tensor(slots.reshape(-1)).to(like.device)
     before = rig.tokens[min(rig.tokens)]
+    experts_between = _experts_between(rig)
     rng = generator(rig.job, 7, group.rank, away, home, int(one_way))
 
     def call(mark: Mark) -> None:
@@ -269,7 +274,7 @@ def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) ->
         mark()
         arrived = dispatch(Permuted(rows, None, slot_counts), group)
         mark()
-        rig.flush()
+        experts_between()
         done = arrived.rows.clone()  # as the experts leave them
         group.linger(rng.uniform(0.0, LATENESS_S))
         mark()
@@ -279,6 +284,19 @@ def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) ->
     return Point(
         f"all-to-all of {away} rows to each rank{', one way' * one_way}, {home} kept", call, (True, False, True)
     )
+
+
+def _experts_between(rig: Rig) -> Callable[[], None]:
+    """A short run of all local experts: in the layer, what follows them finds the caches and the clocks they leave."""
+    torch = need_torch()
+    like, local = rig.tokens[rig.job.tokens[0]], rig.local_slots[0]
+    counts = [[BETWEEN_ROWS] * local, *([[0] * local] * (rig.job.ranks - 1))]
+    rows = torch.randn(BETWEEN_ROWS * local, rig.job.shape.hidden).to(like.device, like.dtype)
+
+    def call() -> None:
+        run_experts(rows, counts, rig.layers[0])
+
+    return call
 
 
 def _expert_point(rig: Rig, histogram: NDArray[np.int64]) -> Point:
