@@ -1,8 +1,8 @@
 """The measured cost model: prices operations from the profiles that a scenario names.
 
-Inside the measured hull a price is measured (an exact point) or interpolated. Outside, it is an OutsideProfile error that
-names the point and the command that measures it, unless the scenario says `extrapolate: allow`: then the nearest measured
-price is carried on in proportion to the roofline formula and tagged `extrapolated`.
+Inside the measured hull a price is measured (an exact point) or interpolated. Outside, it is an OutsideProfile error
+that names the point and the command that measures it, unless the scenario says `extrapolate: allow`: then the nearest
+measured price is carried on in proportion to the roofline formula and tagged `extrapolated`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
-from profiles.experts import ExpertTable, Physics, Shape, expert_table, physics_name
+from profiles.experts import ExpertTable, expert_table, physics_name
 from profiles.fit import OUTSIDE
+from profiles.grouped import Physics, Shape
 from profiles.lookup import (
     Priced,
     along,
@@ -53,6 +54,7 @@ from profiles.lookup import (
     versions,
     where_key,
 )
+from profiles.nearest import nearest
 from profiles.store import Profile, open_profile
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ Tags = NDArray[np.int8]
 # The number of multiprocessors that DeepEP's normal kernels use unless told otherwise: `Buffer.num_sms` in
 # deepseek-ai/DeepEP, deep_ep/buffer.py.
 DEEPEP_SMS = 20
-# Uncertainty of a family whose leave-out error the profile does not tell; assumed.
+# Uncertainty of a family whose leave-out error the profile does not tell, and of the formula of MemoryBound; assumed.
 UNKNOWN_SIGMA = 0.25
 TINY_S = 1e-12  # keeps a ratio of formulas finite where both are 0
 # Engines whose tables serve another's: SGLang's prefill runs the expanded MLA that TensorRT-LLM's table measured.
@@ -101,7 +103,7 @@ class StoreCosts:
     allow: bool
     roofline: Roofline
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
-    _tables: dict[str, Any] = field(default_factory=dict, repr=False)
+    _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def estimate(self, operation: Operation) -> Estimate:
         """Price one operation, vectorised over its sizes. Raises OutsideProfile, BadInput."""
@@ -183,13 +185,15 @@ class StoreCosts:
         """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""
         key = (shape, source)
         if key not in self._tables:
-            self._tables[key] = expert_table(shape, table, self._physics(shape, source))
+            self._tables[key] = expert_table(
+                shape, table, self._physics(shape, table["engine"][0], table["version"][0])
+            )
         found: ExpertTable | None = self._tables[key]
         return found
 
-    def _physics(self, shape: Shape, source: str) -> tuple[Physics, dict[int, float]] | None:
+    def _physics(self, shape: Shape, engine: str, version: str) -> tuple[Physics, dict[int, float]] | None:
         for profile in self.profiles:
-            stored = profile.description.get("physics", {}).get(physics_name(shape, source))
+            stored = profile.description.get("physics", {}).get(physics_name(shape, engine, version))
             if stored is not None:
                 limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
                 return Physics(**stored["parameters"]), limits
@@ -313,9 +317,8 @@ class StoreCosts:
 
     def _memory_bound(self, op: MemoryBound) -> Estimate:
         source = f"bytes over {self.roofline.cluster.gpu.name}'s HBM and a launch"
-        return estimate(
-            self.roofline.memory_bound(op.bytes), Tag.FORMULA, "memory_bound", self._sigma("memory_bound"), source
-        )
+        seconds = self.roofline.memory_bound(op.bytes)
+        return estimate(seconds, Tag.FORMULA, "memory_bound", UNKNOWN_SIGMA, source)
 
     def _unmeasured(self, op: Operation) -> Estimate:
         """An operation whose kernel and shape no table holds."""
@@ -325,8 +328,16 @@ class StoreCosts:
                 where=self._names(),
                 mend=mend(op),
             )
-        formula = self.roofline.estimate(op)
-        return dataclasses.replace(formula, source=f"{formula.source} (no table holds {describe(op)})")
+        near = nearest(op, self._rows)
+        found = tuple(self._prepare(near)) if near is not None else ()
+        if near is None or not found:
+            formula = self.roofline.estimate(op)
+            return dataclasses.replace(formula, source=f"{formula.source} (no table holds {describe(op)})")
+        priced = self.estimate(near)
+        ratio = self.roofline.seconds(op) / np.maximum(self.roofline.seconds(near), TINY_S)
+        tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
+        source = f"{priced.source}, scaled from {describe(near)}"
+        return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, source=source)
 
     def _carry_on(self, op: Operation, priced: Priced, seconds: Floats, tags: Tags) -> tuple[Floats, Tags]:
         """Points outside the hull: an error, or the nearest measured price in proportion to the roofline."""

@@ -28,8 +28,8 @@ SAME = 1e-9
 
 @njit(cache=True)
 def _curve(
-    x: Floats, xs: Floats, log_xs: Floats, ys: Floats, log_ys: Floats, exact: NDArray[np.bool_], below: int, out: Floats,
-    tags: Tags,
+    x: Floats, xs: Floats, log_xs: Floats, ys: Floats, log_ys: Floats, exact: NDArray[np.bool_], below: int,
+    out: Floats, tags: Tags,
 ) -> None:  # fmt: skip
     last = len(xs) - 1
     for i in range(len(x)):
@@ -68,9 +68,9 @@ def _curve(
 class Curve:
     """Seconds as a monotone function of one size.
 
-    xs, ys: float64 [points], sizes rising, seconds raised to their running maximum (noise may make a measured time fall
-    with size). exact: bool [points], false where a point was raised or is itself interpolated. below: the tag of sizes
-    under the smallest point, which are held at that point's price, an upper bound by monotonicity.
+    xs, ys: float64 [points], sizes rising, seconds raised to their running maximum (noise may make a measured time
+    fall with size). exact: bool [points], false where a point was raised or is itself interpolated. below: the tag of
+    sizes under the smallest point, which are held at that point's price, an upper bound by monotonicity.
     """
 
     xs: Floats
@@ -160,11 +160,11 @@ def _surface(
         k01 = known[low_a, high_b]
         k10 = known[high_a, low_b]
         k11 = known[high_a, high_b]
-        if min(min(k00, k01), min(k10, k11)) < 0:
+        if min(k00, k01, k10, k11) < 0:
             out[i] = np.nan
             tags[i] = OUTSIDE
             continue
-        worst = max(max(k00, k01), max(k10, k11))
+        worst = max(k00, k01, k10, k11)
         if low_a == high_a and low_b == high_b:
             out[i] = y[low_a, low_b]
             tags[i] = k00
@@ -185,8 +185,8 @@ def _surface(
 class Surface:
     """Seconds as a monotone function of two sizes on a grid that may lack corners.
 
-    axis_a, axis_b: float64, rising. seconds: float64 [a, b], NaN where nothing was measured. known: int8 [a, b], the tag
-    of each grid point, OUTSIDE where there is none. Sizes below the smallest are held there, as in Curve.
+    axis_a, axis_b: float64, rising. seconds: float64 [a, b], NaN where nothing was measured. known: int8 [a, b], the
+    tag of each grid point, OUTSIDE where there is none. Sizes below the smallest are held there, as in Curve.
     """
 
     axis_a: Floats
@@ -219,9 +219,9 @@ def surface(a: Floats, b: Floats, seconds: Floats) -> Surface:
     axis_b, column = np.unique(np.asarray(b, dtype=np.float64), return_inverse=True)
     cell = row * len(axis_b) + column
     cells, values = medians(cell.astype(np.float64), np.asarray(seconds, dtype=np.float64))
-    grid = np.full(len(axis_a) * len(axis_b), np.nan)
-    grid[cells.astype(np.int64)] = values
-    grid = grid.reshape(len(axis_a), len(axis_b))
+    line = np.full(len(axis_a) * len(axis_b), np.nan)
+    line[cells.astype(np.int64)] = values
+    grid: Floats = line.reshape(len(axis_a), len(axis_b))
     raised = raise_grid(grid)
     known = np.where(raised == grid, _MEASURED, _INTERPOLATED).astype(np.int8)
     known[np.isnan(grid)] = OUTSIDE

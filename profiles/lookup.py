@@ -51,8 +51,8 @@ SIZES: dict[type, tuple[str, ...]] = {
 class Priced:
     """What one version of a table says of an operation.
 
-    price: operation -> seconds and tags. hull: the measured range, for people. clamp: the operation moved to the edge of
-    the hull; None where `price` carries on by a model of its own.
+    price: operation -> seconds and tags. hull: the measured range, for people. clamp: the operation moved to the edge
+    of the hull; None where `price` carries on by a model of its own.
     """
 
     price: Callable[[Any], tuple[Floats, Tags]]
@@ -63,14 +63,15 @@ class Priced:
 
 
 @functools.cache
-def key_fields(kind: type) -> tuple[str, ...]:
+def key_fields(kind: Any) -> tuple[str, ...]:
     """The fields of an operation that are not sizes."""
     return tuple(entry.name for entry in dataclasses.fields(kind) if entry.name not in SIZES[kind])
 
 
 def key_of(op: Operation) -> tuple[object, ...]:
     """What is fixed about an operation; for experts also the number of local slots."""
-    fixed = tuple(getattr(op, name) for name in key_fields(type(op)))
+    kind: Any = type(op)
+    fixed = tuple(getattr(op, name) for name in key_fields(kind))
     return (type(op), *fixed, op.tokens.shape[-1] if isinstance(op, ExpertGemm) else 0)
 
 
@@ -234,7 +235,7 @@ def fastest(one: tuple[Floats, Tags], other: tuple[Floats, Tags]) -> tuple[Float
 
 
 def never_free(price: Callable[[Any], tuple[Floats, Tags]]) -> Callable[[Any], tuple[Floats, Tags]]:
-    """The same lookup with sizes held at a positive floor, so that an empty exchange costs the smallest measured one."""
+    """The same lookup with sizes held above zero: an empty exchange costs as much as the smallest measured one."""
 
     def held(op: Any) -> tuple[Floats, Tags]:
         return price(dataclasses.replace(op, tokens=np.maximum(np.asarray(op.tokens, dtype=np.float64), FLOOR)))
@@ -247,7 +248,8 @@ FLOOR = 1e-6  # a size below every measured one, above zero
 
 def describe(op: Operation) -> str:
     """The kernel and shape of an operation: `Gemm n=4096 k=7168 dtype=fp8_block`."""
-    words = [f"{name}={getattr(op, name)}" for name in key_fields(type(op))]
+    kind: Any = type(op)
+    words = [f"{name}={getattr(op, name)}" for name in key_fields(kind)]
     if isinstance(op, ExpertGemm):
         words.append(f"local_experts={op.tokens.shape[-1]}")
     return " ".join([type(op).__name__, *words])

@@ -126,7 +126,5 @@ FAMILIES: dict[str, Family] = {
             "dispatch",
             COLLECTIVES,
         ),
-        # Kernels that only move memory; they judge the formula of MemoryBound and are never looked up.
-        Family("memory_bound", {"name": TEXT, "dtype": TEXT}, ("bytes",), "memory_bound", KERNELS),
     )
 }

@@ -1,4 +1,4 @@
-"""A profile on disk: a folder of Parquet files, one for each family, and `profile.json`; written whole or not at all."""
+"""A profile on disk: a folder of Parquet files, one a family, and `profile.json`; written whole or not at all."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
 from moesim.units import BYTES_PER_ELEMENT
 
-# Fractions of the datasheet's peak that the best measured kernels reach: "maximum achievable matmul" and STREAM triad on
-# H200 SXM in stas00/ml-engineering, compute/accelerator: fp8 1453.4 of 1979 TFLOP/s; triad 4.15 of 4.8 TB/s; for bf16
+# Fractions of the datasheet's peak that the best measured kernels reach: "maximum achievable matmul" and STREAM triad
+# on H200 SXM in stas00/ml-engineering, compute/accelerator: fp8 1453.4 of 1979 TFLOP/s; triad 4.15 of 4.8 TB/s; bf16
 # the H100 SXM figure, 794.5 of 989 TFLOP/s (same multiprocessors; H200's is not listed there).
 COMPUTE_FRACTION = {"fp8": 1453.4 / 1979.0, "bf16": 794.5 / 989.0}
 HBM_FRACTION = 4.15 / 4.8
@@ -194,11 +194,11 @@ class Roofline:
             latency += 2 * self.cluster.nic_latency_s
         if op.mode == "low_latency":
             copies = float(op.top_k)
-            busy = tokens * row * np.maximum(copies * remote / nic, copies * (1.0 - remote) / nvlink)
-            return busy + latency
+            each: float = max(copies * remote / nic, copies * (1.0 - remote) / nvlink)
+            return np.asarray(tokens * row * each + latency, dtype=np.float64)
         by_node = op.nodes * (1.0 - (1.0 - 1.0 / op.nodes) ** op.top_k) * remote
         by_rank = op.ep * (1.0 - (1.0 - 1.0 / op.ep) ** op.top_k)
-        busy = tokens * row * np.maximum(by_node / nic, by_rank / nvlink)
+        busy = tokens * row * max(by_node / nic, by_rank / nvlink)
         return np.where(tokens > 0, busy + latency, 0.0)
 
 

@@ -1,0 +1,148 @@
+"""What a profile can say of its own errors, and the physics fitted for its experts; computed when it is imported.
+
+Curves and grids: every second inner point (or grid line) is left out and predicted from the others, which doubles the
+spacing, so the figures are on the careful side. Experts: physics is fitted on balanced rows (for the prefill kernel
+also on the skewed rows of every other exponent), and skewed rows that the fit has not seen are predicted as histograms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.experts import (
+    POWER_LAW,
+    ExpertTable,
+    balanced_residuals,
+    balanced_runs,
+    expert_table,
+    limits_of,
+    physics_name,
+    skewed_residuals,
+    skewed_runs,
+)
+from profiles.fit import Errors, curve_residuals, medians, summarise, surface_residuals
+from profiles.grouped import Shape, fit_physics
+from profiles.lookup import between_shapes
+from profiles.record import FAMILIES, LATENCY
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = NDArray[np.float64]
+ORIGIN = ["engine", "version", "kernel"]
+# Skewed rows that judge one fused kernel and shape; there are hundreds of shapes, and the rows are alike.
+JUDGING_ROWS = 60
+
+
+def errors_of(tables: dict[str, pl.DataFrame], physics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Leave-out errors by name, as `StoreCosts` asks for them."""
+    import polars as pl
+
+    found: dict[str, Errors | None] = {}
+    for name in ("gemm", "mla_absorb", "collective"):
+        found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_curve, family=name))
+    found["gemm_shape"] = _gemm_shapes(tables["gemm"])
+    for name in ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode"):
+        found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_grid, family=name))
+    for mode in ("normal", "low_latency"):
+        rows = tables["exchange"].filter(pl.col("mode") == mode)
+        found[f"exchange_{mode}"] = _by_group(
+            rows, FAMILIES["exchange"].key, functools.partial(_curve, family="exchange")
+        )
+    for grouping, residuals in physics.get("residuals", {}).items():
+        found[f"experts_{grouping}"] = summarise(np.asarray(residuals))
+    return {name: error.as_dict() for name, error in found.items() if error is not None}
+
+
+def _by_group(rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.DataFrame], Floats]) -> Errors | None:
+    parts = rows.partition_by([*key, *ORIGIN]) if rows.height else []
+    return summarise(np.concatenate([residuals(part) for part in parts])) if parts else None
+
+
+def _curve(rows: pl.DataFrame, family: str) -> Floats:
+    return curve_residuals(rows[FAMILIES[family].point[0]].to_numpy(), rows[LATENCY].to_numpy())
+
+
+def _grid(rows: pl.DataFrame, family: str) -> Floats:
+    a, b = FAMILIES[family].point
+    return surface_residuals(rows[a].to_numpy(), rows[b].to_numpy(), rows[LATENCY].to_numpy())
+
+
+def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:
+    """Every second inner n (then k) is left out and predicted from the shapes around it."""
+    import polars as pl
+
+    found = []
+    for part in rows.partition_by(["dtype", *ORIGIN]) if rows.height else []:
+        for axis in ("n", "k"):
+            values = part[axis].unique().sort()
+            left_out = values.to_list()[1:-1:2]
+            kept = part.filter(~pl.col(axis).is_in(left_out))
+            for own in part.filter(pl.col(axis).is_in(left_out)).partition_by(["n", "k"]):
+                n, k = int(own["n"][0]), int(own["k"][0])
+                guess = between_shapes(kept, n, k)
+                if guess is None:
+                    continue
+                ms, seconds = medians(own["m"].to_numpy(), own[LATENCY].to_numpy())
+                inside = ms <= guess.largest
+                guessed, _ = guess.price(ms[inside])
+                found.append(np.log(guessed / seconds[inside]))
+    return summarise(np.concatenate(found)) if found else None
+
+
+def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
+    """Physics of every kernel and shape, and by kernel the residuals of rows that the fits have not seen.
+
+    Returns `parameters`: name -> {parameters, limits}; `residuals`: grouping -> ln(predicted / measured).
+    """
+    key = ["grouping", "dtype", "hidden", "intermediate", "experts", "top_k", "engine", "version"]
+    parameters: dict[str, Any] = {}
+    residuals: dict[str, list[Floats]] = {}
+    for values, part in rows.partition_by(key, as_dict=True).items() if rows.height else ():
+        grouping, dtype, hidden, intermediate, experts, top_k, engine, version = values
+        shape = Shape(hidden, intermediate, dtype, experts, top_k, grouping)
+        balanced = balanced_runs(shape, part)
+        if len(balanced) < 8:  # fewer rows than would pin six parameters: nothing to look up either
+            continue
+        skewed = list(skewed_runs(shape, _some(part) if grouping == "fused" else part))
+        learns = {entry[1] for entry in skewed if grouping == "deepep_normal" and _seen(entry[1], skewed)}
+        seen = [entry for entry in skewed if entry[1] in learns]
+        unseen = [entry for entry in skewed if entry[1] not in learns]
+        physics = fit_physics(shape, [*balanced, *(run for _, _, run in seen)])
+        limits = limits_of(shape, physics, skewed)
+        table = expert_table(shape, part, (physics, limits))
+        assert table is not None
+        parameters[physics_name(shape, engine, version)] = {
+            "parameters": physics.as_dict(),
+            "limits": {str(slots): float(f"{limit:.6g}") for slots, limit in sorted(limits.items())},
+        }
+        residuals.setdefault(grouping, []).append(_judged(table, unseen))
+    return {
+        "parameters": dict(sorted(parameters.items())),
+        "residuals": {name: np.concatenate(parts) for name, parts in residuals.items()},
+    }
+
+
+def _some(rows: pl.DataFrame) -> pl.DataFrame:
+    """The skewed rows thinned out evenly to JUDGING_ROWS."""
+    import polars as pl
+
+    skewed = rows.filter(pl.col("distribution").str.starts_with(POWER_LAW))
+    return skewed.gather_every(max(1, skewed.height // JUDGING_ROWS))
+
+
+def _seen(exponent: float, skewed: list[Any]) -> bool:
+    """Every other exponent, from the smallest."""
+    exponents = sorted({entry[1] for entry in skewed})
+    return exponents.index(exponent) % 2 == 0
+
+
+def _judged(table: ExpertTable, unseen: list[Any]) -> Floats:
+    """Residuals of skewed rows; where there are none, of balanced rows at left-out numbers of local experts."""
+    found = skewed_residuals(table, unseen) if unseen else balanced_residuals(table)
+    return found[np.isfinite(found)]
