@@ -112,7 +112,8 @@ class _Run:
 
     def arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
         for time_s in times_s:
-            yield self.environment.timeout(max(0.0, float(time_s) - self.environment.now))
+            if time_s > self.environment.now:
+                yield self.environment.timeout(float(time_s) - self.environment.now)
             self.admit()
 
     def engine(self, instance: int) -> Generator[Any, Any, None]:
@@ -124,6 +125,7 @@ class _Run:
             if plan_step(self.requests, group, self.limits, plan) == 0:
                 self.waking[instance] = self.environment.event()
                 yield self.waking[instance]
+                yield self.environment.timeout(0.0)  # requests of the same instant join the step
                 continue
             self.peak_kv_tokens = max(self.peak_kv_tokens, int(group.kv_tokens.max()))
             start_s = self.environment.now

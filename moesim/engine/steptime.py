@@ -131,9 +131,12 @@ def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str
     setup = deployment.setup
     workload = deployment.serving.workload
     context = float((workload.isl or 1) + (workload.osl or 1) / 2)
-    padded = float(deployment.rules.padded(tokens))
+    steps = len(routing.for_phase("decode")) * STEPS_PER_LOAD
     batch = step_batch(
-        ranks=setup.parallel.attention_dp, decode_seqs=float(tokens), decode_kv=context, padded_tokens=padded
+        ranks=setup.parallel.attention_dp,
+        decode_seqs=np.full((steps, 1), float(tokens)),
+        decode_kv=context,
+        padded_tokens=float(deployment.rules.padded(tokens)),
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
     counts = _counts(routing, float(micro.tokens.sum()), seed)

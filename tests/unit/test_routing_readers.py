@@ -223,11 +223,12 @@ def test_250_mutated_files_never_end_in_another_exception(tmp_path: Path, loads:
     folder.mkdir()
     write_json(folder / "meta_info.json", {"num_experts": 4})
     numpy_format.save_file({"1_3": COUNTS[0, 0].astype(np.int32)}, folder / "rank0.safetensors")
-    names = ["a.npz", "a.parquet", "a.json", "a.csv", "a.pt", "trtllm/rank0.safetensors", "trtllm/meta_info.json"]
+    names = ["a.npz", "a.json", "a.csv", "a.pt", "trtllm/rank0.safetensors", "trtllm/meta_info.json"]
     rng = np.random.default_rng(20261122)
     refused = 0
     for index in range(252):
-        name = names[index % len(names)]
+        # Parquet is decoded in a process of its own, half a second each: fewer of those.
+        name = names[index % len(names)] if index % 25 else "a.parquet"
         path = tmp_path / name
         original = path.read_bytes()
         path.write_bytes(mutate(original, rng))

@@ -14,6 +14,7 @@ from validate.job import Job, LayerShape, PlacedCase
 from validate.layer import OPERATIONS, replica_routes
 from validate.predict import execute, layer_graph
 from validate.probe import intervals, probe_sizes
+from validate.record import layer_samples
 
 
 def test_a_curve_interpolates_and_says_where_it_does_not() -> None:
@@ -76,6 +77,15 @@ def test_a_collective_is_timed_from_when_the_last_rank_comes() -> None:
     spent, waited = intervals(moments, (False, True))
     assert spent[:, 0].tolist() == [[1.0, 1.0], [3.0, 1.5]]
     assert waited[:, 0].tolist() == [[0.0, 2.0], [0.0, 0.0]]
+
+
+def test_a_late_start_is_no_part_of_the_layer() -> None:
+    # Two ranks, each 1 s of gate and permute, together at the exchange: 1 s; experts 2 s; combine 1 s; unpermute 1 s.
+    in_time = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 5.0, 6.0])
+    late = np.array([0.7, 1.2, 1.7, 2.7, 4.7, 5.7, 6.7])
+    in_time[3:] += 0.7  # the exchange begins when the late rank comes
+    moments = np.stack([in_time, late])[:, None, None, :]
+    assert layer_samples(moments).tolist() == [[pytest.approx(6.0)]]
 
 
 def test_the_predicted_layer_is_the_slowest_path() -> None:

@@ -1,0 +1,148 @@
+"""The search on a small scenario: the contract's keys, the run's files, resume, equal trials on any workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moesim.cli import run
+from moesim.engine.deployment import groundwork
+from moesim.spec.scenario import load_scenario
+from placement.space import baseline_plan, enumerate_space
+from tests.scenarios import small, write
+
+TRIALS = 14
+
+
+def scenario(tmp_path: Path, **changes: Any) -> Path:
+    data = small(search={"solvers": ["greedy", "contiguous"], "redundant_experts": [0, 8]})
+    data["serving"]["workload"]["requests"] = 40
+    data.update(changes)
+    return write(tmp_path, data)
+
+
+def tuned(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run(["tune", str(path), "--trials", str(TRIALS), "--out", str(out), "--json", *arguments]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def tried(result: dict[str, Any]) -> list[str]:
+    return [trial["label"] for trial in result["trial_list"]]
+
+
+def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tuned(scenario(tmp_path), tmp_path / "run", capsys)
+    for key in ("best", "baseline", "gain", "verdict", "pareto", "trials", "space", "infeasible", "run"):
+        assert key in result
+    assert result["trials"] == TRIALS == len(set(tried(result)))
+    assert result["verdict"]["text"]
+    assert result["best"]["meets_slo"]
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"plan.yaml", "placement.json", "report.html", "timeline.json.gz", "result.json"} <= files
+    assert any(name.startswith("sglang/") for name in files)
+    assert any(name.startswith("trtllm/") for name in files)
+    plan = yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())
+    assert plan["verdict"] == result["verdict"]
+    front = [(plan["metrics"]["output_tokens_per_s_per_gpu"], plan["metrics"]["tpot_s.p50"]) for plan in result["pareto"]]
+    assert front == sorted(front, key=lambda point: (-point[0], -point[1]))
+
+
+def test_the_plan_exports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(scenario(tmp_path), tmp_path / "run", capsys)
+    assert run(["export", str(tmp_path / "run" / "plan.yaml"), "--engine", "sglang", "--out", str(tmp_path / "x")]) == 0
+    capsys.readouterr()
+    again = json.loads(next((tmp_path / "x").glob("*.json")).read_text())
+    first = json.loads(next((tmp_path / "run" / "sglang").glob("*.json")).read_text())
+    assert again == first
+
+
+def test_two_workers_try_the_same_plans_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = scenario(tmp_path)
+    one = tuned(path, tmp_path / "one", capsys)
+    two = tuned(path, tmp_path / "two", capsys, "--workers", "2")
+    assert tried(one) == tried(two)
+    assert [trial["metrics"] for trial in one["trial_list"]] == [trial["metrics"] for trial in two["trial_list"]]
+    assert one["gain"] == two["gain"]
+
+
+def test_kill_and_resume_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = scenario(tmp_path), tmp_path / "killed"
+    whole = tuned(path, tmp_path / "whole", capsys)
+    command = [sys.executable, "-m", "moesim", "tune", str(path), "--trials", str(TRIALS), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = out / "study.journal"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal.exists() and journal.read_text().count('"op_code": 4') + journal.read_text().count("trial_id") > 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = tuned(path, out, capsys, "--resume")
+    assert tried(resumed) == tried(whole)
+    assert resumed["best"]["label"] == whole["best"]["label"]
+
+
+def test_a_second_run_in_the_same_folder_needs_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = scenario(tmp_path)
+    tuned(path, tmp_path / "run", capsys)
+    assert run(["tune", str(path), "--trials", "3", "--out", str(tmp_path / "run")]) == 2
+    assert "--resume" in capsys.readouterr().err
+    again = tuned(path, tmp_path / "run", capsys, "--resume")
+    assert again["run"]["resumed_trials"] == TRIALS
+    other = scenario(tmp_path, seed=4)
+    assert run(["tune", str(other), "--trials", "3", "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "another scenario" in capsys.readouterr().err
+
+
+def test_resume_with_nothing_stored_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuned(scenario(tmp_path), tmp_path / "run", capsys, "--resume")["trials"] == TRIALS
+
+
+def test_a_small_space_is_evaluated_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tuned(scenario(tmp_path, search={"parallel": "fixed", "solvers": ["greedy"]}), tmp_path / "run", capsys)
+    assert result["exhausted"]
+    assert result["trials"] == result["space"] < TRIALS
+
+
+def test_an_impossible_level_names_the_nearest_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = scenario(tmp_path, objective={"slo": {"tpot_p99_ms": 0.001}})
+    assert run(["tune", str(path), "--trials", "4", "--out", str(tmp_path / "run")]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "nearest" in line
+
+
+def test_illegal_plans_are_counted_by_reason(tmp_path: Path) -> None:
+    ground = groundwork(load_scenario(scenario(tmp_path, search={"redundant_experts": [0, 3, 8]})))
+    space = enumerate_space(ground, ground.scenario)
+    assert space.infeasible["slots_not_divisible"] > 0
+    assert len(set(space.plans)) == len(space.plans)
+    assert len(space.by_params()) == len(space.plans)
+
+
+def test_the_baseline_is_contiguous_without_redundancy(tmp_path: Path) -> None:
+    ground = groundwork(load_scenario(scenario(tmp_path)))
+    base = baseline_plan(ground, ground.scenario)
+    assert (base.solver, base.redundant_experts, base.schedule) == ("contiguous", 0, "sequential")
+
+
+@pytest.mark.parametrize("arguments", [["--trials", "0"], ["--trials", "2", "--workers", "0"]])
+def test_bad_numbers_are_refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", str(scenario(tmp_path)), *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ray_is_named_as_a_missing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--ray", "auto"]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
