@@ -59,8 +59,15 @@ def _cpu_name() -> str:
 
 
 def layer_samples(moments: Floats) -> Floats:
-    """Seconds from the first start to the last end of any rank: [cases, repeats] of [ranks, cases, repeats, marks]."""
-    return np.asarray(moments[..., -1].max(axis=0) - moments[..., 0].min(axis=0))
+    """Seconds of the whole layer: [cases, repeats] of [ranks, cases, repeats, operations + 1].
+
+    Up to the first exchange the ranks do not touch each other, so that part is the longest of any rank, from its own
+    start (on a busy machine the common start is missed by some milliseconds); the rest runs from the moment at which
+    the last rank comes to the exchange to the last end of any rank.
+    """
+    meeting = moments[..., OPERATIONS.index(COLLECTIVES[0])]
+    alone = (meeting - moments[..., 0]).max(axis=0)
+    return np.asarray(alone + moments[..., -1].max(axis=0) - meeting.max(axis=0))
 
 
 def _spread(samples: Floats) -> dict[str, float]:
