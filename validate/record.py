@@ -22,6 +22,9 @@ from validate.probe import intervals
 
 Floats = NDArray[np.float64]
 
+# Below this share of its cores the table says that other work disturbed the run (a busy loop alone on a core gets 99 %).
+QUIET_SHARE = 0.95
+
 
 def hardware(device: Any) -> dict[str, Any]:
     """What the run ran on; of the machine nothing that names its owner."""
@@ -205,8 +208,10 @@ def _machine(core_share: dict[str, float | None]) -> list[str]:
     profiled, measured = core_share["profile"], core_share["measured"]
     if profiled is None or measured is None:
         return []
+    disturbed = "; other work disturbed the run" if min(profiled, measured) < QUIET_SHARE else ""
     return [
         f"the machine: computing ranks had {profiled:.0%} of their cores while profiled, {measured:.0%} while measured"
+        + disturbed
     ]
 
 
