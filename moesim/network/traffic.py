@@ -200,9 +200,8 @@ def equivalent_tokens(
         gate = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "nodes": nodes}
         mean = np.asarray(counts, dtype=np.float64).mean(axis=0)
         by_rank, by_node = visit_chances(np.where(mean.sum(-1, keepdims=True) > 0, mean, 1.0), placement, **gate)
-        copies = normal_copies(
-            tokens, _scaled(by_rank, _part(loads)), _scaled(by_node, _part(loads.reshape(_grid(loads, nodes)).sum(-1)))
-        )
+        node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
+        copies = normal_copies(tokens, _scaled(by_rank, loads), _scaled(by_node, node_loads))
         rank, node = balanced_visits(ranks=ranks, experts=placement.experts, **gate)
         one = normal_copies(np.ones(ranks), np.full(ranks, rank), np.full(nodes, node))
     worst = np.zeros(loads.shape[:-1])
@@ -213,10 +212,10 @@ def equivalent_tokens(
     return worst
 
 
-def _scaled(visits: Floats, part: Floats) -> Floats:
-    """Visits of single steps [steps, layers, n] from mean visits [layers, n] and the steps' shares of the load."""
-    usual = part.mean(axis=0)
-    ratio = part / np.where(usual > 0, usual, 1.0)
+def _scaled(visits: Floats, loads: Floats) -> Floats:
+    """Visits of single steps [steps, layers, n] from the visits of all steps together [layers, n] and their loads."""
+    usual = _part(loads.sum(axis=0))
+    ratio = _part(loads) / np.where(usual > 0, usual, 1.0)
     return np.asarray(-np.expm1(np.log(np.maximum(1.0 - visits, LEAST_MISS)) * ratio))
 
 

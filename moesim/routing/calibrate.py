@@ -230,17 +230,16 @@ def _pairs(first: Floats, second: Floats) -> float:
 
 def _packed(fit: Floats, judge: Floats, ranks: int) -> float:
     """Longest-processing-time packing of experts by `fit`, judged on `judge`: mean over layers of max/mean."""
-    found = []
-    room = fit.shape[1] // ranks
-    for row, other in zip(fit, judge, strict=True):
-        load, held, judged = np.zeros(ranks), np.zeros(ranks, dtype=np.int64), np.zeros(ranks)
-        for expert in np.argsort(-row):
-            rank = int(np.argmin(np.where(held < room, load, np.inf)))
-            load[rank] += row[expert]
-            held[rank] += 1
-            judged[rank] += other[expert]
-        found.append(judged.max() / judged.mean())
-    return float(np.mean(found))
+    layers, experts = fit.shape
+    rows = np.arange(layers)
+    load, judged = np.zeros((layers, ranks)), np.zeros((layers, ranks))
+    held = np.zeros((layers, ranks), dtype=np.int64)
+    for expert in np.argsort(-fit, axis=1).T:
+        rank = np.argmin(np.where(held < experts // ranks, load, np.inf), axis=1)
+        load[rows, rank] += fit[rows, expert]
+        judged[rows, rank] += judge[rows, expert]
+        held[rows, rank] += 1
+    return float(_balance(judged).mean())
 
 
 def generated(values: dict[str, Any], like: Floats, phases: Sequence[str], draws: int, seed: int) -> list[Floats]:

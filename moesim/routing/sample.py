@@ -27,14 +27,15 @@ EXACT_TOKENS = 32
 # Mean count below which the discrete distribution is inverted; at 5 the corrected normal is within 0.0018 of a Poisson
 # in total variation, its variance within 0.1 % (tests/unit/test_routing_sample.py).
 LOW_MEAN = 5.0
-ROUNDING = 1.0 / 12.0  # the variance that rounding to integers adds (Sheppard's correction)
+ROUNDING = 1.0 / 12.0 + 1.0 / 6.0  # variance that rounding a count (Sheppard), then its part of the remainder, adds
 # Below this chance that top_k independent picks are all different, picking expert by expert is faster.
 MIN_ACCEPTANCE = 0.1
 # Intervals of the table of normal quantiles: all of (0, 1), then again its lowest interval.
 QUANTILES = 4096
 # Rows of the table that describes the distribution of each expert's count; see `_moments`.
 SHAPES = 5
-MEAN, A, B, C, SWELL = range(SHAPES)
+MEAN, A, B, C, PART = range(SHAPES)
+LEAST_CHANCE = 1e-3  # an expert that nearly every token picks keeps this chance of not being picked
 # 1 / n: a count of a mean below LOW_MEAN ends long before (a multiplication is a third of a division).
 INVERSE = 1.0 / np.maximum(np.arange(256.0), 1.0)
 
@@ -290,7 +291,7 @@ def _fill_approximate(
                 _moments(float(held), last_cv2, chance[layer], spread[layer], shape)
             row = out[step, layer]
             total = _draw_apart(row, float(held), shape, coarse, fine, rng)
-            _pin_sum(row, float(held), float(held * top_k) - total, chance[layer], shape[SWELL], weight, rng.random())
+            _pin_sum(row, float(held), float(held * top_k) - total, chance[layer], shape, weight, rng.random())
 
 
 @njit(cache=True)
@@ -329,15 +330,16 @@ def _moments(held: float, cv2: float, chance: Floats, spread: Floats, shape: Flo
 
     shape [SHAPES, experts]: the mean; A, B, C: quadratic, linear, cubic coefficient of the Cornish-Fisher expansion
     (excess kurtosis set to the squared skewness, as it is for a Poisson), or below LOW_MEAN the chance of 0 and
-    Panjer's a and b; and by how much the shaking swells the variance, as a factor.
+    Panjer's a and b; and the part it takes in pinning the sum: its variance, or below LOW_MEAN the factor by which
+    shaking swells it.
     """
     for e in range(chance.shape[0]):
         m = held * chance[e]
         apart = m * (1.0 - chance[e])
         variance = apart * spread[e] + m * m * cv2
         shape[MEAN, e] = m
-        shape[SWELL, e] = 1.0 + m * cv2 / max(1.0 - chance[e], 1e-3) if cv2 > 0.0 else 1.0
         if m >= LOW_MEAN:
+            shape[PART, e] = variance
             third = apart * (1.0 - 2.0 * chance[e]) + m * m * cv2 * (3.0 + 2.0 * m * cv2)
             sd = np.sqrt(max(variance - ROUNDING, 0.0))
             over = 1.0 / variance if variance > 0.0 else 0.0
@@ -346,7 +348,9 @@ def _moments(held: float, cv2: float, chance: Floats, spread: Floats, shape: Flo
             shape[A, e] = quadratic
             shape[B, e] = sd * (1.0 + skew2)
             shape[C, e] = -sd * skew2
-        elif m <= 0.0:
+            continue
+        shape[PART, e] = 1.0 + m * cv2 / max(1.0 - chance[e], LEAST_CHANCE)
+        if m <= 0.0:
             shape[A, e], shape[B, e], shape[C, e] = 1.0, 0.0, 0.0
         else:
             ratio = variance / m
@@ -365,7 +369,7 @@ def _moments(held: float, cv2: float, chance: Floats, spread: Floats, shape: Flo
 
 @njit(cache=True)
 def _pin_sum(
-    row: Floats, held: float, rest: float, chance: Floats, swell: Floats, weight: Floats, offset: float
+    row: Floats, held: float, rest: float, chance: Floats, shape: Floats, weight: Floats, offset: float
 ) -> None:
     """Spread `rest` over the row in proportion to the experts' variances, by systematic rounding from `offset`."""
     if rest == 0.0:
@@ -373,8 +377,11 @@ def _pin_sum(
     experts = row.shape[0]
     total = 0.0
     for e in range(experts):
-        # Both have the expert's variance as their mean, and leave an empty (full) expert as it is.
-        weight[e] = (held - row[e]) * chance[e] * swell[e] if rest > 0.0 else row[e] * (1.0 - chance[e]) * swell[e]
+        # A low count takes part by what it has (or lacks): the same on average, and an empty expert stays as it is. A
+        # high one takes part by its variance alone, as a share of its own count would narrow it.
+        weight[e] = shape[PART, e]
+        if shape[MEAN, e] < LOW_MEAN:
+            weight[e] *= (held - row[e]) * chance[e] if rest > 0.0 else row[e] * (1.0 - chance[e])
         total += weight[e]
     size = abs(rest)
     sign = 1.0 if rest > 0.0 else -1.0
