@@ -22,7 +22,7 @@ from validate.probe import intervals
 
 Floats = NDArray[np.float64]
 
-# Below this share of its cores the table says that other work disturbed the run (a busy loop alone on a core gets 99 %).
+# Below this share of its cores the table says that other work disturbed the run: a rank computes without pausing.
 QUIET_SHARE = 0.95
 
 
