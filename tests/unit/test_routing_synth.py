@@ -10,6 +10,7 @@ import pytest
 
 from moesim.routing import calibrate
 from moesim.routing.dispersion import default_dispersion, excess_cv2, fit_dispersion
+from moesim.routing.fit_report import table
 from moesim.routing.inclusion import cap_shares
 from moesim.routing.readers import read_loads
 from moesim.routing.synth import generate, parameters
@@ -152,3 +153,13 @@ def test_the_command_writes_parameters_and_figure(
     assert (tmp_path / "docs/img/routing_fit.svg").read_text().startswith("<svg")
     written = json.loads((tmp_path / "params/deepseek_like.json").read_text())
     assert not any("count" in key for key in written["parameters"])
+
+
+@pytest.mark.data
+def test_the_table_in_the_docs_is_what_the_command_prints(shared_data: Path, repo: Path) -> None:
+    loads = calibrate.load_phases(deepseek_files(shared_data))
+    shares, _ = stack_profiles(loads)
+    phases = [load.phase for load in loads]
+    sets = calibrate.generated(parameters(), shares, phases, calibrate.DRAWS, seed=0)
+    printed = table(calibrate.statistics(shares, phases).values, [calibrate.statistics(x, phases).values for x in sets])
+    assert printed in (repo / "docs/explanation/routing.md").read_text()
