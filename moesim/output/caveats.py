@@ -1,0 +1,56 @@
+"""What a result rests on, in plain sentences, derived from the scenario and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from moesim.output.run_folder import Figures
+from moesim.spec.scenario import Scenario
+
+
+def caveats(scenario: Scenario, figures: Figures) -> list[str]:
+    """What is assumed, generated or not validated here, most important first."""
+    found = []
+    cluster = scenario.cluster
+    if isinstance(cluster, Path) or cluster.nodes > 1:
+        found.append(
+            "Expert parallelism over several nodes is not validated: no hardware that this project could use has run "
+            "it. Costs of operations come from the tables named above; how they add up over nodes is the simulator's "
+            "model."
+        )
+    if figures.routing.judged_on_fit:
+        found.append("The placement is judged on the very loads it was fitted to: nothing was left to hold out.")
+    if scenario.routing.synthetic is not None:
+        found.append(
+            f"The routing is generated ({scenario.routing.synthetic.kind}), not recorded from your traffic. Give your "
+            "own counts under routing.loads for a verdict about your deployment."
+        )
+    if figures.routing.dispersion == "assumed":
+        found.append(
+            "How far single steps stray from the mean routing is assumed, from other models' public records: aggregate "
+            "counts do not tell. A trace with steps or tokens replaces the assumption."
+        )
+    if scenario.cost.extrapolate == "allow":
+        found.append("cost.extrapolate is `allow`: figures beyond the measured tables are estimates, tagged as such.")
+    found.append(
+        "Intervals hold what is drawn jointly: errors that a family of costs shares, and which mix of the judged loads "
+        "the deployment meets. They do not hold errors of the simulator's structure (what overlaps, what the engine's "
+        "scheduler does) or faults, and arrivals are one draw that all plans share."
+    )
+    found.append(
+        "Host overheads of the engine (between steps, and per layer without a captured graph) are assumed until they "
+        "are calibrated against measured runs; their spread enters the intervals."
+    )
+    work = scenario.serving.workload if scenario.serving is not None else None
+    if work is not None and work.isl is not None and work.osl is not None:
+        found.append(f"All requests are alike: {work.isl} tokens in, {work.osl} out, no shared prefixes.")
+    return found
+
+
+def caveats_of(scenario: Scenario, figures: Figures, notes: Sequence[str]) -> str:
+    """The caveats and a run's own notes as HTML lists."""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, figures))
+    noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<ul>{listed}</ul>" + (f"<h3>Notes of this run</h3><ul>{noted}</ul>" if noted else "")

@@ -1,0 +1,251 @@
+"""Reading the folder of a run: what the report is made from, checked at the edge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, Field
+
+from moesim.errors import BadInput
+from moesim.files import read_text
+from moesim.spec.base import Spec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.scenario import Scenario, yaml_fault
+
+RESULT, SIMULATION, PLAN = "result.json", "simulation.json", "plan.yaml"
+_REMAKE = "make the run again with `moesim tune`"
+
+
+class Stored(Spec):
+    """A value read back from a run; keys that the report does not show are left aside."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Interval(Stored):
+    """A central interval of the joint draws."""
+
+    low: float
+    high: float
+
+
+class Gain(Stored):
+    """A paired difference; without a baseline that ran there is none."""
+
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Verdict(Stored):
+    """A code and its sentence."""
+
+    code: str
+    text: str
+
+
+class PlanRow(Stored):
+    """A plan of the search with its figures; `metrics` is empty where it could not run (`status` says why)."""
+
+    label: str
+    parallel: ParallelSpec
+    status: str
+    meets_slo: bool
+    metrics: dict[str, float]
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    tied_with_best: bool | None = None
+
+
+class Result(Stored):
+    """What `moesim tune --json` told."""
+
+    best: PlanRow
+    baseline: PlanRow | None
+    gain: Gain
+    latency_gain: Gain
+    verdict: Verdict
+    alternatives: tuple[PlanRow, ...]
+    pareto: tuple[PlanRow, ...]
+    trials: int
+    space: int
+    exhausted: bool
+    infeasible: dict[str, int]
+    missed_slo: int
+    notes: tuple[str, ...]
+    trial_list: tuple[PlanRow, ...]
+    run: dict[str, float | int | str]
+
+
+class Step(Stored):
+    """The typical decode step."""
+
+    tokens_per_dp_rank: float
+    step_s: float = Field(ge=0)
+    by_operation_s: dict[str, float]
+    exposed_communication_s: float
+
+
+class RoutingFigures(Stored):
+    """Balance, and what it was judged on."""
+
+    max_over_mean: float
+    per_step_max_over_mean: float
+    dispersion: str
+    judged_on: tuple[str, ...]
+    judged_on_fit: bool
+
+
+class MemoryFigures(Stored):
+    """The ledger of the fullest GPU, bytes."""
+
+    peak_bytes: float
+    limit_bytes: float = Field(gt=0)
+    ledger: dict[str, float]
+
+
+class Limit(Stored):
+    """A service level with what was found."""
+
+    metric: str
+    limit_s: float
+    value_s: float
+    met: bool
+
+
+class Levels(Stored):
+    """All service levels."""
+
+    met: bool
+    limits: tuple[Limit, ...]
+
+
+class PlanFigures(Stored):
+    """How the plan of a simulation runs."""
+
+    parallel: ParallelSpec
+    instances: int
+    solver: str
+    redundant_experts: int
+    schedule: str
+    dispatch: dict[str, str]
+    max_running_requests_per_dp_rank: int
+
+
+class Figures(Stored):
+    """What `moesim simulate --json` told."""
+
+    metrics: dict[str, float | dict[str, float]]
+    intervals: dict[str, Interval]
+    step: Step
+    routing: RoutingFigures
+    memory: MemoryFigures
+    slo: Levels
+    provenance: dict[str, float]
+    plan: PlanFigures
+    run: dict[str, float | int | str]
+
+
+class Steps(Stored):
+    """The run over time, thinned."""
+
+    start_s: tuple[float, ...]
+    step_s: tuple[float, ...]
+    decode_seqs: tuple[float, ...]
+    prefill_tokens: tuple[float, ...]
+
+
+class Series(Stored):
+    """What the pictures are drawn from: rank_loads [layers][ranks], latency at percentiles 0 to 100."""
+
+    layer_ids: tuple[int, ...]
+    rank_loads: tuple[tuple[float, ...], ...]
+    latency: dict[str, tuple[float, ...]]
+    steps: Steps
+
+
+class Told(Stored):
+    """A simulation: its figures, and its series where they were kept."""
+
+    figures: Figures
+    series: Series | None = None
+
+
+class Simulations(Stored):
+    """The best plan's run, and the baseline's where it could run."""
+
+    best: Told
+    baseline: Told | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, read and checked. launch: engine -> text of its launch.txt; files: (name, bytes) of the folder."""
+
+    name: str
+    result: Result
+    simulations: Simulations
+    scenario: Scenario
+    launch: dict[str, str]
+    files: tuple[tuple[str, int], ...]
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Read a run folder that `moesim tune` wrote. Raises BadInput that names the file and the key."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(
+            "there is no such run folder", where=str(folder), mend="give the folder that `moesim tune` wrote"
+        )
+    result = Result.read(_json(folder / RESULT), where=folder / RESULT)
+    simulations = Simulations.read(_json(folder / SIMULATION), where=folder / SIMULATION)
+    for name, told in (("best", simulations.best), ("baseline", simulations.baseline)):
+        if told is not None and told.series is not None:
+            check_series(told.series, where=f"{folder / SIMULATION}: {name}.series")
+    plan = _yaml(folder / PLAN)
+    if not isinstance(plan, dict) or "scenario" not in plan:
+        raise BadInput("no `scenario` here", where=str(folder / PLAN), mend=_REMAKE)
+    scenario = Scenario.read(plan["scenario"], where=f"{folder / PLAN}: scenario")
+    launch = {path.parent.name: read_text(path, what="launch file") for path in sorted(folder.glob("*/launch.txt"))}
+    return RunFolder(folder.resolve().name, result, simulations, scenario, launch, _files(folder))
+
+
+def check_series(series: Series, *, where: str) -> None:
+    """Whether the series fit together. Raises BadInput."""
+    widths = {len(row) for row in series.rank_loads}
+    if len(series.rank_loads) != len(series.layer_ids) or len(widths) > 1 or 0 in widths:
+        raise BadInput("rank_loads is no [layers][ranks] table", where=where, mend=_REMAKE)
+    if any(load < 0 for row in series.rank_loads for load in row):
+        raise BadInput("rank_loads holds a negative load", where=where, mend=_REMAKE)
+    for name, values in series.latency.items():
+        if len(values) not in (0, 101) or list(values) != sorted(values):
+            raise BadInput(f"latency.{name} is not 101 rising percentiles", where=where, mend=_REMAKE)
+    if len({len(values) for values in vars(series.steps).values()}) != 1:
+        raise BadInput("the lists of steps differ in length", where=where, mend=_REMAKE)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path, what="run's file"))
+    except (ValueError, RecursionError) as error:
+        place = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        raise BadInput(f"not valid JSON ({place})", where=str(path), mend=_REMAKE) from None
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(read_text(path, what="plan"))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend=_REMAKE) from None
+
+
+def _files(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Files that a person may want, with their sizes; the page itself and the search's journal are left out."""
+    skip = {"report.html", "study.journal"}
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    named = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in found]
+    return tuple(sorted((name, size) for name, size in named if name not in skip))
