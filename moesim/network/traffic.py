@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
@@ -193,23 +194,82 @@ def equivalent_tokens(
     ranks = loads.shape[-1]
     if ranks == 1:
         return np.asarray(np.broadcast_to(tokens[..., 0], loads.shape[:-1]).copy())
+    per_node = _per_node(ranks, nodes)
+    senders = np.ascontiguousarray(np.broadcast_to(tokens[:, 0], (len(loads), ranks)))
     if mode == "low_latency":
-        copies = low_latency_copies(tokens, loads, nodes=nodes)
         one = low_latency_copies(np.ones(ranks), np.full(ranks, float(top_k)), nodes=nodes)
+        busiest = _busiest_low_latency(senders, np.ascontiguousarray(loads), per_node)
     else:
         gate = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "nodes": nodes}
         mean = np.asarray(counts, dtype=np.float64).mean(axis=0)
         by_rank, by_node = visit_chances(np.where(mean.sum(-1, keepdims=True) > 0, mean, 1.0), placement, **gate)
         node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
-        copies = normal_copies(tokens, _scaled(by_rank, loads), _scaled(by_node, node_loads))
         rank, node = balanced_visits(ranks=ranks, experts=placement.experts, **gate)
         one = normal_copies(np.ones(ranks), np.full(ranks, rank), np.full(nodes, node))
-    worst = np.zeros(loads.shape[:-1])
-    for leg in ("nic_out", "nic_in", "nvlink_out", "nvlink_in"):
-        unit = float(getattr(one, leg).max())
-        if unit > 0.0:
-            worst = np.maximum(worst, getattr(copies, leg).max(axis=-1) / unit)
-    return worst
+        busiest = _busiest_normal(senders, _scaled(by_rank, loads), _scaled(by_node, node_loads), per_node)
+    units = np.asarray([one.nic_out.max(), one.nic_in.max(), one.nvlink_out.max(), one.nvlink_in.max()])
+    used = units > 0.0
+    return np.asarray((busiest[..., used] / units[used]).max(axis=-1, initial=0.0))
+
+
+@njit(cache=True)
+def _busiest_low_latency(tokens: Floats, loads: Floats, per_node: int) -> Floats:
+    """Largest of each leg of `low_latency_copies` [steps, layers, 4], without the arrays in between.
+
+    tokens: [steps, ranks]; loads: [steps, layers, ranks].
+    """
+    steps, layers, ranks = loads.shape
+    out = np.zeros((steps, layers, 4))
+    source_node = np.empty(ranks // per_node)
+    target_node = np.empty(ranks // per_node)
+    for step in range(steps):
+        sent = max(tokens[step].sum(), 1e-300)
+        for node in range(len(source_node)):
+            source_node[node] = tokens[step, node * per_node : (node + 1) * per_node].sum() / sent
+        for layer in range(layers):
+            row = loads[step, layer]
+            for node in range(len(target_node)):
+                target_node[node] = row[node * per_node : (node + 1) * per_node].sum()
+            total = target_node.sum()
+            best = out[step, layer]
+            for rank in range(ranks):
+                node = rank // per_node
+                source = tokens[step, rank] / sent
+                best[0] = max(best[0], source * (total - target_node[node]))
+                best[1] = max(best[1], row[rank] * (1.0 - source_node[node]))
+                best[2] = max(best[2], source * (target_node[node] - row[rank]))
+                best[3] = max(best[3], row[rank] * (source_node[node] - source))
+    return out
+
+
+@njit(cache=True)
+def _busiest_normal(tokens: Floats, rank_visits: Floats, node_visits: Floats, per_node: int) -> Floats:
+    """Largest of each leg of `normal_copies` [steps, layers, 4], without the arrays in between.
+
+    tokens: [steps, ranks]; rank_visits: [steps, layers, ranks]; node_visits: [steps, layers, nodes].
+    """
+    steps, layers, ranks = rank_visits.shape
+    out = np.zeros((steps, layers, 4))
+    by_index = np.empty(per_node)
+    for step in range(steps):
+        by_index[:] = 0.0
+        for rank in range(ranks):
+            by_index[rank % per_node] += tokens[step, rank]
+        sent = by_index.sum()
+        for layer in range(layers):
+            nodes = node_visits[step, layer]
+            all_nodes = nodes.sum()
+            best = out[step, layer]
+            for node in range(ranks // per_node):
+                inside = rank_visits[step, layer, node * per_node : (node + 1) * per_node]
+                whole = inside.sum()
+                for index in range(per_node):
+                    held = tokens[step, node * per_node + index]
+                    best[0] = max(best[0], held * (all_nodes - nodes[node]))
+                    best[1] = max(best[1], (by_index[index] - held) * nodes[node])
+                    best[2] = max(best[2], by_index[index] * (whole - inside[index]))
+                    best[3] = max(best[3], (sent - by_index[index]) * inside[index])
+    return out
 
 
 def _scaled(visits: Floats, loads: Floats) -> Floats:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from moesim.cost.estimate import Tag
 from moesim.network.traffic import (
     LegCopies,
+    _busiest_low_latency,
+    _busiest_normal,
     equivalent_tokens,
     fan_out_tag,
     low_latency_copies,
@@ -59,7 +61,14 @@ def test_what_leaves_arrives(seed: int, shape: tuple[int, int]) -> None:
     assert np.allclose(low.nic_out + low.nvlink_out + local, pairs.sum(axis=-1))
     rank_visits = rng.random((3, 2, ranks))
     node_visits = 1 - np.prod(1 - rank_visits.reshape(3, 2, nodes, per_node), axis=-1)
-    conserved(normal_copies(tokens, rank_visits, node_visits), nodes)
+    normal = normal_copies(tokens, rank_visits, node_visits)
+    conserved(normal, nodes)
+    for copies, busiest in (
+        (low, _busiest_low_latency(tokens[:, 0], loads, per_node)),
+        (normal, _busiest_normal(tokens[:, 0], rank_visits, node_visits, per_node)),
+    ):
+        legs = [copies.nic_out, copies.nic_in, copies.nvlink_out, copies.nvlink_in]
+        assert np.allclose(busiest, np.stack([leg.max(axis=-1) for leg in legs], axis=-1), atol=1e-9)
 
 
 def placement(layers: int, experts: int, ranks: int, rng: np.random.Generator) -> ExpertPlacement:
