@@ -45,6 +45,7 @@ from profiles.lookup import (
     by_experts,
     describe,
     fastest,
+    key_fields,
     key_of,
     mend,
     never_free,
@@ -328,9 +329,8 @@ class StoreCosts:
                 where=self._names(),
                 mend=mend(op),
             )
-        near = nearest(op, self._rows)
-        found = tuple(self._prepare(near)) if near is not None else ()
-        if near is None or not found:
+        near = self._near(op)
+        if near is None:
             formula = self.roofline.estimate(op)
             return dataclasses.replace(formula, source=f"{formula.source} (no table holds {describe(op)})")
         priced = self.estimate(near)
@@ -338,6 +338,18 @@ class StoreCosts:
         tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
         source = f"{priced.source}, scaled from {describe(near)}"
         return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, source=source)
+
+    def _near(self, op: Operation) -> Operation | None:
+        """The operation at the nearest measured shape, or None; looked for once for a kernel and shape."""
+        key = ("nearest", key_of(op))
+        if key not in self._tables:
+            found = nearest(op, self._rows)
+            usable = found is not None and any(True for _ in self._prepare(found))
+            kind: Any = type(op)
+            names = key_fields(kind)
+            self._tables[key] = {name: getattr(found, name) for name in names} if usable else None
+        changes = self._tables[key]
+        return None if changes is None else dataclasses.replace(op, **changes)
 
     def _carry_on(self, op: Operation, priced: Priced, seconds: Floats, tags: Tags) -> tuple[Floats, Tags]:
         """Points outside the hull: an error, or the nearest measured price in proportion to the roofline."""

@@ -25,7 +25,7 @@ from moesim.cost.ops import (
     Operation,
 )
 from profiles.experts import ExpertCurve
-from profiles.fit import OUTSIDE, Curve, Surface, completed, curve, medians, surface
+from profiles.fit import OUTSIDE, Curve, Surface, completed, curve, isotonic, medians, surface
 from profiles.record import COLLECTIVES, KERNELS, LATENCY
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
                 return None
             ms, seconds = medians(rows["m"].to_numpy(), rows[LATENCY].to_numpy())
             common = ms if common is None else np.intersect1d(common, ms)
-            parts.append((weight_n * weight_k, ms, np.log(np.maximum.accumulate(seconds))))
+            parts.append((weight_n * weight_k, ms, isotonic(np.log(seconds))))
     if common is None or not len(common):
         return None
     for weight, ms, logs in parts:

@@ -1,0 +1,171 @@
+"""The importer of aiconfigurator-core's tables, on small synthetic tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from moesim.errors import BadInput
+from profiles.importers.aiconfigurator import find_package, import_tables
+from profiles.record import FAMILIES
+
+COMMON = {"framework": "SGLang", "version": "0.5.14", "device": "NVIDIA H200", "kernel_source": "k"}
+
+
+def write(root: Path, path: str, rows: list[dict[str, object]]) -> Path:
+    target = root / "h200_sxm" / f"{path}.parquet"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame([{**COMMON, **row} for row in rows]).write_parquet(target)
+    return target
+
+
+def moe_row(**changed: object) -> dict[str, object]:
+    row = {
+        "op_name": "moe", "moe_dtype": "fp8_block", "num_tokens": 64, "hidden_size": 512, "inter_size": 256, "topk": 8,
+        "num_experts": 64, "moe_tp_size": 2, "moe_ep_size": 4, "distribution": "balanced", "latency": 0.5,
+    }  # fmt: skip
+    return {**row, **changed}
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    write(
+        tmp_path,
+        "gemm/sglang/0.5.14/gemm_perf",
+        [
+            {"gemm_dtype": "bfloat16", "m": 1, "n": 64, "k": 32, "latency": latency}
+            for latency in (0.010, 0.012, 0.200)  # one point, three collections
+        ],
+    )
+    write(tmp_path, "moe/sglang/0.5.14/moe_perf", [moe_row(), moe_row(distribution="power_law_1.2", latency=0.9)])
+    write(
+        tmp_path,
+        "mla/sglang/0.5.14/generation_mla_perf",
+        [
+            {
+                "mla_dtype": "float16", "kv_cache_dtype": "fp8", "num_heads": 128, "batch_size": 4, "isl": 1,
+                "tp_size": 1, "step": 1023, "latency": 0.03,
+            }
+        ],
+    )  # fmt: skip
+    write(
+        tmp_path,
+        "comm/nccl/2.29.2/nccl_perf",
+        [
+            {"nccl_dtype": dtype, "num_gpus": 8, "message_size": 1024, "op_name": "alltoall", "latency": 0.02}
+            for dtype in ("half", "int8")
+        ],
+    )
+    shape = {"node_num": 4, "hidden_size": 7168, "num_token": 64, "num_topk": 8, "num_experts": 256}
+    times = {
+        "dispatch_sms": 20, "dispatch_transmit_us": 70.0, "dispatch_notify_us": 30.0,
+        "combine_sms": 20, "combine_transmit_us": 150.0, "combine_notify_us": 50.0,
+    }  # fmt: skip
+    write(
+        tmp_path,
+        "comm/sglang/0.5.6.post2/wideep_deepep_normal_perf",
+        [{**shape, **times}, {**shape, **times, "num_token": 128, "device": "NVIDIA H100"}],
+    )
+    return tmp_path
+
+
+def convert(root: Path) -> tuple[dict[str, pl.DataFrame], list[str]]:
+    said: list[str] = []
+    found = import_tables(root, system="h200_sxm", engine="sglang", package_version="0.12.0", say=said.append)
+    return found, said
+
+
+def test_repeated_points_become_their_median_in_seconds(tables: Path) -> None:
+    gemm = convert(tables)[0]["gemm"]
+    assert gemm.height == 1
+    assert gemm["latency_s"][0] == pytest.approx(12e-6)
+    assert gemm["dtype"][0] == "bf16"
+
+
+def test_moe_tokens_count_the_whole_ep_group(tables: Path) -> None:
+    experts = convert(tables)[0]["experts"].sort("distribution")
+    assert experts["distribution"].to_list() == ["power_law_1.2", "uniform"]
+    assert experts["routed"].to_list() == [64 * 8 / 4] * 2
+    assert experts["local_experts"].to_list() == [16, 16]
+    assert experts["intermediate"].to_list() == [128, 128]
+
+
+def test_generation_attends_to_step_and_itself(tables: Path) -> None:
+    mla = convert(tables)[0]["mla_decode"]
+    assert mla["kv_tokens"].to_list() == [1024]
+    assert (mla["form"][0], mla["dtype"][0], mla["kv_dtype"][0]) == ("absorbed", "bf16", "fp8")
+
+
+def test_nccl_sizes_are_elements_of_half(tables: Path) -> None:
+    collective = convert(tables)[0]["collective"]
+    assert collective["bytes"].to_list() == [2048]
+    assert collective["kind"].to_list() == ["all_to_all"]
+
+
+def test_a_deepep_step_takes_transmit_and_notify(tables: Path) -> None:
+    exchange = convert(tables)[0]["exchange"].sort("step")
+    assert exchange["latency_s"].to_list() == pytest.approx([200e-6, 100e-6])
+    assert exchange["ep"].to_list() == [32, 32]
+    assert exchange["dtype"].to_list() == ["bf16", "fp8"]
+
+
+def test_rows_of_another_gpu_are_left_out_and_named(tables: Path) -> None:
+    found, said = convert(tables)
+    assert 128.0 not in found["exchange"]["tokens"].to_list()
+    assert any("H100" in line and "1 rows" in line for line in said)
+
+
+def test_rows_that_outrun_the_memory_are_left_out(tmp_path: Path) -> None:
+    data = tmp_path / "systems" / "data"
+    huge = {"hidden_size": 7168, "inter_size": 2048, "num_experts": 256, "moe_tp_size": 1, "moe_ep_size": 1}
+    # 256 experts of 44 MB in 1 ms would be 11 TB/s.
+    write(data, "moe/sglang/0.5.14/moe_perf", [moe_row(**huge, latency=1.0), moe_row()])
+    (data.parent / "h200_sxm.yaml").write_text("gpu: {mem_bw: 4800000000000}\n")
+    found, said = convert(data)
+    assert found["experts"]["hidden"].to_list() == [512]
+    assert any("faster than the HBM" in line for line in said)
+
+
+def test_every_row_says_where_it_comes_from(tables: Path) -> None:
+    for name, table in convert(tables)[0].items():
+        assert table.columns == list(FAMILIES[name].columns)
+        if table.height:
+            assert set(table["package"]) == {"aiconfigurator-core"}
+            assert set(table["package_version"]) == {"0.12.0"}
+            assert set(table["tag"]) == {"measured"}
+
+
+def test_a_missing_column_is_one_line(tables: Path) -> None:
+    path = tables / "h200_sxm/gemm/sglang/0.5.14/gemm_perf.parquet"
+    pl.read_parquet(path).drop("k").write_parquet(path)
+    with pytest.raises(BadInput, match="column 'k' is missing") as error:
+        convert(tables)
+    assert str(path) in error.value.line()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text", "empty"])
+def test_a_damaged_table_is_one_line(tables: Path, damage: str) -> None:
+    path = tables / "h200_sxm/gemm/sglang/0.5.14/gemm_perf.parquet"
+    content = path.read_bytes()
+    path.write_bytes({"truncate": content[: len(content) // 2], "text": b"not parquet", "empty": b""}[damage])
+    with pytest.raises(BadInput, match="not a readable Parquet file"):
+        convert(tables)
+
+
+def test_unknown_system_and_engine_name_what_there_is(tables: Path) -> None:
+    with pytest.raises(BadInput, match="use one of: h200_sxm"):
+        import_tables(tables, system="h300", engine="sglang", package_version="0")
+    with pytest.raises(BadInput, match="use one of: sglang"):
+        import_tables(tables, system="h200_sxm", engine="other", package_version="0")
+
+
+def test_the_package_is_found_in_any_folder_above_its_tables(tmp_path: Path) -> None:
+    data = tmp_path / "aiconfigurator_core" / "systems" / "data"
+    write(data, "moe/sglang/0.5.14/moe_perf", [moe_row()])
+    (tmp_path / "aiconfigurator_core-0.12.0.dist-info").mkdir()
+    for given in (tmp_path, tmp_path / "aiconfigurator_core", data):
+        assert find_package(given) == (data, "0.12.0")
+    with pytest.raises(BadInput, match="no tables here"):
+        find_package(tmp_path / "aiconfigurator_core-0.12.0.dist-info")
