@@ -12,6 +12,7 @@ hold no such information: then DEFAULT applies, and its tag is "assumed".
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import BadInput
+from moesim.routing.trace import RoutingCounts
 
 # Fewer steps give no usable estimate of a variance (its relative error is about sqrt(2 / steps)).
 MIN_STEPS = 8
@@ -97,3 +99,21 @@ def fit_dispersion(
     if requests_per_step is not None:
         return Dispersion(excess * requests_per_step, 0.0, 0.0, tag="measured", source=source)
     return Dispersion(0.0, 0.0, excess, tag="measured", source=source)
+
+
+def dispersion_of(loads: Sequence[RoutingCounts], *, top_k: int = 1) -> Dispersion:
+    """Fitted on the loads that hold enough single steps (their mean, tag "measured"); else the assumed default."""
+    fitted = [
+        fit_dispersion(load.counts, top_k=top_k, source=load.name)
+        for load in loads
+        if load.per_step and len(load.counts) >= MIN_STEPS
+    ]
+    if not fitted:
+        return default_dispersion()
+    return Dispersion(
+        0.0,
+        0.0,
+        float(np.mean([one.time_cv2 for one in fitted])),
+        tag="measured",
+        source=", ".join(one.source for one in fitted),
+    )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import BadInput, MoesimError
+from moesim.routing import parquet
 from moesim.routing.readers import read_loads, write_npz, write_parquet
 from moesim.routing.trace import RoutingCounts
 from moesim.routing.traces import read_trace
@@ -241,3 +242,64 @@ def test_250_mutated_files_never_end_in_another_exception(tmp_path: Path, loads:
         finally:
             path.write_bytes(original)
     assert refused > 100
+
+
+def test_parquet_faults_are_told_by_the_child(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    polars = pytest.importorskip("polars")
+    cases = {
+        "columns": ({"layer": [1]}, "the columns are"),
+        "list": ({"layer_id": [1], "experts": [3]}, "no list"),
+    }
+    for name, (columns, part) in cases.items():
+        path = tmp_path / f"{name}.parquet"
+        polars.DataFrame(columns).write_parquet(path)
+        assert parquet.main([str(path), str(tmp_path / "out.arrow")]) == 2
+        assert part in json.loads(capsys.readouterr().out)["what"]
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")
+    assert parquet.main([str(tmp_path / "broken.parquet"), str(tmp_path / "out.arrow")]) == 2
+    with pytest.raises(BadInput, match="the columns are"):
+        read_loads(tmp_path / "columns.parquet")
+    picks = tmp_path / "picks.parquet"
+    polars.DataFrame({"layer_id": [3, 3, 3], "expert_id": [1, 1, 0]}).write_parquet(picks)
+    assert parquet.main([str(picks), str(tmp_path / "out.arrow")]) == 0
+    found = polars.read_ipc((tmp_path / "out.arrow").read_bytes()).sort("expert_id")
+    assert found.rows() == [(3, 0, 1.0), (3, 1, 2.0)]
+
+
+@pytest.mark.parametrize("fault", ["header", "length", "offsets", "dtype", "shape"])
+def test_broken_safetensors_are_one_line(tmp_path: Path, fault: str) -> None:
+    header: dict[str, Any] = {"1_3": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}
+    if fault == "offsets":
+        header["1_3"]["data_offsets"] = [0, 80]
+    if fault == "dtype":
+        header["1_3"]["dtype"] = "X9"
+    if fault == "shape":
+        header["1_3"]["shape"] = [10**12]
+    text = b"[1]" if fault == "header" else json.dumps(header).encode()
+    length = 10**9 if fault == "length" else len(text)
+    (tmp_path / "rank0.safetensors").write_bytes(length.to_bytes(8, "little") + text + bytes(8))
+    write_json(tmp_path / "meta_info.json", {"num_experts": 2})
+    with pytest.raises(BadInput, match=r"rank0\.safetensors"):
+        read_loads(tmp_path)
+
+
+BAD_PT: dict[str, dict[str, Any]] = {
+    "no map": {"records": [{}]},
+    "no records": {"records": [], "last_physical_to_logical_map": [[0, 1]]},
+    "bare record": {"records": [{}], "last_physical_to_logical_map": [[0, 1]]},
+    "map of text": {"records": [{}], "last_physical_to_logical_map": ["a"]},
+    "other shape": {
+        "records": [{"forward_pass_id": 1, "global_physical_count": [[1]]}],
+        "last_physical_to_logical_map": [[0, 1]],
+    },
+    "neither": {"x": 1},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_PT)
+def test_broken_recorder_dumps_are_one_line(tmp_path: Path, fault: str) -> None:
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.pt"
+    torch.save(BAD_PT[fault], path)
+    with pytest.raises(BadInput, match=r"x\.pt"):
+        read_loads(path)

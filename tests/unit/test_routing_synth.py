@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesim.errors import BadInput
 from moesim.routing import calibrate
-from moesim.routing.dispersion import default_dispersion, excess_cv2, fit_dispersion
+from moesim.routing.dispersion import default_dispersion, dispersion_of, excess_cv2, fit_dispersion
 from moesim.routing.fit_report import table
 from moesim.routing.inclusion import cap_shares
 from moesim.routing.readers import read_loads
 from moesim.routing.synth import generate, parameters
-from moesim.routing.trace import stack_profiles
+from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.scenario import SyntheticSpec
 
 KINDS = ["uniform", "zipf", "lognormal", "power_law", "deepseek_like"]
@@ -81,6 +82,13 @@ def test_dispersion_is_found_again_by_moments() -> None:
     plain = rng.multinomial(20_000, np.broadcast_to(share, (400, 4, 32))).astype(float)
     assert abs(excess_cv2(plain)) < 2e-4
     assert default_dispersion().tag == "assumed"
+    stepped = RoutingCounts(counts, np.arange(4), 4, name="steps", per_step=True)
+    single = RoutingCounts(counts[:1], np.arange(4), 4, name="one")
+    assert dispersion_of([stepped, single]).time_cv2 == pytest.approx(cv2, rel=0.1)
+    assert dispersion_of([stepped, single]).tag == "measured"
+    assert dispersion_of([single]) == default_dispersion()
+    with pytest.raises(BadInput, match="do not show"):
+        fit_dispersion(counts[:3])
 
 
 def deepseek_files(shared_data: Path) -> list[Path]:
