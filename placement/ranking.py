@@ -15,8 +15,11 @@ from moesim.spec.scenario import Scenario
 from placement.space import Plan
 from placement.tuner import Search, Trial
 
-# Objectives closer than this are ranked by latency: an open loop serves its offered load under every plan that keeps up.
-NEAR_TIE = 0.005
+# An open loop serves what is offered under every plan that keeps up; how a finite run ends moves its rate by a percent
+# or two. Plans whose objectives are closer than this are ranked by latency.
+INDIFFERENCE = 0.02
+# A plan of which more than this share lies outside the profile is never recommended, only shown.
+MOST_EXTRAPOLATED = 0.1
 FINALISTS = 4
 LATENCY = "tpot_s.p50"
 SHOWN = (
@@ -50,7 +53,11 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
     """
     metric = scenario.objective.maximize
     ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
-    good = [trial for trial in ran if trial.outcome.violation <= 0]
+    good = [
+        trial
+        for trial in ran
+        if trial.outcome.violation <= 0 and trial.outcome.metrics["extrapolated_share"] <= MOST_EXTRAPOLATED
+    ]
     if not good:
         if not ran:
             told = ", ".join(f"{reason} {count}" for reason, count in search.infeasible().items())
@@ -58,6 +65,13 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
                 f"no plan could be simulated ({told})", mend="run `moesim doctor` on the scenario", reason="nothing_ran"
             )
         near = min(ran, key=lambda trial: trial.outcome.violation)
+        if near.outcome.violation <= 0:
+            raise Infeasible(
+                f"every plan that meets the service levels is over {MOST_EXTRAPOLATED:.0%} extrapolated",
+                where="cost.extrapolate",
+                mend="measure the missing points with `moesim profile`",
+                reason="mostly_extrapolated",
+            )
         raise Infeasible(
             f"no plan meets the service levels; nearest: {near.plan.label()}, {near.outcome.violation:.0%} over",
             where="objective.slo",
@@ -65,7 +79,7 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
             reason="slo",
         )
     best = max(trial.outcome.metrics[metric] for trial in good)
-    near_best = [trial for trial in good if trial.outcome.metrics[metric] >= best * (1 - NEAR_TIE)]
+    near_best = [trial for trial in good if trial.outcome.metrics[metric] >= best * (1 - INDIFFERENCE)]
     others = [trial for trial in good if trial not in near_best]
     near_best.sort(key=lambda trial: trial.outcome.metrics[LATENCY])
     others.sort(key=lambda trial: -trial.outcome.metrics[metric])
@@ -121,6 +135,9 @@ def verdict(
 ) -> dict[str, Any]:
     """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
     caveat = " Multi-node expert parallelism is not validated on hardware." if nodes > 1 else ""
+    lean = best.trial.outcome.metrics["extrapolated_share"]
+    if lean > 0.005:
+        caveat = f" {lean:.0%} of its step time is extrapolated.{caveat}"
     if judged_on_fit:
         text = "Verdict withheld: there is one snapshot of routing, so nothing was left to judge the plan on."
         return {"code": "withheld", "text": text + caveat}
@@ -133,7 +150,7 @@ def verdict(
         return {"code": "dont", "text": text + caveat}
     gain, saving = paired_gain(best, base, metric), paired_gain(best, base, LATENCY)
     name = metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU"
-    told = f"{name} {_signed(gain)}, median TPOT {_signed(saving)} lower"
+    told = f"{name} {_signed(gain)}, median TPOT {_saved(saving)}"
     level = f"{LEVEL:.0%} intervals, paired draws, routing it was not fitted to"
     missed = f", which misses the service levels ({base_reason})" if base_reason else ""
     head = f"{best.trial.plan.label()} against the plain baseline{missed}: {told} ({level})."
@@ -147,6 +164,7 @@ def verdict(
 
 
 def _signed(gain: dict[str, float]) -> str:
+    """`+3.4 % [+2.6 %, +4.9 %]`."""
     return f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]"
 
 
@@ -166,3 +184,11 @@ def plan_json(trial: Trial, finalist: Finalist | None = None) -> dict[str, Any]:
         "metrics": trial.outcome.metrics,
         "intervals": {} if finalist is None else {metric: finalist.interval(metric) for metric in finalist.drawn},
     }
+
+
+def _saved(saving: dict[str, float]) -> str:
+    """`12 % lower [8 %, 15 %]`; a longer time has a negative saving."""
+    word = "lower" if saving["value"] >= 0 else "higher"
+    sign = 1.0 if saving["value"] >= 0 else -1.0
+    low, high = sorted((sign * saving["low"], sign * saving["high"]))
+    return f"{sign * saving['value']:.1%} {word} [{low:.1%}, {high:.1%}]"

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesim.engine.deployment import Groundwork, check_plan
-from moesim.errors import BadInput, Infeasible
+from moesim.engine.deployment import Groundwork, check_plan, resolve
+from moesim.engine.stepmodel import price_light_steps
+from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 
@@ -51,9 +52,7 @@ class Plan:
         placement = scenario.placement.model_copy(
             update={"solver": self.solver, "redundant_experts": self.redundant_experts, "file": None}
         )
-        return scenario.model_copy(
-            update={"parallel": self.parallel, "policies": policies, "placement": placement}
-        )
+        return scenario.model_copy(update={"parallel": self.parallel, "policies": policies, "placement": placement})
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,11 @@ def baseline_plan(ground: Groundwork, scenario: Scenario) -> Plan:
 
 
 def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
-    """Every plan of the grid, checked for legality and memory before anything is simulated."""
+    """Every plan of the grid, checked before anything is simulated: legality, memory, and whether it can be priced.
+
+    A layout that the cost model cannot price even at a light load leaves with all its plans under `outside_profile`.
+    """
+    priced: dict[str, bool] = {}
     legal: list[Plan] = []
     reasons: Counter[str] = Counter()
     for plan in _grid(ground, scenario):
@@ -96,9 +99,25 @@ def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
             check_plan(ground, plan.apply(scenario))
         except Infeasible as error:
             reasons[error.reason] += 1
-        else:
+            continue
+        if plan.layout not in priced:
+            priced[plan.layout] = _priced(ground, plan.apply(scenario))
+        if priced[plan.layout]:
             legal.append(plan)
+        else:
+            reasons["outside_profile"] += 1
     return Space(tuple(legal), dict(sorted(reasons.items())))
+
+
+def _priced(ground: Groundwork, scenario: Scenario) -> bool:
+    """Whether a light decode step and one prompt can be priced; the placement does not matter for that."""
+    placement = scenario.placement.model_copy(update={"solver": "contiguous"})
+    deployment = resolve(ground, scenario.model_copy(update={"placement": placement}))
+    try:
+        price_light_steps(deployment)
+    except OutsideProfile:
+        return False
+    return True
 
 
 def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
@@ -141,7 +160,9 @@ def _placements(ground: Groundwork, scenario: Scenario, ep: int, own: Plan) -> I
         return
     spare = -ground.model.moe.experts % ep
     budgets = scenario.search.redundant_experts or tuple(
-        sorted({spare + extra * ep for extra in _EXTRA_SLOTS_PER_RANK if spare + extra * ep <= ground.model.moe.experts})
+        sorted(
+            {spare + extra * ep for extra in _EXTRA_SLOTS_PER_RANK if spare + extra * ep <= ground.model.moe.experts}
+        )
     )
     for solver in scenario.search.solvers or SOLVERS:
         for redundant in budgets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from moesim.output.series import simulation_series
 from moesim.output.steptrace import write_step_timeline
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import start_workers
-from placement.export.engines import export_placement
+from placement.export.engines import export_placement, write_map
 from placement.objective import Evaluator
 from placement.ranking import SHOWN, Finalist, finalists_of, paired_gain, pareto, plan_json, ranked, tied, verdict
 from placement.space import Plan, baseline_plan, enumerate_space, own_plan, require_plans
 from placement.tuner import Search, Trial, open_study, search
 
 FINAL_DRAWS = 20
-ENGINES = ("sglang", "trtllm")
+WIDTH = 150
+MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
 
 
 def tune(
@@ -97,14 +99,17 @@ def tune(
 
 
 def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) -> list[Plan]:
-    """Plans that people run: the baseline, the scenario's own, and one planned placement for each layout."""
-    wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario)]
-    layouts: dict[str, Plan] = {}
+    """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
+    every layout that stays within a node or is attention DP with EP.
+    """
+    known: dict[str, Plan] = {}
     for plan in plans:
-        good = plan.solver in ("greedy", "contiguous" if plan.parallel.ep == 1 else "greedy")
-        if good and plan.layout not in layouts:
-            layouts[plan.layout] = plan
-    return [plan for plan in [*wanted, *layouts.values()] if plan in plans]
+        usual = plan.parallel.gpus <= ground.cluster.gpus_per_node or plan.backend == "deepep" and plan.parallel.tp == 1
+        if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy"):
+            known.setdefault(plan.layout, plan)
+    wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario), *known.values()]
+    legal = set(plans)
+    return [plan for plan in wanted if plan in legal]
 
 
 def _result(
@@ -191,18 +196,23 @@ def write_run(
     }
     write_text(folder / "plan.yaml", yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
     written = ["plan.yaml", "placement.json"]
-    for engine in ENGINES:
+    for engine in MAP_NAMES:
         try:
             paths = export_placement(placement, engine, folder / engine, chosen)
         except Infeasible as error:
+            # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
             result["notes"].append(f"{engine}: {error.line()}")
+            write_map(placement, engine, folder / engine / MAP_NAMES[engine])
+            written.append(f"{engine}/{MAP_NAMES[engine]}")
             continue
         written += [str(path.relative_to(folder)) for path in paths]
     write_step_timeline(folder / "timeline.json.gz", simulation)
     write_json(folder / "result.json", result, indent=1)
     write_json(folder / "simulation.json", {"best": _told(simulation), "baseline": _told(base)}, indent=1)
     write_run_report(folder)
-    return [str(folder / name) for name in [*written, "timeline.json.gz", "result.json", "simulation.json", "report.html"]]
+    return [
+        str(folder / name) for name in [*written, "timeline.json.gz", "result.json", "simulation.json", "report.html"]
+    ]
 
 
 def _told(simulation: Simulation | None) -> dict[str, Any] | None:
@@ -217,11 +227,20 @@ def print_tune(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     how = "all of them evaluated" if result["exhausted"] else f"{result['trials']} evaluated"
     console.print(f"{result['space']} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
     table = Table(title="Plans, best first (90 % interval over joint draws of costs and routing)", title_justify="left")
-    for column in ("plan", "out tok/s/GPU", "TTFT p50 ms", "TPOT p50 ms", "TPOT p99 ms", "max/mean load", "memory GB", "SLO"):
+    for column in (
+        "plan",
+        "out tok/s/GPU",
+        "TTFT p50 ms",
+        "TPOT p50 ms",
+        "TPOT p99 ms",
+        "max/mean load",
+        "memory GB",
+        "SLO",
+    ):
         table.add_column(column, justify="left" if column == "plan" else "right")
     rows = [("best", result["best"]), *(("", one) for one in result["alternatives"])]
     if result["baseline"] is not None and result["baseline"]["label"] != result["best"]["label"]:

@@ -142,9 +142,7 @@ def _ask(
     seed = int(rng.integers(2**31))
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     if scenario.search.sampler == "tpe":
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, constant_liar=True, n_startup_trials=2 * BATCH
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=2 * BATCH)
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     scratch.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE])
     names = _choices(by_params)
@@ -185,7 +183,7 @@ def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
 
 def _stored(study: optuna.Study, by_params: dict[tuple[str, ...], Plan]) -> list[Trial]:
     """Finished trials of a resumed study, in order. Raises BadInput when they are not of this space."""
-    found = []
+    found: list[Trial] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         plan = by_params.get(tuple(str(value) for value in trial.params.values()))
         outcome = trial.user_attrs.get(_OUTCOME)

@@ -40,7 +40,7 @@ class Ranks(NamedTuple):
     tail: Ints
     reading: Ints  # [ranks], the request whose prompt is partly read
     running: Ints  # [ranks, max_running]
-    count: Ints  # [ranks]
+    running_seqs: Ints  # [ranks]
     kv_tokens: Ints  # [ranks], reserved
 
 
@@ -91,7 +91,7 @@ def new_ranks(ranks: int, max_running: int) -> Ranks:
         tail=empty.copy(),
         reading=empty.copy(),
         running=np.full((ranks, max_running), NONE, np.int64),
-        count=np.zeros(ranks, np.int64),
+        running_seqs=np.zeros(ranks, np.int64),
         kv_tokens=np.zeros(ranks, np.int64),
     )
 
@@ -127,7 +127,7 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
         request = ranks.reading[rank]
         if request == NONE:
             request = ranks.head[rank]
-            if request == NONE or ranks.count[rank] + seqs >= limits.max_running:
+            if request == NONE or ranks.running_seqs[rank] + seqs >= limits.max_running:
                 break
             context = requests.isl[request] + requests.osl[request]
             if ranks.kv_tokens[rank] + context > limits.kv_tokens:
@@ -162,12 +162,12 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
         plan.prefill_prefix[rank] = 0.0
         budget = limits.max_tokens
         if limits.mixes:
-            budget -= ranks.count[rank]
+            budget -= ranks.running_seqs[rank]
         _read_prompts(requests, ranks, limits, plan, rank, budget)
         if limits.mixes or plan.prefill_seqs[rank] == 0:
-            plan.decode_seqs[rank] = ranks.count[rank]
+            plan.decode_seqs[rank] = ranks.running_seqs[rank]
             context = 0
-            for place in range(ranks.count[rank]):
+            for place in range(ranks.running_seqs[rank]):
                 request = ranks.running[rank, place]
                 context += requests.isl[request] + requests.generated[request]
             plan.decode_kv[rank] = context
@@ -201,9 +201,9 @@ def finish_step(
                 done += 1
                 ranks.kv_tokens[rank] -= requests.isl[request] + requests.osl[request]
                 # Close the gap in order, so that the sequences still to be served in this step stay in place.
-                for later in range(place, ranks.count[rank] - 1):
+                for later in range(place, ranks.running_seqs[rank] - 1):
                     ranks.running[rank, later] = ranks.running[rank, later + 1]
-                ranks.count[rank] -= 1
+                ranks.running_seqs[rank] -= 1
             else:
                 place += 1
         for chosen in range(plan.prefill_seqs[rank]):
@@ -220,6 +220,6 @@ def finish_step(
                 done += 1
                 ranks.kv_tokens[rank] -= requests.isl[request] + requests.osl[request]
             else:
-                ranks.running[rank, ranks.count[rank]] = request
-                ranks.count[rank] += 1
+                ranks.running[rank, ranks.running_seqs[rank]] = request
+                ranks.running_seqs[rank] += 1
     return gaps, done

@@ -23,7 +23,8 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.presets import load_cluster
-from moesim.spec.scenario import PlacementSpec, PoliciesSpec, Scenario, ServingSpec
+from moesim.spec.scenario import PlacementSpec, PoliciesSpec, Scenario
+from moesim.spec.workload import ServingSpec
 from moesim.systems.load import apply_system
 
 DEFAULT_SOLVER = "greedy"

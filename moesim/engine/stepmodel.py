@@ -216,6 +216,29 @@ class ExactModel:
         return build_step(setup, priced), priced
 
 
+# A light step: enough tokens on each rank for the smallest measured exchange.
+_LIGHT_TOKENS = 8.0
+
+
+def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
+    """Price a light decode step and the reading of one prompt by each rank, with even routing. Raises OutsideProfile."""
+    setup = deployment.setup
+    workload = deployment.serving.workload
+    pricer = Pricer(setup, deployment.ground.costs)
+    prompt = float(min(workload.isl or 1, batch_limits(deployment).max_tokens))
+    ranks = setup.parallel.attention_dp
+    batches = {
+        "decode": step_batch(ranks=ranks, decode_seqs=[[_LIGHT_TOKENS]], decode_kv=float(workload.isl or 1)),
+        "prefill": step_batch(ranks=ranks, prefill_seqs=[[1.0]], prefill_new=prompt),
+    }
+    found = {}
+    for kind, batch in batches.items():
+        share = float(batch.tokens.sum()) * setup.model.moe.top_k / setup.model.moe.experts
+        counts = np.full((1, setup.model.moe_layers, setup.model.moe.experts), share)
+        found[kind] = pricer.price(batch, counts, mode=exchange_mode(deployment, kind), graphed=kind == "decode")
+    return found
+
+
 def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     """A planned step as a StepBatch of one step; decode batches are padded to the largest rank's captured size."""
     ranks = len(plan.decode_seqs)
@@ -310,5 +333,5 @@ def _log_bracket(axis: Floats, value: float) -> tuple[int, float]:
         return 0, 0.0
     if value >= axis[n - 1]:
         return n - 2, 1.0
-    low = np.searchsorted(axis, value) - 1
+    low = int(np.searchsorted(axis, value)) - 1
     return low, np.log(value / axis[low]) / np.log(axis[low + 1] / axis[low])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -199,7 +200,7 @@ def _collapse(priced: PricedStep, times: int) -> PricedStep:
         return Part(tuple(_slowest(one, times) for one in part.estimates))
 
     names = [name for name, value in vars(priced).items() if isinstance(value, Part)]
-    parts = {name: of(getattr(priced, name)) for name in names}
+    parts: dict[str, Any] = {name: of(getattr(priced, name)) for name in names}
     batch = priced.batch
     one = StepBatch(*(np.repeat(axis.max(axis=1, keepdims=True), times, axis=0) for axis in vars(batch).values()))
     return replace(priced, batch=one, **parts)
@@ -220,7 +221,7 @@ def _bracket(axis: Floats, value: float) -> tuple[int, float]:
         return 0, 0.0
     if value >= axis[n - 1]:
         return n - 2, 1.0
-    low = np.searchsorted(axis, value) - 1
+    low = int(np.searchsorted(axis, value)) - 1
     return low, (value - axis[low]) / (axis[low + 1] - axis[low])
 
 
@@ -244,4 +245,4 @@ def _trilinear(xs: Floats, ys: Floats, zs: Floats, values: Floats, x: float, y: 
 @njit(cache=True)
 def _linear(xs: Floats, values: Floats, x: float) -> float:
     i, u = _bracket(xs, x)
-    return values[i] if len(xs) == 1 else values[i] * (1.0 - u) + values[i + 1] * u
+    return float(values[i] if len(xs) == 1 else values[i] * (1.0 - u) + values[i + 1] * u)

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
-from moesim.graph.pricing import Floats, LayerSetup, Part, PricedStep
+from moesim.graph.batch import Floats
+from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.graph.schedules import sequential, two_batch
 from moesim.graph.task import Link, Stream, Task, TaskGraph
 

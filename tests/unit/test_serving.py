@@ -57,7 +57,9 @@ def test_one_ranks_prompt_is_one_step_of_the_whole_group() -> None:
         return 10.0 if plan.prefill_tokens.any() else 1.0
 
     arrivals = np.asarray([0.0, 0.0, 11.5])
-    served = serve(Load(ints(8, 8, 8), ints(6, 6, 2), arrival_s=arrivals), limits(), ranks=2, instances=1, step_time=step)
+    served = serve(
+        Load(ints(8, 8, 8), ints(6, 6, 2), arrival_s=arrivals), limits(), ranks=2, instances=1, step_time=step
+    )
     assert seen[:3] == [(0, 16), (2, 0), (2, 0)]
     # The third request reads on rank 0, which stops decoding; rank 1 decodes on, in a step as long as the prompt's.
     assert (1, 8) in seen
@@ -102,7 +104,9 @@ def test_every_token_is_accounted_for() -> None:
 )
 def test_requests_that_can_never_run_are_refused(changes: dict[str, int | bool], reason: str) -> None:
     with pytest.raises(Infeasible) as caught:
-        serve(Load(ints(50), ints(4), arrival_s=np.zeros(1)), limits(**changes), ranks=1, instances=1, step_time=unit_step)
+        serve(
+            Load(ints(50), ints(4), arrival_s=np.zeros(1)), limits(**changes), ranks=1, instances=1, step_time=unit_step
+        )
     assert caught.value.reason == reason
 
 

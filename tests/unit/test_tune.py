@@ -52,7 +52,9 @@ def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest
     assert any(name.startswith("trtllm/") for name in files)
     plan = yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())
     assert plan["verdict"] == result["verdict"]
-    front = [(plan["metrics"]["output_tokens_per_s_per_gpu"], plan["metrics"]["tpot_s.p50"]) for plan in result["pareto"]]
+    front = [
+        (plan["metrics"]["output_tokens_per_s_per_gpu"], plan["metrics"]["tpot_s.p50"]) for plan in result["pareto"]
+    ]
     assert front == sorted(front, key=lambda point: (-point[0], -point[1]))
 
 
