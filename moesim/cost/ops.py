@@ -1,7 +1,8 @@
 """The operations that a step is made of, as frozen values; sizes are arrays, keys are plain.
 
 All arrays of one operation broadcast against each other; the price has the broadcast shape. Everything is per GPU
-(one rank), after tensor parallelism has been applied. A size of 0 tokens costs 0 seconds unless the operation says otherwise.
+(one rank), after tensor parallelism has been applied. A size of 0 tokens costs 0 seconds unless the operation says
+otherwise.
 """
 
 from __future__ import annotations
