@@ -6,13 +6,36 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from moesim.output.run_folder import Figures
+from moesim.output.run_folder import Series, Told
 from moesim.spec.scenario import Scenario
 
+# A run whose batch is this much larger in the last third of its arrivals than in the middle third is still growing.
+_GROWTH = 1.25
 
-def caveats(scenario: Scenario, figures: Figures) -> list[str]:
+
+def growing(series: Series) -> tuple[float, float] | None:
+    """Mean sequences in a step in the middle and in the last third of the arrivals, where they still grow."""
+    steps = series.steps
+    until = max((at for at, tokens in zip(steps.start_s, steps.prefill_tokens, strict=True) if tokens > 0), default=0.0)
+    thirds: list[list[float]] = [[], [], []]
+    for at, sequences in zip(steps.start_s, steps.decode_seqs, strict=True):
+        if at < until:
+            thirds[int(3 * at / until)].append(sequences)
+    if not thirds[1] or not thirds[2]:
+        return None
+    middle, last = (sum(third) / len(third) for third in thirds[1:])
+    return (middle, last) if last > _GROWTH * middle else None
+
+
+def caveats(scenario: Scenario, told: Told) -> list[str]:
     """What is assumed, generated or not validated here, most important first."""
-    found = []
+    figures, found = told.figures, []
+    if told.series is not None and (grown := growing(told.series)) is not None:
+        found.append(
+            f"This run has no steady state: a step decodes {grown[0]:.0f} sequences on average in the middle third "
+            f"of the arrivals, {grown[1]:.0f} in the last. Latencies depend on how many requests the run has; offer "
+            "less load or simulate longer."
+        )
     cluster = scenario.cluster
     if isinstance(cluster, Path) or cluster.nodes > 1:
         found.append(
@@ -49,8 +72,8 @@ def caveats(scenario: Scenario, figures: Figures) -> list[str]:
     return found
 
 
-def caveats_of(scenario: Scenario, figures: Figures, notes: Sequence[str]) -> str:
+def caveats_of(scenario: Scenario, told: Told, notes: Sequence[str]) -> str:
     """The caveats and a run's own notes as HTML lists."""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, figures))
+    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, told))
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<ul>{listed}</ul>" + (f"<h3>Notes of this run</h3><ul>{noted}</ul>" if noted else "")

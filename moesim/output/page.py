@@ -37,7 +37,7 @@ section {{ background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padd
 .tile dd {{ margin: 0; font-size: 24px; font-weight: 600; letter-spacing: -0.01em;
   font-variant-numeric: tabular-nums; }}
 .tile dd small {{ display: block; font-size: 13px; font-weight: 400; color: {MUTED}; letter-spacing: 0; }}
-.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 22px; }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 4px 22px; }}
 .three {{ display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 18px; }}
 .two > *, .three > * {{ min-width: 0; }}
 @media (max-width: 860px) {{ .two, .three {{ grid-template-columns: 1fr; }} }}
@@ -47,13 +47,14 @@ table {{ border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant
 th {{ text-align: right; font-weight: 600; color: {MUTED}; vertical-align: bottom; padding: 6px 9px;
   border-bottom: 2px solid #d5dae0; }}
 td {{ text-align: right; padding: 7px 9px; border-bottom: 1px solid #e9ecef; vertical-align: top; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; min-width: 172px; }}
 th.text, td.text {{ text-align: left; }}
 td .iv {{ display: block; color: {MUTED}; font-size: 12px; white-space: nowrap; }}
 td data {{ font-weight: 600; }}
 tr.best td {{ background: #eef4fb; }}
 tr.base td {{ background: #fdf4ee; }}
-tr td .role {{ display: block; font-size: 12px; font-weight: 600; color: {MUTED}; }}
+tr td .role {{ display: block; font-size: 12px; font-weight: 600; color: {MUTED}; white-space: nowrap; }}
+tr td .under {{ display: block; font-size: 12px; color: {MUTED}; }}
 tr.best .role {{ color: {BEST}; }}
 tr.base .role {{ color: {BASE}; }}
 .whisker {{ width: 96px; height: 10px; margin: 2px 0 0 auto; }}
@@ -131,6 +132,11 @@ def number(value: float, digits: int = 3) -> str:
 def exact(value: float, shown: str) -> str:
     """A figure as shown, with the stored one beside it for machines."""
     return f'<data value="{value!r}">{escape(shown)}</data>'
+
+
+def percent(share: float) -> str:
+    """A share: `29 %`, `under 1 %`."""
+    return "under 1 %" if 0 < share < 0.005 else f"{share * 100:.0f} %"
 
 
 def signed(value: float) -> str:

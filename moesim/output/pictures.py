@@ -96,7 +96,9 @@ def load_maps(panels: Sequence[tuple[str, Series]]) -> str:
                 f"max/mean {number(float(loads.max(axis=1).mean()), 3)} over layers; hottest: layer "
                 f"{series.layer_ids[layer]}, rank {rank}, {loads[layer, rank]:.2f} times the mean"
             )
-        drawn = heatmap(loads, series.layer_ids, top=top, label=f"Load by rank and layer, {name}: {told}")
+        drawn = ""
+        if loads.shape[1] > 1:
+            drawn = heatmap(loads, series.layer_ids, top=top, label=f"Load by rank and layer, {name}: {told}")
         shown.append(f"<div><h3>{name}</h3><p class='note'>{told}</p>{drawn}</div>")
     return (
         f'<div class="two">{"".join(shown)}</div><div style="max-width:640px;margin:6px auto 0">{colour_key(top)}</div>'
@@ -139,7 +141,7 @@ def latency_curves(metric: str, title: str, runs: Sequence[tuple[str, str, Serie
     mine = [limit for limit in limits if limit.metric.split(".")[0] == metric]
     longest = max(curve.xs[-1] for curve in drawn)
     shown = [limit for limit in mine if limit.limit_s * 1e3 <= 1.6 * longest]
-    x = axis(0.0, max([longest, *(limit.limit_s * 1e3 for limit in shown)]), 46, 362, ticks=4)
+    x = axis(0.0, max([longest, *(1.04e3 * limit.limit_s for limit in shown)]), 46, 362, ticks=4)
     y = Axis(0.0, 100.0, 232, 26, tuple((float(p), str(p)) for p in (0, 25, 50, 75, 90, 100)))
     body = frame(x, y, f"{title} (ms)", "% at most this")
     for limit in shown:
@@ -185,7 +187,7 @@ def trade_off(
             if name in row.intervals:
                 values += [scale * row.intervals[name].low, scale * row.intervals[name].high]
     if limit_s is not None:
-        xs.append(1e3 * limit_s)
+        xs.append(1.02e3 * limit_s)
     x, y = axis(min(xs), max(xs), 52, 540, ticks=6), axis(min(ys), max(ys), 306, 30, ticks=5)
     body = frame(x, y, f"TPOT {statistic} (ms), less is better", "output tokens/s/GPU, more is better")
     if limit_s is not None:
@@ -282,17 +284,18 @@ def provenance_bars(runs: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     return drawn + key([(f"{tag}: {PROVENANCE[tag][1]}" if tag in PROVENANCE else tag, colour) for tag, colour in seen])
 
 
-def over_time(runs: Sequence[tuple[str, str, Series]]) -> str:
-    """Sequences being decoded over the run: whether the deployment kept up."""
-    drawn = [
-        Curve(name, colour, series.steps.start_s, series.steps.decode_seqs, 1.5)
-        for name, colour, series in runs
-        if len(series.steps.start_s) > 1
-    ]
+def over_time(runs: Sequence[tuple[str, str, Series, int]]) -> str:
+    """Sequences that a step decodes, for each GPU of its instance, over the run: whether the deployment kept up."""
+    drawn = []
+    for name, colour, series, gpus in runs:
+        points = sorted(zip(series.steps.start_s, series.steps.decode_seqs, strict=True))
+        if len(points) > 1:
+            xs, ys = (tuple(values) for values in zip(*points, strict=True))
+            drawn.append(Curve(name, colour, xs, tuple(value / gpus for value in ys), 1.5))
     if not drawn:
         return ""
     x = axis(0.0, max(curve.xs[-1] for curve in drawn), 56, 1094, ticks=10)
     y = axis(0.0, max(max(curve.ys) for curve in drawn), 190, 28, ticks=4)
-    body = frame(x, y, "simulated time (s)", "sequences being decoded")
+    body = frame(x, y, "simulated time (s)", "sequences in a step, per GPU")
     body += [polyline(curve, x, y) for curve in drawn]
-    return figure(1120, 236, "Sequences being decoded over the simulated time", body)
+    return figure(1120, 236, "Sequences in a step, for each GPU, over the simulated time", body)

@@ -17,6 +17,17 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, yaml_fault
 
 RESULT, SIMULATION, PLAN = "result.json", "simulation.json", "plan.yaml"
+# What the page shows of every plan that ran.
+SHOWN = (
+    "output_tokens_per_s_per_gpu",
+    "ttft_s.p50",
+    "ttft_s.p99",
+    "tpot_s.p50",
+    "tpot_s.p90",
+    "tpot_s.p99",
+    "rank_load_max_over_mean",
+    "memory_peak_bytes",
+)
 _REMAKE = "make the run again with `moesim tune`"
 
 
@@ -111,8 +122,8 @@ class MemoryFigures(Stored):
 class Limit(Stored):
     """A service level with what was found."""
 
-    metric: str
-    limit_s: float
+    metric: str = Field(pattern=r"^[a-z0-9]+_s\.p[0-9][0-9]$")
+    limit_s: float = Field(gt=0)
     value_s: float
     met: bool
 
@@ -128,7 +139,7 @@ class PlanFigures(Stored):
     """How the plan of a simulation runs."""
 
     parallel: ParallelSpec
-    instances: int
+    instances: int = Field(gt=0)
     solver: str
     redundant_experts: int
     schedule: str
@@ -186,7 +197,6 @@ class Simulations(Stored):
 class RunFolder:
     """A run, read and checked. launch: engine -> text of its launch.txt; files: (name, bytes) of the folder."""
 
-    name: str
     result: Result
     simulations: Simulations
     scenario: Scenario
@@ -202,6 +212,7 @@ def read_run(folder: Path) -> RunFolder:
             "there is no such run folder", where=str(folder), mend="give the folder that `moesim tune` wrote"
         )
     result = Result.read(_json(folder / RESULT), where=folder / RESULT)
+    check_result(result, where=str(folder / RESULT))
     simulations = Simulations.read(_json(folder / SIMULATION), where=folder / SIMULATION)
     for name, told in (("best", simulations.best), ("baseline", simulations.baseline)):
         if told is not None and told.series is not None:
@@ -211,7 +222,20 @@ def read_run(folder: Path) -> RunFolder:
         raise BadInput("no `scenario` here", where=str(folder / PLAN), mend=_REMAKE)
     scenario = Scenario.read(plan["scenario"], where=f"{folder / PLAN}: scenario")
     launch = {path.parent.name: read_text(path, what="launch file") for path in sorted(folder.glob("*/launch.txt"))}
-    return RunFolder(folder.resolve().name, result, simulations, scenario, launch, _files(folder))
+    return RunFolder(result, simulations, scenario, launch, _files(folder))
+
+
+def check_result(result: Result, *, where: str) -> None:
+    """Whether every plan that ran holds the figures that the page shows. Raises BadInput."""
+    if result.best.status != "ok":
+        raise BadInput(f"the best plan did not run ({result.best.status})", where=f"{where}: best.status", mend=_REMAKE)
+    groups = {"alternatives": result.alternatives, "pareto": result.pareto, "trial_list": result.trial_list}
+    rows = [("best", result.best)] + ([("baseline", result.baseline)] if result.baseline is not None else [])
+    rows += [(f"{name}.{index}", row) for name, group in groups.items() for index, row in enumerate(group)]
+    for place, row in rows:
+        for metric in (*SHOWN, result.gain.metric):
+            if row.status == "ok" and metric not in row.metrics:
+                raise BadInput("this figure is missing", where=f"{where}: {place}.metrics.{metric}", mend=_REMAKE)
 
 
 def check_series(series: Series, *, where: str) -> None:
