@@ -42,8 +42,9 @@ def simulate(
         write_step_timeline(timeline, simulation)
     if report is not None:
         from moesim.output.report import write_simulation_report
+        from moesim.output.series import simulation_series
 
-        write_simulation_report(report, spec, result)
+        write_simulation_report(report, deployment.scenario, result, simulation_series(simulation))
     if json_:
         print_json(result)
     else:
