@@ -99,7 +99,9 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(str(error), err=True)
             return 2
-        if hasattr(error, "format_message"):  # click's usage errors; typer vendors click, so the class has no public name
+        if hasattr(
+            error, "format_message"
+        ):  # click's usage errors; typer vendors click, so the class has no public name
             return complain(" ".join(str(error.format_message()).split()), 2)
         raise
     return code if isinstance(code, int) else 0

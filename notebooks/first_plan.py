@@ -14,12 +14,12 @@ def _():
     import marimo as mo
 
     mo.md("""
-# A first plan
+    # A first plan
 
-DeepSeek-V3 on 4 nodes of 8 H200, from the scenario file to a judged placement: what `moesim tune` does, one
-call at a time. The figures come from the bundled measured profile and from generated routing; what rests on
-what is printed with each result.
-""")
+    DeepSeek-V3 on 4 nodes of 8 H200, from the scenario file to a judged placement: what `moesim tune` does, one
+    call at a time. The figures come from the bundled measured profile and from generated routing; what rests on
+    what is printed with each result.
+    """)
     return (mo,)
 
 
@@ -38,7 +38,7 @@ def _(mo):
     print(f"cluster:  {cluster.nodes} nodes of {cluster.gpus_per_node} {cluster.gpu.name}")
     print(f"fitted to {[load.name for load in ground.fit]}")
     print(f"judged on {[load.name for load in ground.judge]}")
-    return cluster, ground, model, scenario
+    return ground, scenario
 
 
 @app.cell
@@ -86,11 +86,11 @@ def _(deployments):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md("""
-## 1. Load by rank and layer
+    ## 1. Load by rank and layer
 
-Tokens of each rank over the mean of its layer, on loads that the placement was **not** fitted to. Balance is
-not time: the next picture says what the balance is worth.
-""")
+    Tokens of each rank over the mean of its layer, on loads that the placement was **not** fitted to. Balance is
+    not time: the next picture says what the balance is worth.
+    """)
     return
 
 
@@ -127,16 +127,16 @@ def _(series):
     loads_figure.update_yaxes(title="layer", row=1, col=1)
     loads_figure.update_xaxes(title="expert-parallel rank")
     loads_figure
-    return go, loads_figure, make_subplots, np
+    return go, make_subplots, np
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md("""
-## 2. Where a step's time goes
+    ## 2. Where a step's time goes
 
-A typical decode step, mean over ranks.
-""")
+    A typical decode step, mean over ranks.
+    """)
     return
 
 
@@ -159,16 +159,16 @@ def _(figures, go):
             + ", ".join(f"{_operation} {1e3 * _spent:.1f} ms" for _operation, _spent in _largest)
         )
     step_figure
-    return (step_figure,)
+    return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md("""
-## 3. How long requests wait
+    ## 3. How long requests wait
 
-Share of requests at most this slow; dashed: the scenario's service levels, at the percentile they bind.
-""")
+    Share of requests at most this slow; dashed: the scenario's service levels, at the percentile they bind.
+    """)
     return
 
 
@@ -196,16 +196,16 @@ def _(figures, make_subplots, np, series):
     latency_figure.update_yaxes(title="% at most this", row=1, col=1)
     latency_figure.update_layout(height=380)
     latency_figure
-    return (latency_figure,)
+    return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md("""
-## 4. What a search trades off
+    ## 4. What a search trades off
 
-A small search: the two plans above, then what Optuna's sampler asks for, each simulated once.
-""")
+    A small search: the two plans above, then what Optuna's sampler asks for, each simulated once.
+    """)
     return
 
 
@@ -236,7 +236,7 @@ def _(ground, plans, scenario):
             f"front: {_trial.plan.label()}: {_metrics['output_tokens_per_s_per_gpu']:.1f} output tokens/s/GPU, "
             f"TPOT p50 {1e3 * _metrics['tpot_s.p50']:.1f} ms"
         )
-    return found, front, space
+    return found, front
 
 
 @app.cell
@@ -261,17 +261,17 @@ def _(found, front, go):
         height=420, xaxis_title="TPOT p50 (ms), less is better", yaxis_title="output tokens/s/GPU, more is better"
     )
     pareto_figure
-    return (pareto_figure,)
+    return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md("""
-## Is the placement worth it?
+    ## Is the placement worth it?
 
-Both plans were simulated under the same draws, so their difference is paired: where its interval holds 0, it
-is a tie, whatever the two averages say.
-""")
+    Both plans were simulated under the same draws, so their difference is paired: where its interval holds 0, it
+    is a tie, whatever the two averages say.
+    """)
     return
 
 

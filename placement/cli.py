@@ -78,13 +78,13 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _print_place(placed: Placed, out: Path | None, form: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from moesim.output.console import console as wide_console
     from moesim.units import human_seconds
     from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     map_, held = placed.placement, placed.held
     console.print(
         f"{map_.layers} layers x {map_.experts} experts on {placed.asked.ranks} GPUs: {map_.slots} slots "
@@ -136,6 +136,7 @@ def _step_table(placed: Placed) -> Any:
     title = "step time in ms by tokens per GPU, held-out loads, and what the plan gains in %"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
+    table.add_column("dispatch")
     contenders = list(next(iter(placed.step_time.step_s.values())))
     for name in contenders:
         table.add_column(name.replace("planned_without_replicas", "no replicas"), justify="right", no_wrap=True)
@@ -150,9 +151,11 @@ def _step_table(placed: Placed) -> Any:
 
     for tokens, times in placed.step_time.step_s.items():
         gain, replicas = placed.step_time.gains[tokens], placed.step_time.replicas.get(tokens)
-        table.add_row(str(tokens), *(span(times[name]) for name in contenders), share(gain), share(replicas))
+        mode = placed.step_time.modes[tokens].replace("_", " ")
+        cells = (span(times[name]) for name in contenders)
+        table.add_row(str(tokens), mode, *cells, share(gain), share(replicas))
     for tokens in placed.step_time.unpriced:
-        table.add_row(str(tokens), *["-"] * (len(contenders) + 2))
+        table.add_row(str(tokens), *["-"] * (len(contenders) + 3))
     return table
 
 

@@ -19,7 +19,13 @@ from moesim.spec.scenario import Scenario
 from placement.objective import Evaluator, Outcome, drawn_metrics
 from placement.space import Plan
 
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
+_THREAD_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+)
 
 
 class Workers(Protocol):

@@ -1,4 +1,4 @@
-"""The plans that a scenario's hardware allows: layouts x solvers x replica budgets x schedules, illegal ones counted."""
+"""The plans that the hardware allows: layouts x solvers x replica budgets x schedules, illegal ones counted."""
 
 from __future__ import annotations
 

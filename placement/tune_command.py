@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
-from moesim.output.console import print_json, progress_bar, with_interval
+from moesim.output.console import console, print_json, progress_bar, with_interval
 from moesim.output.metrics import simulation_json
 from moesim.output.report import write_run_report
 from moesim.output.series import simulation_series
@@ -28,7 +27,6 @@ from placement.space import Plan, baseline_plan, enumerate_space, own_plan, requ
 from placement.tuner import Search, Trial, open_study, search
 
 FINAL_DRAWS = 20
-WIDTH = 150
 MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
 
 
@@ -104,7 +102,9 @@ def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) ->
     """
     known: dict[str, Plan] = {}
     for plan in plans:
-        usual = plan.parallel.gpus <= ground.cluster.gpus_per_node or plan.backend == "deepep" and plan.parallel.tp == 1
+        usual = plan.parallel.gpus <= ground.cluster.gpus_per_node or (
+            plan.backend == "deepep" and plan.parallel.tp == 1
+        )
         if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy"):
             known.setdefault(plan.layout, plan)
     wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario), *known.values()]
@@ -196,14 +196,14 @@ def write_run(
     }
     write_text(folder / "plan.yaml", yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
     written = ["plan.yaml", "placement.json"]
-    for engine in MAP_NAMES:
+    for engine, name in MAP_NAMES.items():
         try:
             paths = export_placement(placement, engine, folder / engine, chosen)
         except Infeasible as error:
             # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
             result["notes"].append(f"{engine}: {error.line()}")
-            write_map(placement, engine, folder / engine / MAP_NAMES[engine])
-            written.append(f"{engine}/{MAP_NAMES[engine]}")
+            write_map(placement, engine, folder / engine / name)
+            written.append(f"{engine}/{name}")
             continue
         written += [str(path.relative_to(folder)) for path in paths]
     write_step_timeline(folder / "timeline.json.gz", simulation)
@@ -224,12 +224,11 @@ def _told(simulation: Simulation | None) -> dict[str, Any] | None:
 
 def print_tune(result: dict[str, Any]) -> None:
     """The ranked table and the verdict for a person."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    out = console()
     how = "all of them evaluated" if result["exhausted"] else f"{result['trials']} evaluated"
-    console.print(f"{result['space']} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
+    out.print(f"{result['space']} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
     table = Table(title="Plans, best first (90 % interval over joint draws of costs and routing)", title_justify="left")
     for column in (
         "plan",
@@ -263,11 +262,11 @@ def print_tune(result: dict[str, Any]) -> None:
         ]
         label = f"{name}: {plan['label']}" if name else plan["label"]
         table.add_row(label, *cells, "met" if plan["meets_slo"] else "missed")
-    console.print(table)
-    console.print(result["verdict"]["text"])
+    out.print(table)
+    out.print(result["verdict"]["text"])
     for note in result["notes"]:
-        console.print(f"note: {note}")
-    console.print("Wrote " + ", ".join(result["files"]) + ".")
+        out.print(f"note: {note}")
+    out.print("Wrote " + ", ".join(result["files"]) + ".")
 
 
 def _counts(reasons: dict[str, int]) -> str:

@@ -108,7 +108,7 @@ def search(
     is evaluated in order instead.
     """
     by_params = space.by_params()
-    finished = [trial for trial in _stored(study, by_params)]
+    finished = list(_stored(study, by_params))
     resumed = len(finished)
     target = min(trials, len(space.plans))
     whole = trials >= len(space.plans)

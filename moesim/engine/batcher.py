@@ -55,7 +55,7 @@ class Limits(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The step that was formed: arrays over ranks; `picked` and `chunk` are [ranks, max_running] for the prompts read."""
+    """The step that was formed: arrays over ranks; `picked`, `chunk` [ranks, max_running] are the prompts read."""
 
     decode_seqs: Ints
     decode_kv: Floats  # summed context of the decoding sequences

@@ -180,7 +180,7 @@ def resolve(
 
 
 def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec, policies: PoliciesSpec) -> None:
-    """Whether a parallelism plan can run at all on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
+    """Whether a parallelism plan can run on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
     where = "parallel"
     if parallel.pp > 1 or parallel.cp > 1:
         raise BadInput("pipeline and context parallelism are not simulated yet", where=where, mend="set pp and cp to 1")
@@ -223,7 +223,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
     backend = policies.dispatch.backend
     if backend in ("deepep", "alltoall") and (parallel.ep == 1 or parallel.expert_tp > 1):
         raise Infeasible(
-            f"{backend} needs whole experts spread over ranks, not ep {parallel.ep} with expert_tp {parallel.expert_tp}",
+            f"{backend} needs whole experts on several ranks, not ep {parallel.ep} with expert_tp {parallel.expert_tp}",
             where="policies.dispatch.backend",
             mend="use ep > 1 with expert_tp 1, or backend allreduce",
             reason="backend_needs_ep",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.routing.dispersion import Dispersion, default_dispersion
+from moesim.routing.dispersion import Dispersion, dispersion_of
 from moesim.routing.sample import RoutingSampler, prepare
 from moesim.routing.trace import RoutingCounts
 
@@ -20,7 +20,7 @@ class RoutingDraws:
 
     def __init__(self, loads: Sequence[RoutingCounts], top_k: int, dispersion: Dispersion | None = None) -> None:
         self.loads = tuple(loads)
-        self.dispersion = dispersion or default_dispersion()
+        self.dispersion = dispersion or dispersion_of(loads, top_k=top_k)
         weights = np.asarray([load.weight for load in loads])
         self.weights: NDArray[np.float64] = weights / weights.sum()
         self.samplers: list[RoutingSampler] = [prepare(load.profile(), top_k, where=load.name) for load in loads]

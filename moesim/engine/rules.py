@@ -44,7 +44,7 @@ _VLLM_SIZES = tuple(chain([1, 2, 4], range(8, 257, 8), range(272, 513, 16)))
 _SGLANG_LOW_LATENCY = 128
 _VLLM_LOW_LATENCY = 256
 # Assumed: half a millisecond between steps (overlapped schedulers hide most of the host's work), 20 microseconds a
-# layer in eager mode (a dozen launches of which long kernels hide most). A factor of two either way is one sigma of 0.5.
+# layer in eager mode (a dozen launches of which long kernels hide most). One sigma of 0.5 is a factor of 1.6.
 _STEP_OVERHEAD_S = 0.5e-3
 _EAGER_LAYER_S = 20e-6
 _OVERHEAD_REL_SIGMA = 0.5

@@ -29,7 +29,7 @@ StepTime = Callable[[Plan], float]
 
 @dataclass(frozen=True)
 class Load:
-    """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, else `concurrency`."""
+    """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, or concurrency."""
 
     isl: Ints
     osl: Ints

@@ -86,7 +86,7 @@ def simulate(
 
 
 def typical_decode(simulation: Simulation) -> StepBatch:
-    """The decode step that the run spent its time in: tokens weighted by step time, context halfway through a request."""
+    """The decode step that the run spent its time in: tokens weighted by step time, half-grown contexts."""
     served = simulation.served
     decode = (served.step_prefill_tokens == 0) & (served.step_decode_seqs > 0)
     chosen = decode if decode.any() else served.step_decode_seqs >= 0

@@ -221,7 +221,7 @@ _LIGHT_TOKENS = 8.0
 
 
 def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
-    """Price a light decode step and the reading of one prompt by each rank, with even routing. Raises OutsideProfile."""
+    """Price a light decode step and the reading of a prompt by each rank, evenly routed. Raises OutsideProfile."""
     setup = deployment.setup
     workload = deployment.serving.workload
     pricer = Pricer(setup, deployment.ground.costs)

@@ -139,7 +139,7 @@ def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str
         padded_tokens=float(deployment.rules.padded(tokens)),
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
-    counts = _counts(routing, float(micro.tokens.sum()), seed)
+    counts = _counts(routing, float(micro.tokens[0].sum()), seed)
     return Pricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=True)
 
 

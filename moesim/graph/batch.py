@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 class StepBatch:
     """The batches of independent steps, each array float64 [steps, attention-DP ranks].
 
-    decode_seqs: sequences that get one token; decode_kv: their mean context (tokens). prefill_seqs: prompts (or chunks);
+    decode_seqs: sequences that get one token; decode_kv: their mean context (tokens). prefill_seqs: prompts or chunks;
     prefill_new: mean new tokens of each; prefill_prefix: mean context before them. padded_tokens: rows of the dense
     products after padding to a captured graph (at least `tokens`).
     """
@@ -44,7 +44,7 @@ class StepBatch:
     def half(self) -> StepBatch:
         """One of the two equal micro-batches of a two-batch schedule.
 
-        Half the sequences of each kind; half the prompt tokens, taken as half the prompts, so that attention work halves.
+        Half the sequences of each kind; half the prompt tokens as half the prompts, so that attention work halves.
         """
         return StepBatch(
             decode_seqs=self.decode_seqs / 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -224,13 +224,24 @@ class Pricer:
         part = Part()
         if batch.decode_seqs.any():
             ones = np.ones_like(batch.decode_seqs)
-            part = part + self._one(self._kernel("decode", batch.decode_seqs, ones, batch.decode_kv))
+            part = part + self._kernels("decode", batch.decode_seqs, ones, batch.decode_kv)
         if batch.prefill_seqs.any():
-            kernel = self._kernel("prefill", batch.prefill_seqs, batch.prefill_new, batch.prefill_prefix)
-            part = part + self._one(kernel)
+            part = part + self._kernels("prefill", batch.prefill_seqs, batch.prefill_new, batch.prefill_prefix)
         return part
 
-    def _kernel(self, phase: str, batch: Floats, new: Floats, prefix: Floats) -> Operation:
+    def _kernels(self, phase: str, batch: Floats, new: Floats, prefix: Floats) -> Part:
+        """The mean layer's kernel: layers with a sliding window and layers without, each by its share."""
+        model = self.setup.model
+        windowed = len(model.attention.windowed_layers) / model.layers if model.attention.window else 0.0
+        shares = {0: 1.0 - windowed, model.attention.window: windowed} if windowed else {0: 1.0}
+        part = Part()
+        for window, share in shares.items():
+            if share > 0.0:
+                one = self.costs.estimate(self._kernel(phase, batch, new, prefix, window))
+                part = part + Part((replace(one, seconds=one.seconds * share),))
+        return part
+
+    def _kernel(self, phase: str, batch: Floats, new: Floats, prefix: Floats, window: int) -> Operation:
         setup = self.setup
         spec, tp = setup.model.attention, setup.parallel.tp
         kind = "prefill" if phase == "prefill" else "decode"
@@ -258,6 +269,7 @@ class Pricer:
             head_dim=spec.head_dim,
             dtype=setup.precision.activations,
             kv_dtype=setup.precision.kv_cache,
+            window=window,
         )
 
     def _collective(self, kind: str, bytes_moved: Floats, gpus: int) -> Part:
@@ -387,7 +399,7 @@ class Pricer:
         )
 
     def _tail(self, batch: StepBatch) -> Part:
-        """Final norm and logits of the sequences that end the step with a token, over the TP group's vocabulary share."""
+        """Final norm and logits of the sequences that end the step with a token, over TP's share of the vocabulary."""
         model = self.setup.model
         sequences = batch.decode_seqs + batch.prefill_seqs
         return self._norm(sequences) + self._gemm(

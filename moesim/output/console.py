@@ -6,9 +6,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesim.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 150
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -39,13 +44,19 @@ def with_interval(value: float, interval: dict[str, float] | None, scale: float 
     return f"{text} [{interval['low'] * scale:.{digits}g}, {interval['high'] * scale:.{digits}g}]"
 
 
+def console() -> Console:
+    """Where tables for a person go: as wide as the terminal, or wide enough for a table where there is none."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
 def print_simulation(result: dict[str, Any]) -> None:
     """Tables of a simulation for a person."""
-    from rich.console import Console
     from rich.table import Table
 
     metrics, found, step = result["metrics"], result["intervals"], result["step"]
-    console = Console()
+    out = console()
     rates = Table(title="Throughput and latency (90 % interval)", title_justify="left")
     rates.add_column("figure")
     rates.add_column("value", justify="right")
@@ -56,24 +67,24 @@ def print_simulation(result: dict[str, Any]) -> None:
         for statistic in ("p50", "p99"):
             value = with_interval(metrics[key][statistic], found.get(f"{key}.{statistic}"), 1e3)
             rates.add_row(f"{label} {statistic} (ms)", value)
-    console.print(rates)
+    out.print(rates)
     parts = Table(title=f"A typical decode step: {human_seconds(step['step_s'])}", title_justify="left")
     parts.add_column("operation")
     parts.add_column("time", justify="right")
     parts.add_column("share", justify="right")
     for name, seconds in sorted(step["by_operation_s"].items(), key=lambda item: -item[1]):
         parts.add_row(name, human_seconds(seconds), f"{seconds / step['step_s']:.0%}")
-    console.print(parts)
+    out.print(parts)
     memory = result["memory"]
-    console.print(
+    out.print(
         f"Rank load max/mean {result['routing']['max_over_mean']:.3f} on the mean profile, "
         f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
         f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
     )
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
-    console.print(f"Where the step times come from: {shares}.")
+    out.print(f"Where the step times come from: {shares}.")
     for row in result["slo"]["limits"]:
         verdict = "met" if row["met"] else "missed"
-        console.print(
+        out.print(
             f"SLO {row['metric']} <= {human_seconds(row['limit_s'])}: {human_seconds(row['value_s'])}, {verdict}."
         )

@@ -21,6 +21,8 @@ JUNK: list[Any] = [
     "deepseek-ai/DeepSeek-V3", 10**12, "1e9", [None, "b"],
 ]  # fmt: skip
 
+INSERTED = [b"- ", b"{", b"[", b": ", b"\x00", b"&a *a", b"!!python/name:os.system ", b"\t"]
+
 
 def paths(node: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [prefix] if prefix else []
@@ -59,7 +61,7 @@ def scramble(text: str, rng: random.Random) -> bytes:
         elif action < 0.75:
             del raw[place : place + rng.randint(1, 40)]
         else:
-            raw[place:place] = rng.choice([b"- ", b"{", b"[", b": ", b"\x00", b"&a *a", b"!!python/name:os.system ", b"\t"])
+            raw[place:place] = rng.choice(INSERTED)
         if not raw:
             raw = bytearray(b" ")
     return bytes(raw)
