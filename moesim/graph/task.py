@@ -34,7 +34,7 @@ class Task:
     duration_s: float64, broadcastable to [steps, ranks], time when alone. depends_on: indices of earlier tasks, on
     the same rank. groups: int64 [ranks], the collective's group of each rank (None = local): it starts when the last
     rank of the group is ready. links: (link, share of its rate used when alone, 0 to 1]; only `des` reads them, and
-    only where operations are concurrent. operation: the key that its time is reported under. layer: absolute, -1 = none.
+    only where operations are concurrent. operation: the key that its time is reported under. layer: absolute; -1: none.
     """
 
     name: str
