@@ -27,12 +27,15 @@ def growing(series: Series) -> tuple[float, float] | None:
     return (middle, last) if last > _GROWTH * middle else None
 
 
-def caveats(scenario: Scenario, told: Told) -> list[str]:
+def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> list[str]:
     """What is assumed, generated or not validated here, most important first."""
     figures, found = told.figures, []
-    if told.series is not None and (grown := growing(told.series)) is not None:
+    for name, run in (("This plan's run", told), ("The baseline's run", baseline)):
+        grown = growing(run.series) if run is not None and run.series is not None else None
+        if grown is None:
+            continue
         found.append(
-            f"This run has no steady state: a step decodes {grown[0]:.0f} sequences on average in the middle third "
+            f"{name} has no steady state: a step decodes {grown[0]:.0f} sequences on average in the middle third "
             f"of the arrivals, {grown[1]:.0f} in the last. Latencies depend on how many requests the run has; offer "
             "less load or simulate longer."
         )
@@ -72,8 +75,8 @@ def caveats(scenario: Scenario, told: Told) -> list[str]:
     return found
 
 
-def caveats_of(scenario: Scenario, told: Told, notes: Sequence[str]) -> str:
+def caveats_of(scenario: Scenario, told: Told, baseline: Told | None, notes: Sequence[str]) -> str:
     """The caveats and a run's own notes as HTML lists."""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, told))
+    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, told, baseline))
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<ul>{listed}</ul>" + (f"<h3>Notes of this run</h3><ul>{noted}</ul>" if noted else "")

@@ -70,7 +70,7 @@ def run_page(run: RunFolder) -> str:
         section("search", "What the search traded off", made.search(run), lead=made.search_lead(run)),
         *made.ledgers(runs),
         section("not-run", "Plans that could not run, or missed a level", made.infeasible(run)),
-        section("caveats", "What this rests on", caveats_of(run.scenario, best, result.notes)),
+        section("caveats", "What this rests on", caveats_of(run.scenario, best, None if same else base, result.notes)),
         section("run", "This run", made.about(run.scenario, made.run_rows(run))),
     ]
     return page.page(f"moesim: {_title(run.scenario)}", head, sections, _foot())
@@ -82,7 +82,7 @@ def simulation_page(told: Told, scenario: Scenario) -> str:
     runs = [("this plan", BEST, told)]
     head = (
         f'<p class="eyebrow">moesim simulation report</p><h1>{escape(_title(scenario))}</h1>'
-        f'<p class="lead">{escape(_workload(scenario))}</p>'
+        f'<p class="lead">{escape(_workload(scenario))}</p>{made.simulation_tiles(figures)}'
     )
     sections = [
         section(
@@ -90,7 +90,7 @@ def simulation_page(told: Told, scenario: Scenario) -> str:
         ),
         *made.drawn(runs),
         *made.ledgers(runs),
-        section("caveats", "What this rests on", caveats_of(scenario, told, ())),
+        section("caveats", "What this rests on", caveats_of(scenario, told, None, ())),
         section("run", "This run", made.about(scenario, [(name, str(value)) for name, value in figures.run.items()])),
     ]
     return page.page(f"moesim: {_title(scenario)}", head, sections, _foot())

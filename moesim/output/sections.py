@@ -66,6 +66,38 @@ def tiles(run: RunFolder) -> str:
     return f'<div class="tiles">{"".join(shown)}</div>'
 
 
+def simulation_tiles(figures: Figures) -> str:
+    """The figures of one simulation that one wants first, with their intervals."""
+    flat = _flat(figures)
+    shown = []
+    for metric, name, scale, unit in (
+        ("output_tokens_per_s_per_gpu", "output tokens/s/GPU", 1.0, ""),
+        ("ttft_s.p99", "TTFT p99", 1e3, " ms"),
+        ("tpot_s.p99", "TPOT p99", 1e3, " ms"),
+    ):
+        if metric not in flat:
+            continue
+        found = figures.intervals.get(metric)
+        span = "no intervals were drawn"
+        if found is not None:
+            span = f"{number(found.low * scale, 3)} to {number(found.high * scale, 3)} ({LEVEL_PERCENT} %)"
+        shown.append(_tile(name, exact(flat[metric], number(flat[metric] * scale, 3) + unit), span))
+    if figures.slo.limits:
+        missed = ", ".join(limit.metric for limit in figures.slo.limits if not limit.met)
+        shown.append(_tile("service levels", "missed" if missed else "met", escape(missed) or "all of them"))
+    return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _flat(figures: Figures) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in figures.metrics.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{statistic}": one for statistic, one in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
 def _objective(gain: Gain) -> str:
     return gain.metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU gained"
 
@@ -184,14 +216,14 @@ def drawn(runs: Sequence[tuple[str, str, Told]]) -> list[str]:
                 + ". Balance is not time: see the next picture.",
             )
         )
-    tokens = ", ".join(f"{name} {number(told.step.tokens_per_dp_rank, 3)}" for name, told in figures)
+    tokens = "; ".join(_batch(name, told) for name, told in figures)
     found.append(
         section(
             "step",
             "Where the time of a decode step goes",
             pictures.step_bars(figures) + details("The figures of this picture", _step_table(figures)),
-            lead=f"A typical decode step of each run, mean over ranks, at its own batch (tokens on each attention-DP "
-            f"rank: {tokens}). A collective takes as long as its own busiest endpoint; waiting is for ranks that "
+            lead=f"A typical decode step of each run, mean over ranks, at its own batch ({tokens}). "
+            " A collective takes as long as its own busiest endpoint; waiting is for ranks that "
             "come late to one.",
         )
     )
@@ -199,6 +231,12 @@ def drawn(runs: Sequence[tuple[str, str, Told]]) -> list[str]:
         sizes = {name: told.figures.plan.parallel.gpus for name, _, told in runs}
         found.append(_latencies(runs[0][2].figures, kept, sizes))
     return found
+
+
+def _batch(name: str, figures: Figures) -> str:
+    ranks, gpus = figures.plan.parallel.attention_dp, figures.plan.parallel.gpus
+    tokens = figures.step.tokens_per_dp_rank
+    return f"{name}: {number(tokens, 3)} tokens on each attention-DP rank, {number(tokens * ranks / gpus, 3)} a GPU"
 
 
 def _latencies(figures: Figures, kept: Sequence[tuple[str, str, Series]], sizes: Mapping[str, int]) -> str:
@@ -336,21 +374,18 @@ def infeasible(run: RunFolder) -> str:
 def figures_table(figures: Figures) -> str:
     """All metrics of one simulation with their intervals, and its service levels."""
     rows = []
-    for name, value in figures.metrics.items():
-        flat = (
-            {"": value} if not isinstance(value, dict) else {f".{statistic}": one for statistic, one in value.items()}
-        )
-        for suffix, one in flat.items():
-            found = figures.intervals.get(name + suffix)
-            span = "–" if found is None else f"{number(found.low, 4)} – {number(found.high, 4)}"
-            rows.append([f"<code>{escape(name + suffix)}</code>", exact(one, number(one, 4)), span])
+    for name, value in _flat(figures).items():
+        found = figures.intervals.get(name)
+        span = "–" if found is None else f"{number(found.low, 4)} – {number(found.high, 4)}"
+        rows.append([f"<code>{escape(name)}</code>", exact(value, number(value, 4)), span])
     levels = "".join(
         f"<li>{escape(limit.metric)} ≤ {human_seconds(limit.limit_s)}: {human_seconds(limit.value_s)}, "
         f'<span class="{"met" if limit.met else "missed"}">{"met" if limit.met else "missed"}</span></li>'
         for limit in figures.slo.limits
     )
     asked = f"<h3>Service levels</h3><ul>{levels}</ul>" if levels else ""
-    return asked + table(["metric (SI units)", "value", f"{LEVEL_PERCENT} % interval"], rows)
+    shown = table(["metric (SI units)", "value", f"{LEVEL_PERCENT} % interval"], rows)
+    return asked + details("All metrics", shown)
 
 
 def run_rows(run: RunFolder) -> list[tuple[str, str]]:
