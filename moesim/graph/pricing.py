@@ -21,6 +21,7 @@ from moesim.cost.ops import (
     Operation,
 )
 from moesim.graph.batch import Floats, StepBatch
+from moesim.network.replicas import replica_shares
 from moesim.network.traffic import equivalent_tokens
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -109,6 +110,8 @@ class Pricer:
     def __init__(self, setup: LayerSetup, costs: CostModel) -> None:
         self.setup = setup
         self.costs = costs
+        nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # whole-expert TP spans nodes as one rank
+        self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
 
     def price(
         self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool, attention: bool = True
@@ -122,7 +125,7 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
-        slots = setup.placement.slot_loads(counts)
+        slots = setup.placement.slot_loads(counts, self.shares)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
         exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)
         return PricedStep(

@@ -240,7 +240,7 @@ def heatmap(
 
 def colour_key(top: float, *, width: float = 560) -> str:
     """The key of `heatmap`: shades from 1/top to top."""
-    left, bar = 120.0, width - 240.0
+    left, bar = 150.0, width - 300.0
     count = 2 * _SHADES + 1
     body = [
         f'<rect x="{left + bar * index / count:.1f}" y="4" width="{bar / count + 0.5:.1f}" height="12" '
@@ -251,8 +251,8 @@ def colour_key(top: float, *, width: float = 560) -> str:
         body.append(text(left + bar * share, 32, label, anchor="middle"))
     for share, label in ((0.75, f"{top**0.5:.2f}"), (1.0, f"{top:.2f}")):
         body.append(text(left + bar * share, 32, label, anchor="middle"))
-    body.append(text(left - 26, 15, "less", anchor="end"))
-    body.append(text(left + bar + 26, 15, "more than its share"))
+    body.append(text(left - 22, 15, "less than its share", anchor="end"))
+    body.append(text(left + bar + 22, 15, "more than its share"))
     return figure(width, 38, f"Colour key: load from {1 / top:.2f} to {top:.2f} times the mean", body)
 
 

@@ -84,12 +84,16 @@ class ExpertPlacement:
         np.add.at(counts, (rows, self.physical_to_logical.ravel()), 1)
         return counts
 
-    def slot_loads(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Equal split of `counts` [..., layers, experts] over the replicas: [..., layers, slots]."""
-        share = (counts / self.replica_counts()).reshape(*counts.shape[:-2], self.layers * self.experts)
+    def slot_loads(self, counts: NDArray[np.float64], shares: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """Split of `counts` [..., layers, experts] over the replicas: [..., layers, slots].
+
+        shares: [layers, slots], the part of its expert's tokens that each slot serves; equal parts without.
+        """
+        whole = counts if shares is not None else counts / self.replica_counts()
         index = (self.physical_to_logical + np.arange(self.layers)[:, None] * self.experts).ravel()
-        slots = np.take(share, index, axis=-1)
-        return np.asarray(slots.reshape(*counts.shape[:-2], self.layers, self.slots), dtype=np.float64)
+        slots = np.take(whole.reshape(*counts.shape[:-2], self.layers * self.experts), index, axis=-1)
+        split = slots.reshape(*counts.shape[:-2], self.layers, self.slots)
+        return np.asarray(split if shares is None else split * shares, dtype=np.float64)
 
     def rank_loads(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
         """Equal-split tokens of each rank: [..., layers, ranks]."""
