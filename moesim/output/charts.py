@@ -10,6 +10,8 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+# Figures closer than this, relatively, are drawn as one; smaller ones as none.
+_SAME = 1e-12
 INK, MUTED, GRID, SURFACE = "#1b2129", "#5b6673", "#e3e7ec", "#ffffff"
 BEST, BASE, OTHER, LIMIT = "#1d5fa6", "#c2581a", "#8a95a3", "#b3261e"
 
@@ -31,8 +33,9 @@ class Axis:
 
 def axis(low: float, high: float, start: float, end: float, *, ticks: int = 5) -> Axis:
     """A linear axis whose ticks are round numbers; it is widened to the ticks around `low` and `high`."""
-    if high <= low:
-        low, high = low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
+    if high - low <= _SAME * max(abs(low), abs(high), _SAME):
+        margin = 0.1 * max(abs(low), abs(high)) if max(abs(low), abs(high)) > _SAME else 0.1
+        low, high = low - margin, high + margin
     step = nice_step((high - low) / ticks)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9) + (step / 10 ** math.floor(math.log10(step)) == 2.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ConfigDict, Field
@@ -28,6 +28,9 @@ SHOWN = (
     "rank_load_max_over_mean",
     "memory_peak_bytes",
 )
+# Far beyond any figure of a deployment, and far enough from where arithmetic overflows.
+_LARGEST = 1e30
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
 _REMAKE = "make the run again with `moesim tune`"
 
 
@@ -40,17 +43,17 @@ class Stored(Spec):
 class Interval(Stored):
     """A central interval of the joint draws."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
 
 
 class Gain(Stored):
     """A paired difference; without a baseline that ran there is none."""
 
     metric: str
-    value: float | None
-    low: float | None
-    high: float | None
+    value: Number | None
+    low: Number | None
+    high: Number | None
 
 
 class Verdict(Stored):
@@ -67,7 +70,7 @@ class PlanRow(Stored):
     parallel: ParallelSpec
     status: str
     meets_slo: bool
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     intervals: dict[str, Interval] = Field(default_factory=dict)
     tied_with_best: bool | None = None
 
@@ -95,17 +98,17 @@ class Result(Stored):
 class Step(Stored):
     """The typical decode step."""
 
-    tokens_per_dp_rank: float
-    step_s: float = Field(ge=0)
-    by_operation_s: dict[str, float]
-    exposed_communication_s: float
+    tokens_per_dp_rank: Number
+    step_s: Number = Field(ge=0)
+    by_operation_s: dict[str, Number]
+    exposed_communication_s: Number
 
 
 class RoutingFigures(Stored):
     """Balance, and what it was judged on."""
 
-    max_over_mean: float
-    per_step_max_over_mean: float
+    max_over_mean: Number
+    per_step_max_over_mean: Number
     dispersion: str
     judged_on: tuple[str, ...]
     judged_on_fit: bool
@@ -114,17 +117,17 @@ class RoutingFigures(Stored):
 class MemoryFigures(Stored):
     """The ledger of the fullest GPU, bytes."""
 
-    peak_bytes: float
-    limit_bytes: float = Field(gt=0)
-    ledger: dict[str, float]
+    peak_bytes: Number
+    limit_bytes: Number = Field(gt=0)
+    ledger: dict[str, Number]
 
 
 class Limit(Stored):
     """A service level with what was found."""
 
     metric: str = Field(pattern=r"^[a-z0-9]+_s\.p[0-9][0-9]$")
-    limit_s: float = Field(gt=0)
-    value_s: float
+    limit_s: Number = Field(gt=0)
+    value_s: Number
     met: bool
 
 
@@ -150,13 +153,13 @@ class PlanFigures(Stored):
 class Figures(Stored):
     """What `moesim simulate --json` told."""
 
-    metrics: dict[str, float | dict[str, float]]
+    metrics: dict[str, Number | dict[str, Number]]
     intervals: dict[str, Interval]
     step: Step
     routing: RoutingFigures
     memory: MemoryFigures
     slo: Levels
-    provenance: dict[str, float]
+    provenance: dict[str, Number]
     plan: PlanFigures
     run: dict[str, float | int | str]
 
@@ -164,18 +167,18 @@ class Figures(Stored):
 class Steps(Stored):
     """The run over time, thinned."""
 
-    start_s: tuple[float, ...]
-    step_s: tuple[float, ...]
-    decode_seqs: tuple[float, ...]
-    prefill_tokens: tuple[float, ...]
+    start_s: tuple[Number, ...]
+    step_s: tuple[Number, ...]
+    decode_seqs: tuple[Number, ...]
+    prefill_tokens: tuple[Number, ...]
 
 
 class Series(Stored):
     """What the pictures are drawn from: rank_loads [layers][ranks], latency at percentiles 0 to 100."""
 
     layer_ids: tuple[int, ...]
-    rank_loads: tuple[tuple[float, ...], ...]
-    latency: dict[str, tuple[float, ...]]
+    rank_loads: tuple[tuple[Number, ...], ...]
+    latency: dict[str, tuple[Number, ...]]
     steps: Steps
 
 

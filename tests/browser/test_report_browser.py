@@ -1,0 +1,108 @@
+"""The report in headless Chromium: it lays out, its pictures are there, nothing overflows, nothing is complained of."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesim.output.report import write_run_report
+from tests.report_run import write_run_folder
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+# Measured in the page: how wide it is, and each picture with the parts of it that lie outside.
+PROBE = """<script>
+const seen = [...document.querySelectorAll('svg[role=img]')].map(svg => {
+  const box = svg.getBoundingClientRect();
+  const out = [...svg.querySelectorAll('text, path, rect, circle, polygon, polyline')].filter(part => {
+    const at = part.getBoundingClientRect();
+    return at.left < box.left - 24 || at.right > box.right + 24 || at.top < box.top - 8 || at.bottom > box.bottom + 8;
+  }).map(part => part.outerHTML.slice(0, 120));
+  return {label: svg.getAttribute('aria-label'), width: box.width, height: box.height, out: out};
+});
+const texts = [...document.querySelectorAll('td, dd, h1, h2, p')].filter(one => one.scrollWidth > one.clientWidth + 1);
+document.body.setAttribute('data-probe', JSON.stringify({
+  page: document.documentElement.scrollWidth, window: innerWidth, pictures: seen,
+  cut: texts.map(one => one.textContent),
+}));
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium here (looked for: " + ", ".join(NAMES) + ")")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run_folder(tmp_path_factory.mktemp("browser") / "run")
+    write_run_report(folder)
+    return folder / "report.html"
+
+
+def chromium(browser: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("width", [1440, 1280, 700])
+def test_the_page_fits_its_window_and_its_pictures_hold_their_marks(
+    browser: str, page: Path, tmp_path: Path, width: int
+) -> None:
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
+    done = chromium(browser, tmp_path, f"--window-size={width},900", "--dump-dom", probed.as_uri())
+    found = re.search(r'data-probe="([^"]+)"', done.stdout)
+    assert found is not None
+    measured: dict[str, Any] = json.loads(
+        found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&")
+    )
+    assert measured["page"] <= measured["window"]
+    assert len(measured["pictures"]) >= 12
+    for picture in measured["pictures"]:
+        assert picture["width"] > 200, picture["label"]
+        assert picture["height"] > 20, picture["label"]
+        assert picture["out"] == [], picture["label"]
+    assert measured["cut"] == []
+
+
+def test_the_console_stays_silent(browser: str, page: Path, tmp_path: Path) -> None:
+    done = chromium(browser, tmp_path, "--window-size=1280,900", "--dump-dom", page.as_uri())
+    assert 'id="verdict"' in done.stdout
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+
+
+def test_the_probe_would_hear_a_complaint(browser: str, page: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("</body>", "<script>missing()</script></body>"))
+    done = chromium(browser, tmp_path, "--dump-dom", broken.as_uri())
+    assert any("CONSOLE" in line for line in done.stderr.splitlines())
+
+
+def test_a_screenshot_shows_ink(browser: str, page: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "page.png"
+    chromium(browser, tmp_path, "--window-size=1280,4600", f"--screenshot={picture}", page.as_uri())
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 100_000  # an empty page of this size packs into a few kilobytes
