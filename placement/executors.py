@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.deployment import groundwork
-from moesim.errors import MoesimError
+from moesim.errors import Infeasible, MoesimError, OutsideProfile
 from moesim.spec.scenario import Scenario
 from placement.objective import Evaluator, Outcome, drawn_metrics
 from placement.space import Plan
@@ -108,5 +108,8 @@ def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, ND
 
 
 def _draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    rows = drawn_metrics(evaluator.run(plan, draws=draws))
+    try:
+        rows = drawn_metrics(evaluator.run(plan, draws=draws))
+    except (OutsideProfile, Infeasible):
+        rows = drawn_metrics(evaluator.run(plan))  # as best known only: a draw left the profile
     return {metric: np.asarray([row[metric] for row in rows]) for metric in metrics}

@@ -86,6 +86,11 @@ def baseline_plan(ground: Groundwork, scenario: Scenario) -> Plan:
     return Plan(own.parallel, own.backend, "contiguous", spare, "sequential")
 
 
+def plain_placement(ground: Groundwork, plan: Plan) -> Plan:
+    """The same plan with contiguous experts and no redundancy."""
+    return Plan(plan.parallel, plan.backend, "contiguous", -ground.model.moe.experts % plan.parallel.ep, plan.schedule)
+
+
 def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
     """Every plan of the grid, checked before anything is simulated: legality, memory, and whether it can be priced.
 

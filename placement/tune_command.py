@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
@@ -22,8 +24,27 @@ from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
 from placement.objective import Evaluator
-from placement.ranking import SHOWN, Finalist, finalists_of, paired_gain, pareto, plan_json, ranked, tied, verdict
-from placement.space import Plan, baseline_plan, enumerate_space, own_plan, require_plans
+from placement.ranking import (
+    LATENCY,
+    SHOWN,
+    Finalist,
+    finalists_of,
+    paired_gain,
+    pareto,
+    plan_json,
+    ranked,
+    tied,
+    verdict,
+)
+from placement.space import (
+    Plan,
+    Space,
+    baseline_plan,
+    enumerate_space,
+    own_plan,
+    plain_placement,
+    require_plans,
+)
 from placement.tuner import Search, Trial, open_study, search
 
 FINAL_DRAWS = 20
@@ -70,14 +91,18 @@ def tune(
         plans = [trial.plan for trial in chosen]
         with_base = base_trial is not None and base_trial.outcome.status == "ok" and base not in plans
         metrics = sorted({*SHOWN, spec.objective.maximize})
-        drawn = pool.draw([*plans, base] if with_base else plans, FINAL_DRAWS, metrics)
+        asked = list(dict.fromkeys([*plans, *([base] if with_base else []), plain_placement(ground, plans[0])]))
+        drawn = dict(zip(asked, pool.draw(asked, FINAL_DRAWS, metrics), strict=True))
     search_s = time.perf_counter() - search_started
-    finalists = [Finalist(trial, values) for trial, values in zip(chosen, drawn, strict=False)]
-    base_final = next((one for one in finalists if one.trial.plan == base), None)
-    if with_base and base_trial is not None:
-        base_final = Finalist(base_trial, drawn[-1])
-    simulation = evaluator.run(finalists[0].trial.plan)
-    result = _result(ground, spec, space.infeasible, len(space.plans), found, finalists, base_trial, base_final)
+    finalists = [Finalist(trial, drawn[trial.plan]) for trial in chosen]
+    base_final = Finalist(base_trial, drawn[base]) if base_trial is not None and base in drawn else None
+    simulation = evaluator.run(plans[0])
+    result = _result(ground, spec, space, found, finalists, base_trial, base_final)
+    result["placement_gain"] = _placement_gain(finalists[0], drawn[plain_placement(ground, plans[0])])
+    result["verdict"]["text"] += _placement_sentence(finalists[0].trial.plan, result["placement_gain"])
+    short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
+    if short:
+        result["notes"].append(f"no interval for {', '.join(short)}: some draws leave the profile")
     result["run"] = {
         "seed": spec.seed,
         "wall_s": time.perf_counter() - started[0],
@@ -112,11 +137,27 @@ def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) ->
     return [plan for plan in wanted if plan in legal]
 
 
+def _placement_gain(best: Finalist, plain: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """What the placement alone brings: the best plan against contiguous experts in the same layout."""
+    other = Finalist(best.trial, plain)
+    return {LATENCY: paired_gain(best, other, LATENCY), SHOWN[0]: paired_gain(best, other, SHOWN[0])}
+
+
+def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
+    if plan.parallel.ep == 1:
+        return " Experts are not spread over ranks in this layout, so there is nothing to place."
+    found = gain[LATENCY]
+    brings = "brings" if found["low"] > 0 else "costs" if found["high"] < 0 else "brings nothing sure:"
+    return (
+        f" Of that, placing the experts ({plan.solver}, {plan.redundant_experts} redundant) {brings} "
+        f"{abs(found['value']):.1%} [{found['low']:.1%}, {found['high']:.1%}] of median TPOT in the same layout."
+    )
+
+
 def _result(
     ground: Groundwork,
     scenario: Scenario,
-    infeasible: dict[str, int],
-    legal: int,
+    space: Space,
     found: Search,
     finalists: list[Finalist],
     base_trial: Trial | None,
@@ -131,7 +172,7 @@ def _result(
         base_reason = base_trial.outcome.status
     elif base_trial.outcome.violation > 0:
         base_reason = f"{base_trial.outcome.violation:.0%} over"
-    counted = dict(infeasible)
+    counted = dict(space.infeasible)
     for reason, count in found.infeasible().items():
         counted[reason] = counted.get(reason, 0) + count
     missed = sum(1 for trial in found.trials if trial.outcome.status == "ok" and trial.outcome.violation > 0)
@@ -167,7 +208,7 @@ def _result(
         ],
         "pareto": [plan_json(trial) for trial in pareto(found, scenario)],
         "trials": len(found.trials),
-        "space": legal,
+        "space": len(space.plans),
         "exhausted": found.exhausted,
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
@@ -240,7 +281,7 @@ def print_tune(result: dict[str, Any]) -> None:
         "memory GB",
         "SLO",
     ):
-        table.add_column(column, justify="left" if column == "plan" else "right")
+        table.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
     rows = [("best", result["best"]), *(("", one) for one in result["alternatives"])]
     if result["baseline"] is not None and result["baseline"]["label"] != result["best"]["label"]:
         rows.append(("baseline", result["baseline"]))
@@ -250,7 +291,7 @@ def print_tune(result: dict[str, Any]) -> None:
             continue
         metrics, found = plan["metrics"], plan["intervals"]
         cells = [
-            with_interval(metrics[key], found.get(key), scale, digits)
+            with_interval(metrics[key], found.get(key), scale, digits).replace(" [", "\n[")
             for key, scale, digits in (
                 ("output_tokens_per_s_per_gpu", 1.0, 4),
                 ("ttft_s.p50", 1e3, 3),

@@ -110,7 +110,7 @@ class Pricer:
     def __init__(self, setup: LayerSetup, costs: CostModel) -> None:
         self.setup = setup
         self.costs = costs
-        nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # whole-expert TP spans nodes as one rank
+        nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # TP over nodes is one EP rank
         self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
 
     def price(

@@ -38,10 +38,16 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None] | None]:
 
 def with_interval(value: float, interval: dict[str, float] | None, scale: float = 1.0, digits: int = 3) -> str:
     """`12.3 [11.9, 12.8]`, or the value alone."""
-    text = f"{value * scale:.{digits}g}"
     if interval is None:
-        return text
-    return f"{text} [{interval['low'] * scale:.{digits}g}, {interval['high'] * scale:.{digits}g}]"
+        return shown(value * scale, digits)
+    low, high = (shown(interval[end] * scale, digits) for end in ("low", "high"))
+    return f"{shown(value * scale, digits)} [{low}, {high}]"
+
+
+def shown(value: float, digits: int) -> str:
+    """A figure with so many digits, never in powers of ten: `3850`, not `3.85e+03`."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text
 
 
 def console() -> Console:

@@ -9,8 +9,7 @@ from typing import Any
 
 from moesim import __version__
 from moesim.files import write_text
-from moesim.output import page
-from moesim.output import sections as made
+from moesim.output import page, sections, tables
 from moesim.output.caveats import caveats_of
 from moesim.output.charts import BASE, BEST
 from moesim.output.page import section
@@ -59,21 +58,24 @@ def run_page(run: RunFolder) -> str:
         f'<p class="eyebrow">moesim plan report</p><h1>{escape(_title(run.scenario))}</h1>'
         f'<p class="lead">{escape(_workload(run.scenario))}</p>'
         f'<section class="verdict {tone}" id="verdict" aria-label="Verdict"><span class="badge">{escape(badge)}</span>'
-        f"<p>{escape(result.verdict.text)}</p></section>{made.tiles(run)}"
+        f"<p>{escape(result.verdict.text)}</p></section>{tables.tiles(run)}"
     )
-    sections = [
-        section("plans", "Plans, best first", made.ranked(run), lead=made.ranked_lead(run)),
+    parts = [
+        section("plans", "Plans, best first", tables.ranked(run), lead=tables.ranked_lead(run)),
         section(
-            "launch", "What would be launched", made.launch(run), lead=made.plan_lead(best.figures, result.best.label)
+            "launch",
+            "What would be launched",
+            tables.launch(run),
+            lead=tables.plan_lead(best.figures, result.best.label),
         ),
-        *made.drawn(runs),
-        section("search", "What the search traded off", made.search(run), lead=made.search_lead(run)),
-        *made.ledgers(runs),
-        section("not-run", "Plans that could not run, or missed a level", made.infeasible(run)),
+        *sections.drawn(runs),
+        section("search", "What the search traded off", sections.search(run), lead=sections.search_lead(run)),
+        *sections.ledgers(runs),
+        section("not-run", "Plans that could not run, or missed a level", tables.infeasible(run)),
         section("caveats", "What this rests on", caveats_of(run.scenario, best, None if same else base, result.notes)),
-        section("run", "This run", made.about(run.scenario, made.run_rows(run))),
+        section("run", "This run", tables.about(run.scenario, tables.run_rows(run))),
     ]
-    return page.page(f"moesim: {_title(run.scenario)}", head, sections, _foot())
+    return page.page(f"moesim: {_title(run.scenario)}", head, parts, _foot())
 
 
 def simulation_page(told: Told, scenario: Scenario) -> str:
@@ -82,18 +84,21 @@ def simulation_page(told: Told, scenario: Scenario) -> str:
     runs = [("this plan", BEST, told)]
     head = (
         f'<p class="eyebrow">moesim simulation report</p><h1>{escape(_title(scenario))}</h1>'
-        f'<p class="lead">{escape(_workload(scenario))}</p>{made.simulation_tiles(figures)}'
+        f'<p class="lead">{escape(_workload(scenario))}</p>{tables.simulation_tiles(figures)}'
     )
-    sections = [
+    parts = [
         section(
-            "figures", "Figures", made.figures_table(figures), lead=made.plan_lead(figures, "the scenario's own plan")
+            "figures",
+            "Figures",
+            tables.figures_table(figures),
+            lead=tables.plan_lead(figures, "the scenario's own plan"),
         ),
-        *made.drawn(runs),
-        *made.ledgers(runs),
+        *sections.drawn(runs),
+        *sections.ledgers(runs),
         section("caveats", "What this rests on", caveats_of(scenario, told, None, ())),
-        section("run", "This run", made.about(scenario, [(name, str(value)) for name, value in figures.run.items()])),
+        section("run", "This run", tables.about(scenario, [(name, str(value)) for name, value in figures.run.items()])),
     ]
-    return page.page(f"moesim: {_title(scenario)}", head, sections, _foot())
+    return page.page(f"moesim: {_title(scenario)}", head, parts, _foot())
 
 
 def _foot() -> str:

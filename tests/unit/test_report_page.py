@@ -15,7 +15,7 @@ from moesim.cli import run
 from moesim.errors import BadInput
 from moesim.output.page import number
 from moesim.output.report import write_run_report, write_simulation_report
-from moesim.output.sections import COLUMNS
+from moesim.output.tables import COLUMNS
 from moesim.spec.scenario import Scenario, load_scenario
 from tests.report_run import LAYERS, RANKS, plan_row, told, write_run_folder
 from tests.scenarios import small, write
