@@ -120,6 +120,7 @@ def result() -> dict[str, Any]:
         "baseline": base,
         "gain": gain | {"metric": "output_tokens_per_s_per_gpu"},
         "latency_gain": gain | {"metric": "tpot_s.p50"},
+        "placement_gain": {"tpot_s.p50": {"value": 0.043, "low": 0.021, "high": 0.062}},
         "verdict": {"code": "gain", "text": "Worth it. <greedy> & co. against the plain baseline: +25.0%."},
         "alternatives": [other],
         "pareto": [best],

@@ -42,9 +42,9 @@ def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> lis
     cluster = scenario.cluster
     if isinstance(cluster, Path) or cluster.nodes > 1:
         found.append(
-            "Expert parallelism over several nodes is not validated: no hardware that this project could use has run "
-            "it. Costs of operations come from the tables named above; how they add up over nodes is the simulator's "
-            "model."
+            "Plans that span nodes are not validated: no hardware that this project could use has run expert "
+            "parallelism over several nodes. Costs of operations are tagged as above; how they add up over nodes is the "
+            "simulator's model."
         )
     if figures.routing.judged_on_fit:
         found.append("The placement is judged on the very loads it was fitted to: nothing was left to hold out.")

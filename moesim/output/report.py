@@ -54,6 +54,7 @@ def run_page(run: RunFolder) -> str:
     runs = [("best", BEST, best)] + ([("baseline", BASE, base)] if base is not None and not same else [])
     code = result.verdict.code
     tone, badge = _BADGES.get(code, ("", code.replace("_", " ")))
+    planned = tables.plan_lead(best.figures, result.best.label)
     head = (
         f'<p class="eyebrow">moesim plan report</p><h1>{escape(_title(run.scenario))}</h1>'
         f'<p class="lead">{escape(_workload(run.scenario))}</p>'
@@ -62,12 +63,7 @@ def run_page(run: RunFolder) -> str:
     )
     parts = [
         section("plans", "Plans, best first", tables.ranked(run), lead=tables.ranked_lead(run)),
-        section(
-            "launch",
-            "What would be launched",
-            tables.launch(run),
-            lead=tables.plan_lead(best.figures, result.best.label),
-        ),
+        section("launch", "What would be launched", tables.launch(run), lead=planned),
         *sections.drawn(runs),
         section("search", "What the search traded off", sections.search(run), lead=sections.search_lead(run)),
         *sections.ledgers(runs),
@@ -87,12 +83,7 @@ def simulation_page(told: Told, scenario: Scenario) -> str:
         f'<p class="lead">{escape(_workload(scenario))}</p>{tables.simulation_tiles(figures)}'
     )
     parts = [
-        section(
-            "figures",
-            "Figures",
-            tables.figures_table(figures),
-            lead=tables.plan_lead(figures, "the scenario's own plan"),
-        ),
+        section("figures", "Figures", tables.figures_table(figures), lead=tables.plan_lead(figures, "The plan")),
         *sections.drawn(runs),
         *sections.ledgers(runs),
         section("caveats", "What this rests on", caveats_of(scenario, told, None, ())),

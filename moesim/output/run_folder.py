@@ -56,6 +56,14 @@ class Gain(Stored):
     high: Number | None
 
 
+class PairedGain(Stored):
+    """A paired difference that was drawn."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
 class Verdict(Stored):
     """A code and its sentence."""
 
@@ -82,6 +90,7 @@ class Result(Stored):
     baseline: PlanRow | None
     gain: Gain
     latency_gain: Gain
+    placement_gain: dict[str, PairedGain] | None = None
     verdict: Verdict
     alternatives: tuple[PlanRow, ...]
     pareto: tuple[PlanRow, ...]

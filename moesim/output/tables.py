@@ -51,6 +51,10 @@ def tiles(run: RunFolder) -> str:
         if gain.value is not None and gain.low is not None and gain.high is not None:
             span = f"{signed(gain.low)} to {signed(gain.high)}, against the baseline"
             shown.append(_tile(name, exact(gain.value, signed(gain.value)), span))
+    placed = (result.placement_gain or {}).get(result.latency_gain.metric)
+    if placed is not None and best.parallel.ep > 1:
+        span = f"{signed(placed.low)} to {signed(placed.high)}, against contiguous experts in the same layout"
+        shown.append(_tile("of it by placing experts", exact(placed.value, signed(placed.value)), span))
     for metric, name, scale, digits in (
         ("tpot_s.p99", "TPOT p99", 1e3, 3),
         ("rank_load_max_over_mean", "max/mean rank load", 1.0, 3),
@@ -128,7 +132,7 @@ def ranked(run: RunFolder) -> str:
     for kind, role, row in rows:
         tie = " · tied with best" if row.tied_with_best else ""
         lean = row.metrics.get("extrapolated_share", 0.0)
-        under = f'<span class="under">{percent(lean)} extrapolated</span>' if lean > 0 else ""
+        under = f'<span class="under">{percent(lean)} of its priced steps extrapolated</span>' if lean > 0 else ""
         name = f'<span class="role">{role}{tie}</span>{escape(row.label)}{under}'
         if row.status != "ok":
             shown.append([name, *["–"] * len(COLUMNS), f'<span class="missed">{escape(row.status)}</span>'])
