@@ -43,8 +43,8 @@ def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> lis
     if isinstance(cluster, Path) or cluster.nodes > 1:
         found.append(
             "Plans that span nodes are not validated: no hardware that this project could use has run expert "
-            "parallelism over several nodes. Costs of operations are tagged as above; how they add up over nodes is the "
-            "simulator's model."
+            "parallelism over several nodes. Costs of operations are tagged as above; how they add up over nodes is "
+            "the simulator's model."
         )
     if figures.routing.judged_on_fit:
         found.append("The placement is judged on the very loads it was fitted to: nothing was left to hold out.")

@@ -31,7 +31,7 @@ section {{ background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padd
   background: #e8ebef; color: {INK}; margin-bottom: 8px; }}
 .good .badge {{ background: #dcf1e5; color: #14532f; }}
 .no .badge {{ background: #fbe7da; color: #7a3407; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; margin: 16px 0; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 16px 0; }}
 .tile {{ background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px; }}
 .tile dt {{ color: {MUTED}; font-size: 13px; }}
 .tile dd {{ margin: 0; font-size: 24px; font-weight: 600; letter-spacing: -0.01em;
