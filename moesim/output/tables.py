@@ -54,7 +54,7 @@ def tiles(run: RunFolder) -> str:
     placed = (result.placement_gain or {}).get(result.latency_gain.metric)
     if placed is not None and best.parallel.ep > 1:
         span = f"{signed(placed.low)} to {signed(placed.high)}, against contiguous experts in the same layout"
-        shown.append(_tile("of it by placing experts", exact(placed.value, signed(placed.value)), span))
+        shown.append(_tile("TPOT saved by placing experts", exact(placed.value, signed(placed.value)), span))
     for metric, name, scale, digits in (
         ("tpot_s.p99", "TPOT p99", 1e3, 3),
         ("rank_load_max_over_mean", "max/mean rank load", 1.0, 3),

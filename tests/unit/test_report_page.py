@@ -80,7 +80,9 @@ def test_the_page_says_the_verdict_the_reasons_and_what_it_rests_on(folder: Path
     assert stored["verdict"]["text"] in words(section(page, "verdict"))
     tiles = [words(one) for one in page.iter("dl")]
     assert "output tokens/s/GPU gained +25.0 % +19.0 % to +31.0 %, against the baseline" in tiles
-    assert "of it by placing experts +4.3 % +2.1 % to +6.2 %, against contiguous experts in the same layout" in tiles
+    assert (
+        "TPOT saved by placing experts +4.3 % +2.1 % to +6.2 %, against contiguous experts in the same layout" in tiles
+    )
     reasons = words(section(page, "not-run"))
     assert "out_of_memory 7" in reasons
     assert "outside_profile 1" in reasons
