@@ -13,7 +13,7 @@ from moesim.engine.draws import joint_draws
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, simulate
 from moesim.errors import Infeasible, OutsideProfile
-from moesim.output.metrics import flatten, serving_metrics, tag_seconds
+from moesim.output.metrics import flatten, outside_share, serving_metrics
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
@@ -117,15 +117,9 @@ def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np
     metrics["memory_peak_bytes"] = (
         deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
     )
-    metrics["extrapolated_share"] = extrapolated_share(simulation)
+    metrics["extrapolated_share"] = outside_share(simulation)
     metrics["goodput_per_gpu"] = goodput(served, deployment.scenario.objective.slo.limits(), gpus)
     return metrics
-
-
-def extrapolated_share(simulation: Simulation) -> float:
-    """Share of the priced decode steps that lies outside the profile (0 where extrapolation is refused)."""
-    seconds = tag_seconds(simulation.deployment.setup, simulation.model.grid("decode").priced)
-    return seconds.get("extrapolated", 0.0) / sum(seconds.values())
 
 
 def goodput(served: Served, limits: dict[tuple[str, str], float], gpus: int) -> float:

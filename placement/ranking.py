@@ -67,7 +67,7 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
         near = min(ran, key=lambda trial: trial.outcome.violation)
         if near.outcome.violation <= 0:
             raise Infeasible(
-                f"every plan that meets the service levels is over {MOST_EXTRAPOLATED:.0%} extrapolated",
+                f"every plan that meets the service levels lies over {MOST_EXTRAPOLATED:.0%} outside the profile",
                 where="cost.extrapolate",
                 mend="measure the missing points with `moesim profile`",
                 reason="mostly_extrapolated",
@@ -136,8 +136,8 @@ def verdict(
     """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
     caveat = " Multi-node expert parallelism is not validated on hardware." if nodes > 1 else ""
     lean = best.trial.outcome.metrics["extrapolated_share"]
-    if lean > 0.005:
-        caveat = f" {lean:.0%} of its step time is extrapolated.{caveat}"
+    if lean >= 0.005:
+        caveat = f" {lean:.0%} of its step time lies outside the profile.{caveat}"
     if judged_on_fit:
         text = "Verdict withheld: there is one snapshot of routing, so nothing was left to judge the plan on."
         return {"code": "withheld", "text": text + caveat}

@@ -14,6 +14,7 @@ from moesim.spec.scenario import Scenario
 
 # Replica budgets tried when the scenario names none, in slots for each rank and layer beyond an even spread.
 _EXTRA_SLOTS_PER_RANK = (0, 1, 2, 4)
+_BACKEND_NAMES = {"deepep": "DeepEP", "allreduce": "AR", "allgather_reducescatter": "AG+RS", "alltoall": "A2A"}
 SOLVERS = ("contiguous", "eplb", "greedy", "robust")
 
 
@@ -29,8 +30,8 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        """Short name of parallelism and dispatch: `DP32 EP32 deepep`."""
-        return f"{self.parallel.label()} {self.backend}"
+        """Short name of parallelism and dispatch: `DP32 EP32 DeepEP`."""
+        return f"{self.parallel.label()} {_BACKEND_NAMES.get(self.backend, self.backend)}"
 
     def label(self) -> str:
         """Short name of the whole plan."""

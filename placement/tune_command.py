@@ -15,9 +15,11 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
+from moesim.output.caveats import growing
 from moesim.output.console import console, print_json, progress_bar, with_interval
 from moesim.output.metrics import simulation_json
 from moesim.output.report import write_run_report
+from moesim.output.run_folder import Series
 from moesim.output.series import simulation_series
 from moesim.output.steptrace import write_step_timeline
 from moesim.spec.scenario import Scenario, load_scenario
@@ -97,9 +99,17 @@ def tune(
     finalists = [Finalist(trial, drawn[trial.plan]) for trial in chosen]
     base_final = Finalist(base_trial, drawn[base]) if base_trial is not None and base in drawn else None
     simulation = evaluator.run(plans[0])
+    base_simulation = evaluator.run(base) if base_final is not None else None
     result = _result(ground, spec, space, found, finalists, base_trial, base_final)
     result["placement_gain"] = _placement_gain(finalists[0], drawn[plain_placement(ground, plans[0])])
     result["verdict"]["text"] += _placement_sentence(finalists[0].trial.plan, result["placement_gain"])
+    for name, run in (("best plan", simulation), ("baseline", base_simulation)):
+        grown = None if run is None else growing(Series.model_validate(simulation_series(run)))
+        if grown is not None:
+            result["notes"].append(
+                f"the {name}'s batch still grows when the arrivals end ({grown[0]:.0f} to {grown[1]:.0f} sequences "
+                "in a step): its latencies depend on the length of the run"
+            )
     short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
     if short:
         result["notes"].append(f"no interval for {', '.join(short)}: some draws leave the profile")
@@ -112,7 +122,6 @@ def tune(
         "resumed_trials": found.resumed,
         "final_draws": FINAL_DRAWS,
     }
-    base_simulation = evaluator.run(base) if base_final is not None else None
     result["files"] = write_run(folder, result, simulation, base_simulation)
     if json_output:
         print_json(result)
@@ -147,10 +156,10 @@ def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
     if plan.parallel.ep == 1:
         return " Experts are not spread over ranks in this layout, so there is nothing to place."
     found = gain[LATENCY]
-    brings = "brings" if found["low"] > 0 else "costs" if found["high"] < 0 else "brings nothing sure:"
+    brings = "saves" if found["low"] > 0 else "loses" if found["high"] < 0 else "saves nothing sure:"
     return (
-        f" Of that, placing the experts ({plan.solver}, {plan.redundant_experts} redundant) {brings} "
-        f"{abs(found['value']):.1%} [{found['low']:.1%}, {found['high']:.1%}] of median TPOT in the same layout."
+        f" In this layout, placing the experts ({plan.solver}, {plan.redundant_experts} redundant) instead of leaving "
+        f"them in order {brings} {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of median TPOT."
     )
 
 
@@ -291,7 +300,10 @@ def print_tune(result: dict[str, Any]) -> None:
             continue
         metrics, found = plan["metrics"], plan["intervals"]
         cells = [
-            with_interval(metrics[key], found.get(key), scale, digits).replace(" [", "\n[")
+            with_interval(metrics[key], found.get(key), scale, digits)
+            .replace(" [", "\n")
+            .replace(", ", "..")
+            .rstrip("]")
             for key, scale, digits in (
                 ("output_tokens_per_s_per_gpu", 1.0, 4),
                 ("ttft_s.p50", 1e3, 3),

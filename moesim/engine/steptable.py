@@ -48,6 +48,13 @@ class PricedGrid:
     priced: PricedStep
     upper: OutsideProfile | None
 
+    def steps_near(self, mean_tokens: float, hot: float) -> NDArray[np.int64]:
+        """Indices of the priced steps, over all loads and draws, at the grid point nearest to this load."""
+        i = int(np.abs(np.log(self.tokens / max(mean_tokens, 1e-9))).argmin())
+        j = int(np.abs(np.log(self.hot / max(hot, 1.0))).argmin())
+        repeats = np.arange(len(self.loads) * self.draws)
+        return (repeats * len(self.tokens) + i) * len(self.hot) + j
+
 
 @dataclass(frozen=True)
 class StepTable:

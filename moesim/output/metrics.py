@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag
-from moesim.engine import maxplus
 from moesim.engine.draws import LEVEL, interval
 from moesim.engine.serving import Served
-from moesim.engine.simulate import Simulation, typical_decode
+from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.routing.trace import stack_profiles
@@ -76,8 +75,10 @@ def intervals(drawn: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def tag_seconds(setup: LayerSetup, priced: PricedStep) -> dict[str, float]:
-    """Seconds of a step by provenance tag, mean over ranks and steps, all layers counted."""
+def step_seconds(
+    setup: LayerSetup, priced: PricedStep, steps: NDArray[np.int64] | None = None
+) -> dict[tuple[str, str], float]:
+    """Seconds of a step by (cost family, tag), mean over ranks and steps (of all, or of some), all layers counted."""
     model = setup.model
     times = {
         "projections": model.layers,
@@ -86,26 +87,27 @@ def tag_seconds(setup: LayerSetup, priced: PricedStep) -> dict[str, float]:
         "eager": model.layers,
         "gate": model.moe_layers,
         "shared": model.moe_layers,
+        "dispatch": model.moe_layers,
+        "experts": model.moe_layers,
+        "combine": model.moe_layers,
         "gather": model.moe_layers,
         "dense": model.dense_layers,
         "dense_sync": model.dense_layers,
     }
-    found: dict[str, float] = {}
+    found: dict[tuple[str, str], float] = {}
     for name, part in vars(priced).items():
-        if not isinstance(part, Part):
-            continue
-        for one in part.estimates:
-            layers = times.get(name, 1)
-            if name in ("dispatch", "experts", "combine"):
-                layers = model.moe_layers
-            for tag, seconds in _by_tag(one).items():
-                found[tag] = found.get(tag, 0.0) + seconds * layers
+        for one in part.estimates if isinstance(part, Part) else ():
+            for tag, seconds in _by_tag(one, steps).items():
+                key = (one.family, tag)
+                found[key] = found.get(key, 0.0) + seconds * times.get(name, 1)
     return found
 
 
-def _by_tag(one: Estimate) -> dict[str, float]:
-    tags = np.broadcast_to(one.tags, one.seconds.shape)
-    return {Tag(int(tag)).label: float((one.seconds * (tags == tag)).mean()) for tag in np.unique(tags)}
+def _by_tag(one: Estimate, steps: NDArray[np.int64] | None) -> dict[str, float]:
+    seconds, tags = one.seconds, np.broadcast_to(one.tags, one.seconds.shape)
+    if steps is not None and seconds.shape[0] > 1:
+        seconds, tags = seconds[steps], tags[steps]
+    return {Tag(int(tag)).label: float((seconds * (tags == tag)).mean()) for tag in np.unique(tags)}
 
 
 def simulation_json(simulation: Simulation) -> dict[str, Any]:
@@ -115,8 +117,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
     served = simulation.served
     metrics = serving_metrics(served, cluster.gpus)
     batch = typical_decode(simulation)
-    graph, priced = ExactModel(simulation.model, "maxplus").build(batch, "decode")
-    times = maxplus.run(graph)
+    _, times = ExactModel(simulation.model, "maxplus").run(batch, "decode")
     profiles, weights = stack_profiles(deployment.ground.judge)
     loads = setup.placement.rank_loads(np.tensordot(weights, profiles, axes=1))
     rng = np.random.default_rng([simulation.seed, 7])
@@ -145,7 +146,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         },
         "memory": _memory(simulation),
         "slo": slo_report(metrics, deployment.scenario.objective.slo.limits()),
-        "provenance": provenance(simulation, priced),
+        "provenance": provenance(simulation),
         "plan": {
             "parallel": setup.parallel.model_dump(mode="json"),
             "instances": deployment.instances,
@@ -179,20 +180,49 @@ def _memory(simulation: Simulation) -> dict[str, Any]:
     }
 
 
-def provenance(simulation: Simulation, decode: list[PricedStep]) -> dict[str, float]:
-    """Tag -> share of the simulated step time: a typical decode step, and the grid of prompt-reading steps."""
+def provenance(simulation: Simulation) -> dict[str, float]:
+    """Tag -> share of the simulated step time."""
+    found: dict[str, float] = {}
+    for (_, tag), share in cost_shares(simulation).items():
+        found[tag] = found.get(tag, 0.0) + share
+    return dict(sorted(found.items()))
+
+
+def outside_share(simulation: Simulation) -> float:
+    """Share of the step time for which a store was asked beyond what it holds: extrapolated points, and collectives
+    by formula (over nodes, where nothing was measured). Without a store nothing is outside.
+    """
+    if simulation.deployment.scenario.cost.source != "store":
+        return 0.0
+    outside = [
+        share
+        for (family, tag), share in cost_shares(simulation).items()
+        if tag == Tag.EXTRAPOLATED.label or (tag == Tag.FORMULA.label and family == "collective")
+    ]
+    return float(sum(outside))
+
+
+def cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
+    """(Cost family, tag) -> share of the simulated step time, at the grid points nearest to the run's mean steps."""
     setup, served = simulation.deployment.setup, simulation.served
     reading = served.step_prefill_tokens > 0
-    total: dict[str, float] = {}
-    kinds = [(tag_seconds(setup, decode[0]), float(served.step_s[~reading].sum()))]
-    if reading.any():
-        kinds.append((tag_seconds(setup, simulation.model.grid("prefill").priced), float(served.step_s[reading].sum())))
-    for seconds, weight in kinds:
+    ranks = setup.parallel.attention_dp
+    total: dict[tuple[str, str], float] = {}
+    for kind, chosen in (("decode", ~reading), ("prefill", reading)):
+        weight = float(served.step_s[chosen].sum())
+        if weight == 0.0:
+            continue
+        grid = simulation.model.grid(kind)
+        tokens = (served.step_decode_seqs + served.step_prefill_tokens)[chosen]
+        mean = max(weighted_mean(tokens, served.step_s[chosen]) / ranks, 1.0)
+        longest = min(float(simulation.load.isl.mean()), simulation.model.limits.max_tokens)
+        near = grid.steps_near(mean, longest / mean if kind == "prefill" else 1.0)
+        seconds = step_seconds(setup, grid.priced, near)
         whole = sum(seconds.values())
-        for tag, value in seconds.items():
-            total[tag] = total.get(tag, 0.0) + value / whole * weight
+        for key, value in seconds.items():
+            total[key] = total.get(key, 0.0) + value / whole * weight
     everything = sum(total.values())
-    return {tag: value / everything for tag, value in sorted(total.items())}
+    return {key: value / everything for key, value in total.items()}
 
 
 def slo_report(metrics: dict[str, Any], limits: dict[tuple[str, str], float]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from moesim.files import write_text
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
+from placement.export.instance import instances_of
 
 ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
 FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
@@ -40,21 +41,28 @@ def export_placement(
     Infeasible where the engine cannot load the placement.
     """
     folder = Path(folder)
+    note = instances_of(placement, scenario).note() if scenario is not None else ""
     if engine == "sglang":
         lines = sglang.launch(placement, scenario)
         sglang.write(placement, folder / sglang.FILE)
-        return [folder / sglang.FILE, write_launch(folder, lines)]
+        return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":
         options = trtllm.options(placement, scenario)
         trtllm.write(placement, folder / trtllm.FILE)
         write_text(folder / trtllm.OPTIONS_FILE, options)
-        launch = write_launch(folder, trtllm.launch(placement, scenario))
+        launch = write_launch(folder, trtllm.launch(placement, scenario), note=note)
         return [folder / trtllm.FILE, folder / trtllm.OPTIONS_FILE, launch]
     if engine == "vllm-ascend":
         vllm_ascend.write(placement, folder / vllm_ascend.FILE)
-        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario))]
+        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=note)]
     if engine == "vllm":
-        return [write_launch(folder, vllm.launch(placement, scenario), note=f"{vllm.GATE}: flags only, no map.")]
+        return [
+            write_launch(
+                folder,
+                vllm.launch(placement, scenario),
+                note="; ".join(filter(None, [f"{vllm.GATE}: flags only, no map", note])),
+            )
+        ]
     if engine == "megatron":
         return [write_launch(folder, megatron.launch(placement, scenario))]
     raise BadInput(f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}")

@@ -15,11 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from moesim.engine.memory import ledger
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
+from moesim.spec.hf import load_model
+from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import integer_rows, read_json
 from moesim.spec.plan import ExpertPlacement
+from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import Scenario
+from placement.export.instance import instances_of
 
 KEY = "physical_to_logical_map"
 FILE = "expert_location.json"
@@ -96,6 +101,27 @@ def read(path: Path, *, experts: int, ranks: int, layer_ids: Sequence[int]) -> E
     )
 
 
+def static_fraction(placement: ExpertPlacement, scenario: Scenario) -> float:
+    """SGLang's share of a GPU for weights and KV cache alone; the scenario's fraction covers everything.
+
+    The ledger's own activations, buffers and graphs are what is left out. Raises Infeasible where nothing fits.
+    """
+    assert scenario.serving is not None
+    workload = scenario.serving.workload
+    counted = ledger(
+        load_model(scenario.model),
+        load_cluster(scenario.cluster),
+        scenario.parallel or ParallelSpec(attention_dp=placement.ranks, ep=placement.ranks),
+        scenario.precision,
+        slots_per_rank=placement.slots_per_rank,
+        batching=scenario.serving.batching,
+        memory=scenario.serving.memory,
+        policies=scenario.policies,
+        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+    )
+    return (counted.weight_bytes + counted.items["kv_cache"]) / counted.hbm_bytes
+
+
 def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
     """Lines of a launch command (docs/advanced_features/server_arguments.md of sgl-project/sglang).
 
@@ -113,19 +139,22 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         if parallel.pp > 1:
             lines.append(f"--pp-size {parallel.pp}")
         if dp > 1:
-            lines += [f"--dp-size {dp}", "--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size 1"]
+            lines += [f"--dp-size {dp}", "--enable-dp-attention", "--enable-dp-lm-head"]
+            if parallel.tp == 1:
+                lines.append("--moe-dense-tp-size 1")
     else:
         ranks = placement.ranks
         lines += [f"--tp-size {ranks}", f"--dp-size {ranks}", "--enable-dp-attention", "--enable-dp-lm-head"]
         lines.append("--moe-dense-tp-size 1")
     if placement.redundant:
         lines.append(f"--ep-num-redundant-experts {placement.redundant}")
-    lines.append(f"--init-expert-location {FILE}")
+    if placement.ranks > 1:
+        lines.append(f"--init-expert-location {FILE}")
     if scenario is None:
         return [*lines, "--ep-dispatch-algorithm static"]
-    if not isinstance(scenario.cluster, Path) and scenario.cluster.nodes > 1:
-        lines.append(f"--nnodes {scenario.cluster.nodes}")
-        lines += ["--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
+    nodes = instances_of(placement, scenario).nodes
+    if nodes > 1:
+        lines += [f"--nnodes {nodes}", "--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
     replica = scenario.policies.dispatch.replica
     lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
     if scenario.policies.dispatch.backend == "deepep":
@@ -133,12 +162,12 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
     if scenario.policies.schedule == "two_batch":
         lines.append("--enable-two-batch-overlap")
     if scenario.serving is not None:
-        batching, memory = scenario.serving.batching, scenario.serving.memory
+        batching = scenario.serving.batching
         dp = scenario.parallel.attention_dp if scenario.parallel is not None else placement.ranks
         chunk = batching.max_batch_tokens_per_dp_rank * dp if batching.chunked_prefill else -1
         lines.append(f"--chunked-prefill-size {chunk}")
         lines.append(f"--max-running-requests {batching.max_running_requests_per_dp_rank * dp}")
-        lines.append(f"--mem-fraction-static {memory.fraction:g}")
+        lines.append(f"--mem-fraction-static {static_fraction(placement, scenario):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")
     return lines

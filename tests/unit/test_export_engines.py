@@ -15,6 +15,7 @@ from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
 from placement.export.engines import export_placement, write_map
+from placement.export.instance import Instances, instances_of
 from placement.problem import solve
 
 
@@ -161,6 +162,22 @@ def test_sglang_flags_multiply_the_limits_of_one_attention_rank(placement: Exper
         assert wanted in lines
     local = sglang.launch(placement, scenario(policies={"dispatch": {"replica": "local_first"}}))
     assert "--ep-dispatch-algorithm static" in local
+
+
+def test_an_instance_is_started_on_its_own_nodes_only(placement: ExpertPlacement) -> None:
+    """Sixteen GPUs on two nodes of a cluster of four: two instances, of two nodes each."""
+    four = scenario(cluster={"system": "h200_sxm", "nodes": 4})
+    assert instances_of(placement, four) == Instances(2, 16, 2)
+    assert "2 times" in instances_of(placement, four).note()
+    assert "--nnodes 2" in sglang.launch(placement, four)
+    one_node = scenario(parallel={"tp": 2, "attention_dp": 4, "ep": 8})
+    assert instances_of(placement, one_node).count == 2
+    assert not any("--nnodes" in line for line in sglang.launch(placement, one_node))
+
+
+def test_sglangs_memory_fraction_covers_weights_and_cache_only(placement: ExpertPlacement) -> None:
+    line = next(line for line in sglang.launch(placement, scenario()) if line.startswith("--mem-fraction-static"))
+    assert 0.5 < float(line.split()[1]) < 0.9
 
 
 def test_other_engines_keep_the_limits_of_one_attention_rank(placement: ExpertPlacement) -> None:

@@ -65,6 +65,13 @@ def test_same_seed_same_result_but_for_run(path: Path, capsys: pytest.CaptureFix
     assert first["metrics"] != other["metrics"]
 
 
+def test_a_person_gets_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", str(path), "--draws", "2", "--set", "objective.slo.ttft_p99_ms=1000"]) == 0
+    printed = capsys.readouterr().out
+    for wanted in ("output tokens/s/GPU", "TPOT p99 (ms)", "experts", "Memory", "formula", "SLO ttft_s.p99"):
+        assert wanted in printed
+
+
 def test_no_draws_no_intervals(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulated(path, capsys, "--draws", "0")["intervals"] == {}
 

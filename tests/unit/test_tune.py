@@ -58,6 +58,13 @@ def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest
     assert front == sorted(front, key=lambda point: (-point[0], -point[1]))
 
 
+def test_a_person_gets_a_table_and_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", str(scenario(tmp_path)), "--trials", "6", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for wanted in ("best:", "baseline", "legal plans", "TPOT p50 ms", "Wrote"):
+        assert wanted in printed
+
+
 def test_the_plan_exports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned(scenario(tmp_path), tmp_path / "run", capsys)
     assert run(["export", str(tmp_path / "run" / "plan.yaml"), "--engine", "sglang", "--out", str(tmp_path / "x")]) == 0
