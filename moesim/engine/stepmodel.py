@@ -107,14 +107,9 @@ class StepModel:
         """Attention of `seqs` prompts of `new` tokens after `prefix` each; remembered, as workloads repeat."""
         key = (seqs, round(new, 3), round(prefix, 3))
         if key not in self._prefill_parts:
+            batch = step_batch(ranks=1, prefill_seqs=[[seqs]], prefill_new=[[new]], prefill_prefix=[[prefix]])
             half = self.deployment.setup.policies.schedule == "two_batch"
-            batch = step_batch(
-                ranks=1,
-                prefill_seqs=[[seqs / 2 if half and seqs > 1 else seqs]],
-                prefill_new=[[new / 2 if half and seqs == 1 else new]],
-                prefill_prefix=[[prefix]],
-            )
-            self._prefill_parts[key] = self.pricer.attention(batch)
+            self._prefill_parts[key] = self.pricer.attention(batch.half() if half else batch)
         return self._prefill_parts[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,9 @@ def build_step(
     collapsed: the parts have one rank only, which stands for the slowest at each stage.
     """
     steps, ranks = priced[0].batch.steps, 1 if collapsed else setup.parallel.gpus
-    lists = [_Builder(setup, part, scale, ranks).tasks() for part in priced]
+    # What the host does between steps it does once, however many micro-batches there are.
+    once = [priced[0], *(replace(part, overhead=Part()) for part in priced[1:])]
+    lists = [_Builder(setup, part, scale, ranks).tasks() for part in once]
     if setup.policies.schedule == "two_batch":
         if len(lists) != 2:
             raise BadInput("a two-batch schedule needs two micro-batches", mend="price the two halves of the batch")

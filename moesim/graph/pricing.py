@@ -60,8 +60,8 @@ class LayerSetup:
     """All that stays fixed over the steps of a deployment's instance.
 
     placement: of the MoE layers over the instance's EP ranks. nodes: nodes that the instance spans.
-    gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_task_s: extra host
-    time per kernel without a captured graph; both `assumed`.
+    gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_layer_s: extra host
+    time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`.
     """
 
     model: ModelSpec
@@ -81,7 +81,7 @@ class PricedStep:
     """The parts of a step by name. Shapes: see Part; rank axes are attention-DP ranks or EP ranks as named.
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
-    whole group [steps, 1]: attention_sync, dense_sync, gather, scatter, overhead;
+    whole group [steps, 1]: attention_sync, dense_sync, gather, overhead, eager (of one layer);
     by layer: dispatch, combine [steps, layers, 1], experts [steps, layers, ep].
     """
 
@@ -141,7 +141,7 @@ class Pricer:
             experts=self._experts(local, mode),
             combine=self._exchange("combine", batch, exchange, mode),
             gather=self._gather(rows),
-            dense=self._swiglu(rows, setup.model.dense_intermediate // setup.parallel.tp),
+            dense=self._dense(rows),
             dense_sync=self._dense_sync(rows),
             tail=self._tail(batch),
             overhead=self._overhead(setup.step_overhead_s),
@@ -295,12 +295,12 @@ class Pricer:
         return self._collective("all_gather", size, self.setup.parallel.tp)
 
     def _dense_sync(self, rows: Floats) -> Part:
+        """Around a dense layer: the tokens that attention left scattered (DeepEP under TP) come together, then sum."""
         tp = self.setup.parallel.tp
         if tp == 1 or not self.setup.model.dense_layers:
             return Part()
-        return self._collective(
-            "all_reduce", rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes, tp
-        )
+        size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
+        return self._gather(rows) + self._collective("all_reduce", size, tp)
 
     def _gate(self, rows: Floats) -> Part:
         model = self.setup.model
@@ -319,6 +319,13 @@ class Pricer:
             + activation
             + self._gemm(rows, hidden, intermediate, dtype)
         )
+
+    def _dense(self, rows: Floats) -> Part:
+        """A dense layer after attention: its norm and its feed-forward."""
+        model = self.setup.model
+        if not model.dense_layers:
+            return Part()
+        return self._norm(rows) + self._swiglu(rows, model.dense_intermediate // self.setup.parallel.tp)
 
     def _experts(self, local: Floats, mode: str) -> Part:
         """Grouped products of each EP rank; local: [steps, layers, ep, local slots] tokens."""
