@@ -40,7 +40,8 @@ def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> lis
         lines += [f"--tensor-parallel-size {parallel.tp}", f"--data-parallel-size {parallel.attention_dp}"]
         if parallel.pp > 1:
             lines.append(f"--pipeline-parallel-size {parallel.pp}")
-    lines.append("--enable-expert-parallel")
+    if placement.ranks > 1:
+        lines.append("--enable-expert-parallel")
     if scenario is not None and scenario.serving is not None:
         batching = scenario.serving.batching
         lines.append(f"--max-num-batched-tokens {batching.max_batch_tokens_per_dp_rank}")
