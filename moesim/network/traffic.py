@@ -40,6 +40,8 @@ SCALE_BYTES = 4
 SCALE_BLOCK = 128
 # A chance of missing a rank is kept above this, so that its logarithm exists.
 LEAST_MISS = 1e-12
+# A group's share of the picks is kept above this, so that a set of groups can always be drawn.
+LEAST_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -291,19 +293,20 @@ def _miss(mass: Floats, limits: tuple[int, int, int, int]) -> Floats:
     total = ((whole / taken) @ open_groups.T)[..., None]
     part = reachable / np.where(total > 0, total, 1.0)
     missed = _miss_of_part(part, top_k, float(experts // groups * top_groups))
-    return np.asarray(np.einsum("ln,lns->ls", chance, missed))
+    return np.asarray(np.minimum(np.einsum("ln,lns->ls", chance, missed), 1.0))
 
 
 def _group_sets(whole: Floats, top_groups: int) -> tuple[Floats, Floats]:
     """All sets of top_groups groups as 0/1 rows [sets, groups], and the chance of each in each layer [layers, sets].
 
-    Conditional Poisson sampling of groups, each included with its share of picks x top_groups.
+    Conditional Poisson sampling of groups, each included with its share of picks x top_groups. A token opens as many
+    groups as the gate says even where fewer were picked from (a step of a few tokens): the others share the rest.
     """
     groups = whole.shape[1]
     sets = np.asarray(list(itertools.combinations(range(groups), top_groups)))
     rows = np.zeros((len(sets), groups))
     np.put_along_axis(rows, sets, 1.0, axis=1)
-    shares = cap_shares(whole, top_groups)
+    shares = cap_shares(np.maximum(whole, LEAST_SHARE), top_groups)
     odds = np.stack([solve_odds(row, top_groups) for row in np.minimum(shares * top_groups, 1.0)])
     log_weight = np.log(odds) @ rows.T
     weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))

@@ -116,3 +116,14 @@ def test_message_bytes_as_deepep_lays_them_out() -> None:
     assert message_bytes("combine", "low_latency", hidden=hidden, dtype="bf16", top_k=8) == 2 * hidden
     assert message_bytes("dispatch", "normal", hidden=hidden, dtype="fp8_block", top_k=8) == 7472  # 7464 aligned to 16
     assert message_bytes("combine", "normal", hidden=hidden, dtype="bf16", top_k=8) == 14384  # 14376 aligned to 16
+
+
+def test_a_step_of_one_token_that_picked_from_few_groups_has_chances() -> None:
+    counts = np.zeros((1, 256))
+    counts[0, [0, 1, 2, 3, 32, 33, 34, 35]] = 1.0
+    placement = ExpertPlacement(np.arange(256)[None], np.asarray([0]), 256, 32, 1)
+    by_rank, by_node = visit_chances(counts, placement, top_k=8, groups=8, top_groups=4, nodes=4)
+    assert ((by_rank >= 0) & (by_rank <= 1)).all()
+    assert ((by_node >= 0) & (by_node <= 1)).all()
+    assert by_rank[0, 0] > 0.9
+    assert by_rank[0, 4] > 0.9
