@@ -132,7 +132,7 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
             context = requests.isl[request] + requests.osl[request]
             if ranks.kv_tokens[rank] + context > limits.kv_tokens:
                 break
-            if not limits.chunked and seqs > 0 and requests.isl[request] > budget:
+            if not limits.chunked and requests.isl[request] > budget:
                 break
             ranks.head[rank] = requests.following[request]
             ranks.kv_tokens[rank] += context

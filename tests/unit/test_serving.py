@@ -113,3 +113,11 @@ def test_requests_that_can_never_run_are_refused(changes: dict[str, int | bool],
 def test_a_load_is_open_or_closed() -> None:
     with pytest.raises(BadInput):
         Load(ints(1), ints(1))
+
+
+def test_a_whole_prompt_waits_until_the_running_requests_leave_it_room() -> None:
+    """Without chunking, a prompt beside decoding requests still keeps the limit of tokens in a batch."""
+    load = Load(ints(10, 100), ints(6, 2), arrival_s=np.asarray([0.0, 0.5]))
+    served = serve(load, limits(chunked=False, mixes=True), ranks=1, instances=1, step_time=unit_step)
+    assert (served.step_prefill_tokens + served.step_decode_seqs).max() == 100
+    assert served.first_token_s.tolist() == [1.0, 7.0]
