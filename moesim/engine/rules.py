@@ -30,10 +30,6 @@ class EngineRules:
     eager_layer_s: float
     overhead_rel_sigma: float
 
-    def padded(self, tokens: int) -> int:
-        """The captured size that a decode batch of `tokens` runs at; the batch itself beyond the largest."""
-        return next((size for size in self.capture_sizes if size >= tokens), tokens)
-
 
 # Capture sizes: SGLang server_args.py, default decode list without speculation, up to 512 on GPUs with 140 GB or more.
 _SGLANG_SIZES = tuple(chain([1, 2, 4, 8, 12], range(16, 257, 8), range(272, 513, 16)))

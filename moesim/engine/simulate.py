@@ -95,7 +95,7 @@ def typical_decode(simulation: Simulation) -> StepBatch:
     per_rank = max(1, round(seqs / ranks))
     workload = simulation.deployment.serving.workload
     context = float((workload.isl or 1) + (workload.osl or 1) / 2)
-    padded = float(simulation.model.padded(per_rank))
+    padded = float(simulation.model.graphs.padded(per_rank))
     return step_batch(ranks=ranks, decode_seqs=float(per_rank), decode_kv=context, padded_tokens=padded)
 
 

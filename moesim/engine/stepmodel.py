@@ -14,6 +14,7 @@ from moesim.engine import des, maxplus
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
+from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.steptable import PricedGrid, StepTable, price_grid, time_grid
 from moesim.errors import BadInput, OutsideProfile
@@ -40,6 +41,7 @@ class StepModel:
         self.pricer = Pricer(deployment.setup, deployment.ground.costs)
         self.routing = RoutingDraws(deployment.ground.judge, deployment.setup.model.moe.top_k)
         self.limits = batch_limits(deployment)
+        self.graphs = graphs_of(deployment)
         workload = deployment.serving.workload
         self.longest_context = float((workload.isl or 1) + (workload.osl or 1))
         self.grids: dict[str, PricedGrid] = {}
@@ -56,15 +58,17 @@ class StepModel:
         """The priced grid of decode or prefill steps; priced once."""
         if kind not in self.grids:
             most = float(self.limits.max_running if kind == "decode" else self.limits.max_tokens)
-            tokens = _axis(most, midpoints=kind == "decode")
             ranks = self.deployment.setup.parallel.attention_dp
+            tokens = _axis(most, midpoints=kind == "decode")
+            if kind == "decode":  # a lightly loaded group, down to one sequence in all
+                tokens = np.concatenate([1.0 / _axis(float(ranks), midpoints=False)[:0:-1], tokens])
             hot = np.asarray([1.0]) if kind == "decode" else _axis(float(ranks), midpoints=False)
             self.grids[kind] = price_grid(
                 self.pricer,
                 self.routing,
                 phase=kind,
                 mode=exchange_mode(self.deployment, kind),
-                graphed=kind == "decode" and self.deployment.serving.batching.cuda_graph_sizes != "none",
+                graphed=kind == "decode" and bool(self.graphs.sizes),
                 tokens=tokens,
                 hot=hot,
                 most_tokens=most,
@@ -72,15 +76,6 @@ class StepModel:
                 seed=self.seed,
             )
         return self.grids[kind]
-
-    def padded(self, tokens: int) -> int:
-        """Rows of a decode batch after padding to a captured graph."""
-        sizes = self.deployment.serving.batching.cuda_graph_sizes
-        if sizes == "none":
-            return tokens
-        if sizes == "engine":
-            return self.deployment.rules.padded(tokens)
-        return next((size for size in sorted(sizes) if size >= tokens), tokens)
 
     def _sigmas(self) -> dict[str, float]:
         """Relative error of each cost family, the largest among its tables that a decode step uses."""
@@ -93,7 +88,7 @@ class StepModel:
         return found
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
-        """Decode attention of one layer over sequences x mean context: points that the profile lacks are NaN."""
+        """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
         most_seqs = float(self.limits.max_running)
         seqs = np.asarray([x for x in _SEQS if x < most_seqs] + [most_seqs])
         shares = 2.0 ** np.arange(0.0, math.log2(max(2.0, self.longest_context / _FEWEST_KV)), 1.0)
@@ -124,6 +119,7 @@ class TimedModel:
         seqs, kv, part = model._kernel_decode
         self.decode_seqs, self.decode_kv = seqs, kv
         self.decode_attention_s = np.ascontiguousarray(part.seconds(self.scale))
+        self._prompts_s: dict[tuple[int, int, float], float] = {}
         self._tables: dict[str, StepTable] = {}
 
     def table(self, kind: str) -> StepTable:
@@ -132,7 +128,7 @@ class TimedModel:
             self._tables[kind] = time_grid(
                 self.model.pricer,
                 self.model.grid(kind),
-                longest_attention_s=float(np.nanmax(self.decode_attention_s)),
+                longest_attention_s=float(self.decode_attention_s.max()),
                 scale=self.scale,
                 load_weights=self.load_weights,
             )
@@ -145,8 +141,7 @@ class TimedModel:
         largest = float(tokens.max())
         mean = float(tokens.mean())
         table = self.table("prefill" if reading else "decode")
-        rows = largest if reading else float(self.model.padded(int(largest)))
-        slowest = _slowest_decode(
+        attention_s = _decode_attention(
             plan.decode_seqs,
             plan.decode_kv,
             self.share,
@@ -155,23 +150,29 @@ class TimedModel:
             self.decode_attention_s,
         )
         if reading:
-            slowest = max(slowest, self._slowest_prefill(plan))
-        else:
-            slowest += max(0.0, table.before(rows) - table.before(mean))
+            for rank in np.nonzero(plan.prefill_tokens)[0]:
+                attention_s[rank] += self._prompt_attention(plan, int(rank))
+            return table.step_s(mean, largest / mean, float(attention_s.max()))
+        graphs = self.model.graphs
+        rows = float(graphs.padded(int(largest)))
+        slowest = float(attention_s.max()) + max(0.0, table.before(rows) - table.before(mean))
+        if graphs.sizes and not graphs.holds(int(largest)):
+            slowest += self._eager_layer_s  # the grid is priced with graphs; every layer starts with this
         return table.step_s(mean, largest / mean, slowest)
 
-    def _slowest_prefill(self, plan: Plan) -> float:
-        slowest = 0.0
-        seen: set[tuple[int, int, float]] = set()
-        for rank in np.nonzero(plan.prefill_tokens)[0]:
-            seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
-            prefix = float(plan.prefill_prefix[rank]) / seqs
-            if (seqs, tokens, prefix) in seen:
-                continue
-            seen.add((seqs, tokens, prefix))
-            part = self.model.prefill_attention(seqs, tokens / seqs, prefix)
-            slowest = max(slowest, float(part.seconds(self.scale)[0, 0]))
-        return slowest
+    @property
+    def _eager_layer_s(self) -> float:
+        scale = 1.0 if self.scale is None else self.scale["overhead"]
+        return self.model.deployment.rules.eager_layer_s * scale
+
+    def _prompt_attention(self, plan: Plan, rank: int) -> float:
+        """Attention of the prompts that a rank reads, of one layer; remembered, as workloads repeat."""
+        seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
+        key = (seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
+        if key not in self._prompts_s:
+            part = self.model.prefill_attention(seqs, tokens / seqs, key[2])
+            self._prompts_s[key] = float(part.seconds(self.scale)[0, 0])
+        return self._prompts_s[key]
 
 
 class ExactModel:
@@ -199,7 +200,7 @@ class ExactModel:
         model = self.model
         setup = model.deployment.setup
         mode = exchange_mode(model.deployment, kind)
-        graphed = kind == "decode" and model.deployment.serving.batching.cuda_graph_sizes != "none"
+        graphed = kind == "decode" and model.graphs.holds(int(batch.decode_seqs.max()))
         loads = model.routing.for_phase(kind)
         weights = model.routing.weights[loads] / model.routing.weights[loads].sum()
         parts = [batch.half(), batch.half()] if setup.policies.schedule == "two_batch" else [batch]
@@ -230,7 +231,8 @@ def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
     for kind, batch in batches.items():
         share = float(batch.tokens.sum()) * setup.model.moe.top_k / setup.model.moe.experts
         counts = np.full((1, setup.model.moe_layers, setup.model.moe.experts), share)
-        found[kind] = pricer.price(batch, counts, mode=exchange_mode(deployment, kind), graphed=kind == "decode")
+        graphed = kind == "decode" and bool(graphs_of(deployment).sizes)
+        found[kind] = pricer.price(batch, counts, mode=exchange_mode(deployment, kind), graphed=graphed)
     return found
 
 
@@ -240,7 +242,7 @@ def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     decode, prompts = plan.decode_seqs, plan.prefill_seqs
     padded = None
     if not plan.prefill_tokens.any():
-        padded = np.full((1, ranks), float(model.padded(int(decode.max()))))
+        padded = np.full((1, ranks), float(model.graphs.padded(int(decode.max()))))
     return step_batch(
         ranks=ranks,
         decode_seqs=decode[None, :],
@@ -260,6 +262,16 @@ def exchange_mode(deployment: Deployment, kind: str) -> str:
     if mode == "auto":
         return "low_latency" if kind == "decode" else "normal"
     return mode
+
+
+def graphs_of(deployment: Deployment) -> CapturedGraphs:
+    """The captured graphs of a deployment's decode steps."""
+    return captured_graphs(
+        deployment.serving.batching,
+        deployment.setup.policies,
+        deployment.rules,
+        mode=exchange_mode(deployment, "decode"),
+    )
 
 
 def batch_limits(deployment: Deployment) -> Limits:
@@ -299,11 +311,11 @@ def outside_message(error: OutsideProfile, plan: str) -> OutsideProfile:
 
 
 @njit(cache=True)
-def _slowest_decode(
+def _decode_attention(
     seqs: NDArray[np.int64], kv: Floats, share: float, seqs_axis: Floats, kv_axis: Floats, table: Floats
-) -> float:
-    """Longest decode attention over the ranks: bilinear in the logarithms of sequences and mean context."""
-    slowest = 0.0
+) -> Floats:
+    """Decode attention of each rank [ranks]: bilinear in the logarithms of sequences and mean context."""
+    found = np.zeros(len(seqs))
     for rank in range(len(seqs)):
         if seqs[rank] == 0:
             continue
@@ -311,14 +323,13 @@ def _slowest_decode(
         mean = kv[rank] / seqs[rank]
         i, u = _log_bracket(seqs_axis, batch)
         j, v = _log_bracket(kv_axis, mean)
-        found = (
+        found[rank] = (
             table[i, j] * (1 - u) * (1 - v)
             + table[min(i + 1, len(seqs_axis) - 1), j] * u * (1 - v)
             + table[i, min(j + 1, len(kv_axis) - 1)] * (1 - u) * v
             + table[min(i + 1, len(seqs_axis) - 1), min(j + 1, len(kv_axis) - 1)] * u * v
         )
-        slowest = max(slowest, found)
-    return slowest
+    return found
 
 
 @njit(cache=True)

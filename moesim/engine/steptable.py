@@ -158,7 +158,8 @@ def _price(
     if phase == "prefill":
         batch = step_batch(ranks=ranks, prefill_seqs=1.0, prefill_new=rows)
     else:
-        batch = step_batch(ranks=ranks, decode_seqs=rows, decode_kv=kv_tokens)
+        # Products run on one row at least; fewer tokens in the mean are a group of which some ranks have none.
+        batch = step_batch(ranks=ranks, decode_seqs=rows, decode_kv=kv_tokens, padded_tokens=np.maximum(rows, share))
     return pricer.price(batch, np.concatenate(counts), mode=mode, graphed=graphed, attention=False)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moesim.engine import maxplus
 from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
 from moesim.engine.draws import LEVEL, Draw, interval, joint_draws
+from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
@@ -132,15 +133,16 @@ def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str
     workload = deployment.serving.workload
     context = float((workload.isl or 1) + (workload.osl or 1) / 2)
     steps = len(routing.for_phase("decode")) * STEPS_PER_LOAD
+    graphs = captured_graphs(deployment.serving.batching, setup.policies, deployment.rules, mode=mode)
     batch = step_batch(
         ranks=setup.parallel.attention_dp,
         decode_seqs=np.full((steps, 1), float(tokens)),
         decode_kv=context,
-        padded_tokens=float(deployment.rules.padded(tokens)),
+        padded_tokens=float(graphs.padded(tokens)),
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
     counts = _counts(routing, float(micro.tokens[0].sum()), seed)
-    return Pricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=True)
+    return Pricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=graphs.holds(tokens))
 
 
 def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,7 +58,7 @@ class BatchingSpec(Spec):
     max_running_requests_per_dp_rank: int = Field(default=256, gt=0)
     chunked_prefill: bool = True
     prefix_cache: bool = False
-    cuda_graph_sizes: Literal["engine", "none"] | tuple[int, ...] = "engine"
+    cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 
 class SpeculativeSpec(Spec):
