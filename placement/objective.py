@@ -99,8 +99,7 @@ def plan_metrics(simulation: Simulation) -> dict[str, float]:
 
 def drawn_metrics(simulation: Simulation) -> list[dict[str, float]]:
     """The metrics as best known (entry 0) and under each joint draw."""
-    deployment = simulation.deployment
-    draws = joint_draws(len(simulation.drawn), len(deployment.ground.judge), simulation.seed)
+    draws = joint_draws(len(simulation.drawn), simulation.model.routing.weights, simulation.seed)
     under = [
         _metrics_of(simulation, served, draw.load_weights) for served, draw in zip(simulation.drawn, draws, strict=True)
     ]
@@ -112,7 +111,9 @@ def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np
     gpus = deployment.ground.cluster.gpus
     metrics = flatten(serving_metrics(served, gpus))
     profiles, _ = stack_profiles(deployment.ground.judge)
-    balance = max_over_mean(deployment.setup.placement.rank_loads(profiles)).mean(axis=1)
+    balance = max_over_mean(deployment.setup.placement.rank_loads(profiles, simulation.model.pricer.shares)).mean(
+        axis=1
+    )
     metrics["rank_load_max_over_mean"] = float(balance @ load_weights)
     metrics["memory_peak_bytes"] = (
         deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token

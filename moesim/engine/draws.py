@@ -24,17 +24,19 @@ class Draw:
         return {name: float(np.exp(rel_sigma.get(name, 0.0) * value)) for name, value in self.normal.items()}
 
 
-def joint_draws(count: int, loads: int, seed: int) -> list[Draw]:
+def joint_draws(count: int, weights: NDArray[np.float64], seed: int) -> list[Draw]:
     """Seeded draws, the same for every plan that is compared.
 
-    Load weights come from a Bayesian bootstrap (flat Dirichlet) over the judged loads: the deployment meets one mix of
-    them, and it is not known which.
+    weights: [loads], the judged loads' own. Drawn weights come from a Bayesian bootstrap over the judged loads (Rubin,
+    Annals of Statistics 9, 1981), whose mean is the loads' own weights: the deployment meets one mix of them, and it is
+    not known which.
     """
+    chances = len(weights) * weights / weights.sum()
     rng = np.random.default_rng([seed, 3])
     found = []
     for _ in range(count):
         normal = {name: float(rng.standard_normal()) for name in FAMILIES}
-        found.append(Draw(normal, rng.dirichlet(np.ones(loads))))
+        found.append(Draw(normal, rng.dirichlet(chances)))
     return found
 
 

@@ -68,7 +68,7 @@ def simulate(
 
     served = run(None)
     drawn = []
-    for index, draw in enumerate(joint_draws(draws, len(deployment.ground.judge), seed)):
+    for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
             progress((index + 1) / (draws + 1))
         drawn.append(run(draw))

@@ -78,7 +78,7 @@ def timed_placements(
         for name, placement in placements.items()
     }
     routing = RoutingDraws(judge, ground.model.moe.top_k)
-    truths: list[Draw | None] = [None, *joint_draws(draws, len(judge), seed)]
+    truths: list[Draw | None] = [None, *joint_draws(draws, routing.weights, seed)]
     return [_timed(ground, deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
 
 
@@ -158,7 +158,8 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
     found = {}
     for name, one in deployments.items():
         counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
-        found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts)).mean())
+        shares = Pricer(one.setup, one.ground.costs).shares
+        found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts, shares)).mean())
     return found
 
 

@@ -119,12 +119,15 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
     batch = typical_decode(simulation)
     _, times = ExactModel(simulation.model, "maxplus").run(batch, "decode")
     profiles, weights = stack_profiles(deployment.ground.judge)
-    loads = setup.placement.rank_loads(np.tensordot(weights, profiles, axes=1))
+    shares = simulation.model.pricer.shares
+    loads = setup.placement.rank_loads(np.tensordot(weights, profiles, axes=1), shares)
+    routing = simulation.model.routing
     rng = np.random.default_rng([simulation.seed, 7])
+    decoding = routing.for_phase("decode")
     per_step = []
-    for load in simulation.model.routing.for_phase("decode"):
-        counts = simulation.model.routing.counts(load, np.full(8, batch.tokens.sum()), rng)
-        per_step.append(max_over_mean(setup.placement.rank_loads(counts)).mean())
+    for load in decoding:
+        counts = routing.counts(load, np.full(8, batch.tokens.sum()), rng)
+        per_step.append(max_over_mean(setup.placement.rank_loads(counts, shares)).mean())
     return {
         "schema_version": SCHEMA_VERSION,
         "metrics": metrics,
@@ -138,9 +141,9 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         },
         "routing": {
             "max_over_mean": float(max_over_mean(loads).mean()),
-            "per_step_max_over_mean": float(np.mean(per_step)),
+            "per_step_max_over_mean": float(np.average(per_step, weights=routing.weights[decoding])),
             "dropped_fraction": 0.0,
-            "dispersion": simulation.model.routing.dispersion.tag,
+            "dispersion": routing.dispersion.tag,
             "judged_on": [load.name for load in deployment.ground.judge],
             "judged_on_fit": deployment.ground.judged_on_fit,
         },

@@ -23,7 +23,8 @@ def simulation_series(simulation: Simulation) -> dict[str, Any]:
     deployment, served = simulation.deployment, simulation.served
     placement = deployment.setup.placement
     profiles, weights = stack_profiles(deployment.ground.judge)
-    loads = placement.rank_loads(np.tensordot(weights, profiles, axes=1)) * placement.ranks
+    shares = simulation.model.pricer.shares
+    loads = placement.rank_loads(np.tensordot(weights, profiles, axes=1), shares) * placement.ranks
     later = served.osl > 1
     curves = {
         "ttft_s": served.first_token_s - served.arrival_s,

@@ -95,9 +95,9 @@ class ExpertPlacement:
         split = slots.reshape(*counts.shape[:-2], self.layers, self.slots)
         return np.asarray(split if shares is None else split * shares, dtype=np.float64)
 
-    def rank_loads(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Equal-split tokens of each rank: [..., layers, ranks]."""
-        slots = self.slot_loads(counts)
+    def rank_loads(self, counts: NDArray[np.float64], shares: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """Tokens of each rank: [..., layers, ranks]; shares as in `slot_loads`."""
+        slots = self.slot_loads(counts, shares)
         return np.asarray(
             slots.reshape(*slots.shape[:-1], self.ranks, self.slots_per_rank).sum(axis=-1), dtype=np.float64
         )
