@@ -118,6 +118,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     model, cluster = ground.model, ground.cluster
     parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
     check_parallel(parallel, model, cluster, scenario.policies)
+    check_low_latency(scenario, parallel)
     slots = model.moe.experts + scenario.placement.redundant_experts
     if slots % parallel.ep:
         short = -(-slots // parallel.ep) * parallel.ep - model.moe.experts
@@ -184,6 +185,11 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
     where = "parallel"
     if parallel.pp > 1 or parallel.cp > 1:
         raise BadInput("pipeline and context parallelism are not simulated yet", where=where, mend="set pp and cp to 1")
+    order = [axis for axis in parallel.rank_order if axis in ("tp", "dp")]
+    if order != ["tp", "dp"] and parallel.tp > 1 and parallel.attention_dp > 1:
+        raise BadInput(
+            "only TP ranks side by side are simulated yet", where="parallel.rank_order", mend="put tp before dp"
+        )
     if parallel.gpus > cluster.gpus or cluster.gpus % parallel.gpus:
         raise Infeasible(
             f"{parallel.gpus} GPUs of an instance do not divide the cluster's {cluster.gpus}",
@@ -204,6 +210,14 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
             f"{model.attention.heads} attention heads do not divide by tp {parallel.tp}",
             where=f"{where}.tp",
             mend="choose a tp that divides the heads",
+            reason="heads_not_divisible",
+        )
+    kv_heads = model.attention.kv_heads
+    if model.attention.kind == "gqa" and kv_heads % parallel.tp and parallel.tp % kv_heads:
+        raise Infeasible(
+            f"{kv_heads} KV heads neither divide by tp {parallel.tp} nor divide it",
+            where=f"{where}.tp",
+            mend="choose a tp that divides the KV heads, or a multiple of them",
             reason="heads_not_divisible",
         )
     if parallel.ep > model.moe.experts:
@@ -234,6 +248,26 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
             where="policies.dispatch.backend",
             mend="use attention_dp 1, or backend deepep or allgather_reducescatter",
             reason="backend_needs_same_tokens",
+        )
+
+
+def check_low_latency(scenario: Scenario, parallel: ParallelSpec) -> None:
+    """Whether prompts fit DeepEP's low-latency kernels where a scenario forces them. Raises Infeasible.
+
+    They refuse more tokens a GPU than their buffers were made for (deepseek-ai/DeepEP, low_latency_dispatch,
+    `num_max_dispatch_tokens_per_rank`).
+    """
+    dispatch, serving = scenario.policies.dispatch, scenario.serving
+    if serving is None or dispatch.backend != "deepep" or dispatch.mode != "low_latency":
+        return
+    most = engine_rules(scenario.engine.name).low_latency_tokens * parallel.tp
+    asked = serving.batching.max_batch_tokens_per_dp_rank
+    if asked > most:
+        raise Infeasible(
+            f"low-latency dispatch takes at most {most} tokens of an attention-DP rank, a batch may hold {asked}",
+            where="policies.dispatch.mode",
+            mend=f"use mode auto, or set serving.batching.max_batch_tokens_per_dp_rank to {most}",
+            reason="low_latency_limit",
         )
 
 

@@ -145,3 +145,50 @@ def test_a_closed_loop_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     data = small()
     data["serving"]["workload"]["arrivals"] = {"concurrency": 16}
     assert simulated(write(tmp_path, data), capsys, "--draws", "0")["metrics"]["requests_completed"] == 120
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"policies": {"dispatch": {"mode": "low_latency"}}}, 1, "at most 128 tokens"),
+        (
+            {"parallel": {"tp": 2, "attention_dp": 4, "ep": 8, "rank_order": ["dp", "tp", "cp", "pp"]}},
+            2,
+            "parallel.rank_order",
+        ),
+        (
+            {
+                "model": "MiniMaxAI/MiniMax-M2.5",
+                "cluster": {"system": "h200_sxm", "nodes": 1, "gpus_per_node": 3},
+                "parallel": {"tp": 3, "ep": 1, "expert_tp": 3},
+                "policies": {"dispatch": {"backend": "allreduce"}},
+            },
+            1,
+            "8 KV heads",
+        ),
+    ],
+)
+def test_what_an_engine_refuses_is_refused(
+    changes: dict[str, Any], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", str(write(tmp_path, small(**changes))), "--draws", "0"]) == code
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert says in line
+
+
+def test_balance_is_of_the_load_that_the_dispatch_policy_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are priced by it, and over nodes local-first is less even than equal shares."""
+    found = {}
+    for replica in ("local_first", "equal"):
+        data = small(
+            cluster={"system": "h200_sxm", "nodes": 2, "gpus_per_node": 8},
+            parallel={"attention_dp": 16, "ep": 16},
+            placement={"solver": "greedy", "redundant_experts": 16},
+            policies={"dispatch": {"replica": replica}},
+        )
+        found[replica] = simulated(write(tmp_path, data), capsys, "--draws", "0")["routing"]
+    assert found["local_first"]["max_over_mean"] > found["equal"]["max_over_mean"]
+    assert found["local_first"]["per_step_max_over_mean"] > found["equal"]["per_step_max_over_mean"]
