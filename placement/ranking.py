@@ -111,17 +111,26 @@ def pareto(search: Search, scenario: Scenario) -> list[Trial]:
 
 
 def paired_gain(best: Finalist, base: Finalist, metric: str) -> dict[str, float]:
-    """Relative gain of best over base on common draws; for latencies, the relative saving."""
-    ratio = best.drawn[metric] / base.drawn[metric]
+    """Relative gain of best over base on common draws; for latencies, the relative saving.
+
+    Where either has no draws (one of them left the profile), the value stands for its own interval: see `has_draws`.
+    """
+    shared = min(len(best.drawn[metric]), len(base.drawn[metric]))
+    ratio = best.drawn[metric][:shared] / base.drawn[metric][:shared]
     gains = ratio - 1.0 if metric.endswith("_per_gpu") else 1.0 - ratio
     low, high = interval(gains[1:]) if len(gains) > 1 else (float(gains[0]), float(gains[0]))
     return {"value": float(gains[0]), "low": low, "high": high}
 
 
+def has_draws(*finalists: Finalist) -> bool:
+    """Whether all were simulated under the joint draws, so that their gains have intervals."""
+    return all(len(values) > 1 for one in finalists for values in one.drawn.values())
+
+
 def tied(best: Finalist, other: Finalist, metric: str) -> bool:
-    """Whether the interval of the paired difference holds 0."""
+    """Whether the interval of the paired difference holds 0; without draws nothing tells them apart."""
     gain = paired_gain(best, other, metric)
-    return gain["low"] <= 0.0 <= gain["high"]
+    return not has_draws(best, other) or gain["low"] <= 0.0 <= gain["high"]
 
 
 def verdict(
@@ -142,12 +151,18 @@ def verdict(
         text = "Verdict withheld: there is one snapshot of routing, so nothing was left to judge the plan on."
         return {"code": "withheld", "text": text + caveat}
     metric = scenario.objective.maximize
+    if base is None and base_reason == "outside_profile":
+        text = "Verdict withheld: the plain baseline leaves the profile, so there is nothing to compare with."
+        return {"code": "withheld", "text": text + caveat}
     if base is None:
         text = f"{best.trial.plan.label()} meets the service levels; the plain baseline does not ({base_reason})."
         return {"code": "baseline_fails", "text": text + caveat}
     if best.trial.plan == base.trial.plan:
         text = "Don't bother: the plain baseline is the best plan found."
         return {"code": "dont", "text": text + caveat}
+    if not has_draws(best, base):
+        text = "Verdict withheld: some joint draws leave the profile, so the gain has no interval."
+        return {"code": "withheld", "text": text + caveat}
     gain, saving = paired_gain(best, base, metric), paired_gain(best, base, LATENCY)
     name = metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU"
     told = f"{name} {_signed(gain)}, median TPOT {_saved(saving)}"
@@ -156,8 +171,11 @@ def verdict(
     head = f"{best.trial.plan.label()} against the plain baseline{missed}: {told} ({level})."
     if gain["low"] > 0.0:
         return {"code": "gain", "text": f"Worth it. {head}{caveat}"}
+    if base_reason:
+        return {"code": "baseline_fails", "text": f"Worth it for the service levels. {head}{caveat}"}
     if saving["low"] > 0.0:
-        return {"code": "latency_gain", "text": f"Throughput ties, latency gains. {head}{caveat}"}
+        throughput = "loses" if gain["high"] < 0.0 else "ties"
+        return {"code": "latency_gain", "text": f"Throughput {throughput}, latency gains. {head}{caveat}"}
     if gain["high"] < 0.0 or saving["high"] < 0.0:
         return {"code": "dont", "text": f"Don't bother. {head}{caveat}"}
     return {"code": "tie", "text": f"A tie: don't bother. {head}{caveat}"}

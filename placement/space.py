@@ -133,12 +133,16 @@ def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
     layouts = list(_layouts(ground.cluster.gpus)) if free else [(own.parallel, own.backend)]
     if (own.parallel, own.backend) not in layouts:
         layouts.insert(0, (own.parallel, own.backend))
+    base = baseline_plan(ground, scenario)
+    yield base  # what every answer is measured against, whatever the search is narrowed to
     for parallel, backend in layouts:
         for schedule in schedules:
             if schedule == "two_batch" and backend == "allreduce":
                 continue  # two-batch overlap is an all-to-all schedule in the engines
             for solver, redundant in _placements(ground, scenario, parallel.ep, own):
-                yield Plan(parallel, backend, solver, redundant, schedule)
+                plan = Plan(parallel, backend, solver, redundant, schedule)
+                if plan != base:
+                    yield plan
 
 
 def _layouts(gpus: int) -> Iterator[tuple[ParallelSpec, str]]:

@@ -155,3 +155,24 @@ def test_bad_numbers_are_refused(arguments: list[str], tmp_path: Path, capsys: p
 def test_ray_is_named_as_a_missing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--ray", "auto"]) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "search", [{"placement": "fixed"}, {"redundant_experts": [8]}, {"schedules": ["two_batch"], "solvers": ["greedy"]}]
+)
+def test_a_narrow_search_keeps_its_baseline(search: dict[str, Any], tmp_path: Path) -> None:
+    ground = groundwork(load_scenario(scenario(tmp_path, search=search)))
+    plans = enumerate_space(ground, ground.scenario).plans
+    assert plans.count(baseline_plan(ground, ground.scenario)) == 1
+    assert len(plans) > 1
+
+
+def test_layouts_beyond_low_latencys_limit_are_counted(tmp_path: Path) -> None:
+    policies = {"dispatch": {"backend": "deepep", "mode": "low_latency"}}
+    data = scenario(tmp_path, policies=policies)
+    text = data.read_text().replace("max_batch_tokens_per_dp_rank: 2048", "max_batch_tokens_per_dp_rank: 256")
+    data.write_text(text)
+    ground = groundwork(load_scenario(data))
+    space = enumerate_space(ground, ground.scenario)
+    assert space.infeasible["low_latency_limit"] > 0
+    assert {plan.parallel.tp for plan in space.plans if plan.backend == "deepep"} == {2, 4, 8}
