@@ -59,6 +59,33 @@ def import_aiconfigurator(
     echo(json.dumps(summary) if as_json else f"wrote {out}: {sum(rows.values())} rows")
 
 
+@importers.command("measured")
+def import_measured(
+    files: Annotated[list[Path], Argument(help="JSON lines of `moesim profile kernels` or `collectives`.")],
+    system: Annotated[str, Option("--system", help="The system that was measured, as scenarios name it: h200_sxm.")],
+    out: Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")],
+    as_json: JSON = False,
+) -> None:
+    """Turn measurements of this machine into a profile that `cost.profiles` can name."""
+    from profiles.capture import read_lines
+    from profiles.importers.measured import describe, tables_of
+    from profiles.store import write_profile
+
+    lines = read_lines(files)
+    tables = tables_of(lines, system)
+    description = describe(lines, tables, system, files)
+    write_profile(out, tables, description)
+    summary = {"out": str(out), "rows": description["rows"], "without_table": description["without_table"]}
+    if as_json:
+        echo(json.dumps(summary))
+        return
+    echo(f"wrote {out}: " + ", ".join(f"{count} {name}" for name, count in description["rows"].items()))
+    if description["without_table"]:
+        words = ", ".join(f"{count} {name}" for name, count in description["without_table"].items())
+        echo(f"no table yet, left in the file: {words}", err=True)
+    echo(f"price with it: cost: {{profiles: [{out}, default]}}", err=True)
+
+
 @app.command("list")
 def list_profiles(as_json: JSON = False) -> None:
     """List the profiles that ship with moesim."""
@@ -148,17 +175,72 @@ def check(
 def kernels(
     out: Annotated[Path, Option("--out", help="JSON lines, one for each point; what is there already is kept.")],
     device: Annotated[str, Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
-    hidden: Annotated[int, Option("--hidden", min=1)] = 256,
-    intermediate: Annotated[int, Option("--intermediate", min=1)] = 128,
-    slots: Annotated[int, Option("--slots", min=1, help="Local experts.")] = 4,
-    tokens: Annotated[list[int] | None, Option("--tokens", min=1, help="Tokens of each expert; repeats.")] = None,
-    repeats: Annotated[int, Option("--repeats", min=3)] = 20,
-    quick: Annotated[bool, Option("--quick", help="Three sizes and few repeats: a check that it works.")] = False,
+    quick: Annotated[bool, Option("--quick", help="A small sweep, under a minute on two cores.")] = False,
+    repeats: Annotated[int, Option("--repeats", min=5, help="Of each point, as far as its time limit allows.")] = 50,
+    only: Annotated[list[str] | None, Option("--only", help="Only this family of the sweep; repeats.")] = None,
+    point: Annotated[
+        list[str] | None,
+        Option("--point", help="Instead of the sweep: `gemm n=4096 k=7168 dtype=bf16 m=1:1024`; repeats."),
+    ] = None,
+    loads: Annotated[Path | None, Option("--loads", help="SGLang JSON counts: real ranks join the sweep.")] = None,
+    placement: Annotated[Path | None, Option("--placement", help="A moesim map for --loads; else contiguous.")] = None,
+    ranks: Annotated[int, Option("--ranks", min=1, help="EP ranks for --loads without --placement.")] = 8,
 ) -> None:
-    """Time grouped SwiGLU experts on this machine's torch: median, p10 and p90, resumable."""
-    from profiles.kernels import Sweep, measure
+    """Time experts, products, attention and the small kernels on this machine's torch; resumable."""
+    from profiles.kernels import Options, measure, report, verdict
 
-    sizes = tuple(tokens) if tokens else ((1, 8, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256))
-    sweep = Sweep(device, hidden, intermediate, slots, sizes, 5 if quick else repeats)
-    done, kept = measure(sweep, out, say=lambda line: echo(line, err=True))
-    echo(f"{out}: measured {done} points, kept {kept}")
+    options = Options(device, quick, repeats, tuple(only or ()), tuple(point or ()), loads, placement, ranks)
+    done = measure(options, out, say=lambda line: echo(line, err=True))
+    echo("\n".join(report(done, out)))
+    verdict(done)
+
+
+@app.command("collectives")
+def collectives(
+    out: Annotated[Path, Option("--out", help="JSON lines, one for each point; what is there already is kept.")],
+    backend: Annotated[str, Option("--backend", help="gloo (CPU) or nccl (GPU).")] = "gloo",
+    ranks: Annotated[int, Option("--ranks", min=1, help="Local processes; under torchrun its own count.")] = 2,
+    kinds: Annotated[
+        str, Option("--kinds", help="Comma-separated.")
+    ] = "all_to_all,all_gather,reduce_scatter,all_reduce,send_recv",
+    low: Annotated[str, Option("--from", help="Smallest size: 1KB.")] = "1KB",
+    high: Annotated[str, Option("--to", help="Largest size: 256MB.")] = "256MB",
+    repeats: Annotated[int, Option("--repeats", min=5)] = 20,
+    skew: Annotated[
+        float | None, Option("--skew", min=0.0, help="Uneven all_to_all: destinations by rank^-SKEW.")
+    ] = None,
+    loads: Annotated[
+        Path | None, Option("--loads", help="Uneven all_to_all as these loads under --placement make it.")
+    ] = None,
+    placement: Annotated[Path | None, Option("--placement", help="A placement map for --loads.")] = None,
+    layer: Annotated[int | None, Option("--layer", help="Layer of --loads; default: the middle one.")] = None,
+    stall_limit: Annotated[float, Option("--stall-limit", min=1.0, help="Seconds without progress.")] = 120.0,
+) -> None:
+    """Time collectives over torch.distributed, under torchrun or with local ranks; resumable."""
+    import os
+
+    from moesim.errors import BadInput
+    from profiles import collectives as work
+    from profiles.shares import destination_shares
+
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
+    wanted = tuple(dict.fromkeys(kinds.split(",")))
+    for kind in wanted:
+        if kind not in work.KINDS:
+            raise BadInput(f"unknown kind {kind!r}", where="--kinds", mend=f"use {', '.join(work.KINDS)}")
+    least, most = work.bytes_from(low, "--from"), work.bytes_from(high, "--to")
+    if most < least:
+        raise BadInput(f"{high} is less than {low}", where="--to", mend="give a larger size")
+    shares, name = destination_shares(world, skew=skew, loads=loads, placement=placement, layer=layer)
+    if shares and "all_to_all" not in wanted:
+        raise BadInput("only all_to_all can be uneven", where="--kinds", mend="add all_to_all")
+    job = work.Job(
+        backend, wanted, work.sizes_between(least, most), repeats, str(out.absolute()), shares, name, stall_limit
+    )
+    if not under_torchrun:
+        work.run_local(job, ranks, say=lambda line: echo(line, err=True))
+    elif not work.run_under_torchrun(job, say=lambda line: echo(line, err=True)):
+        return
+    for line in work.report(out):
+        echo(line)

@@ -38,6 +38,7 @@ from profiles.experts import ExpertTable, expert_table, physics_name
 from profiles.fit import OUTSIDE
 from profiles.grouped import Physics, Shape
 from profiles.lookup import (
+    PROFILE,
     Priced,
     along,
     along_curve,
@@ -51,11 +52,13 @@ from profiles.lookup import (
     never_free,
     nothing,
     on_grid,
+    place_of,
     point_of,
     versions,
     where_key,
 )
 from profiles.nearest import nearest
+from profiles.record import MEASURED_ENGINE
 from profiles.store import Profile, open_profile
 
 if TYPE_CHECKING:
@@ -95,6 +98,25 @@ def _shared(system: str, engine: str, names: tuple[str, ...], allow: bool, clust
     return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)))
 
 
+def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
+    """Tables in the order that they are asked: those of the very shape before what lies between other shapes.
+
+    Only across profiles: within one a newer version between shapes still comes before an older one of the shape.
+    """
+    tables = tuple(found)
+    if len({table.profile for table in tables}) < 2:
+        return tables
+    return tuple(sorted(tables, key=lambda table: table.stand_in))
+
+
+def _held(table: Priced, op: Operation, last: int) -> tuple[Floats, Tags]:
+    """Seconds and tags of a table; what lies below its smallest point is left to the profiles named after its own."""
+    seconds, tags = table.price(op)
+    if table.profile == last or table.under is None:
+        return seconds, tags
+    return seconds, np.where(table.under(op), OUTSIDE, tags).astype(np.int8)
+
+
 @dataclass
 class StoreCosts:
     """Prices operations from measured tables; implements CostModel. Prepared tables are kept by kernel and shape."""
@@ -113,15 +135,16 @@ class StoreCosts:
         key = key_of(operation)
         found = self._prepared.get(key)
         if found is None:
-            found = self._prepared[key] = tuple(self._prepare(operation))
+            found = self._prepared[key] = _in_order(self._prepare(operation))
         if not found:
             return self._unmeasured(operation)
-        seconds, tags = found[0].price(operation)
+        last = max(table.profile for table in found)
+        seconds, tags = _held(found[0], operation, last)
         source, sigma = found[0].source, found[0].sigma
         outside = tags == OUTSIDE
         if outside.any():
             for older in found[1:]:
-                more, more_tags = older.price(operation)
+                more, more_tags = _held(older, operation, last)
                 take = outside & (more_tags != OUTSIDE)
                 if take.any():
                     seconds, tags = np.where(take, more, seconds), np.where(take, more_tags, tags).astype(np.int8)
@@ -161,7 +184,8 @@ class StoreCosts:
                 continue
             between = between_shapes(table, op.n, op.k)
             if between is not None:
-                yield along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
+                priced = along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
+                yield dataclasses.replace(priced, profile=place_of(table), stand_in=True)
 
     def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
         slots = int(op.tokens.shape[-1])
@@ -180,25 +204,29 @@ class StoreCosts:
             by_slots = None if found is None else found.at(slots)
             if by_slots is not None:
                 sigma = self._sigma(f"experts_{op.grouping}")
-                yield by_experts(by_slots, source, sigma)
+                place = place_of(table)
+                yield dataclasses.replace(
+                    by_experts(by_slots, source, sigma, place),
+                    stand_in=not by_slots.measured and len(self.profiles) > 1,
+                )
 
     def _expert_table(self, shape: Shape, source: str, table: pl.DataFrame) -> ExpertTable | None:
         """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""
-        key = (shape, source)
+        place = place_of(table)
+        key = (shape, source, place)
         if key not in self._tables:
-            self._tables[key] = expert_table(
-                shape, table, self._physics(shape, table["engine"][0], table["version"][0])
-            )
+            fitted = self._physics(self.profiles[place], shape, table["engine"][0], table["version"][0])
+            self._tables[key] = expert_table(shape, table, fitted)
         found: ExpertTable | None = self._tables[key]
         return found
 
-    def _physics(self, shape: Shape, engine: str, version: str) -> tuple[Physics, dict[int, float]] | None:
-        for profile in self.profiles:
-            stored = profile.description.get("physics", {}).get(physics_name(shape, engine, version))
-            if stored is not None:
-                limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
-                return Physics(**stored["parameters"]), limits
-        return None
+    @staticmethod
+    def _physics(profile: Profile, shape: Shape, engine: str, version: str) -> tuple[Physics, dict[int, float]] | None:
+        stored = profile.description.get("physics", {}).get(physics_name(shape, engine, version))
+        if stored is None:
+            return None
+        limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
+        return Physics(**stored["parameters"]), limits
 
     def _attention(self, op: Attention) -> Iterator[Priced]:
         family = f"attention_{op.phase}"
@@ -262,19 +290,29 @@ class StoreCosts:
             return
         rows = self._rows("collective", engines=("nccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes)
         sigma = self._sigma("collective")
+        for place in range(len(self.profiles)):
+            yield from self._paths(where_key(rows, **{PROFILE: place}), sigma)
+
+    @staticmethod
+    def _paths(rows: pl.DataFrame, sigma: float) -> Iterator[Priced]:
+        """One profile's collectives. Engines take their own all-reduce where it is the faster one and NCCL beyond.
+
+        gloo, which only a measured profile holds, is asked last.
+        """
         paths = []
         for path in ("nccl", "custom"):
             newest = next(iter(versions(where_key(rows, path=path))), None)
             if newest is not None:
                 paths.append(along(newest[1], "bytes", newest[0], sigma))
         if len(paths) == 2:
-            # Engines take their own all-reduce where it is the faster one and NCCL beyond.
             source = " or ".join(path.source for path in paths)
             yield dataclasses.replace(
                 paths[0], price=lambda o: fastest(paths[0].price(o), paths[1].price(o)), source=source
             )
         else:
             yield from paths
+        for source, table in versions(where_key(rows, path="gloo")):
+            yield along(table, "bytes", source, sigma)
 
     def _exchange(self, op: MoeExchange) -> Iterator[Priced]:
         rows = self._rows(
@@ -297,12 +335,18 @@ class StoreCosts:
     # Tables.
 
     def _rows(self, family: str, engines: Iterable[str] | None = None, **key: object) -> pl.DataFrame:
-        """Rows of a family for this engine and key, over all profiles."""
+        """Rows of a family for this engine and key over all profiles, with the place of each in PROFILE.
+
+        Rows measured here price for every engine: to name their profile is to ask for them.
+        """
         import polars as pl
 
-        wanted = tuple(engines) if engines is not None else (self.engine,)
+        wanted = (*(tuple(engines) if engines is not None else (self.engine,)), MEASURED_ENGINE)
         if (family, wanted) not in self._tables:
-            tables = [profile.table(family) for profile in self.profiles]
+            tables = [
+                profile.table(family).with_columns(pl.lit(place, dtype=pl.Int64).alias(PROFILE))
+                for place, profile in enumerate(self.profiles)
+            ]
             self._tables[family, wanted] = pl.concat(tables).filter(pl.col("engine").is_in(list(wanted)))
         return where_key(self._tables[family, wanted], **key)
 
@@ -358,7 +402,7 @@ class StoreCosts:
             raise OutsideProfile(
                 f"{describe(op)} at {point_of(op, outside)} lies outside what was measured ({priced.hull})",
                 where=self._names(),
-                mend=mend(op),
+                mend=mend(op, outside),
             )
         if priced.clamp is None:  # the table's own model has carried on
             carried = seconds

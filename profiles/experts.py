@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
+from moesim.cost.ops import ExpertGemm
 from profiles.fit import OUTSIDE, SAME, Curve, curve, medians
 from profiles.grouped import (
     Physics,
@@ -69,6 +70,15 @@ class ExpertCurve:
         seconds, tags = self.by_load.price(loads)
         _beyond(loads, self.by_load.xs, self.by_load.ys, self.limit, seconds, tags)
         return seconds.reshape(lead), tags.reshape(lead)
+
+    def under(self, op: ExpertGemm) -> NDArray[np.bool_]:
+        """Where the load lies below the smallest measured one: [...]."""
+        tokens = op.tokens
+        flat = np.ascontiguousarray(tokens, dtype=np.float64).reshape(-1, tokens.shape[-1])
+        loads = np.empty(len(flat))
+        histogram_seconds(flat, self.constants, loads)
+        small = (loads > 0.0) & (loads < self.by_load.xs[0] * (1.0 - SAME))
+        return np.asarray(small.reshape(tokens.shape[:-1]))
 
 
 @njit(cache=True)

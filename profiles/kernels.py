@@ -1,153 +1,224 @@
-"""Timing kernels on this machine: grouped SwiGLU experts through torch, appended as JSON lines, resumable."""
+"""Measure kernels on this machine's torch: each point checked against float32, timed, and appended; resumable.
+
+Needs only torch, NumPy and (on a GPU) pynvml, so that the repository can be copied to a bare machine and run there:
+`python profiles/kernels.py --device cuda --out h200.jsonl`.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import argparse
+import dataclasses
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+if not __package__:  # run as a script: let `profiles` and `moesim` be found beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from moesim.errors import BadInput, MissingPart
+from moesim.errors import BadInput, CheckFailed, MoesimError
+from profiles.capture import Log, identity, statistics_of
+from profiles.device import Stopwatch, conditions, device_name, free_bytes, load_torch, readings
+from profiles.sweep import CPU, GPU, QUICK, Point, asked, plan, real_loads
+from profiles.torch_kernels import TOLERANCE, Builder, bytes_of, dtype_of
 
-WARM_UPS = 2
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to time: one rank's experts [slots], each with the same number of tokens, at each of `tokens`."""
-
-    device: str
-    hidden: int
-    intermediate: int
-    slots: int
-    tokens: tuple[int, ...]
-    repeats: int
-
-    def points(self) -> list[dict[str, Any]]:
-        """The key of every point."""
-        return [
-            {
-                "family": "experts",
-                "device": self.device,
-                "dtype": "fp32" if self.device == "cpu" else "bf16",
-                "hidden": self.hidden,
-                "intermediate": self.intermediate,
-                "slots": self.slots,
-                "tokens_per_expert": count,
-            }
-            for count in self.tokens
-        ]
+MOST_MEMORY = 0.6  # of what is free: the rest is for work space and others
+LIMIT_S = 2.0  # a point's repeats; the quick sweep takes less
+QUICK_LIMIT_S = 0.1
 
 
-def measure(sweep: Sweep, out: Path, *, say: Callable[[str], None] = lambda line: None) -> tuple[int, int]:
-    """Time the points that `out` does not hold yet and append each, synced; returns (measured, kept).
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure: the sweep of the device, cut to `families` where given, or single `points`."""
 
-    A last line that was cut off by a crash is dropped. Raises MissingPart without torch or the device, BadInput when
-    the file cannot be read or written.
+    device: str = "cpu"
+    quick: bool = False
+    repeats: int = 50
+    families: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    loads: Path | None = None
+    placement: Path | None = None
+    ranks: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """How a sweep went: points measured now, points that the file held, and why others were left out."""
+
+    measured: int
+    kept: int
+    left_out: dict[str, int]
+    wrong: tuple[str, ...]
+
+
+def points_of(options: Options) -> list[Point]:
+    """The points that the options ask for. Raises BadInput for a family or a point that does not exist."""
+    if options.points:
+        return [point for text in options.points for point in asked(text)]
+    reach = QUICK if options.quick else (GPU if options.device.startswith("cuda") else CPU)
+    loads = real_loads(options.loads, options.placement, ranks=options.ranks) if options.loads else ()
+    found = plan(reach, loads=loads)
+    known = dict.fromkeys(point.family for point in found)
+    for family in options.families:
+        if family not in known:
+            raise BadInput(f"unknown family {family!r}", where="--only", mend=f"use one of: {', '.join(known)}")
+    return [point for point in found if not options.families or point.family in options.families]
+
+
+def measure(options: Options, out: Path, *, say: Callable[[str], None] = lambda line: None) -> Done:
+    """Measure the points that `out` does not hold yet; each is appended as it ends, so a kill costs one point at most.
+
+    Raises MissingPart without torch or the device, BadInput when the file cannot be read or written.
     """
-    torch = _torch(sweep.device)
-    kept = _kept(out)
-    have = {json.dumps(row["key"], sort_keys=True) for row in kept}
-    todo = [key for key in sweep.points() if json.dumps(key, sort_keys=True) not in have]
-    for key in todo:
-        seconds = _time(torch, sweep, int(key["tokens_per_expert"]))
-        low, middle, high = (float(value) for value in np.quantile(seconds, (0.1, 0.5, 0.9)))
-        row = {
-            "key": key,
-            "latency_s": middle,
-            "p10_s": low,
-            "p90_s": high,
-            "repeats": sweep.repeats,
-            "torch": str(torch.__version__),
-        }
-        _append(out, row)
-        say(f"{key['tokens_per_expert']} tokens an expert: {middle * 1e6:.1f} us ({low * 1e6:.1f} to {high * 1e6:.1f})")
-    return len(todo), len(kept)
-
-
-def _torch(device: str) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise MissingPart("torch is not installed", where="--device", mend="pip install 'moesim[hardware]'") from None
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise BadInput(f"unknown device {device!r}", where="--device", mend="use cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise MissingPart("no CUDA device is visible", where="--device", mend="run on a GPU, or use --device cpu")
-    return torch
-
-
-def _time(torch: Any, sweep: Sweep, tokens: int) -> list[float]:
-    """Seconds of each repeat; on a GPU with device events around the kernels."""
-    dtype = torch.float32 if sweep.device == "cpu" else torch.bfloat16
-    maker = torch.Generator(device=sweep.device).manual_seed(0)
-
-    def tensor(*shape: int) -> Any:
-        return torch.randn(*shape, generator=maker, device=sweep.device, dtype=dtype)
-
-    gate_up = tensor(sweep.slots, sweep.hidden, 2 * sweep.intermediate)
-    down = tensor(sweep.slots, sweep.intermediate, sweep.hidden)
-    x = tensor(sweep.slots, tokens, sweep.hidden)
-
-    def run() -> Any:
-        gate, up = torch.bmm(x, gate_up).chunk(2, dim=-1)
-        return torch.bmm(torch.nn.functional.silu(gate) * up, down)
-
-    found = []
+    points = points_of(options)
+    torch = load_torch(options.device)
+    log = Log(out)
+    device = device_name(torch, options.device)
+    todo = [
+        point
+        for point in points
+        if identity(point.family, dict(point.key), dict(point.size), point.kernel, device) not in log.have
+    ]
+    limit_s = QUICK_LIMIT_S if options.quick else LIMIT_S
+    watch = Stopwatch(torch, options.device, repeats=options.repeats, limit_s=limit_s)
+    builder = Builder(torch, options.device)
+    left_out: dict[str, int] = {}
+    wrong: list[str] = []
+    measured = 0
+    said = time.monotonic()
     with torch.inference_mode():
-        for _ in range(WARM_UPS):
-            run()
-        for _ in range(sweep.repeats):
-            if sweep.device == "cpu":
-                start = time.perf_counter()
-                run()
-                found.append(time.perf_counter() - start)
+        for number, point in enumerate(todo, start=1):
+            why, line = _one(torch, options, point, builder, watch, device)
+            if line is not None:
+                log.append(line)
+                measured += 1
+            elif why.startswith("wrong"):
+                wrong.append(f"{point.family} {point.key} {point.size}: {why}")
+                say(wrong[-1])
             else:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                run()
-                end.record()
-                end.synchronize()
-                found.append(begin.elapsed_time(end) * 1e-3)
-    return found
+                left_out[why] = left_out.get(why, 0) + 1
+            if time.monotonic() - said > 5 or number == len(todo):
+                say(f"{number} of {len(todo)} points: {point.family} {point.size}")
+                said = time.monotonic()
+    return Done(measured, len(points) - len(todo), left_out, tuple(wrong))
 
 
-def _kept(out: Path) -> list[dict[str, Any]]:
-    """Rows that are there already; a cut-off last line is removed from the file."""
-    if not out.exists():
-        return []
+def _one(
+    torch: Any, options: Options, point: Point, builder: Builder, watch: Stopwatch, device: str
+) -> tuple[str, dict[str, Any] | None]:
+    """Check and time one point: why not and None, or "" and its line."""
+    cuda = options.device.startswith("cuda")
+    if bytes_of(point, fused_attention=cuda) > MOST_MEMORY * free_bytes(torch, options.device):
+        return "larger than the free memory", None
+    if not cuda and _only_on_gpu(point):
+        return "needs a GPU", None
+    before = readings(options.device)
     try:
-        text = out.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise BadInput("cannot read what is there", where=str(out), mend="choose another file with --out") from None
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        os.truncate(out, len(f"{whole}\n".encode()) if whole else 0)
-    rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append({"key": dict(row["key"]), "latency_s": float(row["latency_s"])})
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(
-                "this line is no measurement", where=f"{out}:{number}", mend="choose another file with --out"
-            ) from None
-    return rows
+        case = builder.case(point)
+        error = None if case.error is None else case.error()
+        if error is not None and not error <= TOLERANCE[dtype_of(point)]:
+            return f"wrong result: {error:.2g} off the float32 reference", None
+        seconds, mode = watch.time(case.run, graph=case.graph)
+    except (RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError) as failure:
+        # A kernel that this torch or device lacks; the sweep goes on, and the count is told at its end.
+        if cuda:
+            _alive(torch, point)
+        return f"torch refuses {point.family} in {dtype_of(point)}: {str(failure).splitlines()[0][:80]}", None
+    finally:
+        if cuda:
+            torch.cuda.empty_cache()
+    after = readings(options.device)
+    run = conditions(torch, options.device) | {"timing": mode}
+    if cuda:
+        run |= {"before": before, "after": after}
+    return "", {
+        "family": point.family,
+        "key": point.key,
+        "size": point.size,
+        "kernel": point.kernel,
+        "device": device,
+        "baseline": point.baseline,
+        **statistics_of(seconds),
+        "error": error,
+        "extra": point.extra,
+        "run": run,
+    }
 
 
-def _append(out: Path, row: dict[str, Any]) -> None:
+def _only_on_gpu(point: Point) -> bool:
+    """Copies to a device and graphs; and float8, which processors emulate at a thousandth of their speed."""
+    name = str(point.key.get("name", ""))
+    return "host" in name or name == "launch_graph" or dtype_of(point) == "fp8"
+
+
+def _alive(torch: Any, point: Point) -> None:
+    """Raises CheckFailed when the failure has broken the device for this process, too."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
-        raise BadInput(f"cannot write here ({error.strerror})", where=str(out), mend="choose another file") from None
+        torch.cuda.synchronize()
+    except RuntimeError as failure:
+        raise CheckFailed(
+            f"the device was lost at {point.family} {point.key} {point.size}: {str(failure).splitlines()[0][:80]}",
+            where="profile kernels",
+            mend="run the command again; leave that family out with --only if it happens twice",
+        ) from None
+
+
+def report(done: Done, out: Path) -> list[str]:
+    """What a person reads at the end: counts by family with the middle time, what was left out and why."""
+    from profiles.capture import read_lines
+
+    lines = [f"{out}: measured {done.measured} points, kept {done.kept}"]
+    by_family: dict[str, list[tuple[float, float]]] = {}
+    for line in read_lines([out]) if done.measured or done.kept else ():
+        by_family.setdefault(line.family, []).append((line.latency_s, (line.p90_s - line.p10_s) / line.latency_s))
+    for family, found in by_family.items():
+        times = sorted(one for one, _ in found)
+        spread = sorted(one for _, one in found)[len(found) // 2]
+        lines.append(
+            f"  {family:<18} {len(found):>5} points, {times[0] * 1e6:.1f} to {times[-1] * 1e6:.0f} us,"
+            f" spread (p90 - p10) {spread:.0%} of the median"
+        )
+    lines += [f"  left out {count}: {why}" for why, count in done.left_out.items()]
+    return lines
+
+
+def verdict(done: Done) -> None:
+    """Raises CheckFailed when a kernel's result was wrong."""
+    if done.wrong:
+        raise CheckFailed(
+            f"{len(done.wrong)} kernels were wrong and not timed; the first: {done.wrong[0]}",
+            where="profile kernels",
+            mend="leave them out with --only, or try another torch",
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The same as `moesim profile kernels`, without the rest of moesim."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--only", action="append", default=[], metavar="FAMILY")
+    parser.add_argument("--point", action="append", default=[], metavar="'FAMILY name=value ...'")
+    parser.add_argument("--loads", type=Path)
+    parser.add_argument("--placement", type=Path)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    options = Options(
+        given.device, given.quick, max(given.repeats, 5), tuple(given.only), tuple(given.point), given.loads,
+        given.placement, given.ranks,
+    )  # fmt: skip
+    try:
+        done = measure(options, given.out, say=lambda line: print(line, file=sys.stderr))
+        print("\n".join(report(done, given.out)))
+        verdict(done)
+    except MoesimError as error:
+        sys.stderr.write(f"error: {error.line()}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,8 +25,9 @@ from moesim.cost.ops import (
     Operation,
 )
 from profiles.experts import ExpertCurve
-from profiles.fit import OUTSIDE, Curve, Surface, completed, curve, isotonic, medians, surface
-from profiles.record import COLLECTIVES, KERNELS, LATENCY
+from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, surface
+from profiles.record import COLLECTIVES, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
+from profiles.sweep import unmeasurable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -52,7 +53,9 @@ class Priced:
     """What one version of a table says of an operation.
 
     price: operation -> seconds and tags. hull: the measured range, for people. clamp: the operation moved to the edge
-    of the hull; None where `price` carries on by a model of its own.
+    of the hull; None where `price` carries on by a model of its own. under: operation -> true where a size lies below
+    the smallest measured one, at which `price` holds it. profile: the place of its profile in the scenario's list.
+    stand_in: priced between measured shapes.
     """
 
     price: Callable[[Any], tuple[Floats, Tags]]
@@ -60,6 +63,9 @@ class Priced:
     sigma: float
     hull: str
     clamp: Callable[[Any], Any] | None = None
+    under: Callable[[Any], NDArray[np.bool_]] | None = None
+    profile: int = 0
+    stand_in: bool = False
 
 
 @functools.cache
@@ -82,13 +88,31 @@ def where_key(table: pl.DataFrame, **key: object) -> pl.DataFrame:
     return table.filter(*(pl.col(name) == value for name, value in key.items())) if key else table
 
 
+# The column that tells which of the scenario's profiles a row comes from.
+PROFILE = "profile"
+
+
 def versions(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The rows of each engine and version, newest first, with the words that name them."""
-    parts = rows.partition_by(["engine", "version"], as_dict=True)
-    for (engine, version), part in sorted(parts.items(), key=lambda item: newness(str(item[0][1])), reverse=True):
+    """The rows of each profile, engine and version, with the words that name them.
+
+    Profiles come in the scenario's order (rows without PROFILE are one's); within one the newest version comes first.
+    """
+    import polars as pl
+
+    if PROFILE not in rows.columns:
+        rows = rows.with_columns(pl.lit(0, dtype=pl.Int64).alias(PROFILE))
+    parts = rows.partition_by([PROFILE, "engine", "version"], as_dict=True)
+    ordered = sorted(parts.items(), key=lambda item: newness(str(item[0][2])), reverse=True)
+    for (_, engine, version), part in sorted(ordered, key=lambda item: item[0][0]):
         kernels = ", ".join(sorted(part["kernel"].unique()))
         first = part.row(0, named=True)
-        yield f"{engine} {version} {kernels} ({first['package']} {first['package_version']})", part
+        where = f" on {first['device']}" if engine == MEASURED_ENGINE else ""
+        yield f"{engine} {version} {kernels}{where} ({first['package']} {first['package_version']})", part
+
+
+def place_of(table: pl.DataFrame) -> int:
+    """Which of the scenario's profiles the rows of one version come from."""
+    return int(table[PROFILE][0])
 
 
 def newness(version: str) -> tuple[tuple[int, ...], int]:
@@ -100,13 +124,18 @@ def newness(version: str) -> tuple[tuple[int, ...], int]:
 
 
 def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:
-    """A lookup along one size."""
-    return along_curve(curve(rows[size].to_numpy(), rows[LATENCY].to_numpy()), size, source, sigma)
+    """A lookup along one size, in the rows of one version."""
+    by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy())
+    return dataclasses.replace(along_curve(by_size, size, source, sigma), profile=place_of(rows))
 
 
 def along_curve(by_size: Curve, size: str, source: str, sigma: float) -> Priced:
     """A lookup along one size on a curve that is there already."""
-    largest = by_size.largest
+    smallest, largest = float(by_size.xs[0]), by_size.largest
+
+    def under(op: Any) -> NDArray[np.bool_]:
+        sizes = np.asarray(getattr(op, size), dtype=np.float64)
+        return np.asarray((sizes > 0) & (sizes < smallest * (1.0 - SAME)))
 
     def price(op: Any) -> tuple[Floats, Tags]:
         return by_size.price(getattr(op, size))
@@ -114,7 +143,7 @@ def along_curve(by_size: Curve, size: str, source: str, sigma: float) -> Priced:
     def clamp(op: Any) -> Any:
         return dataclasses.replace(op, **{size: np.minimum(getattr(op, size), largest)})
 
-    return Priced(price, source, sigma, f"{size} up to {largest:g}", clamp)
+    return Priced(price, source, sigma, f"{size} up to {largest:g}", clamp, under)
 
 
 def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
@@ -163,14 +192,16 @@ def _around(axis: NDArray[np.int64], value: int) -> tuple[tuple[int, float], tup
     return (int(axis[low]), 1.0 - share), (int(axis[high]), share)
 
 
-def by_experts(by_slots: ExpertCurve, source: str, sigma: float) -> Priced:
-    """A lookup by histogram."""
+def by_experts(by_slots: ExpertCurve, source: str, sigma: float, place: int) -> Priced:
+    """A lookup by histogram; place: that of its profile."""
     kind = "measured" if by_slots.measured else "between measured numbers of local experts"
     return Priced(
         lambda op: by_slots.price(op.tokens),
         f"{source}, {kind}",
         sigma,
         f"up to {by_slots.pairs:g} pairs a rank balanced",
+        under=by_slots.under,
+        profile=place,
     )
 
 
@@ -183,6 +214,17 @@ def on_grid(
         grid = completed(grid, formula(*np.meshgrid(grid.axis_a, grid.axis_b, indexing="ij")))
     most_batch, most_length = float(grid.axis_a[-1]), float(grid.axis_b[-1])
     hull = f"batch up to {most_batch:g}, {size} up to {most_length:g}, long ones in small batches"
+    least_batch, least_length = float(grid.axis_a[0]), float(grid.axis_b[0])
+
+    def under(op: Any) -> NDArray[np.bool_]:
+        if size == "new_tokens":
+            batch, length = np.asarray(op.batch, dtype=np.float64), causal_length(op)
+        else:
+            batch = np.asarray(op.batch, dtype=np.float64) * np.asarray(op.new_tokens, dtype=np.float64)
+            length = np.asarray(op.prefix_tokens, dtype=np.float64) + 1.0
+        small = (batch < least_batch * (1.0 - SAME)) | (length < least_length * (1.0 - SAME))
+        return np.asarray(small & (batch > 0) & (length > 0))
+
     if size == "new_tokens":
 
         def clamp_prefill(op: Any) -> Any:
@@ -190,7 +232,7 @@ def on_grid(
             batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
             return dataclasses.replace(op, batch=batch, new_tokens=length, prefix_tokens=np.zeros_like(length))
 
-        return Priced(functools.partial(_prefill, grid), source, sigma, hull, clamp_prefill)
+        return Priced(functools.partial(_prefill, grid), source, sigma, hull, clamp_prefill, under, place_of(rows))
 
     def clamp_decode(op: Any) -> Any:
         length = np.minimum(np.asarray(op.prefix_tokens) + np.asarray(op.new_tokens), most_length)
@@ -198,7 +240,7 @@ def on_grid(
         batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
         return dataclasses.replace(op, batch=batch, new_tokens=new, prefix_tokens=length - new)
 
-    return Priced(functools.partial(_decode, grid), source, sigma, hull, clamp_decode)
+    return Priced(functools.partial(_decode, grid), source, sigma, hull, clamp_decode, under, place_of(rows))
 
 
 def causal_length(op: Attention | MlaAttention) -> Floats:
@@ -267,7 +309,74 @@ def point_of(op: Operation, outside: NDArray[np.bool_]) -> str:
     return " ".join(words)
 
 
-def mend(op: Operation) -> str:
-    """What the user can do about a point that is not measured."""
-    command = COLLECTIVES if isinstance(op, Collective | MoeExchange) else KERNELS
-    return f"measure it with `{command}`, or set cost.extrapolate: allow"
+# The family of rows that a kernel's operation is priced from.
+FAMILY_OF: dict[type, str] = {Gemm: "gemm", ExpertGemm: "experts", MlaAbsorb: "mla_absorb"}
+OUT = "--out measured.jsonl"
+
+
+def mend(op: Operation, outside: NDArray[np.bool_] | None = None, *, gpus_per_node: int = 8) -> str:
+    """What the user can do about a point that is not measured: a command that measures it, or tables that may hold it.
+
+    outside: which of the operation's points are refused; the first one's sizes go into the command.
+    """
+    return f"{_command(op, outside, gpus_per_node)}, or set cost.extrapolate: allow"
+
+
+THEN = "then `moesim profile import measured measured.jsonl --system SYSTEM --out DIR` and name DIR in cost.profiles"
+
+
+def _command(op: Operation, outside: NDArray[np.bool_] | None, gpus_per_node: int) -> str:
+    if isinstance(op, Collective):
+        largest = 2**28 if outside is None else max(_first(np.asarray(op.bytes), outside), 1024)
+        sizes = f"--backend nccl --kinds {op.kind} --from 1KB --to {largest}B {OUT}"
+        if op.nodes == 1:
+            return f"measure it with `{COLLECTIVES} --ranks {op.gpus} {sizes}`, {THEN}"
+        each = -(-op.gpus // op.nodes)
+        run = f"torchrun --nnodes {op.nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        return f"measure it with `{run} --no-python {COLLECTIVES} {sizes}` on each node, {THEN}"
+    imported = "import tables that hold it with `moesim profile import aiconfigurator --system SYSTEM --out DIR`"
+    if isinstance(op, MoeExchange):
+        return f"nothing here measures DeepEP yet; {imported}"
+    family, key = _asked(op)
+    why = unmeasurable(family, key)
+    if why:
+        return f"{why}; {imported}"
+    words = [f"{name}={value}" for name, value in key.items()]
+    words += [f"{name}=1:{most}" for name, most in _sizes_of(op, family, outside).items()]
+    return f"measure it with `{KERNELS} --device cuda --point '{' '.join([family, *words])}' {OUT}`, {THEN}"
+
+
+def _asked(op: Operation) -> tuple[str, dict[str, Any]]:
+    """The family and key of rows that would price the operation."""
+    if isinstance(op, Attention | MlaAttention):
+        family = f"{'mla' if isinstance(op, MlaAttention) else 'attention'}_{op.phase}"
+    else:
+        family = FAMILY_OF[type(op)]
+    extra: dict[str, Any] = {}
+    if isinstance(op, MlaAttention):
+        extra = {"form": "absorbed" if op.phase == "decode" else "expanded"}
+    if isinstance(op, ExpertGemm):
+        extra = {"local_experts": int(op.tokens.shape[-1]), "distribution": "uniform"}
+    columns = FAMILIES[family].key
+    return family, {name: extra[name] if name in extra else getattr(op, name) for name in columns}
+
+
+def _sizes_of(op: Any, family: str, outside: NDArray[np.bool_] | None) -> dict[str, int]:
+    """The sizes of the first refused point, rounded up; 4096 of each where a whole shape is not measured."""
+    names = FAMILIES[family].point
+    if outside is None:
+        return dict.fromkeys(names, 4096) if len(names) == 1 else {names[0]: 64, names[1]: 4096}
+    if isinstance(op, ExpertGemm):
+        found = [op.tokens.sum(axis=-1)]
+    elif isinstance(op, Attention | MlaAttention):
+        length = causal_length(op) if op.phase == "prefill" else np.asarray(op.prefix_tokens) + 1.0
+        new = np.asarray(op.new_tokens) if op.phase == "decode" else 1.0
+        found = [np.asarray(op.batch) * new, length]
+    else:
+        found = [np.asarray(getattr(op, names[0]))]
+    return {name: _first(sizes, outside) for name, sizes in zip(names, found, strict=True)}
+
+
+def _first(sizes: Floats, outside: NDArray[np.bool_]) -> int:
+    """The first refused size, rounded up."""
+    return max(1, int(np.ceil(np.broadcast_to(sizes, outside.shape)[outside][0])))

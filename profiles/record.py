@@ -44,6 +44,8 @@ class Family:
         return {**self.key, **sizes, LATENCY: NUMBER, **PROVENANCE}
 
 
+# Rows that were measured by this package; they price for every engine whose scenario names their profile.
+MEASURED_ENGINE = "moesim"
 KERNELS = "moesim profile kernels"
 COLLECTIVES = "moesim profile collectives"
 

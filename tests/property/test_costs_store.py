@@ -199,18 +199,23 @@ def test_nine_slots_cost_between_eight_and_ten_times_eight_eighths() -> None:
 
 
 OUTSIDE: list[tuple[str, Operation, str]] = [
-    ("m", Gemm(sizes(1e6), 7168, 2048, "fp8_block"), "kernels"),
-    ("no such n", Gemm(sizes(1), 10**6, 2048, "fp8_block"), "kernels"),
-    ("dtype", Gemm(sizes(1), 7168, 2048, "int4"), "kernels"),
-    ("pairs", experts(np.full((1, 8), 5000.0)), "kernels"),
-    ("another model", dataclasses.replace(experts(np.ones((1, 8))), hidden=4096), "kernels"),
+    ("m", Gemm(sizes(1e6), 256, 7168, "bf16"), "kernels"),
+    ("m in a type that torch lacks", Gemm(sizes(1e6), 7168, 2048, "fp8_block"), "import aiconfigurator"),
+    ("no such n", Gemm(sizes(1), 10**6, 2048, "bf16"), "kernels"),
+    ("dtype", Gemm(sizes(1), 7168, 2048, "int4"), "import aiconfigurator"),
+    ("pairs", experts(np.full((1, 8), 5000.0)), "import aiconfigurator"),
+    ("another model", dataclasses.replace(experts(np.ones((1, 8))), hidden=4096), "import aiconfigurator"),
     ("batch", mla("decode", sizes(1e5), sizes(1), sizes(100)), "kernels"),
     ("corner of the grid", mla("prefill", sizes(256), sizes(16384), sizes(0)), "kernels"),
     ("nodes", Collective("all_reduce", sizes(1e6), 32, 4), "collectives"),
     ("bytes", Collective("all_reduce", sizes(1e12), 8, 1), "collectives"),
-    ("ep", dataclasses.replace(exchange("dispatch", "normal", sizes(8)), ep=16), "collectives"),
-    ("tokens", exchange("dispatch", "low_latency", sizes(4096)), "collectives"),
-    ("hidden", dataclasses.replace(exchange("combine", "low_latency", sizes(8)), hidden=4096), "collectives"),
+    ("ep", dataclasses.replace(exchange("dispatch", "normal", sizes(8)), ep=16), "import aiconfigurator"),
+    ("tokens", exchange("dispatch", "low_latency", sizes(4096)), "import aiconfigurator"),
+    (
+        "hidden",
+        dataclasses.replace(exchange("combine", "low_latency", sizes(8)), hidden=4096),
+        "import aiconfigurator",
+    ),
 ]
 
 

@@ -38,31 +38,6 @@ def test_check_prints_the_stored_errors() -> None:
     assert "exchange_low_latency" in run(app, ["check", "--stored"], catch_exceptions=False).stdout
 
 
-def test_kernels_measure_and_resume(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    out = tmp_path / "kernels.jsonl"
-    arguments = ["kernels", "--quick", "--hidden", "32", "--intermediate", "16", "--slots", "2", "--out", str(out)]
-    assert "measured 3 points, kept 0" in run(app, arguments, catch_exceptions=False).stdout
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["key"]["tokens_per_expert"] for row in rows] == [1, 8, 64]
-    assert all(0 < row["p10_s"] <= row["latency_s"] <= row["p90_s"] for row in rows)
-    # A crash in the middle of a line: that point is measured again, the others are kept.
-    out.write_text("\n".join(out.read_text().splitlines()[:2]) + '\n{"key": {"fam')
-    assert "measured 1 points, kept 2" in run(app, arguments, catch_exceptions=False).stdout
-    assert len(out.read_text().splitlines()) == 3
-
-
-def test_kernels_refuse_a_file_of_something_else(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    out = tmp_path / "kernels.jsonl"
-    out.write_text("a line\n")
-    with pytest.raises(BadInput, match="no measurement"):
-        run(app, ["kernels", "--quick", "--out", str(out)], catch_exceptions=False)
-    with pytest.raises(BadInput, match="unknown device"):
-        run(app, ["kernels", "--quick", "--device", "abacus", "--out", str(out)], catch_exceptions=False)
-    assert out.read_text() == "a line\n"
-
-
 def synthetic_package(root: Path) -> Path:
     """A small package of tables in which experts cost what a known machine would take."""
     import polars as pl

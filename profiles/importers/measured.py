@@ -1,0 +1,125 @@
+"""Import measurements of this machine: lines of `moesim profile kernels` and `collectives` become a profile.
+
+Rows carry the engine `moesim`; their version is torch's, or NCCL's for its collectives, as kernels come and go with
+those. Points measured more than once become their median; baselines and families without a table stay in the file and
+are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moesim import __version__
+from moesim.errors import BadInput
+from profiles.capture import Line
+from profiles.leave_out import errors_of, fit_experts
+from profiles.record import FAMILIES, LATENCY, MEASURED_ENGINE
+from profiles.store import empty, polars_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PACKAGE = "moesim"
+
+
+def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
+    """A table for each family, empty where nothing was measured. Raises BadInput.
+
+    Refused: lines of two devices in one family and version, as their points would be taken for one machine's.
+    """
+    import polars as pl
+
+    if not system.strip():
+        raise BadInput("the system has no name", where="--system", mend="name it as scenarios do: h200_sxm")
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FAMILIES}
+    devices: dict[tuple[str, str, str], str] = {}
+    for line in lines:
+        if not priced(line):
+            continue
+        version = _version(line)
+        held = devices.setdefault((line.family, str(line.key.get("path", "")), version), line.device)
+        if held != line.device:
+            raise BadInput(
+                f"{line.family} was measured on {held} and on {line.device}",
+                where="profile import measured",
+                mend="import the files of each machine into a folder of its own",
+            )
+        rows[line.family].append(_row(line, version, system))
+    if not any(rows.values()):
+        raise BadInput(
+            "no line belongs to a table of the store", where="profile import measured",
+            mend=f"measure one of: {', '.join(FAMILIES)}",
+        )  # fmt: skip
+    tables = {}
+    for name, found in rows.items():
+        family = FAMILIES[name]
+        if not found:
+            tables[name] = empty(family)
+            continue
+        table = pl.DataFrame(found, schema=polars_schema(family))
+        identity = [column for column in family.columns if column != LATENCY]
+        tables[name] = (
+            table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(family.columns)).sort(identity)
+        )
+    return tables
+
+
+def priced(line: Line) -> bool:
+    """Whether the line belongs to a table: a family of the store, and no baseline."""
+    return line.family in FAMILIES and not line.baseline
+
+
+def _version(line: Line) -> str:
+    nccl = line.run.get("nccl")
+    return str(nccl) if line.kernel == "nccl" and nccl else str(line.run["torch"])
+
+
+def _row(line: Line, version: str, system: str) -> dict[str, Any]:
+    return {
+        **line.key,
+        **line.size,
+        LATENCY: line.latency_s,
+        "system": system,
+        "engine": MEASURED_ENGINE,
+        "version": version,
+        "kernel": line.kernel,
+        "device": line.device,
+        "package": PACKAGE,
+        "package_version": __version__,
+        "tag": "measured",
+    }
+
+
+def describe(
+    lines: Sequence[Line], tables: dict[str, pl.DataFrame], system: str, files: Sequence[Path]
+) -> dict[str, Any]:
+    """`profile.json`: where the rows come from, what stays out, leave-out errors and the experts' physics."""
+    fitted = fit_experts(tables["experts"])
+    spread: dict[str, list[float]] = {}
+    for line in lines:
+        spread.setdefault(line.family, []).append((line.p90_s - line.p10_s) / line.latency_s)
+    conditions = sorted({(line.device, line.run["torch"], line.run["date"][:10]) for line in lines})
+    return {
+        "system": system,
+        "engine": MEASURED_ENGINE,
+        "source": {"package": PACKAGE, "version": __version__, "licence": "measured here"},
+        "measured": [{"device": device, "torch": torch, "date": date} for device, torch, date in conditions],
+        "files": [{"name": Path(path).name, "sha256": _digest(path)} for path in files],
+        "rows": {name: table.height for name, table in tables.items() if table.height},
+        "without_table": dict(
+            Counter(f"{line.family}{' (baseline)' if line.baseline else ''}" for line in lines if not priced(line))
+        ),
+        "spread": {name: round(float(np.median(found)), 4) for name, found in spread.items()},
+        "errors": errors_of(tables, fitted),
+        "physics": fitted["parameters"],
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,57 @@
+"""Where a rank's tokens go: the shares of the destinations of an uneven all-to-all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import BadInput
+
+
+def destination_shares(
+    ranks: int, *, skew: float | None, loads: Path | None, placement: Path | None, layer: int | None
+) -> tuple[tuple[float, ...], str]:
+    """Shares [ranks] that sum to 1, and their name; none for an even exchange. Raises BadInput.
+
+    By `skew` as (rank + 1)^-skew, or as `loads` fall on the ranks of `placement` (contiguous without one).
+    """
+    if loads is None:
+        if placement is not None or layer is not None:
+            raise BadInput("there are no loads", where="--loads", mend="give the loads that the placement is for")
+        if skew is None:
+            return (), ""
+        weights = np.arange(1, ranks + 1, dtype=np.float64) ** -skew
+        return tuple(float(value) for value in weights / weights.sum()), f"zipf_{skew:g}"
+    if skew is not None:
+        raise BadInput("skew and loads exclude each other", where="--skew", mend="give one of them")
+    from moesim.routing.readers import read_loads
+    from moesim.spec.placement_file import read_placement
+
+    counts = read_loads(loads)
+    ids = [int(one) for one in counts.layer_ids]
+    wanted = ids[len(ids) // 2] if layer is None else layer
+    if wanted not in ids:
+        raise BadInput(f"no layer {wanted}", where="--layer", mend=f"use one of {ids[0]} to {ids[-1]}")
+    profile = counts.profile()[ids.index(wanted)]
+    if placement is None:
+        if len(profile) % ranks:
+            raise BadInput(
+                f"{len(profile)} experts do not divide by {ranks} ranks", where="--ranks", mend="use a divisor"
+            )
+        by_rank = profile.reshape(ranks, -1).sum(axis=1)
+    else:
+        held = read_placement(placement)
+        if held.ranks != ranks or held.experts != len(profile) or wanted not in held.layer_ids:
+            raise BadInput(
+                f"a map of {held.experts} experts on {held.ranks} ranks does not fit {len(profile)} experts of layer "
+                f"{wanted} on {ranks} ranks",
+                where=str(placement),
+                mend="give the map of these loads and ranks",
+            )
+        row = list(held.layer_ids).index(wanted)
+        every = np.tile(profile, (held.layers, 1))
+        by_rank = held.rank_loads(every)[row]
+    shares = by_rank / by_rank.sum()
+    name = f"{loads.name}:{placement.name if placement else 'contiguous'}:{wanted}"
+    return tuple(float(value) for value in shares), name
