@@ -14,14 +14,13 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class Draw:
-    """One possible truth: standard normal by cost family, and a weight for each judged load (sum 1)."""
+    """One possible truth: standard normal by cost family, and a weight for each judged load (sum 1).
+
+    All prices of a family err together, each by its own table's error: see `Part.seconds`.
+    """
 
     normal: dict[str, float]
     load_weights: NDArray[np.float64]
-
-    def scale(self, rel_sigma: dict[str, float]) -> dict[str, float]:
-        """Factor on all costs of each family, lognormal with the family's own error."""
-        return {name: float(np.exp(rel_sigma.get(name, 0.0) * value)) for name, value in self.normal.items()}
 
 
 def joint_draws(count: int, weights: NDArray[np.float64], seed: int) -> list[Draw]:

@@ -47,7 +47,6 @@ class StepModel:
         self.grids: dict[str, PricedGrid] = {}
         self._kernel_decode = self._price_decode_attention()
         self._prefill_parts: dict[tuple[int, float, float], Part] = {}
-        self.rel_sigma = self._sigmas()
         self.base = TimedModel(self, None)
 
     def under(self, draw: Draw | None) -> TimedModel:
@@ -77,16 +76,6 @@ class StepModel:
             )
         return self.grids[kind]
 
-    def _sigmas(self) -> dict[str, float]:
-        """Relative error of each cost family, the largest among its tables that a decode step uses."""
-        found: dict[str, float] = {}
-        priced = self.grid("decode").priced
-        parts = [value for value in vars(priced).values() if isinstance(value, Part)]
-        for part in [*parts, self._kernel_decode[2]]:
-            for one in part.estimates:
-                found[one.family] = max(found.get(one.family, 0.0), one.rel_sigma)
-        return found
-
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
         """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
         most_seqs = float(self.limits.max_running)
@@ -113,12 +102,12 @@ class TimedModel:
 
     def __init__(self, model: StepModel, draw: Draw | None) -> None:
         self.model = model
-        self.scale: Mapping[str, float] | None = None if draw is None else draw.scale(model.rel_sigma)
+        self.normal: Mapping[str, float] | None = None if draw is None else draw.normal
         self.load_weights = model.routing.weights if draw is None else draw.load_weights
         self.share = 0.5 if model.deployment.setup.policies.schedule == "two_batch" else 1.0
         seqs, kv, part = model._kernel_decode
         self.decode_seqs, self.decode_kv = seqs, kv
-        self.decode_attention_s = np.ascontiguousarray(part.seconds(self.scale))
+        self.decode_attention_s = np.ascontiguousarray(part.seconds(self.normal))
         self._prompts_s: dict[tuple[int, int, float], float] = {}
         self._tables: dict[str, StepTable] = {}
 
@@ -129,7 +118,7 @@ class TimedModel:
                 self.model.pricer,
                 self.model.grid(kind),
                 longest_attention_s=float(self.decode_attention_s.max()),
-                scale=self.scale,
+                normal=self.normal,
                 load_weights=self.load_weights,
             )
         return self._tables[kind]
@@ -162,8 +151,9 @@ class TimedModel:
 
     @property
     def _eager_layer_s(self) -> float:
-        scale = 1.0 if self.scale is None else self.scale["overhead"]
-        return self.model.deployment.rules.eager_layer_s * scale
+        rules = self.model.deployment.rules
+        error = 0.0 if self.normal is None else self.normal["overhead"]
+        return float(rules.eager_layer_s * np.exp(rules.overhead_rel_sigma * error))
 
     def _prompt_attention(self, plan: Plan, rank: int) -> float:
         """Attention of the prompts that a rank reads, of one layer; remembered, as workloads repeat."""
@@ -171,7 +161,7 @@ class TimedModel:
         key = (seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
         if key not in self._prompts_s:
             part = self.model.prefill_attention(seqs, tokens / seqs, key[2])
-            self._prompts_s[key] = float(part.seconds(self.scale)[0, 0])
+            self._prompts_s[key] = float(part.seconds(self.normal)[0, 0])
         return self._prompts_s[key]
 
 

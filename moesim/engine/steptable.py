@@ -168,10 +168,10 @@ def time_grid(
     grid: PricedGrid,
     *,
     longest_attention_s: float,
-    scale: Mapping[str, float] | None,
+    normal: Mapping[str, float] | None,
     load_weights: Floats,
 ) -> StepTable:
-    """Time a priced grid under one draw: family scales, and a weight for each judged load (over all loads, sum 1)."""
+    """Time a priced grid under one draw: see `Part.seconds`, and a weight for each judged load (over all loads, sum 1)."""
     overlapped = pricer.setup.policies.schedule == "two_batch"
     shares = np.asarray(_SHARES_OVERLAPPED if overlapped else _SHARES_SEQUENTIAL)
     attention_s = shares * max(longest_attention_s, 1e-9)
@@ -181,13 +181,13 @@ def time_grid(
     kernel = estimate(np.tile(attention_s, steps // times)[:, None], Tag.INTERPOLATED, "grid", 0.0, "grid axis")
     collapsed = replace(collapsed, attention=Part((kernel,)))
     micro = [collapsed, collapsed] if overlapped else [collapsed]
-    graph = build_step(pricer.setup, micro, scale=scale, collapsed=True)
+    graph = build_step(pricer.setup, micro, normal=normal, collapsed=True)
     seconds = maxplus.run(graph).step_s
     shaped = seconds.reshape(len(grid.loads), grid.draws, len(grid.tokens), len(grid.hot), times)
     weights = load_weights[grid.loads]
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1.0 / len(weights))
     mean = np.tensordot(weights, shaped.mean(axis=1), axes=1)
-    before = (grid.priced.projections + grid.priced.gate + grid.priced.shared).seconds(scale)
+    before = (grid.priced.projections + grid.priced.gate + grid.priced.shared).seconds(normal)
     points = len(grid.tokens) * len(grid.hot)
     by_point = np.broadcast_to(before, (grid.priced.batch.steps, before.shape[1]))[:points]
     largest = by_point.max(axis=1).reshape(len(grid.tokens), len(grid.hot))[:, 0]

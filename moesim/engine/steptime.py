@@ -17,7 +17,7 @@ from moesim.engine.routing_draws import RoutingDraws
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.layer import build_step
-from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.graph.pricing import PricedStep, Pricer
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
@@ -112,15 +112,14 @@ def _timed(
         except OutsideProfile:
             if position == len(modes) - 1:
                 raise
-    sigma = _sigmas(priced.values())
     loads = routing.for_phase("decode")
     step_s = {}
     for name, one in deployments.items():
         found = []
         for truth in truths:
-            scale = None if truth is None else truth.scale(sigma)
+            normal = None if truth is None else truth.normal
             micro = [priced[name]] * (2 if one.setup.policies.schedule == "two_batch" else 1)
-            times = maxplus.run(build_step(one.setup, micro, scale=scale)).step_s
+            times = maxplus.run(build_step(one.setup, micro, normal=normal)).step_s
             by_load = times.reshape(len(loads), STEPS_PER_LOAD).mean(axis=1)
             weights = (routing.weights if truth is None else truth.load_weights)[loads]
             found.append(float(by_load @ weights / weights.sum()))
@@ -160,16 +159,6 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
         counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
         shares = Pricer(one.setup, one.ground.costs).shares
         found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts, shares)).mean())
-    return found
-
-
-def _sigmas(priced: Sequence[PricedStep] | Any) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for step in priced:
-        for part in vars(step).values():
-            if isinstance(part, Part):
-                for one in part.estimates:
-                    found[one.family] = max(found.get(one.family, 0.0), one.rel_sigma)
     return found
 
 

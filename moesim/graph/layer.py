@@ -19,18 +19,18 @@ def build_step(
     setup: LayerSetup,
     priced: Sequence[PricedStep],
     *,
-    scale: Mapping[str, float] | None = None,
+    normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
 ) -> TaskGraph:
     """The task graph of one priced step, or of the two micro-batches of a two-batch step.
 
-    Ranks are the GPUs of one instance, TP fastest. `scale` multiplies all costs of a family (a joint draw).
+    Ranks are the GPUs of one instance, TP fastest. normal: a joint draw, see `Part.seconds`.
     collapsed: the parts have one rank only, which stands for the slowest at each stage.
     """
     steps, ranks = priced[0].batch.steps, 1 if collapsed else setup.parallel.gpus
     # What the host does between steps it does once, however many micro-batches there are.
     once = [priced[0], *(replace(part, overhead=Part()) for part in priced[1:])]
-    lists = [_Builder(setup, part, scale, ranks).tasks() for part in once]
+    lists = [_Builder(setup, part, normal, ranks).tasks() for part in once]
     if setup.policies.schedule == "two_batch":
         if len(lists) != 2:
             raise BadInput("a two-batch schedule needs two micro-batches", mend="price the two halves of the batch")
@@ -41,10 +41,10 @@ def build_step(
 class _Builder:
     """Builds the task list of one micro-batch."""
 
-    def __init__(self, setup: LayerSetup, priced: PricedStep, scale: Mapping[str, float] | None, ranks: int) -> None:
+    def __init__(self, setup: LayerSetup, priced: PricedStep, normal: Mapping[str, float] | None, ranks: int) -> None:
         self.setup = setup
         self.priced = priced
-        self.scale = scale
+        self.normal = normal
         self.found: list[Task] = []
         parallel = setup.parallel
         gpu = np.arange(ranks)
@@ -99,15 +99,15 @@ class _Builder:
 
     def _spread(self, part: Part) -> Floats:
         """A part by attention-DP rank, repeated over its TP ranks: [steps, gpus]."""
-        seconds = part.seconds(self.scale)
+        seconds = part.seconds(self.normal)
         return seconds[:, self.dp_rank] if seconds.shape[1] > 1 else seconds
 
     def _whole(self, part: Part) -> Floats:
-        return part.seconds(self.scale)
+        return part.seconds(self.normal)
 
     def _by_layer(self, part: Part, rank_of: NDArray[np.int64] | None) -> Floats:
         """A part by layer and EP rank, given to each GPU: [layers or 1, steps, gpus or 1], contiguous."""
-        seconds = part.seconds(self.scale)
+        seconds = part.seconds(self.normal)
         if seconds.ndim == 2:
             seconds = seconds[:, None, :]
         moved = np.moveaxis(seconds, 1, 0)

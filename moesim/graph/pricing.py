@@ -36,18 +36,22 @@ WIDEST_GEMM_COLUMNS = 65536
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of operation costs in a step: the sum of its estimates, each scaled by its family's draw.
+    """What one kind of operation costs in a step: the sum of its estimates, each with its own error.
 
     Shapes broadcast to [steps, ranks] (operations alike in all layers) or [steps, layers, ranks].
     """
 
     estimates: tuple[Estimate, ...] = ()
 
-    def seconds(self, scale: Mapping[str, float] | None = None) -> Floats:
-        """Summed seconds under the given family scales (1 where a family is not named)."""
+    def seconds(self, normal: Mapping[str, float] | None = None) -> Floats:
+        """Summed seconds; as best known, or under a draw.
+
+        normal: standard normal by cost family (0 where a family is not named); a price is then lognormal around the
+        best known one, with its own `rel_sigma`.
+        """
         total: Floats = np.zeros((1, 1))
         for priced in self.estimates:
-            factor = 1.0 if scale is None else scale.get(priced.family, 1.0)
+            factor = 1.0 if normal is None else np.exp(priced.rel_sigma * normal.get(priced.family, 0.0))
             total = total + priced.seconds * factor
         return total
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moesim.cost.estimate import Tag, estimate
 from moesim.engine.draws import joint_draws
+from moesim.graph.pricing import Part
 
 
 def test_drawn_weights_have_the_loads_own_weights_as_their_mean() -> None:
@@ -21,3 +23,13 @@ def test_more_draws_begin_with_the_same_ones(seed: int) -> None:
     for one, other in zip(few, many, strict=False):
         assert one.normal == other.normal
         np.testing.assert_array_equal(one.load_weights, other.load_weights)
+
+
+def test_each_price_errs_by_its_own_table_together_with_its_family() -> None:
+    """A draw moves a prompt's experts by the error of the prompt tables, not by that of the decode ones."""
+    loose, tight = (estimate(np.ones((1, 1)), Tag.MEASURED, "experts", sigma, "made up") for sigma in (0.5, 0.1))
+    normal = {"experts": 2.0}
+    assert Part((loose,)).seconds(normal) == pytest.approx(np.exp(1.0))
+    assert Part((tight,)).seconds(normal) == pytest.approx(np.exp(0.2))
+    assert Part((loose, tight)).seconds(normal) == pytest.approx(np.exp(1.0) + np.exp(0.2))
+    assert Part((loose, tight)).seconds({"gemm": 2.0}) == Part((loose, tight)).seconds() == 2.0
