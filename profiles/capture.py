@@ -2,7 +2,7 @@
 
 A line names what was measured (`family`, `key`, `size`, `kernel`, `device`; together its identity), the seconds
 (`latency_s` is the median; `p10_s`, `p90_s`; `halves` says by what share the medians of the two halves of the repeats
-differ), and under which conditions (`run`). Needs nothing beyond the standard library.
+differ), and under which conditions (`run`). Needs NumPy at most.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ if not __package__:  # run as a script: let `profiles` and `moesim` be found bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from moesim.errors import BadInput, CheckFailed, MoesimError
+from profiles.asked import asked
 from profiles.capture import Log, identity, statistics_of
 from profiles.device import Stopwatch, conditions, device_name, free_bytes, load_torch, readings
-from profiles.sweep import CPU, GPU, QUICK, Point, asked, plan, real_loads
+from profiles.sweep import CPU, GPU, QUICK, Point, plan, real_loads
 from profiles.torch_kernels import TOLERANCE, Builder, bytes_of, dtype_of
 
 MOST_MEMORY = 0.6  # of what is free: the rest is for work space and others
@@ -109,6 +110,7 @@ def _one(
 ) -> tuple[str, dict[str, Any] | None]:
     """Check and time one point: why not and None, or "" and its line."""
     cuda = options.device.startswith("cuda")
+    builder.forget_unless(point)
     if bytes_of(point, fused_attention=cuda) > MOST_MEMORY * free_bytes(torch, options.device):
         return "larger than the free memory", None
     if not cuda and _only_on_gpu(point):

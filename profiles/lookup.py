@@ -24,10 +24,10 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
+from profiles.asked import unmeasurable
 from profiles.experts import ExpertCurve
 from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, surface
 from profiles.record import COLLECTIVES, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
-from profiles.sweep import unmeasurable
 
 if TYPE_CHECKING:
     import polars as pl

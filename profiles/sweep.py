@@ -1,10 +1,9 @@
-"""Which points `moesim profile kernels` measures: the sweep of a GPU, a smaller one of a CPU, and asked points."""
+"""Which points `moesim profile kernels` measures: the sweep of a GPU, and a smaller one of a CPU."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
-from profiles.record import COUNT, FAMILIES
 
 Ints = NDArray[np.int64]
 
@@ -90,9 +88,9 @@ def powers(low: int, high: int, step: int = 1) -> tuple[int, ...]:
 
 
 GPU = Reach(
-    shapes=SHAPES, dtype="bf16", local_experts=(1, 2, 4, 8, 16, 32, 64), routed=powers(1, 16384),
-    skewed_routed=powers(4, 16384, 2), histograms=("zipf_0.6", "zipf_1.2", "one_hot"), rows=powers(1, 16384),
-    widths=(512, 1024, 2048, 4096, 8192), batches=powers(1, 256), lengths=powers(16, 32768), most_pairs=2**21,
+    shapes=SHAPES, dtype="bf16", local_experts=(1, 4, 8, 32, 64), routed=powers(1, 16384),
+    skewed_routed=powers(1, 16384, 2), histograms=("zipf_0.6", "zipf_1.2", "one_hot"), rows=powers(1, 16384),
+    widths=(512, 1024, 2048, 4096, 8192), batches=powers(1, 256, 2), lengths=powers(16, 32768), most_pairs=2**21,
 )  # fmt: skip
 NARROW = tuple(
     Shape(
@@ -102,7 +100,7 @@ NARROW = tuple(
     for one in SHAPES
 )  # fmt: skip
 CPU = Reach(
-    shapes=NARROW, dtype="bf16", local_experts=(1, 4, 16), routed=powers(1, 1024), skewed_routed=powers(4, 1024, 2),
+    shapes=NARROW, dtype="bf16", local_experts=(1, 4, 16), routed=powers(1, 1024), skewed_routed=powers(1, 1024, 2),
     histograms=GPU.histograms, rows=powers(1, 1024, 2), widths=(256, 512, 1024), batches=powers(1, 16),
     lengths=powers(16, 1024), most_pairs=2**12, copy_bytes=2**26, cube=1024,
 )  # fmt: skip
@@ -156,7 +154,10 @@ def gemm(m: int, n: int, k: int, dtype: str) -> Point:
 
 def _experts(shape: Shape, local: int, reach: Reach) -> Iterator[Point]:
     for routed in reach.routed:
-        yield from expert_points(shape, histogram(UNIFORM, routed, local), UNIFORM, reach.dtype)
+        whole, *products = expert_points(shape, histogram(UNIFORM, routed, local), UNIFORM, reach.dtype)
+        yield whole
+        if routed in reach.skewed_routed:
+            yield from products
     if local > 1:
         for name in reach.histograms:
             for routed in reach.skewed_routed:
@@ -247,131 +248,6 @@ def absorb(side: str, heads: int, tokens: int, dtype: str) -> Point:
         "side": side, "dtype": dtype, "heads": heads, "kv_lora_rank": MLA["kv_lora_rank"], "head_dim": width,
     }  # fmt: skip
     return Point("mla_absorb", key, {"tokens": float(tokens)}, "torch.bmm")
-
-
-# Points that the command line asks for.
-
-DTYPES = ("fp32", "bf16", "fp16", "fp8")
-KERNEL_OF = {
-    "gemm": PRODUCT, "experts": GROUPED, "mla_absorb": "torch.bmm",
-    **dict.fromkeys(("attention_prefill", "attention_decode", "mla_prefill", "mla_decode"), ATTENTION),
-}  # fmt: skip
-DEFAULTS: dict[str, dict[str, str | int]] = {
-    "experts": {"grouping": "fused", "distribution": UNIFORM},
-    "attention_prefill": {"window": 0},
-    "attention_decode": {"window": 0},
-    "mla_prefill": {"form": "expanded"},
-    "mla_decode": {"form": "absorbed"},
-}
-ASKED = "--point"
-
-
-def unmeasurable(family: str, key: dict[str, Any]) -> str:
-    """Why torch's kernels here cannot measure this key; empty where they can."""
-    if family not in KERNEL_OF:
-        return f"{family} is not measured by kernels"
-    if key["dtype"] not in (DTYPES if family == "gemm" else DTYPES[:3]):
-        return f"{key['dtype']} {family} is not in torch"
-    if key.get("grouping", "fused") != "fused":
-        return f"{key['grouping']} experts need DeepEP's layouts"
-    if key.get("kv_dtype", key["dtype"]) != key["dtype"]:
-        return f"a cache of {key['kv_dtype']} is not in torch's attention"
-    return "attention in a window is not measured here" if key.get("window", 0) else ""
-
-
-def asked(text: str) -> list[Point]:
-    """The points of `FAMILY name=value …`; a size is N, LOW:HIGH (powers of two and HIGH), or left out (1 to 4096).
-
-    Raises BadInput that says which name is missing, unknown or wrong.
-    """
-    family, *words = text.split()
-    if family not in KERNEL_OF:
-        raise BadInput(f"unknown family {family!r}", where=ASKED, mend=f"use one of: {', '.join(KERNEL_OF)}")
-    given = dict(_pair(word) for word in words)
-    columns, sizes = FAMILIES[family].key, FAMILIES[family].point
-    key = _asked_key(family, columns, given)
-    unknown = sorted(set(given) - set(columns) - set(sizes))
-    if unknown:
-        raise BadInput(f"{family} has no {unknown[0]!r}", where=ASKED, mend=f"use {', '.join([*columns, *sizes])}")
-    why = unmeasurable(family, key)
-    if why:
-        raise BadInput(why, where=ASKED, mend="import such points with `moesim profile import aiconfigurator`")
-    if family == "experts" and int(key["local_experts"]) > int(key["experts"]):
-        raise BadInput("more local experts than experts", where=ASKED, mend="lower local_experts")
-    axes = [_asked_sizes(name, given.get(name, "1:4096")) for name in sizes]
-    found: list[Point] = []
-    for values in _product(axes):
-        size = {name: float(value) for name, value in zip(sizes, values, strict=True)}
-        extra: dict[str, Any] = {}
-        if family == "experts":
-            counts = histogram(str(key["distribution"]), values[0], int(key["local_experts"]))
-            extra = {"histogram": [int(count) for count in counts]}
-        found.append(Point(family, key, size, KERNEL_OF[family], extra=extra))
-    return found
-
-
-def _pair(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals or not name or not value:
-        raise BadInput(
-            f"{word!r} is not name=value", where=ASKED, mend="write for instance `gemm n=4096 k=7168 dtype=bf16`"
-        )
-    return name, value
-
-
-def _asked_key(family: str, columns: dict[str, str], given: dict[str, str]) -> dict[str, str | int]:
-    defaults = dict(DEFAULTS.get(family, {}))
-    if "kv_dtype" in columns and "dtype" in given:
-        defaults["kv_dtype"] = given["dtype"]
-    key: dict[str, str | int] = {}
-    for name, kind in columns.items():
-        if name not in given and name not in defaults:
-            raise BadInput(f"{family} lacks {name}", where=ASKED, mend=f"give {', '.join(columns)}")
-        value = given.get(name, defaults.get(name))
-        if kind == COUNT and not isinstance(value, int):
-            value = _whole(name, str(value), least=0 if name == "window" else 1)
-        assert value is not None
-        key[name] = value
-    if family == "experts" and not _known_histogram(str(key["distribution"])):
-        raise BadInput(
-            f"unknown distribution {key['distribution']!r}", where=ASKED, mend="use uniform, zipf_1.2 (say) or one_hot"
-        )
-    return key
-
-
-def _known_histogram(name: str) -> bool:
-    if name in (UNIFORM, "one_hot"):
-        return True
-    try:
-        return name.startswith("zipf_") and math.isfinite(float(name.removeprefix("zipf_")))
-    except ValueError:
-        return False
-
-
-def _asked_sizes(name: str, text: str) -> tuple[int, ...]:
-    low, colon, high = text.partition(":")
-    least = _whole(name, low)
-    if not colon:
-        return (least,)
-    most = _whole(name, high)
-    if most < least:
-        raise BadInput(f"{name}={text} runs backwards", where=ASKED, mend="write LOW:HIGH")
-    return powers(least, most)
-
-
-def _whole(name: str, text: str, least: int = 1) -> int:
-    if not text.isdecimal() or not least <= int(text) <= 2**40:
-        raise BadInput(f"{name}={text} is no whole number from {least}", where=ASKED, mend="write for instance 4096")
-    return int(text)
-
-
-def _product(axes: Sequence[Iterable[int]]) -> Iterator[tuple[int, ...]]:
-    if not axes:
-        yield ()
-        return
-    for value in axes[0]:
-        for rest in _product(axes[1:]):
-            yield (value, *rest)
 
 
 def real_loads(loads: Path, placement: Path | None, *, ranks: int) -> list[tuple[str, int, Ints]]:

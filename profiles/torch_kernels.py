@@ -74,8 +74,13 @@ def _rows_of(point: Point) -> int:
     return max(math.ceil(point.size["routed"] / (int(key["top_k"]) * share)), most)
 
 
+def _weights_of(point: Point) -> tuple[Any, ...]:
+    """What the weights of experts depend on."""
+    return tuple(point.key.get(name) for name in ("dtype", "hidden", "intermediate", "local_experts"))
+
+
 class Builder:
-    """Makes cases on one device, from a seed: the same point has the same inputs in every run."""
+    """Makes cases on one device, from a seed: a run repeats exactly (weights are kept between points)."""
 
     def __init__(self, torch: Any, device: str) -> None:
         self.torch = torch
@@ -83,9 +88,11 @@ class Builder:
         self.types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         if hasattr(torch, "float8_e4m3fn"):
             self.types["fp8"] = torch.float8_e4m3fn
+        self._held: tuple[tuple[Any, ...], Any, Any] | None = None
 
     def case(self, point: Point) -> Case:
         """The work of a point."""
+        self.forget_unless(point)
         self._maker = self.torch.Generator(device=self.device).manual_seed(0)
         self._rng = np.random.default_rng(0)
         make: dict[str, Callable[[Point], Case]] = {
@@ -133,9 +140,16 @@ class Builder:
         hidden, intermediate = int(point.key["hidden"]), int(point.key["intermediate"])
         counts = [int(count) for count in point.extra["histogram"]]
         dtype = dtype_of(point)
-        up = self._random(len(counts), 2 * intermediate, hidden, dtype=dtype, scale=hidden**-0.5)
-        down = self._random(len(counts), hidden, intermediate, dtype=dtype, scale=intermediate**-0.5)
-        return up, down, dtype, counts
+        if self._held is None:
+            up = self._random(len(counts), 2 * intermediate, hidden, dtype=dtype, scale=hidden**-0.5)
+            down = self._random(len(counts), hidden, intermediate, dtype=dtype, scale=intermediate**-0.5)
+            self._held = (_weights_of(point), up, down)
+        return self._held[1], self._held[2], dtype, counts
+
+    def forget_unless(self, point: Point) -> None:
+        """Drop the experts' weights, which are kept from point to point, unless this point has the same."""
+        if self._held is not None and self._held[0] != _weights_of(point):
+            self._held = None
 
     def _swiglu(self, up: Any, down: Any, counts: list[int], kernel: str) -> Callable[[Any], Any]:
         """SwiGLU of rows sorted by expert [pairs, hidden]."""

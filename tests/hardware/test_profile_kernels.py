@@ -141,7 +141,7 @@ def test_every_case_of_the_quick_sweep_is_right(tmp_path: Path) -> None:
     """Every family, each against float32, in bf16 as swept and in float32, where rounding hides less."""
     import torch
 
-    from profiles.sweep import asked
+    from profiles.asked import asked
     from profiles.torch_kernels import TOLERANCE, Builder
 
     builder = Builder(torch, "cpu")

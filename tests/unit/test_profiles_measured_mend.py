@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 from moesim.cost.ops import Attention, Collective, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, MoeExchange, Operation
 from moesim.cost.roofline import Roofline
 from moesim.errors import BadInput, OutsideProfile
+from profiles.asked import asked
 from profiles.cli import app
 from profiles.collectives import KINDS, bytes_from, sizes_between
 from profiles.costs import StoreCosts
 from profiles.shares import destination_shares
 from profiles.store import open_profile
-from profiles.sweep import CPU, GPU, QUICK, asked, histogram, plan, real_loads
+from profiles.sweep import CPU, GPU, QUICK, histogram, plan, real_loads
 from tests.costs_cluster import h200
 
 
