@@ -171,7 +171,7 @@ def time_grid(
     normal: Mapping[str, float] | None,
     load_weights: Floats,
 ) -> StepTable:
-    """Time a priced grid under one draw: see `Part.seconds`, and a weight for each judged load (over all loads, sum 1)."""
+    """Time a priced grid under one draw: normals as in `Part.seconds`, weights over all judged loads (sum 1)."""
     overlapped = pricer.setup.policies.schedule == "two_batch"
     shares = np.asarray(_SHARES_OVERLAPPED if overlapped else _SHARES_SEQUENTIAL)
     attention_s = shares * max(longest_attention_s, 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,15 @@ from moesim.engine.draws import LEVEL, interval
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel
+from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
 
 SCHEMA_VERSION = 1
+# Families whose prices a store takes from its tables alone; experts beyond the balanced rows and prompts after a prefix
+# are formulas on measured prices.
+_MEASURED_WHOLE = ("collective", "dispatch", "gemm")
 STATISTICS = ("mean", "p50", "p90", "p99")
 
 
@@ -192,15 +197,16 @@ def provenance(simulation: Simulation) -> dict[str, float]:
 
 
 def outside_share(simulation: Simulation) -> float:
-    """Share of the step time for which a store was asked beyond what it holds: extrapolated points, and collectives
-    by formula (over nodes, where nothing was measured). Without a store nothing is outside.
+    """Share of the step time for which a store was asked beyond what it holds: extrapolated points, and operations by
+    formula that a store has tables for (no row of them fits the engine or the shape). Without a store nothing is
+    outside.
     """
     if simulation.deployment.scenario.cost.source != "store":
         return 0.0
     outside = [
         share
         for (family, tag), share in cost_shares(simulation).items()
-        if tag == Tag.EXTRAPOLATED.label or (tag == Tag.FORMULA.label and family == "collective")
+        if tag == Tag.EXTRAPOLATED.label or (tag == Tag.FORMULA.label and family in _MEASURED_WHOLE)
     ]
     return float(sum(outside))
 
@@ -220,12 +226,24 @@ def cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
         mean = max(weighted_mean(tokens, served.step_s[chosen]) / ranks, 1.0)
         longest = min(float(simulation.load.isl.mean()), simulation.model.limits.max_tokens)
         near = grid.steps_near(mean, longest / mean if kind == "prefill" else 1.0)
-        seconds = step_seconds(setup, grid.priced, near)
+        kernels = _attention(simulation, kind, mean, longest)
+        seconds = step_seconds(setup, replace(grid.priced, attention=kernels), near)
         whole = sum(seconds.values())
         for key, value in seconds.items():
             total[key] = total.get(key, 0.0) + value / whole * weight
     everything = sum(total.values())
     return {key: value / everything for key, value in total.items()}
+
+
+def _attention(simulation: Simulation, kind: str, mean_tokens: float, prompt: float) -> Part:
+    """The attention kernels of a mean step, which the grid leaves out: of a prompt, or of half-grown contexts."""
+    if kind == "prefill":
+        return simulation.model.prefill_attention(1, prompt, 0.0)
+    load = simulation.load
+    context = float(load.isl.mean() + load.osl.mean() / 2)
+    batch = step_batch(ranks=1, decode_seqs=mean_tokens, decode_kv=context)
+    two_batch = simulation.deployment.setup.policies.schedule == "two_batch"
+    return simulation.model.pricer.attention(batch.half() if two_batch else batch)
 
 
 def slo_report(metrics: dict[str, Any], limits: dict[tuple[str, str], float]) -> dict[str, Any]:
