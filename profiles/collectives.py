@@ -113,12 +113,18 @@ def _joined(torch: Any, job: Job, rank: int, ranks: int, local: int, store: str 
 
     if job.backend == "nccl":
         torch.cuda.set_device(local)
+    device = torch.device("cuda", local) if job.backend == "nccl" else torch.device("cpu")
     found = None if store is None else distributed.FileStore(store, ranks)
     distributed.init_process_group(
-        job.backend, store=found, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=job.stall_s)
+        job.backend,
+        store=found,
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=job.stall_s),
+        device_id=device if job.backend == "nccl" else None,
     )
     try:
-        yield torch.device("cuda", local) if job.backend == "nccl" else torch.device("cpu")
+        yield device
     finally:
         distributed.destroy_process_group()
 

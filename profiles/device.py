@@ -155,6 +155,7 @@ class Stopwatch:
     def _captured(self, run: Callable[[], object]) -> Callable[[], object] | None:
         """The work as a CUDA graph, as engines replay it in decode; None where it cannot be captured."""
         torch = self.torch
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -162,6 +163,7 @@ class Stopwatch:
             graph.replay()
             torch.cuda.synchronize()
         except RuntimeError:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
             torch.cuda.synchronize()
             return None
         replay: Callable[[], object] = graph.replay

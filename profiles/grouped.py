@@ -212,8 +212,8 @@ class _Stacked:
         return mean
 
 
-# Bounds of the fit: what a GPU of today can do, with room to spare (bytes/s, FLOP/s, bytes/s).
-SLOWEST = (2e11, 1e13, 1e11)
+# Bounds of the fit: from less than one CPU core can do to more than a GPU of today (bytes/s, FLOP/s, bytes/s).
+SLOWEST = (1e9, 1e10, 1e9)
 FASTEST = (1e13, 6e15, 1e13)
 
 

@@ -18,7 +18,7 @@ import pytest
 from profiles.capture import read_lines
 from profiles.sweep import QUICK, Reach, plan
 
-pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
 pytestmark = pytest.mark.hardware
 
 ONLY = ("gemm", "experts", "norm", "attention_decode", "kv_write")
@@ -99,6 +99,12 @@ def told(arguments: list[str], folder: Path) -> tuple[int, str]:
         (["--quick", "--device", "abacus"], 2, "unknown device"),
         (["--quick", "--only", "nothing"], 2, "unknown family"),
         (["--point", "gemm n=1"], 2, "lacks"),
+        pytest.param(
+            ["--quick", "--device", "cuda"],
+            3,
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
@@ -139,8 +145,6 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_case_of_the_quick_sweep_is_right(tmp_path: Path) -> None:
     """Every family, each against float32, in bf16 as swept and in float32, where rounding hides less."""
-    import torch
-
     from profiles.asked import asked
     from profiles.torch_kernels import TOLERANCE, Builder
 

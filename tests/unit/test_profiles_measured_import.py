@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_beyond_a_measured_profile_is_refused(tmp_path: Path) -> None:
     costs = model(str(imported(tmp_path, write(tmp_path / "a.jsonl", sample()))))
     with pytest.raises(OutsideProfile, match=r"gemm dtype=bf16 n=256 k=7168 m=1:1000' --out"):
         costs.estimate(Gemm(np.array([1000.0]), 256, 7168, "bf16"))
+
+
+def test_the_physics_of_a_processor_is_found_as_well_as_that_of_a_gpu() -> None:
+    from profiles.grouped import Physics, Shape, balanced_run, fit_physics, predicted
+
+    shape = Shape(512, 256, "bf16", 64, 8, "fused")
+    true = Physics(20e-6, 10e-6, 1.5e10, 5e11, 1e10, 1.5)
+    blank = [balanced_run(shape, slots, pairs, 1.0) for slots in (4, 16) for pairs in (1.0, 4.0, 16.0, 64.0, 256.0)]
+    seconds = predicted(true, shape, blank)
+    runs = [dataclasses.replace(run, seconds=float(one)) for run, one in zip(blank, seconds, strict=True)]
+    np.testing.assert_allclose(predicted(fit_physics(shape, runs), shape, runs), seconds, rtol=0.02)
 
 
 def test_a_profile_tells_where_it_comes_from(tmp_path: Path) -> None:
