@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from moesim.engine.rules import EngineRules
@@ -17,7 +18,8 @@ class CapturedGraphs:
 
     def padded(self, tokens: int) -> int:
         """The captured size that a decode batch of `tokens` runs at; the batch itself beyond the largest."""
-        return next((size for size in self.sizes if size >= tokens), tokens)
+        place = bisect_left(self.sizes, tokens)
+        return self.sizes[place] if place < len(self.sizes) else tokens
 
     def holds(self, tokens: int) -> bool:
         """Whether a decode batch of `tokens` runs in a graph."""

@@ -125,10 +125,8 @@ class TimedModel:
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, by table. Raises OutsideProfile."""
-        reading = bool(plan.prefill_tokens.any())
-        tokens = plan.decode_seqs + plan.prefill_tokens
-        largest = float(tokens.max())
-        mean = float(tokens.mean())
+        total, most, prompts = _sizes(plan.decode_seqs, plan.prefill_tokens)
+        reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
         table = self.table("prefill" if reading else "decode")
         attention_s = _decode_attention(
             plan.decode_seqs,
@@ -298,6 +296,18 @@ def _axis(most: float, *, midpoints: bool) -> Floats:
 def outside_message(error: OutsideProfile, plan: str) -> OutsideProfile:
     """The same refusal, with the plan that met it."""
     return OutsideProfile(error.what, where=f"{error.where} ({plan})" if error.where else plan, mend=error.mend)
+
+
+@njit(cache=True)
+def _sizes(decode_seqs: NDArray[np.int64], prefill_tokens: NDArray[np.int64]) -> tuple[int, int, int]:
+    """Tokens of all ranks, of the fullest rank, and of prompts."""
+    total = most = prompts = 0
+    for rank in range(len(decode_seqs)):
+        tokens = decode_seqs[rank] + prefill_tokens[rank]
+        total += tokens
+        most = max(most, tokens)
+        prompts += prefill_tokens[rank]
+    return total, most, prompts
 
 
 @njit(cache=True)
