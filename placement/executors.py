@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.deployment import groundwork
-from moesim.errors import Infeasible, MoesimError, OutsideProfile
+from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
 from placement.objective import Evaluator, Outcome, drawn_metrics
 from placement.space import Plan
@@ -36,7 +36,10 @@ class Workers(Protocol):
         ...
 
     def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
-        """Metrics of each plan as best known (entry 0) and under the same joint draws."""
+        """Metrics of each plan as best known (entry 0) and under the same joint draws.
+
+        Where a draw leaves the profile there is entry 0 alone.
+        """
         ...
 
 
@@ -108,8 +111,5 @@ def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, ND
 
 
 def _draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    try:
-        rows = drawn_metrics(evaluator.run(plan, draws=draws))
-    except (OutsideProfile, Infeasible):
-        rows = drawn_metrics(evaluator.run(plan))  # as best known only: a draw left the profile
+    rows = drawn_metrics(evaluator.run(plan, draws=draws))
     return {metric: np.asarray([row[metric] for row in rows]) for metric in metrics}

@@ -122,6 +122,12 @@ def paired_gain(best: Finalist, base: Finalist, metric: str) -> dict[str, float]
     return {"value": float(gains[0]), "low": low, "high": high}
 
 
+def gain_json(best: Finalist, base: Finalist, metric: str) -> dict[str, float | None]:
+    """A paired gain ready for JSON: without draws on both sides it has no interval."""
+    gain = paired_gain(best, base, metric)
+    return {**gain} if has_draws(best, base) else {"value": gain["value"], "low": None, "high": None}
+
+
 def has_draws(*finalists: Finalist) -> bool:
     """Whether all were simulated under the joint draws, so that their gains have intervals."""
     return all(len(values) > 1 for one in finalists for values in one.drawn.values())

@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
@@ -31,7 +29,7 @@ from placement.ranking import (
     SHOWN,
     Finalist,
     finalists_of,
-    paired_gain,
+    gain_json,
     pareto,
     plan_json,
     ranked,
@@ -101,14 +99,16 @@ def tune(
     simulation = evaluator.run(plans[0])
     base_simulation = evaluator.run(base) if base_final is not None else None
     result = _result(ground, spec, space, found, finalists, base_trial, base_final)
-    result["placement_gain"] = _placement_gain(finalists[0], drawn[plain_placement(ground, plans[0])])
-    result["verdict"]["text"] += _placement_sentence(finalists[0].trial.plan, result["placement_gain"])
+    plain_final = Finalist(chosen[0], drawn[plain_placement(ground, plans[0])])
+    result["placement_gain"] = {metric: gain_json(finalists[0], plain_final, metric) for metric in (LATENCY, SHOWN[0])}
+    result["verdict"]["text"] += _placement_sentence(plans[0], result["placement_gain"][LATENCY])
     for name, run in (("best plan", simulation), ("baseline", base_simulation)):
         grown = None if run is None else growing(Series.model_validate(simulation_series(run)))
         if grown is not None:
+            result["verdict"]["text"] += f" The {name}'s run has no steady state: its latencies depend on its length."
             result["notes"].append(
                 f"the {name}'s batch still grows when the arrivals end ({grown[0]:.0f} to {grown[1]:.0f} sequences "
-                "in a step): its latencies depend on the length of the run"
+                "in a step)"
             )
     short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
     if short:
@@ -146,20 +146,15 @@ def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) ->
     return [plan for plan in wanted if plan in legal]
 
 
-def _placement_gain(best: Finalist, plain: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
-    """What the placement alone brings: the best plan against contiguous experts in the same layout."""
-    other = Finalist(best.trial, plain)
-    return {LATENCY: paired_gain(best, other, LATENCY), SHOWN[0]: paired_gain(best, other, SHOWN[0])}
-
-
 def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
     if plan.parallel.ep == 1:
         return " Experts are not spread over ranks in this layout, so there is nothing to place."
-    found = gain[LATENCY]
-    brings = "saves" if found["low"] > 0 else "loses" if found["high"] < 0 else "saves nothing sure:"
+    if gain["low"] is None:
+        return ""
+    saves = "saves" if gain["low"] > 0 else "loses" if gain["high"] < 0 else "saves nothing sure:"
     return (
         f" In this layout, placing the experts ({plan.solver}, {plan.redundant_experts} redundant) instead of leaving "
-        f"them in order {brings} {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of median TPOT."
+        f"them in order {saves} {gain['value']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}] of median TPOT."
     )
 
 
@@ -175,8 +170,9 @@ def _result(
     best = finalists[0]
     metric = scenario.objective.maximize if scenario.objective.maximize in best.drawn else SHOWN[0]
     base_reason = ""
+    base_plan = baseline_plan(ground, scenario)
     if base_trial is None:
-        base_reason = "it is not a legal plan here"
+        base_reason = "it is not a legal plan here" if base_plan not in space.plans else "it was not tried"
     elif base_trial.outcome.status != "ok":
         base_reason = base_trial.outcome.status
     elif base_trial.outcome.violation > 0:
@@ -185,11 +181,9 @@ def _result(
     for reason, count in found.infeasible().items():
         counted[reason] = counted.get(reason, 0) + count
     missed = sum(1 for trial in found.trials if trial.outcome.status == "ok" and trial.outcome.violation > 0)
-    gain = {"metric": metric, "level": LEVEL, "value": None, "low": None, "high": None}
-    saving = {"metric": "tpot_s.p50", "level": LEVEL, "value": None, "low": None, "high": None}
-    if base is not None:
-        gain.update(paired_gain(best, base, metric))
-        saving.update(paired_gain(best, base, "tpot_s.p50"))
+    nothing = {"value": None, "low": None, "high": None}
+    gain = {"metric": metric, "level": LEVEL} | (nothing if base is None else gain_json(best, base, metric))
+    saving = {"metric": LATENCY, "level": LEVEL} | (nothing if base is None else gain_json(best, base, LATENCY))
     baseline: dict[str, Any] | None = None
     if base_trial is not None:
         baseline = plan_json(base_trial, base)
@@ -212,7 +206,7 @@ def _result(
         ),
         "alternatives": [
             plan_json(one.trial, one)
-            | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": paired_gain(best, one, "tpot_s.p50")}
+            | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": gain_json(best, one, LATENCY)}
             for one in finalists[1:]
         ],
         "pareto": [plan_json(trial) for trial in pareto(found, scenario)],

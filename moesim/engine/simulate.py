@@ -14,6 +14,7 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.serving import Load, Served, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
 
 DEFAULT_DRAWS = 20
@@ -21,13 +22,18 @@ DEFAULT_DRAWS = 20
 
 @dataclass(frozen=True)
 class Simulation:
-    """A run as best known, the same run under each joint draw, and what they were made with."""
+    """A run as best known, the same run under each joint draw, and what they were made with.
+
+    draws_outside: draws under which the run leaves the profile. Where there are any, `drawn` is empty: the rest would
+    be the cheaper part of what may be true, and no interval.
+    """
 
     deployment: Deployment
     model: StepModel
     load: Load
     served: Served
     drawn: tuple[Served, ...]
+    draws_outside: int
     fidelity: Fidelity
     seed: int
     wall_s: float
@@ -67,17 +73,21 @@ def simulate(
         return serve(load, model.limits, ranks=ranks, instances=deployment.instances, step_time=timed)
 
     served = run(None)
-    drawn = []
+    drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
             progress((index + 1) / (draws + 1))
-        drawn.append(run(draw))
+        try:
+            drawn.append(run(draw))
+        except OutsideProfile:
+            outside += 1
     return Simulation(
         deployment=deployment,
         model=model,
         load=load,
         served=served,
-        drawn=tuple(drawn),
+        drawn=() if outside else tuple(drawn),
+        draws_outside=outside,
         fidelity=fidelity,
         seed=seed,
         wall_s=time.perf_counter() - wall_s,

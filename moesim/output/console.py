@@ -74,6 +74,9 @@ def print_simulation(result: dict[str, Any]) -> None:
             value = with_interval(metrics[key][statistic], found.get(f"{key}.{statistic}"), 1e3)
             rates.add_row(f"{label} {statistic} (ms)", value)
     out.print(rates)
+    outside = result["run"]["draws_outside_profile"]
+    if outside:
+        out.print(f"No intervals: the run leaves the profile under {outside} of the joint draws.")
     parts = Table(title=f"A typical decode step: {human_seconds(step['step_s'])}", title_justify="left")
     parts.add_column("operation")
     parts.add_column("time", justify="right")

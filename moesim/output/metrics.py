@@ -171,6 +171,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "steps": served.steps,
             "events": served.events,
             "draws": len(simulation.drawn),
+            "draws_outside_profile": simulation.draws_outside,
             "fidelity": simulation.fidelity,
         },
     }

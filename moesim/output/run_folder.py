@@ -57,11 +57,11 @@ class Gain(Stored):
 
 
 class PairedGain(Stored):
-    """A paired difference that was drawn."""
+    """A paired difference; without draws on both sides it has no interval."""
 
     value: Number
-    low: Number
-    high: Number
+    low: Number | None
+    high: Number | None
 
 
 class Verdict(Stored):

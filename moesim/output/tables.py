@@ -52,7 +52,7 @@ def tiles(run: RunFolder) -> str:
             span = f"{signed(gain.low)} to {signed(gain.high)}, against the baseline"
             shown.append(_tile(name, exact(gain.value, signed(gain.value)), span))
     placed = (result.placement_gain or {}).get(result.latency_gain.metric)
-    if placed is not None and best.parallel.ep > 1:
+    if placed is not None and placed.low is not None and placed.high is not None and best.parallel.ep > 1:
         span = f"{signed(placed.low)} to {signed(placed.high)}, against contiguous experts in the same layout"
         shown.append(_tile("TPOT saved by placing experts", exact(placed.value, signed(placed.value)), span))
     for metric, name, scale, digits in (

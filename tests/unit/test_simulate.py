@@ -12,7 +12,10 @@ import pytest
 
 from moesim.cli import run
 from moesim.engine.deployment import groundwork, resolve
+from moesim.engine.draws import Draw
 from moesim.engine.simulate import simulate
+from moesim.engine.stepmodel import StepModel
+from moesim.errors import OutsideProfile
 from moesim.spec.scenario import load_scenario
 from tests.scenarios import small, write
 
@@ -192,3 +195,21 @@ def test_balance_is_of_the_load_that_the_dispatch_policy_makes(
         found[replica] = simulated(write(tmp_path, data), capsys, "--draws", "0")["routing"]
     assert found["local_first"]["max_over_mean"] > found["equal"]["max_over_mean"]
     assert found["local_first"]["per_step_max_over_mean"] > found["equal"]["per_step_max_over_mean"]
+
+
+def test_a_draw_outside_the_profile_takes_the_interval_not_the_run(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = StepModel.under
+
+    def under(self: StepModel, draw: Draw | None) -> Any:
+        if draw is not None and draw.normal["gemm"] > 0:
+            raise OutsideProfile("too dear", where="test", mend="measure it")
+        return timed(self, draw)
+
+    monkeypatch.setattr(StepModel, "under", under)
+    result = simulated(path, capsys, "--draws", "8")
+    assert result["intervals"] == {}
+    assert 0 < result["run"]["draws_outside_profile"] < 8
+    assert run(["simulate", str(path), "--draws", "8"]) == 0
+    assert "leaves the profile" in capsys.readouterr().out
