@@ -148,17 +148,32 @@ def check(
     stored: Annotated[
         bool, Option("--stored", help="Show the errors kept in the profile instead of new ones.")
     ] = False,
+    leave_out: Annotated[
+        str | None, Option("--leave-out", help="every-second: the protocol over whole tables, against plain log-log.")
+    ] = None,
+    tables: Annotated[
+        Path | None, Option("--tables", help="For --leave-out: folder of an unpacked aiconfigurator-core.")
+    ] = None,
+    systems: Annotated[
+        str, Option("--systems", help="For --leave-out: comma-separated.")
+    ] = "h100_sxm,h200_sxm,b200_sxm",
     as_json: JSON = False,
 ) -> None:
-    """Leave measured points out, predict them from the others, and print the error by family."""
+    """Leave measured points out, predict them from the others, and print the error by family.
+
+    With --leave-out every-second, over every table of several systems; exits 1 where a family misses its threshold.
+    """
+    if leave_out is not None:
+        _check_tables(leave_out, tables, systems, as_json)
+        return
     from profiles.leave_out import errors_of, fit_experts
     from profiles.record import FAMILIES
     from profiles.store import open_profile
 
     opened = open_profile(profile, system)
-    tables = {name: opened.table(name) for name in FAMILIES}
+    rows = {name: opened.table(name) for name in FAMILIES}
     errors: dict[str, dict[str, float]] = (
-        opened.description.get("errors", {}) if stored else errors_of(tables, fit_experts(tables["experts"]))
+        opened.description.get("errors", {}) if stored else errors_of(rows, fit_experts(rows["experts"]))
     )
     if as_json:
         echo(json.dumps({"profile": str(opened.folder), "errors": errors}))
@@ -168,6 +183,25 @@ def check(
         cells = "".join(f"{error[column]:>9.1%}" for column in ("median", "p68", "p90"))
         echo(f"{name:<28}{cells}{error['points']:>9.0f}")
     if not errors:
+        raise Exit(1)
+
+
+def _check_tables(protocol: str, tables: Path | None, systems: str, as_json: bool) -> None:
+    from moesim.errors import BadInput
+    from profiles.every_second import leave_out, report, summary
+    from profiles.importers.aiconfigurator import find_package
+    from profiles.raw_tables import read_points
+
+    if protocol != "every-second":
+        raise BadInput(f"unknown protocol {protocol!r}", where="--leave-out", mend="use every-second")
+    data, version = find_package(tables)
+    names = [name.strip() for name in systems.split(",") if name.strip()]
+    lines = summary(leave_out(points) for points in read_points(data, names))
+    if as_json:
+        echo(json.dumps({"package_version": version, "systems": names, "families": lines}))
+    else:
+        echo("\n".join(report(lines)))
+    if not all(line.get("holds", True) for line in lines):
         raise Exit(1)
 
 

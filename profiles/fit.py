@@ -1,8 +1,9 @@
-"""Curves and surfaces through measured points: log-log interpolation, monotone, never beyond the measured hull.
+"""Curves and surfaces through measured points: monotone, by the rule of the kernel, never beyond the measured hull.
 
 Kernel times are noisy, and on a dense grid a larger size often took less time. Prices must not, so the points are first
 moved to the nearest monotone ones in the logarithm (isotonic regression: Barlow et al., 1972; pool adjacent violators).
-A running maximum would do that, too, but it lifts: by 12 % on average over the shipped products of matrices.
+A running maximum would do that, too, but it lifts: by 12 % on average over the shipped products of matrices. Between
+the points `refine` says how a kernel's seconds run; a curve is straight between its nodes, a surface log-log.
 
 Every lookup returns seconds and a tag; the tag OUTSIDE marks points that the measurements do not enclose, and the
 caller decides whether that is an error. Compiled: one pass over the points.
@@ -17,6 +18,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
+from profiles.diagonal import equal_work
+from profiles.refine import NODES_PER_DOUBLING, Rule, between, tile_nodes
 
 Floats = NDArray[np.float64]
 Tags = NDArray[np.int8]
@@ -59,8 +62,7 @@ def isotonic(values: Floats) -> Floats:
 
 @njit(cache=True)
 def _curve(
-    x: Floats, xs: Floats, log_xs: Floats, ys: Floats, log_ys: Floats, exact: NDArray[np.bool_], below: int,
-    out: Floats, tags: Tags,
+    x: Floats, xs: Floats, ys: Floats, exact: NDArray[np.bool_], below: int, out: Floats, tags: Tags,
 ) -> None:  # fmt: skip
     last = len(xs) - 1
     for i in range(len(x)):
@@ -90,16 +92,16 @@ def _curve(
             out[i] = ys[near]
             tags[i] = _MEASURED if exact[near] else _INTERPOLATED
             continue
-        share = (np.log(value) - log_xs[low]) / (log_xs[high] - log_xs[low])
-        out[i] = np.exp(log_ys[low] + share * (log_ys[high] - log_ys[low]))
+        share = (value - xs[low]) / (xs[high] - xs[low])
+        out[i] = ys[low] + share * (ys[high] - ys[low])
         tags[i] = _INTERPOLATED
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds as a monotone function of one size.
+    """Seconds as a monotone function of one size, straight between its nodes.
 
-    xs, ys: float64 [points], sizes rising, monotone seconds. exact: bool [points], false where a point was moved by
+    xs, ys: float64 [nodes], sizes rising, monotone seconds. exact: bool [nodes], false where a point was moved by
     more than NOISE or is itself interpolated. below: the tag of sizes under the smallest point, which are held at that
     point's price, an upper bound by monotonicity.
     """
@@ -109,18 +111,12 @@ class Curve:
     exact: NDArray[np.bool_]
     below: int = _INTERPOLATED
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_log_xs", np.log(self.xs))
-        object.__setattr__(self, "_log_ys", np.log(self.ys))
-
     def price(self, size: Floats) -> tuple[Floats, Tags]:
         """Seconds and tags in the shape of `size`; a size of 0 costs 0, one beyond the largest has the tag OUTSIDE."""
         flat = np.ascontiguousarray(size, dtype=np.float64).reshape(-1)
         out = np.empty(flat.shape)
         tags = np.empty(flat.shape, dtype=np.int8)
-        _curve(
-            flat, self.xs, self._log_xs, self.ys, self._log_ys, self.exact, self.below, out, tags,  # type: ignore[attr-defined]
-        )  # fmt: skip
+        _curve(flat, self.xs, self.ys, self.exact, self.below, out, tags)
         return out.reshape(np.shape(size)), tags.reshape(np.shape(size))
 
     @property
@@ -129,12 +125,21 @@ class Curve:
         return float(self.xs[-1])
 
 
-def curve(xs: Floats, ys: Floats, *, below: int = _INTERPOLATED, exact: bool = True) -> Curve:
-    """A curve through points in any order; repeated sizes are averaged by their median."""
+def curve(xs: Floats, ys: Floats, *, rule: Rule = "chord", below: int = _INTERPOLATED, exact: bool = True) -> Curve:
+    """A curve through points in any order; repeated sizes are averaged by their median.
+
+    rule: how seconds run between them, "chord" (straight) or "tiles" (a product of matrices over its rows).
+    """
     xs, ys = medians(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
     logs = np.log(ys)
     moved = isotonic(logs)
-    return Curve(xs, np.exp(moved), (np.abs(moved - logs) < NOISE) & exact, below)
+    measured = (np.abs(moved - logs) < NOISE) & exact
+    if rule == "chord":
+        return Curve(xs, np.exp(moved), measured, below)
+    nodes, values = tile_nodes(xs, moved)
+    on_node = np.zeros(len(nodes), dtype=bool)
+    on_node[np.searchsorted(nodes, xs)] = measured
+    return Curve(nodes, np.exp(values), on_node, below)
 
 
 def medians(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
@@ -246,7 +251,10 @@ class Surface:
 
 
 def surface(a: Floats, b: Floats, seconds: Floats) -> Surface:
-    """A surface through points; repeated points take their median, then the nearest monotone grid in the logarithm."""
+    """A surface through points; repeated points take their median, then the nearest monotone grid in the logarithm.
+
+    What lies between the points is log-log until `refined` says more.
+    """
     axis_a, row = np.unique(np.asarray(a, dtype=np.float64), return_inverse=True)
     axis_b, column = np.unique(np.asarray(b, dtype=np.float64), return_inverse=True)
     cell = row * len(axis_b) + column
@@ -292,6 +300,47 @@ def _project(grid: Floats, known: NDArray[np.bool_]) -> Floats:
     for row in range(len(grid)):
         out[row, known[row]] = isotonic(np.ascontiguousarray(grid[row, known[row]]))
     return out
+
+
+def refined(part: Surface, rule: Rule) -> Surface:
+    """The surface with columns between its own along `b`: by the rule, and by what rows of equal work were measured at.
+
+    Filled cells lie between the two around them; they carry INTERPOLATED, or EXTRAPOLATED where one of those does.
+    """
+    log_b = np.log(part.axis_b)
+    if len(log_b) < 2:
+        return part
+    columns, grid = equal_work(np.log(part.axis_a), log_b, np.log(part.seconds), rule)
+    wide = np.unique(np.concatenate([columns, *_nodes_between(columns)]))
+    values = np.full((len(grid), len(wide)), np.nan)
+    known = np.full(values.shape, OUTSIDE, dtype=np.int8)
+    measured = np.searchsorted(wide, columns[np.searchsorted(columns, log_b - SAME)])
+    for i, row in enumerate(grid):
+        have = ~np.isnan(row)
+        if not have.any():
+            continue
+        x, y = columns[have], row[have]
+        inside = (wide >= x[0]) & (wide <= x[-1])
+        values[i, inside] = between(rule, x, y, wide[inside]) if len(x) > 1 else y
+        known[i, inside] = _INTERPOLATED
+        carried = np.flatnonzero(part.known[i] == _EXTRAPOLATED)
+        if len(carried):
+            known[i, inside & (wide > wide[measured[max(carried[0] - 1, 0)]])] = _EXTRAPOLATED
+        own = part.known[i] != OUTSIDE
+        values[i, measured[own]] = np.log(part.seconds[i, own])
+        known[i, measured[own]] = part.known[i, own]
+    lifted = np.fmax.accumulate(np.fmax.accumulate(values, axis=0), axis=1)
+    lifted[np.isnan(values)] = np.nan
+    axis_b = np.exp(wide)
+    axis_b[measured] = part.axis_b
+    return Surface(part.axis_a, axis_b, np.exp(lifted), known)
+
+
+def _nodes_between(columns: Floats) -> list[Floats]:
+    """Nodes inside every gap of the columns (ln sizes), evenly in the logarithm."""
+    counts = np.ceil(NODES_PER_DOUBLING * np.diff(columns) / np.log(2.0)).astype(np.int64)
+    gaps = zip(columns[:-1], columns[1:], counts, strict=True)
+    return [np.linspace(low, high, count + 1)[1:-1] for low, high, count in gaps]
 
 
 def completed(part: Surface, formula: Floats) -> Surface:
@@ -341,18 +390,18 @@ def summarise(residuals: Floats) -> Errors | None:
     return Errors(float(median), float(p68), float(p90), len(sizes))
 
 
-def curve_residuals(xs: Floats, ys: Floats) -> Floats:
+def curve_residuals(xs: Floats, ys: Floats, rule: Rule = "chord") -> Floats:
     """ln(predicted / measured) of every second inner point, predicted from the others."""
     xs, ys = medians(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
     out = np.zeros(len(xs), dtype=bool)
     out[1:-1:2] = True
     if not out.any():
         return np.empty(0)
-    predicted, _ = curve(xs[~out], ys[~out]).price(xs[out])
+    predicted, _ = curve(xs[~out], ys[~out], rule=rule).price(xs[out])
     return np.log(predicted / ys[out])
 
 
-def surface_residuals(a: Floats, b: Floats, seconds: Floats) -> Floats:
+def surface_residuals(a: Floats, b: Floats, seconds: Floats, rule: Rule = "chord") -> Floats:
     """ln(predicted / measured) of the points on every second inner line of either axis, predicted from the others."""
     found = []
     for axis in (a, b):
@@ -360,7 +409,7 @@ def surface_residuals(a: Floats, b: Floats, seconds: Floats) -> Floats:
         out = np.isin(axis, lines[1:-1:2])
         if not out.any():
             continue
-        predicted, tags = surface(a[~out], b[~out], seconds[~out]).price(a[out], b[out])
+        predicted, tags = refined(surface(a[~out], b[~out], seconds[~out]), rule).price(a[out], b[out])
         inside = tags != OUTSIDE
         found.append(np.log(predicted[inside] / seconds[out][inside]))
     return np.concatenate(found) if found else np.empty(0)

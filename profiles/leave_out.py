@@ -27,7 +27,7 @@ from profiles.experts import (
 )
 from profiles.fit import Errors, curve_residuals, medians, summarise, surface_residuals
 from profiles.grouped import Shape, fit_physics
-from profiles.lookup import between_shapes
+from profiles.lookup import between_shapes, rule_of
 from profiles.record import FAMILIES, LATENCY
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ def _by_group(rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.D
 
 
 def _curve(rows: pl.DataFrame, family: str) -> Floats:
-    return curve_residuals(rows[FAMILIES[family].point[0]].to_numpy(), rows[LATENCY].to_numpy())
+    size = FAMILIES[family].point[0]
+    return curve_residuals(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule_of(size))
 
 
 def _grid(rows: pl.DataFrame, family: str) -> Floats:
     a, b = FAMILIES[family].point
-    return surface_residuals(rows[a].to_numpy(), rows[b].to_numpy(), rows[LATENCY].to_numpy())
+    return surface_residuals(rows[a].to_numpy(), rows[b].to_numpy(), rows[LATENCY].to_numpy(), rule_of(b))
 
 
 def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:

@@ -26,8 +26,9 @@ from moesim.cost.ops import (
 )
 from profiles.asked import unmeasurable
 from profiles.experts import ExpertCurve
-from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, surface
+from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, refined, surface
 from profiles.record import COLLECTIVES, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
+from profiles.refine import Rule
 
 if TYPE_CHECKING:
     import polars as pl
@@ -123,9 +124,18 @@ def newness(version: str) -> tuple[tuple[int, ...], int]:
     return numbers, int(candidate.group(1) or 0) if candidate else 1_000_000
 
 
+# How seconds run between measured sizes: products of matrices pay whole tiles, everything else a latency and a rate.
+RULES: dict[str, Rule] = {"m": "tiles", "new_tokens": "bend"}
+
+
+def rule_of(size: str) -> Rule:
+    """The rule along a size of a family, as `record` names it."""
+    return RULES.get(size, "chord")
+
+
 def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:
     """A lookup along one size, in the rows of one version."""
-    by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy())
+    by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule=rule_of(size))
     return dataclasses.replace(along_curve(by_size, size, source, sigma), profile=place_of(rows))
 
 
@@ -177,7 +187,7 @@ def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
         at = weight * logs[np.searchsorted(ms, common)]
         total = at if total is None else total + at
     assert total is not None
-    return curve(common, np.exp(total), exact=False)
+    return curve(common, np.exp(total), rule=rule_of("m"), exact=False)
 
 
 def _around(axis: NDArray[np.int64], value: int) -> tuple[tuple[int, float], tuple[int, float]] | None:
@@ -212,6 +222,7 @@ def on_grid(
     grid = surface(*(rows[name].to_numpy() for name in ("batch", size, LATENCY)))
     if formula is not None:
         grid = completed(grid, formula(*np.meshgrid(grid.axis_a, grid.axis_b, indexing="ij")))
+    grid = refined(grid, rule_of(size))
     most_batch, most_length = float(grid.axis_a[-1]), float(grid.axis_b[-1])
     hull = f"batch up to {most_batch:g}, {size} up to {most_length:g}, long ones in small batches"
     least_batch, least_length = float(grid.axis_a[0]), float(grid.axis_b[0])

@@ -17,16 +17,16 @@ from profiles.record import FAMILIES
 from profiles.store import open_profile
 
 RECORDED = {
-    "attention_decode": 0.0247,
-    "attention_prefill": 0.0410,
-    "collective": 0.0332,
-    "exchange_low_latency": 0.0265,
-    "exchange_normal": 0.0117,
-    "gemm": 0.0804,
+    "attention_decode": 0.0217,
+    "attention_prefill": 0.0341,
+    "collective": 0.0220,
+    "exchange_low_latency": 0.0140,
+    "exchange_normal": 0.0079,
+    "gemm": 0.0734,
     "gemm_shape": 0.0670,
-    "mla_absorb": 0.0207,
-    "mla_decode": 0.0208,
-    "mla_prefill": 0.0324,
+    "mla_absorb": 0.0192,
+    "mla_decode": 0.0149,
+    "mla_prefill": 0.0249,
 }
 MARGIN = 1.2
 
