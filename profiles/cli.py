@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")
 def import_aiconfigurator(
     out: Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")],
     system: Annotated[str, Option("--system", help="System to convert, as the package names it.")] = "h200_sxm",
-    engine: Annotated[str, Option("--engine", help="sglang, trtllm or vllm.")] = "sglang",
+    engine: Annotated[str, Option("--engine", help="sglang, trtllm, vllm or all.")] = "sglang",
     source: Annotated[
         Path | None, Option("--source", help="Folder of an unpacked aiconfigurator-core; default: the installed one.")
     ] = None,
@@ -40,7 +41,8 @@ def import_aiconfigurator(
         echo(line, err=True)
 
     data, package_version = find_package(source)
-    tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say)
+    read: dict[str, dict[str, int]] = {}
+    tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say, read=read)
     echo("fitting the experts' physics and leaving points out ...", err=True)
     fitted = fit_experts(tables["experts"])
     errors = errors_of(tables, fitted)
@@ -50,12 +52,13 @@ def import_aiconfigurator(
         "engine": engine,
         "source": {"package": PACKAGE, "version": package_version, "licence": "Apache-2.0, NVIDIA"},
         "left_out": left_out,
+        "source_rows": read,
         "rows": rows,
         "errors": errors,
         "physics": fitted["parameters"],
     }
     write_profile(out, tables, description)
-    summary = {"out": str(out), "rows": rows, "errors": errors}
+    summary = {"out": str(out), "rows": rows, "source_rows": read, "errors": errors}
     echo(json.dumps(summary) if as_json else f"wrote {out}: {sum(rows.values())} rows")
 
 
@@ -149,7 +152,7 @@ def check(
         bool, Option("--stored", help="Show the errors kept in the profile instead of new ones.")
     ] = False,
     leave_out: Annotated[
-        str | None, Option("--leave-out", help="every-second: the protocol over whole tables, against plain log-log.")
+        str | None, Option("--leave-out", help="every-second (sizes) or distribution (skew), over whole tables.")
     ] = None,
     tables: Annotated[
         Path | None, Option("--tables", help="For --leave-out: folder of an unpacked aiconfigurator-core.")
@@ -161,7 +164,7 @@ def check(
 ) -> None:
     """Leave measured points out, predict them from the others, and print the error by family.
 
-    With --leave-out every-second, over every table of several systems; exits 1 where a family misses its threshold.
+    With --leave-out, over every table of several systems; exits 1 where a family misses its threshold.
     """
     if leave_out is not None:
         _check_tables(leave_out, tables, systems, as_json)
@@ -188,19 +191,29 @@ def check(
 
 def _check_tables(protocol: str, tables: Path | None, systems: str, as_json: bool) -> None:
     from moesim.errors import BadInput
-    from profiles.every_second import leave_out, report, summary
+    from profiles import every_second, skew_out
     from profiles.importers.aiconfigurator import find_package
     from profiles.raw_tables import read_points
 
-    if protocol != "every-second":
-        raise BadInput(f"unknown protocol {protocol!r}", where="--leave-out", mend="use every-second")
+    if protocol not in ("every-second", "distribution"):
+        raise BadInput(f"unknown protocol {protocol!r}", where="--leave-out", mend="use every-second or distribution")
     data, version = find_package(tables)
     names = [name.strip() for name in systems.split(",") if name.strip()]
-    lines = summary(leave_out(points) for points in read_points(data, names))
-    if as_json:
-        echo(json.dumps({"package_version": version, "systems": names, "families": lines}))
+    found = read_points(data, names)
+    if protocol == "distribution":
+        lines = skew_out.summary(found)
+        told = skew_out.report(lines)
     else:
-        echo("\n".join(report(lines)))
+        lines = every_second.summary(every_second.leave_out(points) for points in found)
+        told = every_second.report(lines)
+    if as_json:
+        families = [
+            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
+            for line in lines
+        ]
+        echo(json.dumps({"package_version": version, "systems": names, "families": families}))
+    else:
+        echo("\n".join(told))
     if not all(line.get("holds", True) for line in lines):
         raise Exit(1)
 

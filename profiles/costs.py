@@ -288,7 +288,9 @@ class StoreCosts:
         if op.gpus == 1:
             yield Priced(lambda o: nothing(o.bytes), "one GPU", 0.0, "")
             return
-        rows = self._rows("collective", engines=("nccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes)
+        rows = self._rows(
+            "collective", engines=("nccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
+        )
         sigma = self._sigma("collective")
         for place in range(len(self.profiles)):
             yield from self._paths(where_key(rows, **{PROFILE: place}), sigma)
@@ -300,7 +302,7 @@ class StoreCosts:
         gloo, which only a measured profile holds, is asked last.
         """
         paths = []
-        for path in ("nccl", "custom"):
+        for path in ("nccl", "oneccl", "custom"):
             newest = next(iter(versions(where_key(rows, path=path))), None)
             if newest is not None:
                 paths.append(along(newest[1], "bytes", newest[0], sigma))

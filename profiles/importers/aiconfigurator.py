@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MODULE = "aiconfigurator_core"
 ENGINES = ("sglang", "trtllm", "vllm")
+EVERY = "all"
 
 
 def find_package(given: Path | None) -> tuple[Path, str]:
@@ -73,24 +74,36 @@ def import_tables(
     engine: str,
     package_version: str,
     say: Callable[[str], None] = lambda line: None,
+    read: dict[str, dict[str, int]] | None = None,
 ) -> dict[str, pl.DataFrame]:
-    """All families of one system and engine, normalised. `say` is told of what is left out. Raises BadInput."""
+    """All families of one system and engine (or `all` engines), normalised. Raises BadInput.
+
+    `say` is told of what is left out. `read` is filled: table file -> `rows` that it holds in all its versions, and
+    `converted`, those that became rows of a family before repeated points were merged.
+    """
     if not (data / system).is_dir():
         known = sorted(path.name for path in data.iterdir() if path.is_dir() and any(path.glob("*/*/*/*.parquet")))
         raise BadInput(f"no tables for the system {system!r}", where=str(data), mend=f"use one of: {', '.join(known)}")
-    if engine not in ENGINES:
-        raise BadInput(f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}")
+    if engine not in (*ENGINES, EVERY):
+        raise BadInput(
+            f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}, {EVERY}"
+        )
+    engines = ENGINES if engine == EVERY else (engine,)
+    counts = {} if read is None else read
     found: dict[str, list[pl.DataFrame]] = {name: [] for name in FAMILIES}
     hbm_bytes_per_s = _memory_rate(data.parent / f"{system}.yaml")
     for stem, (families, convert, folders) in CONVERTERS.items():
-        for filed_under in folders(engine):
+        for filed_under in dict.fromkeys(folder for one in engines for folder in folders(one)):
             for source in _sources(data, system, filed_under, stem, package_version):
                 rows = read_parquet(source.path)
+                count = counts.setdefault(stem, {"rows": 0, "converted": 0})
+                count["rows"] += rows.height
                 rows = _of_this_device(rows, source, say)
                 for name, table in zip(families, convert(rows, source), strict=True):
                     ready = _normalised(table, FAMILIES[name], source)
                     if name == "experts" and hbm_bytes_per_s:
                         ready = _possible(ready, hbm_bytes_per_s, source, say)
+                    count["converted"] += ready.height
                     found[name].append(ready)
     return {name: _merged(tables, FAMILIES[name]) for name, tables in found.items()}
 
@@ -100,6 +113,10 @@ def _sources(data: Path, system: str, engine: str, stem: str, package_version: s
         yield Source(path, system, engine, path.parent.name, package_version)
 
 
+# A driver that does not know a card's name gives its PCI device: Intel's Arc Pro B60 is 0xe211 (Linux, xe_pciids.h).
+ALIASES = {"B60": "[0XE211]"}
+
+
 def _of_this_device(rows: pl.DataFrame, source: Source, say: Callable[[str], None]) -> pl.DataFrame:
     """Leave out rows that were measured on another GPU than the system's (the tables hold a few)."""
     import polars as pl
@@ -107,7 +124,9 @@ def _of_this_device(rows: pl.DataFrame, source: Source, say: Callable[[str], Non
     if "device" not in rows.columns:
         return rows
     chip = source.system.split("_")[0].upper()
-    kept = rows.filter(pl.col("device").str.to_uppercase().str.contains(chip, literal=True))
+    device = pl.col("device").str.to_uppercase()
+    names = (chip, ALIASES[chip]) if chip in ALIASES else (chip,)
+    kept = rows.filter(pl.any_horizontal(device.str.contains(name, literal=True) for name in names))
     if kept.height < rows.height:
         others = sorted(set(rows["device"].unique()) - set(kept["device"].unique()))
         say(f"{source.path.name} {source.version}: left out {rows.height - kept.height} rows of {', '.join(others)}")
@@ -190,7 +209,12 @@ def _own(engine: str) -> tuple[str, ...]:
 
 
 def _nccl(engine: str) -> tuple[str, ...]:
-    return ("nccl",)
+    """NCCL's own folder; one table of B300 is filed under TensorRT-LLM."""
+    return ("nccl", engine)
+
+
+def _oneccl(engine: str) -> tuple[str, ...]:
+    return ("oneccl",)
 
 
 def _with_trtllm(engine: str) -> tuple[str, ...]:
@@ -211,6 +235,7 @@ CONVERTERS: dict[str, tuple[tuple[str, ...], Convert, Callable[[str], tuple[str,
     "generation_mla_perf": (("mla_decode",), convert_to.convert_generation_mla, _own),
     "mla_bmm_perf": (("mla_absorb",), convert_to.convert_mla_bmm, _own),
     "nccl_perf": (("collective",), convert_to.convert_nccl, _nccl),
+    "oneccl_perf": (("collective",), convert_to.convert_oneccl, _oneccl),
     "custom_allreduce_perf": (("collective",), convert_to.convert_custom_all_reduce, _own),
     "wideep_deepep_normal_perf": (("exchange",), convert_to.convert_deepep_normal, _own),
     "wideep_deepep_ll_perf": (("exchange",), convert_to.convert_deepep_low_latency, _own),

@@ -141,6 +141,8 @@ def convert_contiguous(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame
 def _attention(rows: pl.DataFrame, source: Source, *sizes: pl.Expr) -> pl.DataFrame:
     import polars as pl
 
+    if "window_size" not in rows.columns:  # older collectors measured no windows
+        rows = rows.with_columns(pl.lit(0).alias("window_size"))
     _columns(
         rows, source, "attn_dtype", "kv_cache_dtype", "num_heads", "num_key_value_heads", "head_dim", "window_size",
         "batch_size", "isl", "step", "beam_width", "latency", "kernel_source", "device",
@@ -251,6 +253,16 @@ def convert_nccl(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]
             _latency(),
             pl.lit("NCCL").alias("kernel"),
         ),
+    )
+
+
+def convert_oneccl(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]:
+    """oneccl_perf: the columns of nccl_perf, measured with Intel's oneCCL."""
+    import polars as pl
+
+    return tuple(
+        table.with_columns(pl.lit("oneccl").alias("path"), pl.lit("oneCCL").alias("kernel"))
+        for table in convert_nccl(rows, source)
     )
 
 

@@ -17,6 +17,7 @@ from profiles.every_second import every_second, expert_load, leave_out, log_log,
 from profiles.fit import OUTSIDE, curve, refined, surface
 from profiles.raw_tables import read_points
 from profiles.refine import padded_rows
+from profiles.skew_out import leave_distributions_out
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -147,6 +148,27 @@ def test_the_command_prints_what_holds_and_fails_where_a_family_misses(
     write(tmp_path, "comm/nccl/2/nccl_perf", noisy)
     assert run(arguments) == 1
     assert "missed" in capsys.readouterr().out
+
+
+def test_a_distribution_is_predicted_from_the_nearest_other_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "moe_dtype": "fp8", "hidden_size": 4096, "inter_size": 1024, "topk": 8, "num_experts": 64, "moe_tp_size": 1,
+        "moe_ep_size": 4, "latency": 1.0,
+    }  # fmt: skip
+    names = ("balanced", "power_law_1.01", "power_law_1.2", "power_law_1.2_eplb")
+    rows = [{**row, "distribution": name, "num_tokens": size} for name in names for size in SIZES]
+    write(tmp_path, "moe/sglang/1/moe_perf", rows)
+    (points,) = read_points(tmp_path, ["h200_sxm"])
+    true = dataclasses.replace(points, seconds=expert_load(points) * 1.7)
+    found = dict(leave_distributions_out(true))
+    assert list(found) == ["power_law_1.01 from power_law_1.2", "power_law_1.2 from power_law_1.01"]
+    for residuals in found.values():
+        np.testing.assert_allclose(residuals, 0.0, atol=1e-12)
+    arguments = ["profile", "check", "--leave-out", "distribution", "--tables", str(tmp_path)]
+    assert run([*arguments, "--systems", "h200_sxm", "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["families"][-1]["family"] == "all"
 
 
 def test_an_unknown_system_or_protocol_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import polars as pl
@@ -159,6 +160,47 @@ def test_unknown_system_and_engine_name_what_there_is(tables: Path) -> None:
         import_tables(tables, system="h300", engine="sglang", package_version="0")
     with pytest.raises(BadInput, match="use one of: sglang"):
         import_tables(tables, system="h200_sxm", engine="other", package_version="0")
+
+
+def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables: Path) -> None:
+    write(tables, "gemm/vllm/1/gemm_perf", [{"gemm_dtype": "fp8", "m": 1, "n": 64, "k": 32, "latency": 0.01}])
+    read: dict[str, dict[str, int]] = {}
+    found = import_tables(tables, system="h200_sxm", engine="all", package_version="0", read=read)
+    assert sorted(found["gemm"]["engine"]) == ["sglang", "vllm"]
+    assert read["gemm_perf"] == {"rows": 4, "converted": 4}
+    assert read["nccl_perf"] == {"rows": 2, "converted": 1}
+    assert read["wideep_deepep_normal_perf"] == {"rows": 2, "converted": 2}  # one row of H100; two steps of the other
+
+
+def test_attention_without_windows_and_another_library(tmp_path: Path) -> None:
+    attention = {
+        "attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "num_heads": 8, "num_key_value_heads": 8,
+        "head_dim": 128, "batch_size": 1, "isl": 16, "step": 0, "beam_width": 1, "latency": 0.1,
+    }  # fmt: skip
+    write(tmp_path, "attention/sglang/0.5.10/context_attention_perf", [attention])
+    collective = {"nccl_dtype": "half", "num_gpus": 2, "message_size": 256, "op_name": "all_gather", "latency": 0.02}
+    write(tmp_path, "comm/oneccl/2021/oneccl_perf", [collective])
+    found, _ = convert(tmp_path)
+    assert found["attention_prefill"]["window"].to_list() == [0]
+    assert found["collective"].select("path", "engine", "kernel").row(0) == ("oneccl", "oneccl", "oneCCL")
+
+
+TEN = (
+    "a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300", "l40s", "rtx_pro_6000_server", "b60",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not os.environ.get("MOESIM_AIC_TABLES"), reason="MOESIM_AIC_TABLES names no unpacked tables")
+@pytest.mark.parametrize("system", TEN)
+def test_every_system_imports_and_its_rows_are_counted(system: str) -> None:
+    data, version = find_package(Path(os.environ["MOESIM_AIC_TABLES"]))
+    read: dict[str, dict[str, int]] = {}
+    found = import_tables(data, system=system, engine="all", package_version=version, read=read)
+    for stem, count in read.items():
+        paths = (data / system).glob(f"*/*/*/{stem}.parquet")
+        assert count["rows"] == sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in paths), stem
+    assert found["gemm"].height > 0
+    assert found["experts"].height > 0
 
 
 def test_the_package_is_found_in_any_folder_above_its_tables(tmp_path: Path) -> None:
