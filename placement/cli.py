@@ -26,6 +26,7 @@ def place(
         str, typer.Option("--format", help="Format of --out: moesim, sglang, trtllm, vllm or vllm-ascend.")
     ] = "moesim",
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
@@ -40,7 +41,7 @@ def place(
     if form == "vllm":
         raise BadInput(GATE, where="--format vllm", mend="use sglang or trtllm; `moesim export` writes vLLM's flags")
     asked = planning.ask(
-        scenario=None if scenario is None else load_scenario(scenario),
+        scenario=None if scenario is None else load_scenario(scenario, tuple(set_ or ())),
         load_files=loads or [],
         gpus=gpus,
         nodes=nodes,
@@ -167,6 +168,7 @@ def tune(
     workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run was left.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c; repeats.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Search parallelism, replicas and placement for the best plan, and judge it against the plain baseline."""
@@ -181,6 +183,7 @@ def tune(
         ray=ray,
         resume=resume,
         json_output=json_output,
+        overrides=tuple(set_ or ()),
     )
 
 

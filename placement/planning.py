@@ -24,6 +24,9 @@ from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without
 from placement.steps import StepTime, judge_steps
 from placement.verdict import Verdict, on_balance, on_step_time, tokens_list, withheld
 
+# A scenario that asks for no solver has the plain one; to place by it would compare it with itself.
+PLAIN_SOLVER = "contiguous"
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -127,7 +130,8 @@ def ask(
         if slots is None:
             slots = loads[0].experts + scenario.placement.redundant_experts
         groups = scenario.placement.groups if groups is None else groups
-        solver = scenario.placement.solver if solver is None else solver
+        if solver is None and scenario.placement.solver != PLAIN_SOLVER:
+            solver = scenario.placement.solver
     if ranks is None:
         raise BadInput("the number of GPUs is missing", where="--gpus", mend="give --gpus N or a scenario")
     if slots is None:

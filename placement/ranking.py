@@ -146,19 +146,26 @@ def verdict(
     base_reason: str,
     scenario: Scenario,
     judged_on_fit: bool,
-    nodes: int,
+    gpus_per_node: int,
 ) -> dict[str, Any]:
     """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
-    caveat = " Multi-node expert parallelism is not validated on hardware." if nodes > 1 else ""
-    lean = best.trial.outcome.metrics["extrapolated_share"]
-    if lean >= 0.005:
-        caveat = f" {lean:.0%} of its step time lies outside the profile.{caveat}"
+    compared = [("best plan", best)] + ([] if base is None else [("baseline", base)])
+    caveat = ""
+    if any(one.trial.plan.parallel.gpus > gpus_per_node for _, one in compared):
+        caveat = " Multi-node expert parallelism is not validated on hardware."
+    for name, one in reversed(compared):
+        lean = one.trial.outcome.metrics["extrapolated_share"]
+        if lean >= 0.005:
+            caveat = f" {lean:.0%} of the {name}'s step time lies outside the profile.{caveat}"
     if judged_on_fit:
         text = "Verdict withheld: there is one snapshot of routing, so nothing was left to judge the plan on."
         return {"code": "withheld", "text": text + caveat}
     metric = scenario.objective.maximize
     if base is None and base_reason == "outside_profile":
-        text = "Verdict withheld: the plain baseline leaves the profile, so there is nothing to compare with."
+        text = (
+            "Verdict withheld: the plain baseline leaves the profile, so there is nothing to compare with; "
+            "set cost: {extrapolate: allow} to price it by formula."
+        )
         return {"code": "withheld", "text": text + caveat}
     if base is None:
         text = f"{best.trial.plan.label()} meets the service levels; the plain baseline does not ({base_reason})."
@@ -167,7 +174,10 @@ def verdict(
         text = "Don't bother: the plain baseline is the best plan found."
         return {"code": "dont", "text": text + caveat}
     if not has_draws(best, base):
-        text = "Verdict withheld: some joint draws leave the profile, so the gain has no interval."
+        text = (
+            "Verdict withheld: some joint draws leave the profile, so the gain has no interval; "
+            "set cost: {extrapolate: allow} to price them by formula."
+        )
         return {"code": "withheld", "text": text + caveat}
     gain, saving = paired_gain(best, base, metric), paired_gain(best, base, LATENCY)
     name = metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU"
@@ -175,6 +185,9 @@ def verdict(
     level = f"{LEVEL:.0%} intervals, paired draws, routing it was not fitted to"
     missed = f", which misses the service levels ({base_reason})" if base_reason else ""
     head = f"{best.trial.plan.label()} against the plain baseline{missed}: {told} ({level})."
+    if base.trial.outcome.metrics["extrapolated_share"] > MOST_EXTRAPOLATED:
+        text = f"Verdict withheld: the yardstick is mostly a guess. {head}{caveat}"
+        return {"code": "withheld", "text": text}
     if gain["low"] > 0.0:
         return {"code": "gain", "text": f"Worth it. {head}{caveat}"}
     if base_reason:
@@ -192,8 +205,20 @@ def _signed(gain: dict[str, float]) -> str:
     return f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]"
 
 
-def plan_json(trial: Trial, finalist: Finalist | None = None) -> dict[str, Any]:
-    """A plan with its figures, ready for JSON."""
+def level_metrics(scenario: Scenario) -> dict[str, float]:
+    """Service levels by flat metric name: `tpot_s.p99` -> seconds."""
+    return {f"{name}.{statistic}": limit for (name, statistic), limit in scenario.objective.slo.limits().items()}
+
+
+def sure_of_levels(finalist: Finalist, levels: dict[str, float]) -> bool | None:
+    """Whether the service levels hold at the far end of every interval; None without draws or levels."""
+    if not levels or not has_draws(finalist):
+        return None
+    return all(finalist.interval(metric)["high"] <= limit for metric, limit in levels.items())
+
+
+def plan_json(trial: Trial, finalist: Finalist | None = None, levels: dict[str, float] | None = None) -> dict[str, Any]:
+    """A plan with its figures, ready for JSON; levels: see level_metrics."""
     plan: Plan = trial.plan
     return {
         "label": plan.label(),
@@ -206,7 +231,10 @@ def plan_json(trial: Trial, finalist: Finalist | None = None) -> dict[str, Any]:
         "status": trial.outcome.status,
         "meets_slo": trial.outcome.status == "ok" and trial.outcome.violation <= 0,
         "metrics": trial.outcome.metrics,
-        "intervals": {} if finalist is None else {metric: finalist.interval(metric) for metric in finalist.drawn},
+        "slo_sure": None if finalist is None else sure_of_levels(finalist, levels or {}),
+        "intervals": {}
+        if finalist is None or not has_draws(finalist)
+        else {metric: finalist.interval(metric) for metric in finalist.drawn},
     }
 
 

@@ -13,12 +13,11 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
-from moesim.output.caveats import growing
 from moesim.output.console import console, print_json, progress_bar, with_interval
 from moesim.output.metrics import simulation_json
 from moesim.output.report import write_run_report
-from moesim.output.run_folder import Series
 from moesim.output.series import simulation_series
+from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import start_workers
@@ -30,6 +29,7 @@ from placement.ranking import (
     Finalist,
     finalists_of,
     gain_json,
+    level_metrics,
     pareto,
     plan_json,
     ranked,
@@ -90,7 +90,7 @@ def tune(
         base_trial = next((trial for trial in found.trials if trial.plan == base), None)
         plans = [trial.plan for trial in chosen]
         with_base = base_trial is not None and base_trial.outcome.status == "ok" and base not in plans
-        metrics = sorted({*SHOWN, spec.objective.maximize})
+        metrics = sorted({*SHOWN, spec.objective.maximize, *level_metrics(spec)})
         asked = list(dict.fromkeys([*plans, *([base] if with_base else []), plain_placement(ground, plans[0])]))
         drawn = dict(zip(asked, pool.draw(asked, FINAL_DRAWS, metrics), strict=True))
     search_s = time.perf_counter() - search_started
@@ -101,15 +101,14 @@ def tune(
     result = _result(ground, spec, space, found, finalists, base_trial, base_final)
     plain_final = Finalist(chosen[0], drawn[plain_placement(ground, plans[0])])
     result["placement_gain"] = {metric: gain_json(finalists[0], plain_final, metric) for metric in (LATENCY, SHOWN[0])}
+    if not found.exhausted:
+        result["verdict"]["text"] += f" {len(found.trials)} of {len(space.plans)} legal plans were tried."
     result["verdict"]["text"] += _placement_sentence(plans[0], result["placement_gain"][LATENCY])
     for name, run in (("best plan", simulation), ("baseline", base_simulation)):
-        grown = None if run is None else growing(Series.model_validate(simulation_series(run)))
-        if grown is not None:
+        fault = None if run is None else steadiness(run).fault
+        if fault is not None:
             result["verdict"]["text"] += f" The {name}'s run has no steady state: its latencies depend on its length."
-            result["notes"].append(
-                f"the {name}'s batch still grows when the arrivals end ({grown[0]:.0f} to {grown[1]:.0f} sequences "
-                "in a step)"
-            )
+            result["notes"].append(f"{name}: {fault}")
     short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
     if short:
         result["notes"].append(f"no interval for {', '.join(short)}: some draws leave the profile")
@@ -132,13 +131,12 @@ def tune(
 
 def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) -> list[Plan]:
     """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
-    every layout that stays within a node or is attention DP with EP.
+    every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them.
     """
     known: dict[str, Plan] = {}
     for plan in plans:
-        usual = plan.parallel.gpus <= ground.cluster.gpus_per_node or (
-            plan.backend == "deepep" and plan.parallel.tp == 1
-        )
+        node = ground.cluster.gpus_per_node
+        usual = plan.parallel.gpus <= node or (plan.backend == "deepep" and plan.parallel.tp < node)
         if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy"):
             known.setdefault(plan.layout, plan)
     wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario), *known.values()]
@@ -170,6 +168,7 @@ def _result(
     best = finalists[0]
     metric = scenario.objective.maximize if scenario.objective.maximize in best.drawn else SHOWN[0]
     base_reason = ""
+    levels = level_metrics(scenario)
     base_plan = baseline_plan(ground, scenario)
     if base_trial is None:
         base_reason = "it is not a legal plan here" if base_plan not in space.plans else "it was not tried"
@@ -186,13 +185,13 @@ def _result(
     saving = {"metric": LATENCY, "level": LEVEL} | (nothing if base is None else gain_json(best, base, LATENCY))
     baseline: dict[str, Any] | None = None
     if base_trial is not None:
-        baseline = plan_json(base_trial, base)
+        baseline = plan_json(base_trial, base, levels)
     notes = []
     if scenario.search.capacity_factor is not None:
         notes.append("search.capacity_factor has no effect: serving engines are dropless")
     return {
         "schema_version": 1,
-        "best": plan_json(best.trial, best),
+        "best": plan_json(best.trial, best, levels),
         "baseline": baseline,
         "gain": gain,
         "latency_gain": saving,
@@ -202,10 +201,10 @@ def _result(
             base_reason=base_reason,
             scenario=scenario,
             judged_on_fit=ground.judged_on_fit,
-            nodes=-(-best.trial.plan.parallel.gpus // ground.cluster.gpus_per_node),
+            gpus_per_node=ground.cluster.gpus_per_node,
         ),
         "alternatives": [
-            plan_json(one.trial, one)
+            plan_json(one.trial, one, levels)
             | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": gain_json(best, one, LATENCY)}
             for one in finalists[1:]
         ],
@@ -308,12 +307,19 @@ def print_tune(result: dict[str, Any]) -> None:
             )
         ]
         label = f"{name}: {plan['label']}" if name else plan["label"]
-        table.add_row(label, *cells, "met" if plan["meets_slo"] else "missed")
+        table.add_row(label, *cells, _level_word(plan))
     out.print(table)
+    out.print("AR: all-reduce; AG+RS: all-gather and reduce-scatter; ETP: TP inside experts; +N: redundant experts.")
     out.print(result["verdict"]["text"])
     for note in result["notes"]:
         out.print(f"note: {note}")
     out.print("Wrote " + ", ".join(result["files"]) + ".")
+
+
+def _level_word(plan: dict[str, Any]) -> str:
+    if not plan["meets_slo"]:
+        return "missed"
+    return {True: "met", False: "met,\nnot sure", None: "met"}[plan["slo_sure"]]
 
 
 def _counts(reasons: dict[str, int]) -> str:

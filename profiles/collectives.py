@@ -96,7 +96,7 @@ def _ready(backend: str, local_ranks: int) -> Any:
     if not torch.cuda.is_available() or not distributed.is_nccl_available():
         raise MissingPart(
             "NCCL needs a CUDA GPU and a torch built with it", where="--backend",
-            mend="run on a GPU with `pip install 'moesim[hardware]'`, or use --backend gloo",
+            mend="run on a GPU with `pip install '.[hardware]'`, or use --backend gloo",
         )  # fmt: skip
     if torch.cuda.device_count() < local_ranks:
         raise MissingPart(

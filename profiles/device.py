@@ -23,7 +23,7 @@ FEWEST_REPEATS = 5
 def load_torch(device: str) -> Any:
     """Import torch for a device. Raises MissingPart without torch or the GPU, BadInput for an unknown device."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingPart("torch is not installed", where="--device", mend="pip install 'moesim[hardware]'")
+        raise MissingPart("torch is not installed", where="--device", mend="pip install '.[hardware]'")
     import torch
 
     kind, _, number = device.partition(":")

@@ -76,6 +76,13 @@ def told(seed: int, spread: float) -> dict[str, Any]:
                 "limit_bytes": 130e9,
                 "ledger": {"weights_attention": 2e9, "weights_experts": 12e9, "runtime": 2.5e9, "kv_cache": 113.5e9},
             },
+            "load": {
+                "offered_output_tokens_per_s_per_gpu": 182.0,
+                "served_output_tokens_per_s_per_gpu": 179.5,
+                "fault": "the batch still grows when the arrivals end (200 to 340 sequences in a step)"
+                if seed
+                else None,
+            },
             "slo": {
                 "met": True,
                 "limits": [

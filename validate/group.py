@@ -28,7 +28,7 @@ START_LEAD_S = 1e-3
 def need_torch() -> Any:
     """Import torch. Raises MissingPart where it is not installed."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingPart("validate hardware needs torch", mend="pip install 'moesim[hardware]'")
+        raise MissingPart("validate hardware needs torch", mend="pip install '.[hardware]'")
     import torch
     import torch.distributed
 

@@ -125,7 +125,7 @@ def make_job(
 def check_parts(backend: Backend, ranks: int) -> None:
     """Raise MissingPart unless this machine has what the backend needs, before anything is started."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingPart("validate hardware needs torch", mend="pip install 'moesim[hardware]'")
+        raise MissingPart("validate hardware needs torch", mend="pip install '.[hardware]'")
     if backend == "nccl":
         from validate.rig import missing_gpu
 

@@ -138,7 +138,7 @@ def extras() -> list[Finding]:
     for extra_name, needed in sorted(wanted.items()):
         lacking = [name for name in needed if not _installed(name)]
         if lacking:
-            command = f"pip install '{DISTRIBUTION}[{extra_name}]'"
+            command = f"pip install '.[{extra_name}]'"
             findings.append(Finding(f"extra {extra_name}", "absent", f"lacks {', '.join(lacking)}", command))
         else:
             findings.append(Finding(f"extra {extra_name}", "ok", ", ".join(needed)))
@@ -156,7 +156,7 @@ def _installed(name: str) -> bool:
 def gpus() -> list[Finding]:
     """The NVIDIA GPUs of this machine, through NVML (nvidia-ml-py)."""
     if not _installed("nvidia-ml-py"):
-        return [Finding("gpu", "absent", "not looked for", "pip install 'moesim[hardware]'")]
+        return [Finding("gpu", "absent", "not looked for", "pip install '.[hardware]'")]
     import pynvml
 
     try:

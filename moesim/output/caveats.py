@@ -6,39 +6,17 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from moesim.output.run_folder import Series, Told
+from moesim.output.run_folder import Told
 from moesim.spec.scenario import Scenario
-
-# A run whose batch is this much larger in the last third of its arrivals than in the middle third is still growing.
-_GROWTH = 1.25
-
-
-def growing(series: Series) -> tuple[float, float] | None:
-    """Mean sequences in a step in the middle and in the last third of the arrivals, where they still grow."""
-    steps = series.steps
-    until = max((at for at, tokens in zip(steps.start_s, steps.prefill_tokens, strict=True) if tokens > 0), default=0.0)
-    thirds: list[list[float]] = [[], [], []]
-    for at, sequences in zip(steps.start_s, steps.decode_seqs, strict=True):
-        if at < until:
-            thirds[int(3 * at / until)].append(sequences)
-    if not thirds[1] or not thirds[2]:
-        return None
-    middle, last = (sum(third) / len(third) for third in thirds[1:])
-    return (middle, last) if last > _GROWTH * middle else None
 
 
 def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> list[str]:
     """What is assumed, generated or not validated here, most important first."""
     figures, found = told.figures, []
     for name, run in (("This plan's run", told), ("The baseline's run", baseline)):
-        grown = growing(run.series) if run is not None and run.series is not None else None
-        if grown is None:
-            continue
-        found.append(
-            f"{name} has no steady state: a step decodes {grown[0]:.0f} sequences on average in the middle third "
-            f"of the arrivals, {grown[1]:.0f} in the last. Latencies depend on how many requests the run has; offer "
-            "less load or simulate longer."
-        )
+        load = run.figures.load if run is not None else None
+        if load is not None and load.fault is not None:
+            found.append(f"{name} has no steady state: {load.fault}.")
     cluster = scenario.cluster
     if isinstance(cluster, Path) or cluster.nodes > 1:
         found.append(

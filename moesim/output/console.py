@@ -92,6 +92,14 @@ def print_simulation(result: dict[str, Any]) -> None:
     )
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the step times come from: {shares}.")
+    load = result["load"]
+    if load["offered_output_tokens_per_s_per_gpu"] is not None:
+        out.print(
+            f"Offered {load['offered_output_tokens_per_s_per_gpu']:.4g} output tokens/s/GPU, served "
+            f"{load['served_output_tokens_per_s_per_gpu']:.4g} from the first arrival to the last token."
+        )
+    if load["fault"]:
+        out.print(f"Not steady: {load['fault']}.")
     for row in result["slo"]["limits"]:
         verdict = "met" if row["met"] else "missed"
         out.print(

@@ -15,6 +15,7 @@ from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.output.steady import steadiness
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
 
@@ -154,6 +155,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         },
         "memory": _memory(simulation),
         "slo": slo_report(metrics, deployment.scenario.objective.slo.limits()),
+        "load": steadiness(simulation).to_json(),
         "provenance": provenance(simulation),
         "plan": {
             "parallel": setup.parallel.model_dump(mode="json"),

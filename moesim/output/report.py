@@ -62,7 +62,7 @@ def run_page(run: RunFolder) -> str:
         f"<p>{escape(result.verdict.text)}</p></section>{tables.tiles(run)}"
     )
     parts = [
-        section("plans", "Plans, best first", tables.ranked(run), lead=tables.ranked_lead(run)),
+        section("plans", "The best plan and its alternatives", tables.ranked(run), lead=tables.ranked_lead(run)),
         section("launch", "What would be launched", tables.launch(run), lead=planned),
         *sections.drawn(runs),
         section("search", "What the search traded off", sections.search(run), lead=sections.search_lead(run)),

@@ -159,6 +159,14 @@ class PlanFigures(Stored):
     max_running_requests_per_dp_rank: int
 
 
+class LoadFigures(Stored):
+    """Offered and served load, and why the run is not steady, if it is not."""
+
+    offered_output_tokens_per_s_per_gpu: Number | None
+    served_output_tokens_per_s_per_gpu: Number
+    fault: str | None
+
+
 class Figures(Stored):
     """What `moesim simulate --json` told."""
 
@@ -168,6 +176,7 @@ class Figures(Stored):
     routing: RoutingFigures
     memory: MemoryFigures
     slo: Levels
+    load: LoadFigures | None = None
     provenance: dict[str, Number]
     plan: PlanFigures
     run: dict[str, float | int | str]

@@ -270,9 +270,7 @@ def _load_pt(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
-        raise MissingPart(
-            "reading a .pt file needs torch", where=str(path), mend="pip install 'moesim[hardware]'"
-        ) from None
+        raise MissingPart("reading a .pt file needs torch", where=str(path), mend="pip install '.[hardware]'") from None
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler raises whatever a broken file makes it meet

@@ -35,6 +35,10 @@ def bad_input(error: ValidationError, *, where: str, model: type[BaseModel]) -> 
         names = known_keys(model, first["loc"][:-1])
         mend = f"known keys here: {', '.join(names)}" if names else "remove it"
         return BadInput(f"unknown key{more}", where=place, mend=mend)
+    if first["type"] == "missing" and first["loc"][:1] == ("model",) and _is_plan(first.get("input")):
+        return BadInput(
+            "this is a plan of `moesim tune`, not a scenario", where=where, mend="its scenario stands under `scenario:`"
+        )
     if first["type"] == "missing":
         return BadInput(f"this key is missing{more}", where=place, mend="add it")
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -42,6 +46,10 @@ def bad_input(error: ValidationError, *, where: str, model: type[BaseModel]) -> 
     if len(given) > 60:
         given = given[:57] + "..."
     return BadInput(f"{message}, got {given}{more}", where=place, mend="correct this value")
+
+
+def _is_plan(data: Any) -> bool:
+    return isinstance(data, dict) and data.get("format") == "moesim-plan"
 
 
 def known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -28,7 +28,8 @@ class ParallelSpec(Spec):
         if self.ep * self.expert_tp != stage:
             raise ValueError(
                 f"ep {self.ep} x expert_tp {self.expert_tp} = {self.ep * self.expert_tp} must equal "
-                f"tp {self.tp} x cp {self.cp} x attention_dp {self.attention_dp} = {stage}"
+                f"tp {self.tp} x cp {self.cp} x attention_dp {self.attention_dp} = {stage}; set all of them that are "
+                f"not 1, e.g. ep: {stage}"
             )
         if sorted(self.rank_order) != ["cp", "dp", "pp", "tp"]:
             raise ValueError("rank_order must name tp, cp, dp and pp once each")

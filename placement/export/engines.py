@@ -14,6 +14,7 @@ from placement.export.instance import instances_of
 ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
 FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
 LAUNCH_FILE = "launch.txt"
+INCOMPLETE = "incomplete: a map knows neither the model nor the nodes; export the plan.yaml of a run for all flags"
 
 
 def write_map(placement: ExpertPlacement, form: str, path: Path) -> None:
@@ -41,7 +42,7 @@ def export_placement(
     Infeasible where the engine cannot load the placement.
     """
     folder = Path(folder)
-    note = instances_of(placement, scenario).note() if scenario is not None else ""
+    note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
     if engine == "sglang":
         lines = sglang.launch(placement, scenario)
         sglang.write(placement, folder / sglang.FILE)
@@ -71,6 +72,6 @@ def export_placement(
 def write_launch(folder: Path, lines: list[str], *, note: str = "") -> Path:
     """Write launch.txt, one flag a line, joined as a shell reads it."""
     path = folder / LAUNCH_FILE
-    head = f"# {note}\n" if note else ""
+    head = "".join(f"# {line}\n" for line in ("run in this folder", *note.split("; ")) if line)
     write_text(path, head + " \\\n  ".join(lines) + "\n")
     return path

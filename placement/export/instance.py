@@ -18,10 +18,16 @@ class Instances:
     nodes: int
 
     def note(self) -> str:
-        """One line for the operator; empty for a single instance."""
-        if self.count == 1:
-            return ""
-        return f"start this {self.count} times, each on {self.gpus} GPUs; a router sends requests to them by turns"
+        """One line for the operator; empty for a single instance on one node."""
+        told = []
+        if self.count > 1:
+            told.append(f"start this {self.count} times, each on {self.gpus} GPUs; a router sends requests by turns")
+        if self.nodes > 1:
+            told.append(
+                f"run it on each of an instance's {self.nodes} nodes, with NODE_RANK=0 to {self.nodes - 1} and "
+                "MASTER_ADDRESS the first of them, by the engine's own multi-node launcher where it has one"
+            )
+        return "; ".join(told)
 
 
 def instances_of(placement: ExpertPlacement, scenario: Scenario) -> Instances:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moesim.engine.memory import ledger
+from moesim.engine.rules import engine_rules
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
 from moesim.spec.hf import load_model
@@ -155,6 +156,11 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
     nodes = instances_of(placement, scenario).nodes
     if nodes > 1:
         lines += [f"--nnodes {nodes}", "--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
+    dispatch = scenario.policies.dispatch
+    low_latency = dispatch.backend == "deepep" and dispatch.mode != "normal"
+    if low_latency:
+        limit = engine_rules("sglang").low_latency_tokens
+        lines[0] = f"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK={limit} {lines[0]}"
     replica = scenario.policies.dispatch.replica
     lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
     if scenario.policies.dispatch.backend == "deepep":
@@ -166,7 +172,12 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         dp = scenario.parallel.attention_dp if scenario.parallel is not None else placement.ranks
         chunk = batching.max_batch_tokens_per_dp_rank * dp if batching.chunked_prefill else -1
         lines.append(f"--chunked-prefill-size {chunk}")
-        lines.append(f"--max-running-requests {batching.max_running_requests_per_dp_rank * dp}")
+        running = batching.max_running_requests_per_dp_rank
+        if low_latency:
+            tp = scenario.parallel.tp if scenario.parallel is not None else 1
+            running = min(running, engine_rules("sglang").low_latency_tokens * tp)
+            lines.append(f"--cuda-graph-max-bs {running}")
+        lines.append(f"--max-running-requests {running * dp}")
         lines.append(f"--mem-fraction-static {static_fraction(placement, scenario):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")

@@ -38,7 +38,7 @@ def find_package(given: Path | None) -> tuple[Path, str]:
         spec = importlib.util.find_spec(MODULE)
         if spec is None or not spec.submodule_search_locations:
             raise MissingPart(
-                f"{PACKAGE} is not installed", mend="pip install 'moesim[silicon]', or give its folder with --source"
+                f"{PACKAGE} is not installed", mend="pip install '.[silicon]', or give its folder with --source"
             )
         return Path(next(iter(spec.submodule_search_locations))) / "systems" / "data", _installed_version()
     for below in ("", "systems/data", f"{MODULE}/systems/data", "data"):

@@ -15,7 +15,7 @@ import pytest
 from profiles.capture import read_lines
 from profiles.collectives import KINDS
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

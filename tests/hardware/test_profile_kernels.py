@@ -18,7 +18,7 @@ import pytest
 from profiles.capture import read_lines
 from profiles.sweep import QUICK, Reach, plan
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
 
 ONLY = ("gemm", "experts", "norm", "attention_decode", "kv_write")

@@ -23,7 +23,7 @@ from validate import hardware, ranks
 from validate.job import Job, LayerShape, PlacedCase
 from validate.ranks import Status, read_status
 
-pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
+pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
 
 SMALL = ("--hidden", "64", "--intermediate", "64", "--top-k", "3", "--repeats", "5")

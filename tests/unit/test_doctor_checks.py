@@ -63,7 +63,7 @@ def test_a_missing_extra_is_absent_with_its_command(monkeypatch: pytest.MonkeyPa
     found = {finding.check: finding for finding in extras()}
     assert found["extra hardware"].state == "absent"
     assert found["extra hardware"].detail == "lacks torch"
-    assert found["extra hardware"].mend == "pip install 'moesim[hardware]'"
+    assert found["extra hardware"].mend == "pip install '.[hardware]'"
     assert found["extra silicon"].state == "ok"
 
 

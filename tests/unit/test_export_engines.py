@@ -223,5 +223,10 @@ def test_megatron_flags() -> None:
 def test_launch_text_is_one_shell_command(placement: ExpertPlacement, tmp_path: Path) -> None:
     *_, launch = export_placement(placement, "sglang", tmp_path, scenario())
     text = launch.read_text()
-    assert text.startswith("python -m sglang.launch_server \\\n  --model-path deepseek-ai/DeepSeek-V3 \\\n")
+    notes = [line for line in text.splitlines() if line.startswith("# ")]
+    assert notes[0] == "# run in this folder"
+    assert "2 nodes" in notes[1]
+    command = text.removeprefix("\n".join(notes) + "\n")
+    limit = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=128"
+    assert command.startswith(f"{limit} python -m sglang.launch_server \\\n  --model-path deepseek-ai/DeepSeek-V3 \\\n")
     assert not text.rstrip().endswith("\\")

@@ -93,7 +93,7 @@ def test_every_command_that_a_refusal_names_exists_with_its_flags(name: str) -> 
     "name", ["gemm of a new shape", "experts", "prefill", "decode", "latent prefill", "latent decode", "absorb"]
 )
 def test_following_a_refusal_makes_it_go_away(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed: pip install 'moesim[hardware]'")
+    pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
     op = REFUSED[name]
     measure = re.findall(r"`([^`]*)`", refusal(op))[0].replace("--device cuda", "--device cpu --repeats 5")
     # Where a whole shape is not measured the command goes far; for this check the sizes asked for are enough.

@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.output import pictures
-from moesim.output.caveats import growing
 from moesim.output.charts import INK, SURFACE, Bar, axis, heatmap, nice_step, on_top_of, shade, stacked, whisker
 from moesim.output.page import number, percent, signed
-from moesim.output.run_folder import Series, Steps
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -107,22 +105,3 @@ def test_numbers_as_a_person_reads_them() -> None:
     assert percent(0.004) == "under 1 %"
     assert percent(0.0) == "0 %"
     assert signed(-0.0481) == "\u22124.8 %"
-
-
-def series(sequences: list[float], prompts: list[float]) -> Series:
-    steps = Steps(
-        start_s=tuple(float(index) for index in range(len(sequences))),
-        step_s=(0.1,) * len(sequences),
-        decode_seqs=tuple(sequences),
-        prefill_tokens=tuple(prompts),
-    )
-    return Series(layer_ids=(0,), rank_loads=((1.0,),), latency={}, steps=steps)
-
-
-def test_a_batch_that_grows_to_the_end_is_told_from_one_that_settles() -> None:
-    reading = [1.0] * 30
-    grown = growing(series([float(index) for index in range(30)], reading))
-    assert grown is not None
-    assert grown[1] > grown[0]
-    assert growing(series([min(float(index), 8.0) for index in range(30)], reading)) is None
-    assert growing(series([1.0, 2.0], [0.0, 0.0])) is None

@@ -97,6 +97,11 @@ def test_faults_name_the_place(text: str, told: str, tmp_path: Path) -> None:
     assert "\n" not in caught.value.line()
 
 
+def test_a_plan_is_told_from_a_scenario(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="plan of `moesim tune`"):
+        load_scenario(write(tmp_path, {"format": "moesim-plan", "schema_version": 1, "scenario": {}}))
+
+
 def test_unknown_keys_name_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         load_scenario(write(tmp_path, small(placement={"solvr": "greedy"})))
