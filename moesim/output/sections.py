@@ -42,8 +42,8 @@ def drawn(runs: Sequence[tuple[str, str, Told]]) -> list[str]:
             "step",
             "Where the time of a decode step goes",
             pictures.step_bars(figures) + details("The figures of this picture", _step_table(figures)),
-            lead=f"A typical decode step of each run, mean over ranks, at its own batch ({tokens}). Steps that also read "
-            "prompts are not shown: what they take is the rest of the time per output token. A "
+            lead=f"A typical decode step of each run, mean over ranks, at its own batch ({tokens}). Steps that also "
+            "read prompts are not shown: what they take is the rest of the time per output token. A "
             "collective takes as long as its own busiest endpoint; waiting is for ranks that come late to one.",
         )
     )
