@@ -227,7 +227,7 @@ def test_nccl_without_a_gpu_is_a_missing_part(capsys: pytest.CaptureFixture[str]
 
 def test_without_torch_the_command_names_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingPart, match=r"moesim\[hardware\]"):
+    with pytest.raises(MissingPart, match=r"\.\[hardware\]"):
         hardware.check_parts("gloo", 2)
 
 

@@ -10,7 +10,7 @@ import pytest
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 from placement.objective import Outcome
-from placement.ranking import LATENCY, Finalist, paired_gain, tied, verdict
+from placement.ranking import LATENCY, Finalist, paired_gain, sure_of_levels, tied, verdict
 from placement.space import Plan
 from placement.tuner import Trial
 from tests.scenarios import small
@@ -19,15 +19,15 @@ RATE = "output_tokens_per_s_per_gpu"
 SPREAD = np.linspace(0.98, 1.02, 21)
 
 
-def finalist(rate: float, tpot: float, *, draws: int = 20, solver: str = "greedy") -> Finalist:
+def finalist(rate: float, tpot: float, *, draws: int = 20, solver: str = "greedy", outside: float = 0.0) -> Finalist:
     plan = Plan(ParallelSpec(attention_dp=8, ep=8), "deepep", solver, 0, "sequential")
-    trial = Trial(0, plan, Outcome("ok", {"extrapolated_share": 0.0}))
+    trial = Trial(0, plan, Outcome("ok", {"extrapolated_share": outside}))
     return Finalist(trial, {RATE: rate * SPREAD[: draws + 1], LATENCY: tpot * SPREAD[: draws + 1]})
 
 
-def judged(best: Finalist, base: Finalist | None, reason: str = "") -> dict[str, Any]:
+def judged(best: Finalist, base: Finalist | None, reason: str = "", *, gpus_per_node: int = 8) -> dict[str, Any]:
     scenario = Scenario.read(small(), where="test")
-    return verdict(best, base, base_reason=reason, scenario=scenario, judged_on_fit=False, nodes=1)
+    return verdict(best, base, base_reason=reason, scenario=scenario, judged_on_fit=False, gpus_per_node=gpus_per_node)
 
 
 BASE = finalist(100.0, 0.02, solver="contiguous")
@@ -48,6 +48,29 @@ def test_the_sentence_says_what_the_figures_say(rate: float, tpot: float, reason
     found = judged(finalist(rate, tpot), BASE, reason)
     assert found["code"] == code
     assert says in found["text"]
+
+
+def test_a_yardstick_beyond_the_profile_is_none() -> None:
+    guess = finalist(100.0, 0.02, solver="contiguous", outside=0.6)
+    found = judged(finalist(110.0, 0.01), guess)
+    assert found["code"] == "withheld"
+    assert "60% of the baseline's step time lies outside the profile" in found["text"]
+    little = finalist(100.0, 0.02, solver="contiguous", outside=0.05)
+    assert judged(finalist(110.0, 0.01), little)["code"] == "gain"
+
+
+def test_plans_over_several_nodes_say_that_nobody_validated_them() -> None:
+    best = finalist(110.0, 0.01)
+    assert "not validated on hardware" in judged(best, BASE, gpus_per_node=4)["text"]
+    assert "not validated on hardware" not in judged(best, BASE)["text"]
+
+
+def test_levels_are_sure_only_at_the_far_end_of_the_interval() -> None:
+    one = finalist(110.0, 0.02)
+    assert sure_of_levels(one, {LATENCY: 0.03}) is True
+    assert sure_of_levels(one, {LATENCY: 0.02}) is False
+    assert sure_of_levels(one, {}) is None
+    assert sure_of_levels(finalist(110.0, 0.02, draws=0), {LATENCY: 0.03}) is None
 
 
 def test_without_draws_there_is_no_verdict_and_nothing_tells_two_plans_apart() -> None:
