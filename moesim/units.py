@@ -6,11 +6,8 @@ import math
 
 MICRO = 1e-6
 MILLI = 1e-3
-KILO = 1e3
-MEGA = 1e6
 GIGA = 1e9
 TERA = 1e12
-KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
-from moesim.errors import BadInput
+from moesim.errors import BadInput, MoesimError
 from moesim.spec.scenario import Scenario
 from placement.executors import Workers
 from placement.objective import Outcome
@@ -64,7 +64,7 @@ def open_study(scenario: Scenario, out: Path | None, storage: str | None, resume
         raise BadInput(
             "there is a search here already", where=str(storage or out), mend="add --resume, or choose another --out"
         ) from None
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SQLAlchemyError) as error:
         raise BadInput(
             f"the stored search cannot be opened ({type(error).__name__})",
             where=str(storage or out),
@@ -113,17 +113,20 @@ def search(
     target = min(trials, len(space.plans))
     whole = trials >= len(space.plans)
     while len(finished) < target:
-        batch_number = len(finished)
-        rng = np.random.default_rng([scenario.seed, 9, batch_number])
-        seen = {trial.plan for trial in finished}
-        room = min(BATCH - batch_number % BATCH, target - len(finished))
+        # A batch follows from the trials before it alone, so that one cut short by a crash goes on as it was.
+        start = len(finished) - len(finished) % BATCH
+        before = finished[:start]
+        rng = np.random.default_rng([scenario.seed, 9, start])
+        seen = {trial.plan for trial in before}
         first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
-        batch = list(dict.fromkeys(first))[:room]
-        if len(batch) < room:
-            batch += _ask(study, scenario, by_params, seen | set(batch), room - len(batch), rng)
+        batch = list(dict.fromkeys(first))[:BATCH]
+        if len(batch) < BATCH:
+            stored = [_frozen(trial.plan, trial.outcome, space) for trial in before]
+            batch += _ask(stored, scenario, by_params, seen | set(batch), BATCH - len(batch), rng)
+        batch = batch[len(finished) - start : target - start]
         outcomes = workers.evaluate(batch)
         for plan, outcome in zip(batch, outcomes, strict=True):
-            study.add_trial(_frozen(plan, outcome, space))
+            _store(study, _frozen(plan, outcome, space))
             finished.append(Trial(len(finished), plan, outcome))
         if progress is not None:
             progress(len(finished) / target)
@@ -131,7 +134,7 @@ def search(
 
 
 def _ask(
-    study: optuna.Study,
+    stored: list[FrozenTrial],
     scenario: Scenario,
     by_params: dict[tuple[str, ...], Plan],
     seen: set[Plan],
@@ -144,7 +147,7 @@ def _ask(
     if scenario.search.sampler == "tpe":
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=2 * BATCH)
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-    scratch.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE])
+    scratch.add_trials(stored)
     names = _choices(by_params)
     found: list[Plan] = []
     for _ in range(_ASKS * room):
@@ -179,6 +182,17 @@ def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
         user_attrs={_OUTCOME: outcome.to_json()},
         constraints={"slo": violation},
     )
+
+
+def _store(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Add a finished trial; raises MoesimError where the storage fails (a full disk, a lost database)."""
+    try:
+        study.add_trial(trial)
+    except (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise MoesimError(
+            f"the search cannot be stored any more ({type(error).__name__}); finished batches are kept",
+            mend="mend the storage and go on with --resume",
+        ) from None
 
 
 def _stored(study: optuna.Study, by_params: dict[tuple[str, ...], Plan]) -> list[Trial]:

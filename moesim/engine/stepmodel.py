@@ -16,8 +16,8 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
-from moesim.engine.steptable import PricedGrid, StepTable, price_grid, time_grid
-from moesim.errors import BadInput, OutsideProfile
+from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
+from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.layer import build_step
 from moesim.graph.pricing import Part, PricedStep, Pricer
@@ -62,9 +62,7 @@ class StepModel:
             if kind == "decode":  # a lightly loaded group, down to one sequence in all
                 tokens = np.concatenate([1.0 / _axis(float(ranks), midpoints=False)[:0:-1], tokens])
             hot = np.asarray([1.0]) if kind == "decode" else _axis(float(ranks), midpoints=False)
-            self.grids[kind] = price_grid(
-                self.pricer,
-                self.routing,
+            asked = GridAsked(
                 phase=kind,
                 mode=exchange_mode(self.deployment, kind),
                 graphed=kind == "decode" and bool(self.graphs.sizes),
@@ -74,6 +72,7 @@ class StepModel:
                 kv_tokens=self.longest_context,
                 seed=self.seed,
             )
+            self.grids[kind] = price_grid(self.pricer, self.routing, asked)
         return self.grids[kind]
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
@@ -291,11 +290,6 @@ def _axis(most: float, *, midpoints: bool) -> Floats:
         points.append(points[-1] * 2)
     mid = [x * 1.5 for x in points if x >= 8 and midpoints]
     return np.unique(np.asarray([x for x in points + mid if x < most] + [most]))
-
-
-def outside_message(error: OutsideProfile, plan: str) -> OutsideProfile:
-    """The same refusal, with the plan that met it."""
-    return OutsideProfile(error.what, where=f"{error.where} ({plan})" if error.where else plan, mend=error.mend)
 
 
 @njit(cache=True)

@@ -38,7 +38,7 @@ class PricedGrid:
     """Grid points of one kind of step, priced but not yet timed.
 
     tokens: [nt] mean tokens of an attention-DP rank; hot: [nh] largest over mean; steps run over loads, draws, tokens,
-    hot (slowest first). loads: indices of the judged loads. upper: the error that ended the grid, if one did.
+    hot (slowest first). loads: indices of the judged loads. lower, upper: the errors that end the grid, if any do.
     """
 
     tokens: Floats
@@ -46,6 +46,7 @@ class PricedGrid:
     loads: list[int]
     draws: int
     priced: PricedStep
+    lower: OutsideProfile | None
     upper: OutsideProfile | None
 
     def steps_near(self, mean_tokens: float, hot: float) -> NDArray[np.int64]:
@@ -68,10 +69,13 @@ class StepTable:
     attention_s: Floats
     seconds: Floats
     before_s: Floats
+    lower: OutsideProfile | None
     upper: OutsideProfile | None
 
     def step_s(self, mean_tokens: float, hot: float, attention_s: float) -> float:
-        """Seconds of one step. Raises OutsideProfile past the grid's priced end."""
+        """Seconds of one step. Raises OutsideProfile past either priced end of the grid."""
+        if mean_tokens < self.tokens[0] * (1 - 1e-9) and self.lower is not None:
+            raise self.lower
         if mean_tokens > self.tokens[-1] * (1 + 1e-9) and self.upper is not None:
             raise self.upper
         return float(_trilinear(self.tokens, self.hot, self.attention_s, self.seconds, mean_tokens, hot, attention_s))
@@ -81,86 +85,82 @@ class StepTable:
         return float(_linear(self.tokens, self.before_s, rows))
 
 
-def price_grid(
-    pricer: Pricer,
-    routing: RoutingDraws,
-    *,
-    phase: str,
-    mode: str,
-    graphed: bool,
-    tokens: Floats,
-    hot: Floats,
-    most_tokens: float,
-    kv_tokens: float,
-    seed: int,
-) -> PricedGrid:
-    """Price all grid points that the cost model can; the grid ends where it cannot.
+@dataclass(frozen=True)
+class GridAsked:
+    """What a grid is asked for.
 
-    phase: "decode" or "prefill" (the hot rank reads prompts). most_tokens: cap on a rank's tokens. kv_tokens: context
-    at which the grid's attention is priced (its time is a grid axis, so this only has to be inside the profile).
+    phase: "decode" or "prefill" (the hot rank reads prompts). tokens, hot: the axes, see PricedGrid. most_tokens: cap
+    on a rank's tokens. kv_tokens: context at which the grid's attention is priced (its time is a grid axis, so this
+    only has to be inside the profile).
+    """
+
+    phase: str
+    mode: str
+    graphed: bool
+    tokens: Floats
+    hot: Floats
+    most_tokens: float
+    kv_tokens: float
+    seed: int
+
+
+def price_grid(pricer: Pricer, routing: RoutingDraws, asked: GridAsked) -> PricedGrid:
+    """Price all grid points that the cost model can; the grid ends, below and above, where it cannot.
+
     Raises OutsideProfile when not even one point can be priced.
     """
-    split = pricer.setup.policies.schedule == "two_batch"
-
-    def attempt(points: Floats) -> PricedStep:
-        return _price(pricer, routing, phase, mode, graphed, points, hot, most_tokens, kv_tokens, seed, split)
-
+    loads, draws = routing.for_phase(asked.phase), DRAWS_PER_POINT[asked.phase]
     try:
-        return PricedGrid(tokens, hot, routing.for_phase(phase), DRAWS_PER_POINT[phase], attempt(tokens), None)
-    except OutsideProfile as error:
-        good: list[float] = []
-        first, last = error, error
-        for point in tokens:
-            try:
-                attempt(np.asarray([point]))
-                good.append(float(point))
-            except OutsideProfile as outside:
-                last = outside
-                if good:
-                    break
-        if not good:
-            raise first from None
-        kept = np.asarray(good)
-        return PricedGrid(kept, hot, routing.for_phase(phase), DRAWS_PER_POINT[phase], attempt(kept), last)
+        return PricedGrid(
+            asked.tokens, asked.hot, loads, draws, _price(pricer, routing, asked, asked.tokens), None, None
+        )
+    except OutsideProfile:
+        pass
+    good: list[float] = []
+    below: OutsideProfile | None = None
+    above: OutsideProfile | None = None
+    for point in asked.tokens:
+        try:
+            _price(pricer, routing, asked, np.asarray([point]))
+            good.append(float(point))
+        except OutsideProfile as outside:
+            if good:
+                above = outside
+                break
+            below = outside
+    if not good and below is not None:
+        raise below
+    kept = np.asarray(good)
+    return PricedGrid(kept, asked.hot, loads, draws, _price(pricer, routing, asked, kept), below, above)
 
 
-def _price(
-    pricer: Pricer,
-    routing: RoutingDraws,
-    phase: str,
-    mode: str,
-    graphed: bool,
-    tokens: Floats,
-    hot: Floats,
-    most_tokens: float,
-    kv_tokens: float,
-    seed: int,
-    split: bool,
-) -> PricedStep:
+def _price(pricer: Pricer, routing: RoutingDraws, asked: GridAsked, tokens: Floats) -> PricedStep:
     ranks = pricer.setup.parallel.attention_dp
-    mean, factor = (axis.ravel() for axis in np.meshgrid(tokens, hot, indexing="ij"))
-    largest = np.minimum(mean * factor, np.maximum(most_tokens, mean))
+    mean, factor = (axis.ravel() for axis in np.meshgrid(tokens, asked.hot, indexing="ij"))
+    largest = np.minimum(mean * factor, np.maximum(asked.most_tokens, mean))
     others = (mean * ranks - largest) / (ranks - 1) if ranks > 1 else largest
-    share = 0.5 if split else 1.0
+    share = 0.5 if pricer.setup.policies.schedule == "two_batch" else 1.0
     rows = np.repeat(others[:, None], ranks, axis=1)
     rows[:, 0] = largest
-    loads = routing.for_phase(phase)
-    draws = DRAWS_PER_POINT[phase]
+    loads = routing.for_phase(asked.phase)
+    draws = DRAWS_PER_POINT[asked.phase]
     repeats = len(loads) * draws
     rows = np.tile(rows, (repeats, 1)) * share
     group_tokens = rows.sum(axis=1)
     counts = []
     points = len(mean)
     for position, load in enumerate(loads):
-        rng = np.random.default_rng([seed, 4, position])
+        rng = np.random.default_rng([asked.seed, 4, position])
         of_load = slice(position * draws * points, (position + 1) * draws * points)
         counts.append(routing.counts(load, group_tokens[of_load], rng))
-    if phase == "prefill":
+    if asked.phase == "prefill":
         batch = step_batch(ranks=ranks, prefill_seqs=1.0, prefill_new=rows)
     else:
         # Products run on one row at least; fewer tokens in the mean are a group of which some ranks have none.
-        batch = step_batch(ranks=ranks, decode_seqs=rows, decode_kv=kv_tokens, padded_tokens=np.maximum(rows, share))
-    return pricer.price(batch, np.concatenate(counts), mode=mode, graphed=graphed, attention=False)
+        batch = step_batch(
+            ranks=ranks, decode_seqs=rows, decode_kv=asked.kv_tokens, padded_tokens=np.maximum(rows, share)
+        )
+    return pricer.price(batch, np.concatenate(counts), mode=asked.mode, graphed=asked.graphed, attention=False)
 
 
 def time_grid(
@@ -197,6 +197,7 @@ def time_grid(
         attention_s=attention_s,
         seconds=np.ascontiguousarray(mean),
         before_s=np.maximum.accumulate(largest),
+        lower=grid.lower,
         upper=grid.upper,
     )
 

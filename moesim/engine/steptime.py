@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine import maxplus
-from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
-from moesim.engine.draws import LEVEL, Draw, interval, joint_draws
+from moesim.engine.deployment import Deployment, Groundwork, resolve
+from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.errors import OutsideProfile
@@ -42,28 +41,6 @@ class TimedPlacements:
     balance: dict[str, float]
 
 
-def compare_placements(
-    scenario: Scenario,
-    placements: Mapping[str, ExpertPlacement],
-    judge: Sequence[RoutingCounts],
-    tokens_per_rank: Sequence[int],
-    draws: int,
-    seed: int,
-    *,
-    baseline: str | None = None,
-) -> dict[str, Any]:
-    """Step time of each placement and its paired gain over `baseline` (default: the first), ready for JSON.
-
-    judge: loads that no placement was fitted to. tokens_per_rank: decode tokens of an attention-DP rank. All placements
-    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal.
-    Raises BadInput, Infeasible and OutsideProfile.
-    """
-    ground = groundwork(scenario)
-    rows = timed_placements(ground, placements, judge, tokens_per_rank, draws, seed)
-    base = baseline or next(iter(placements))
-    return {"baseline": base, "level": LEVEL, "rows": [_row(row, base) for row in rows]}
-
-
 def timed_placements(
     ground: Groundwork,
     placements: Mapping[str, ExpertPlacement],
@@ -72,7 +49,12 @@ def timed_placements(
     draws: int,
     seed: int,
 ) -> list[TimedPlacements]:
-    """Step times of placements at each batch size; see compare_placements."""
+    """Step times of placements at each batch size.
+
+    judge: loads that no placement was fitted to. tokens_per_rank: decode tokens of an attention-DP rank. All placements
+    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal.
+    Raises BadInput, Infeasible and OutsideProfile.
+    """
     deployments = {
         name: resolve(ground, variant_for(ground.scenario, placement), placement)
         for name, placement in placements.items()
@@ -160,21 +142,3 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
         shares = Pricer(one.setup, one.ground.costs).shares
         found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts, shares)).mean())
     return found
-
-
-def _row(row: TimedPlacements, base: str) -> dict[str, Any]:
-    placements = {}
-    for name, times in row.step_s.items():
-        gains = 1.0 - times / row.step_s[base]
-        placements[name] = {
-            "step_s": _with_interval(times),
-            "gain": _with_interval(gains),
-            "per_step_max_over_mean": row.balance[name],
-        }
-    return {"tokens_per_rank": row.tokens_per_rank, "mode": row.mode, "placements": placements}
-
-
-def _with_interval(values: Floats) -> dict[str, float]:
-    """Best-known value and the interval over the draws (its own value twice where nothing was drawn)."""
-    low, high = interval(values[1:]) if len(values) > 1 else (float(values[0]), float(values[0]))
-    return {"value": float(values[0]), "low": low, "high": high}

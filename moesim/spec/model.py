@@ -108,10 +108,6 @@ class ModelSpec(Spec):
         """Weights of one routed expert of one layer (gate, up and down projection)."""
         return 3 * self.hidden * self.moe.intermediate
 
-    def expert_bytes(self, dtype: str) -> float:
-        """Bytes of one routed expert of one layer."""
-        return self.expert_parameters() * BYTES_PER_ELEMENT[dtype]
-
     def kv_bytes_per_token(self, dtype: str) -> float:
         """Bytes that one token keeps in the KV cache over all layers, before tensor parallelism.
 

@@ -16,6 +16,7 @@ from moesim.engine.draws import Draw
 from moesim.engine.simulate import simulate
 from moesim.engine.stepmodel import StepModel
 from moesim.errors import OutsideProfile
+from moesim.graph.pricing import Pricer
 from moesim.spec.scenario import load_scenario
 from tests.scenarios import small, write
 
@@ -195,6 +196,19 @@ def test_balance_is_of_the_load_that_the_dispatch_policy_makes(
         found[replica] = simulated(write(tmp_path, data), capsys, "--draws", "0")["routing"]
     assert found["local_first"]["max_over_mean"] > found["equal"]["max_over_mean"]
     assert found["local_first"]["per_step_max_over_mean"] > found["equal"]["per_step_max_over_mean"]
+
+
+def test_a_step_below_the_priced_end_of_the_table_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    price = Pricer.price
+
+    def refuse(self: Pricer, batch: Any, counts: Any, **more: Any) -> Any:
+        if batch.tokens.sum(axis=1).min() < 8:
+            raise OutsideProfile("too few tokens", where="test", mend="measure them")
+        return price(self, batch, counts, **more)
+
+    monkeypatch.setattr(Pricer, "price", refuse)
+    with pytest.raises(OutsideProfile, match="too few tokens"):
+        simulate(resolve(groundwork(load_scenario(path))), draws=0)
 
 
 def test_a_draw_outside_the_profile_takes_the_interval_not_the_run(

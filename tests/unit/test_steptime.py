@@ -10,7 +10,7 @@ import pytest
 
 from moesim.engine.deployment import groundwork, solve
 from moesim.engine.routing_draws import RoutingDraws
-from moesim.engine.steptime import compare_placements, timed_placements
+from moesim.engine.steptime import timed_placements
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, load_scenario
 from tests.scenarios import small, write
@@ -56,10 +56,9 @@ def test_a_step_routes_exactly_its_tokens(schedule: str, tmp_path: Path, monkeyp
 def test_one_placement_against_itself_gains_nothing(scenario: Scenario) -> None:
     ground, found = placements(scenario)
     same = {"one": found["greedy"], "other": found["greedy"]}
-    result = compare_placements(scenario, same, ground.judge, [8, 64], draws=5, seed=0)
-    for row in result["rows"]:
-        assert row["placements"]["other"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-        assert row["placements"]["one"]["step_s"] == row["placements"]["other"]["step_s"]
+    for row in timed_placements(ground, same, ground.judge, [8, 64], 5, 0):
+        assert np.array_equal(row.step_s["one"], row.step_s["other"])
+        assert row.balance["one"] == row.balance["other"]
 
 
 def test_steps_grow_with_tokens_and_intervals_hold_the_value(scenario: Scenario) -> None:

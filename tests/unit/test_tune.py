@@ -6,10 +6,10 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 
@@ -17,6 +17,7 @@ from moesim.cli import run
 from moesim.engine.deployment import groundwork
 from moesim.spec.scenario import load_scenario
 from placement.space import baseline_plan, enumerate_space
+from placement.tuner import BATCH
 from tests.scenarios import small, write
 
 TRIALS = 14
@@ -83,20 +84,26 @@ def test_two_workers_try_the_same_plans_as_one(tmp_path: Path, capsys: pytest.Ca
     assert one["gain"] == two["gain"]
 
 
-def test_kill_and_resume_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stored", [1, 5, BATCH + 1])
+def test_kill_and_resume_lose_nothing(stored: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed as soon as so many trials are stored, between batches or within one: the same trials as without."""
     path, out = scenario(tmp_path), tmp_path / "killed"
     whole = tuned(path, tmp_path / "whole", capsys)
-    command = [sys.executable, "-m", "moesim", "tune", str(path), "--trials", str(TRIALS), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = out / "study.journal"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if journal.exists() and journal.read_text().count('"op_code": 4') + journal.read_text().count("trial_id") > 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killing = (
+        "import os, signal, sys, optuna\n"
+        "add, kept = optuna.Study.add_trial, []\n"
+        "def store(self, trial):\n"
+        "    add(self, trial)\n"
+        "    kept.extend([trial] if self.study_name == 'moesim' else [])\n"
+        f"    len(kept) == {stored} and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "optuna.Study.add_trial = store\n"
+        "from moesim.cli import run\n"
+        "run(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", killing, "tune", str(path), "--trials", str(TRIALS), "--out", str(out)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     resumed = tuned(path, out, capsys, "--resume")
+    assert resumed["run"]["resumed_trials"] == stored
     assert tried(resumed) == tried(whole)
     assert resumed["best"]["label"] == whole["best"]["label"]
 
@@ -150,6 +157,27 @@ def test_bad_numbers_are_refused(arguments: list[str], tmp_path: Path, capsys: p
     assert run(["tune", str(scenario(tmp_path)), *arguments, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("storage", ["nonsense", "sqlite:////nonexistent/x.db"])
+def test_a_storage_that_cannot_be_opened_is_one_line(
+    storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--storage", storage]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert storage in line
+
+
+def test_a_storage_that_fails_in_the_middle_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: optuna.Study, trial: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(optuna.Study, "add_trial", full)
+    assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--out", str(tmp_path / "run")]) == 1
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_ray_is_named_as_a_missing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
