@@ -260,30 +260,39 @@ def collectives(
         Path | None, Option("--loads", help="Uneven all_to_all as these loads under --placement make it.")
     ] = None,
     placement: Annotated[Path | None, Option("--placement", help="A placement map for --loads.")] = None,
+    patterns: Annotated[
+        list[str] | None, Option("--pattern", help="Uneven all_to_all: kept, one_way, zipf_1.2 (say); repeats.")
+    ] = None,
+    beside: Annotated[str | None, Option("--beside", help="gemm: while an expert's product runs.")] = None,
+    split: Annotated[
+        str, Option("--groups", help="all, inside (a host), rail (one rank a host), N neighbours; comma-separated.")
+    ] = "all,inside,rail",
     layer: Annotated[int | None, Option("--layer", help="Layer of --loads; default: the middle one.")] = None,
     stall_limit: Annotated[float, Option("--stall-limit", min=1.0, help="Seconds without progress.")] = 120.0,
 ) -> None:
     """Time collectives over torch.distributed, under torchrun or with local ranks; resumable."""
     import os
 
-    from moesim.errors import BadInput
     from profiles import collectives as work
+    from profiles.collective_points import asked_for
     from profiles.shares import destination_shares
 
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
-    wanted = tuple(dict.fromkeys(kinds.split(",")))
-    for kind in wanted:
-        if kind not in work.KINDS:
-            raise BadInput(f"unknown kind {kind!r}", where="--kinds", mend=f"use {', '.join(work.KINDS)}")
-    least, most = work.bytes_from(low, "--from"), work.bytes_from(high, "--to")
-    if most < least:
-        raise BadInput(f"{high} is less than {low}", where="--to", mend="give a larger size")
     shares, name = destination_shares(world, skew=skew, loads=loads, placement=placement, layer=layer)
-    if shares and "all_to_all" not in wanted:
-        raise BadInput("only all_to_all can be uneven", where="--kinds", mend="add all_to_all")
-    job = work.Job(
-        backend, wanted, work.sizes_between(least, most), repeats, str(out.absolute()), shares, name, stall_limit
+    job = asked_for(
+        backend=backend,
+        kinds=kinds,
+        low=low,
+        high=high,
+        patterns=tuple(patterns or ()),
+        beside=beside or "",
+        groups=split,
+        shares=shares,
+        distribution=name,
+        repeats=repeats,
+        out=str(out.absolute()),
+        stall_s=stall_limit,
     )
     if not under_torchrun:
         work.run_local(job, ranks, say=lambda line: echo(line, err=True))

@@ -29,19 +29,20 @@ LATENCY = "latency_s"
 
 @dataclass(frozen=True)
 class Family:
-    """One family of rows: its file is `<name>.parquet`."""
+    """One family of rows: its file is `<name>.parquet`. values: figures measured beside the latency, above zero."""
 
     name: str
     key: dict[str, str]
     point: tuple[str, ...]
     cost_family: str
     measured_by: str
+    values: tuple[str, ...] = ()
 
     @property
     def columns(self) -> dict[str, str]:
         """All columns in order -> TEXT, COUNT or NUMBER."""
         sizes = dict.fromkeys(self.point, NUMBER)
-        return {**self.key, **sizes, LATENCY: NUMBER, **PROVENANCE}
+        return {**self.key, **sizes, LATENCY: NUMBER, **dict.fromkeys(self.values, NUMBER), **PROVENANCE}
 
 
 # Rows that were measured by this package; they price for every engine whose scenario names their profile.
@@ -109,6 +110,34 @@ FAMILIES: dict[str, Family] = {
             ("bytes",),
             "collective",
             COLLECTIVES,
+        ),
+        # An all-to-all with uneven splits, by what makes its time: what the busiest rank sends or receives (the larger)
+        # and its other direction, the most that a rank exchanges with other nodes in one direction, and the most that
+        # stays on a rank. `bytes`: the send buffer of a rank, the mean over ranks.
+        Family(
+            "uneven_all_to_all",
+            {
+                "path": TEXT,
+                "gpus": COUNT,
+                "nodes": COUNT,
+                "busiest_bytes": COUNT,
+                "other_way_bytes": COUNT,
+                "off_node_bytes": COUNT,
+                "kept_bytes": COUNT,
+            },
+            ("bytes",),
+            "collective",
+            COLLECTIVES,
+        ),
+        # A transfer while something else runs on the same ranks: never the price of a transfer alone. `slowdown` of the
+        # transfer and `beside_slowdown` of the other work are its time beside over its time alone.
+        Family(
+            "overlap",
+            {"work": TEXT, "beside": TEXT, "path": TEXT, "gpus": COUNT, "nodes": COUNT},
+            ("bytes",),
+            "overlap",
+            COLLECTIVES,
+            values=("slowdown", "beside_slowdown"),
         ),
         # DeepEP; `tokens` of each rank.
         Family(

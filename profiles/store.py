@@ -139,7 +139,7 @@ def checked(table: pl.DataFrame, family: Family, *, where: Path | str) -> pl.Dat
         table = table.select(pl.col(name).cast(kind) for name, kind in polars_schema(family).items())
     except pl.exceptions.PolarsError:
         raise BadInput("a column has the wrong type", where=str(where), mend="import the profile again") from None
-    for name in (*family.point, LATENCY):
+    for name in (*family.point, LATENCY, *family.values):
         bad = table.select(
             (pl.col(name).is_null() | ~pl.col(name).is_finite() | (pl.col(name) <= 0)).arg_true().alias("row")
         )["row"]

@@ -193,10 +193,13 @@ def histogram(name: str, routed: int, local: int) -> Ints:
         shares = np.r_[1.0, np.full(local - 1, 1.0 / max(local - 1, 1))]
     else:
         shares = np.arange(1, local + 1, dtype=np.float64) ** -float(name.removeprefix("zipf_"))
-    exact = routed * shares / shares.sum()
+    return whole(routed * shares / shares.sum(), routed)
+
+
+def whole(exact: NDArray[np.float64], total: int) -> Ints:
+    """Whole numbers near `exact` [n] that sum to `total` (largest remainder)."""
     counts: Ints = np.floor(exact).astype(np.int64)
-    missing = routed - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
 
 

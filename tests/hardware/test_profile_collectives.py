@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from profiles.capture import read_lines
-from profiles.collectives import KINDS
+from profiles.collective_points import KINDS
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
