@@ -261,7 +261,7 @@ def collectives(
     ] = None,
     placement: Annotated[Path | None, Option("--placement", help="A placement map for --loads.")] = None,
     patterns: Annotated[
-        list[str] | None, Option("--pattern", help="Uneven all_to_all: kept, one_way, zipf_1.2 (say); repeats.")
+        list[str] | None, Option("--pattern", help="Uneven all_to_all: kept, kept_by_one, one_way, zipf_1.2 (say).")
     ] = None,
     beside: Annotated[str | None, Option("--beside", help="gemm: while an expert's product runs.")] = None,
     split: Annotated[

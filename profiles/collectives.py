@@ -28,6 +28,7 @@ from profiles.collective_work import ELEMENT_BYTES, Seat, Work, all_to_all, work
 from profiles.device import WARM_UPS, conditions, device_name, load_torch, readings
 from profiles.groups import Partition
 from profiles.launch import end_with, launch, tell
+from profiles.traffic import Floats
 
 LEAD_S = 1e-3  # for the news of a common start to reach every rank before any of them starts
 BATCH = 20  # operations in a row between two events on a GPU, as many as nccl-tests time by default
@@ -35,7 +36,7 @@ BATCH = 20  # operations in a row between two events on a GPU, as many as nccl-t
 
 def run_local(job: Job, ranks: int, say: Callable[[str], None]) -> None:
     """Measure with `ranks` processes on this machine. Raises MissingPart without torch, NCCL or enough GPUs."""
-    _ready(job.backend, ranks)
+    ready(job.backend, ranks)
     Log(Path(job.out))  # a file of something else is refused before any rank starts
     launch("profiles.collectives", asdict(job), ranks, stall_s=job.stall_s, say=say)
 
@@ -44,13 +45,13 @@ def run_under_torchrun(job: Job, say: Callable[[str], None]) -> bool:
     """Measure as one rank of torchrun's; true on the rank that wrote the file."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
-    torch = _ready(job.backend, local_ranks)
+    torch = ready(job.backend, local_ranks)
     with joined(torch, job.backend, rank, ranks, local, None, job.stall_s) as device:
         _measure(torch, job, rank, ranks, device, say)
     return rank == 0
 
 
-def _ready(backend: str, local_ranks: int) -> Any:
+def ready(backend: str, local_ranks: int) -> Any:
     """Torch, when the backend can run. Raises MissingPart, BadInput."""
     if backend not in BACKENDS:
         raise BadInput(f"unknown backend {backend!r}", where="--backend", mend=f"use one of: {', '.join(BACKENDS)}")
@@ -105,7 +106,7 @@ def _measure(torch: Any, job: Job, rank: int, ranks: int, device: Any, say: Call
     name = device_name(torch, str(device))
     hosts = groups.find_hosts(torch, rank, ranks, device, name)
     split = groups.partitions(hosts, job.groups)
-    seats = {one.name: _seat(torch, device, one, rank) for one in split}
+    seats = {one.name: seat_of(torch, device, one, rank) for one in split}
     spots = spots_of(job, split, hosts, name)
     mask = [log is not None and spot.identity not in log.have for spot in spots]
     todo = torch.tensor(mask, dtype=torch.int32, device=device)
@@ -131,7 +132,7 @@ def _measure(torch: Any, job: Job, rank: int, ranks: int, device: Any, say: Call
     return 0
 
 
-def _seat(torch: Any, device: Any, partition: Partition, rank: int) -> Seat:
+def seat_of(torch: Any, device: Any, partition: Partition, rank: int) -> Seat:
     """This rank's place in its group; every rank makes every process group, in the same order."""
     from torch import distributed
 
@@ -144,22 +145,11 @@ def _seat(torch: Any, device: Any, partition: Partition, rank: int) -> Seat:
 
 def _figures(torch: Any, job: Job, spot: Spot, seat: Seat, device: Any) -> dict[str, Any]:
     """The seconds of a point, the slowest rank's. Raises CheckFailed on every rank where any saw a wrong result."""
-    from torch import distributed
-
-    if spot.part.pattern:
-        work = all_to_all(counts_of(job, spot.part, seat.ranks, spot.size), seat)
-    else:
-        work = work_of(spot.part.kind, spot.size // ELEMENT_BYTES, seat)
-    work.run()
-    wrong = torch.tensor([0 if work.right() else 1], dtype=torch.int32, device=device)
-    distributed.all_reduce(wrong)
-    if int(wrong.item()):
-        raise CheckFailed(
-            f"{in_words(spot)} gave a wrong result", where="profile collectives",
-            mend="nothing is recorded of this point; check the network and the driver",
-        )  # fmt: skip
+    work = work_at(job, spot, seat)
+    check(torch, work, device, in_words(spot))
     if not spot.part.beside:
-        return statistics_of(_time(torch, job, work, device))
+        order = np.random.default_rng(0)
+        return statistics_of(interleaved(torch, [work], job.repeats, device, order)[0].tolist())
     both = beside.measure(
         torch, device, work.run, _product(torch, device), repeats=job.repeats, pace=_pace(torch, device),
         reset=work.reset,
@@ -170,6 +160,27 @@ def _figures(torch: Any, job: Job, spot: Spot, seat: Seat, device: Any) -> dict[
         "product": statistics_of(both.product_beside_s),
     }
     return {**statistics_of(both.beside_s), "values": both.slowdowns(), "extra": extra}
+
+
+def work_at(job: Job, spot: Spot, seat: Seat) -> Work:
+    """The operation of a point on its buffers."""
+    if spot.part.pattern:
+        return all_to_all(counts_of(job, spot.part, seat.ranks, spot.size), seat)
+    return work_of(spot.part.kind, spot.size // ELEMENT_BYTES, seat)
+
+
+def check(torch: Any, work: Work, device: Any, what: str) -> None:
+    """Run an operation once and look at what it gave. Raises CheckFailed on every rank where any saw a wrong result."""
+    from torch import distributed
+
+    work.run()
+    wrong = torch.tensor([0 if work.right() else 1], dtype=torch.int32, device=device)
+    distributed.all_reduce(wrong)
+    if int(wrong.item()):
+        raise CheckFailed(
+            f"{what} gave a wrong result", where="profile collectives",
+            mend="nothing is recorded of this point; check the network and the driver",
+        )  # fmt: skip
 
 
 def _product(torch: Any, device: Any) -> Callable[[], Any]:
@@ -198,32 +209,38 @@ def _pace(torch: Any, device: Any) -> beside.Pace:
     return beside.Pace(start, most)
 
 
-def _time(torch: Any, job: Job, work: Work, device: Any) -> list[float]:
-    """Seconds of each repeat, the slowest rank's, on every rank."""
+def interleaved(torch: Any, works: Sequence[Work], repeats: int, device: Any, order: np.random.Generator) -> Floats:
+    """Seconds of each repeat of each operation [works, repeats], the slowest rank's, on every rank.
+
+    The operations take turns in random order (`order` must draw alike on every rank), so that a change in the machine's
+    load falls on all of them.
+    """
     from torch import distributed
 
-    for _ in range(WARM_UPS):
-        work.run()
     cuda = device.type == "cuda"
-    found = torch.zeros(job.repeats, dtype=torch.float64, device=device)
-    for repeat in range(job.repeats):
-        work.reset()
-        if cuda:
-            distributed.barrier()
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(BATCH):
+    found = torch.zeros(len(works), repeats, dtype=torch.float64, device=device)
+    for repeat in range(-WARM_UPS, repeats):
+        for index in order.permutation(len(works)).tolist():
+            work = works[index]
+            work.reset()
+            if cuda:
+                distributed.barrier()
+                torch.cuda.synchronize()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(BATCH):
+                    work.run()
+                end.record()
+                end.synchronize()
+                seconds = begin.elapsed_time(end) * 1e-3 / BATCH
+            else:
+                begun = together(torch)
                 work.run()
-            end.record()
-            end.synchronize()
-            found[repeat] = begin.elapsed_time(end) * 1e-3 / BATCH
-        else:
-            begun = together(torch)
-            work.run()
-            found[repeat] = time.perf_counter() - begun
+                seconds = time.perf_counter() - begun
+            if repeat >= 0:
+                found[index, repeat] = seconds
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-    return [float(value) for value in found.tolist()]
+    return np.asarray(found.cpu().numpy(), dtype=np.float64)
 
 
 def together(torch: Any) -> float:
@@ -281,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
         (folder / "progress").write_text(line, encoding="utf-8")
 
     try:
-        torch = _ready(job.backend, ranks)
+        torch = ready(job.backend, ranks)
         with joined(torch, job.backend, rank, ranks, rank, str(folder / "meet"), job.stall_s) as device:
             _measure(torch, job, rank, ranks, device, say)
     except MoesimError as error:

@@ -10,8 +10,8 @@ from moesim.errors import BadInput
 from profiles.sweep import whole
 from profiles.traffic import Floats, Ints
 
-KEPT, ONE_WAY = "kept", "one_way"
-PATTERNS = f"{KEPT}, {ONE_WAY} or zipf_1.2 (say)"
+KEPT, KEPT_BY_ONE, ONE_WAY = "kept", "kept_by_one", "one_way"
+PATTERNS = f"{KEPT}, {KEPT_BY_ONE}, {ONE_WAY} or zipf_1.2 (say)"
 
 
 def destination_shares(
@@ -65,13 +65,16 @@ def destination_shares(
 def pattern(name: str, ranks: int) -> Floats:
     """Shares of a rank's mean send buffer [source, destination], which sum to the number of ranks.
 
-    kept: nothing leaves its rank. one_way: the first half of the ranks sends to the second half, evenly; nothing goes
-    back. zipf_S: every rank sends to destination d in proportion to (d + 1)^-S. Raises BadInput.
+    kept: nothing leaves its rank. kept_by_one: likewise, and only the first rank has something. one_way: the first half
+    of the ranks sends to the second half, evenly; nothing goes back. zipf_S: every rank sends to destination d in
+    proportion to (d + 1)^-S. Raises BadInput.
     """
     if name == KEPT:
         return np.eye(ranks)
-    if name == ONE_WAY:
-        shares = np.zeros((ranks, ranks))
+    shares = np.zeros((ranks, ranks))
+    if name == KEPT_BY_ONE:
+        shares[0, 0] = 1.0
+    elif name == ONE_WAY:
         shares[: ranks // 2, ranks // 2 :] = 1.0
     else:
         try:

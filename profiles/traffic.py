@@ -28,6 +28,14 @@ class Traffic:
         more, less = np.maximum(self.sent, self.received), np.minimum(self.sent, self.received)
         return np.asarray((more + both_ways * less) / (1.0 + both_ways), dtype=np.float64)
 
+    def copies(self, together: float) -> Floats:
+        """What every rank keeps in an exchange whose copies take as long as this one's: [ranks].
+
+        together: how much the others' copies, on average, add to a rank's own.
+        """
+        others = (self.kept.sum() - self.kept) / max(len(self.kept) - 1, 1)
+        return np.asarray((self.kept + together * others) / (1.0 + together), dtype=np.float64)
+
     def busiest(self, both_ways: float) -> float:
         """Rows of an even exchange that loads every rank as this one loads its busiest."""
         return float(self.loads(both_ways).max())
@@ -41,14 +49,12 @@ def traffic(counts: Ints) -> Traffic:
     return Traffic(table.sum(axis=1) - kept, table.sum(axis=0) - kept, kept)
 
 
-def both_ways_share(
-    even_sizes: Floats, even_seconds: Floats, sizes: Sequence[float], seconds: Sequence[float]
-) -> float:
-    """How much of a rank's other direction adds to its time, from exchanges in one direction only: 0 to 1.
+def shared_with(even_sizes: Floats, even_seconds: Floats, sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """How much one user of a thing that two share is slowed by the other, from runs of one alone: 0 to 1.
 
-    A one-way exchange of b bytes takes as long as an even one of e bytes each way (read backwards from the even curve):
-    b = (1 + both_ways) e. 0: the directions do not disturb each other; 1: they take turns, as in a transport that one
-    thread serves. The median over the sizes.
+    The users are the two directions of a rank, or the copies of two ranks. One alone with b bytes takes as long as both
+    with e bytes each (read backwards from the curve of both): b = (1 + share) e. 0: they do not disturb each other; 1:
+    they take turns, as in a transport that one thread serves. The median over the sizes.
     """
     found = []
     for size, value in zip(sizes, seconds, strict=True):

@@ -120,3 +120,46 @@ def hardware(
 
         typer.echo(table(record))
         typer.echo(f"\nrecord: {out / 'record.json'}")
+
+
+@app.command()
+def exchange(
+    backend: Annotated[BackendName, typer.Option(help="gloo: CPU processes; nccl: GPUs.")] = BackendName.gloo,
+    ranks: Annotated[int, typer.Option(help="Ranks; under torchrun its own count.")] = 2,
+    size: Annotated[str, typer.Option(help="Send buffer of a rank, the mean over ranks. [default: 16MB]")] = "",
+    repeats: Annotated[int | None, typer.Option(min=4, help="Of each case. [default: 200]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="1MB and 12 repeats: seconds.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Lines of `moesim profile collectives`; without, measured first.")
+    ] = None,
+    loads: Annotated[Path | None, typer.Option(help="Real expert counts; without, a skewed synthetic profile.")] = None,
+    placement: Annotated[Path | None, typer.Option(help="A placement of these loads on the ranks.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Absolute layer of the loads; without, the most skewed.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of runs.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for profile, predictions and record.")] = Path(
+        "runs/validate-exchange"
+    ),
+    stall_limit: Annotated[float, typer.Option(min=1.0, help="Seconds without progress that end the run.")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+) -> None:
+    """Run ten uneven all-to-alls, predicted beforehand from even ones, and compare time and order.
+
+    Exits 1 when a pair of cases that differs by more than twice the spread was foretold the wrong way round.
+    """
+    from validate import exchange_cli as runner
+    from validate.exchange_record import holds, table
+
+    record = runner.run(
+        backend=backend.value, ranks=ranks, size=size, repeats=repeats, quick=quick, profile=profile, loads=loads,
+        placement=placement, layer=layer, seed=seed, out=out, stall_limit_s=stall_limit,
+        say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if record is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        typer.echo(table(record))
+        typer.echo(f"\nrecord: {out / 'record.json'}")
+    if not holds(record):
+        raise typer.Exit(1)
