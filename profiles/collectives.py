@@ -157,7 +157,7 @@ def _figures(torch: Any, job: Job, spot: Spot, seat: Seat, device: Any) -> dict[
     extra = {
         **spot.line["extra"],
         "alone": statistics_of(both.alone_s),
-        "product": statistics_of(both.product_beside_s),
+        "product_beside": statistics_of(both.product_beside_s),
     }
     return {**statistics_of(both.beside_s), "values": both.slowdowns(), "extra": extra}
 
