@@ -10,9 +10,12 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
+from profiles.node_cli import node
+
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 importers = Typer(help="Convert published tables into a profile.", no_args_is_help=True)
 app.add_typer(importers, name="import")
+app.command("node")(node)
 
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
@@ -64,19 +67,21 @@ def import_aiconfigurator(
 
 @importers.command("measured")
 def import_measured(
-    files: Annotated[list[Path], Argument(help="JSON lines of `moesim profile kernels` or `collectives`.")],
+    files: Annotated[list[Path], Argument(help="Of `moesim profile kernels` or `collectives`, or bundles.")],
     system: Annotated[str, Option("--system", help="The system that was measured, as scenarios name it: h200_sxm.")],
     out: Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")],
     as_json: JSON = False,
 ) -> None:
     """Turn measurements of this machine into a profile that `cost.profiles` can name."""
-    from profiles.capture import read_lines
+    from profiles.bundle import read_any
     from profiles.importers.measured import describe, tables_of
     from profiles.store import write_profile
 
-    lines = read_lines(files)
+    lines, manifests = read_any(files)
     tables = tables_of(lines, system)
     description = describe(lines, tables, system, files)
+    if manifests:
+        description["bundles"] = manifests
     write_profile(out, tables, description)
     summary = {"out": str(out), "rows": description["rows"], "without_table": description["without_table"]}
     if as_json:
@@ -296,7 +301,9 @@ def collectives(
     )
     if not under_torchrun:
         work.run_local(job, ranks, say=lambda line: echo(line, err=True))
-    elif not work.run_under_torchrun(job, say=lambda line: echo(line, err=True)):
-        return
+    else:
+        work.run_under_torchrun(job, say=lambda line: echo(line, err=True))
+        if int(os.environ["RANK"]):
+            return
     for line in work.report(out):
         echo(line)

@@ -25,30 +25,40 @@ from profiles import beside, groups
 from profiles.capture import Line, Log, read_lines, statistics_of
 from profiles.collective_points import BACKENDS, BESIDE, Job, Spot, counts_of, in_words, spots_of
 from profiles.collective_work import ELEMENT_BYTES, Seat, Work, all_to_all, work_of
-from profiles.device import WARM_UPS, conditions, device_name, load_torch, readings
+from profiles.device import WARM_UPS, conditions, device_name, load_torch, need_torch, readings
 from profiles.groups import Partition
-from profiles.launch import end_with, launch, tell
+from profiles.launch import end_with, launch, result, tell
 from profiles.traffic import Floats
 
 LEAD_S = 1e-3  # for the news of a common start to reach every rank before any of them starts
 BATCH = 20  # operations in a row between two events on a GPU, as many as nccl-tests time by default
 
 
-def run_local(job: Job, ranks: int, say: Callable[[str], None]) -> None:
-    """Measure with `ranks` processes on this machine. Raises MissingPart without torch, NCCL or enough GPUs."""
-    ready(job.backend, ranks)
+def run_local(job: Job, ranks: int, say: Callable[[str], None]) -> int:
+    """Measure with `ranks` processes on this machine; returns how many points are left for later.
+
+    Raises MissingPart without torch, NCCL or enough GPUs.
+    """
+    check_parts(job.backend, ranks)
     Log(Path(job.out))  # a file of something else is refused before any rank starts
-    launch("profiles.collectives", asdict(job), ranks, stall_s=job.stall_s, say=say)
+    return int(launch("profiles.collectives", asdict(job), ranks, stall_s=job.stall_s, say=say))
 
 
-def run_under_torchrun(job: Job, say: Callable[[str], None]) -> bool:
-    """Measure as one rank of torchrun's; true on the rank that wrote the file."""
+def run_under_torchrun(job: Job, say: Callable[[str], None]) -> int:
+    """Measure as one rank of torchrun's, the first of which writes; returns how many points are left for later."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     torch = ready(job.backend, local_ranks)
     with joined(torch, job.backend, rank, ranks, local, None, job.stall_s) as device:
-        _measure(torch, job, rank, ranks, device, say)
-    return rank == 0
+        return _measure(torch, job, rank, ranks, device, say)
+
+
+def check_parts(backend: str, local_ranks: int) -> None:
+    """What `ready` raises, in a process that needs torch for no more than that."""
+    if backend == "gloo":
+        need_torch()
+    else:
+        ready(backend, local_ranks)
 
 
 def ready(backend: str, local_ranks: int) -> Any:
@@ -300,7 +310,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         torch = ready(job.backend, ranks)
         with joined(torch, job.backend, rank, ranks, rank, str(folder / "meet"), job.stall_s) as device:
-            _measure(torch, job, rank, ranks, device, say)
+            left = _measure(torch, job, rank, ranks, device, say)
+        if rank == 0:
+            result(folder, str(left))
     except MoesimError as error:
         tell(folder, rank, error)
         return error.exit_code

@@ -20,19 +20,20 @@ from moesim.errors import CheckFailed, MoesimError
 POLL_S = 0.05
 GRACE_S = 1.0  # for the other ranks to fail too, so that the cause can be told from its echoes
 WHERE = "profile collectives"
+RESULT = "result"
 # One thread for each rank; below also gloo over loopback, whatever the host name resolves to.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def launch(
     module: str, job: dict[str, object], ranks: int, *, stall_s: float, say: Callable[[str], None], where: str = WHERE
-) -> None:
+) -> str:
     """Run `module` as one process for each rank until all are done; on any failure end them all, and raise.
 
     The rank processes get the job's path, their rank and the parent's process id. Rank 0 rewrites `progress` in the
     job's folder with what it does; `stall_s` without a change there counts as a hang. where: the command, for errors.
     Raises the error that a rank wrote, or CheckFailed that says which rank died, and how. No process is left behind,
-    however this ends.
+    however this ends. Returns what a rank left as the `result`, if any did.
     """
     with tempfile.TemporaryDirectory(prefix="moesim-ranks-") as name:
         folder = Path(name)
@@ -55,6 +56,8 @@ def launch(
                         )
                     )  # fmt: skip
             _watch(running, folder, stall_s, say, where)
+            left = folder / RESULT
+            return left.read_text(encoding="utf-8") if left.is_file() else ""
         finally:
             for process in running:
                 _end(process)
@@ -125,6 +128,11 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def result(folder: Path, text: str) -> None:
+    """Leave the result where the parent finds it."""
+    (folder / RESULT).write_text(text, encoding="utf-8")
 
 
 def tell(folder: Path, rank: int, error: MoesimError) -> None:

@@ -16,7 +16,7 @@ from moesim.errors import BadInput, MoesimError
 from profiles.capture import Line, Log, read_lines, statistics_of
 from profiles.collective_points import Job, Part, spots_of
 from profiles.collective_work import ELEMENT_BYTES, Seat, all_to_all
-from profiles.collectives import check, interleaved, joined, ready, seat_of, work_at
+from profiles.collectives import check, check_parts, interleaved, joined, ready, seat_of, work_at
 from profiles.device import conditions, device_name
 from profiles.groups import ALL, find_hosts, partitions
 from profiles.launch import end_with, launch, tell
@@ -112,7 +112,7 @@ def ten_cases(profile: Floats, ranks: int, *, source: str, own: Sequence[float] 
 
 def run(job: ExchangeJob, ranks: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Run with `ranks` processes on this machine; returns the record, which is also written."""
-    ready(job.backend, ranks)
+    check_parts(job.backend, ranks)
     record = Path(job.out) / RECORD_FILE
     record.unlink(missing_ok=True)
     launch("validate.exchange", asdict(job), ranks, stall_s=job.stall_s, say=say, where=WHERE)
