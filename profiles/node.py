@@ -115,13 +115,19 @@ def _job(options: Options, torch: Any, folder: Path, under_torchrun: bool) -> tu
     budget_s = None if options.budget_s is None else COLLECTIVES_SHARE * options.budget_s
     return (
         Job(
-            backend="nccl" if cuda else "gloo", parts=_parts(options.quick, bool(shares)),
-            repeats=QUICK_REPEATS if options.quick else REPEATS, out=str((folder / COLLECTIVES_FILE).absolute()), groups=(*DEFAULT, *smaller), shares=shares,
-            distribution=distribution, stall_s=options.stall_s, budget_s=budget_s,
+            backend="nccl" if cuda else "gloo",
+            parts=_parts(options.quick, bool(shares)),
+            repeats=QUICK_REPEATS if options.quick else REPEATS,
+            out=str((folder / COLLECTIVES_FILE).absolute()),
+            groups=(*DEFAULT, *smaller),
+            shares=shares,
+            distribution=distribution,
+            stall_s=options.stall_s,
+            budget_s=budget_s,
         ),
         ranks,
         here,
-    )  # fmt: skip
+    )
 
 
 def _parts(quick: bool, given: bool) -> tuple[Part, ...]:

@@ -116,28 +116,23 @@ def uneven_cost(tables: Mapping[str, pl.DataFrame], *, path: str, ranks: int, no
     cost = UnevenCost(ranks, nodes, curve(*_columns(even, "bytes")), kept)
     if ranks == 1:
         return dataclasses.replace(cost, tag=Tag.ASSUMED if kept is None else Tag.FORMULA)
-    told = [not part.is_empty() for part in (every, alone, one_way)]
-    together = 0.0
-    if kept is not None and not alone.is_empty():
-        least = float(kept.ys[0])
-        own, own_s = _largest(alone, "kept_bytes")
-        together = shared_with(kept.xs, kept.ys - least, own.tolist(), (own_s - least).tolist())
-    both_ways = 0.0
-    if not one_way.is_empty():
-        sizes, seconds = medians(*_columns(even, "bytes"))
-        inside = sizes <= (np.inf if kept is None else kept.largest * ranks)
-        copies = np.asarray([cost.copy_s(float(size) / ranks) for size in sizes[inside]])
-        moved = np.maximum.accumulate(seconds[inside] - copies)
-        most, most_s = _largest(one_way, "busiest_bytes")
-        both_ways = shared_with(sizes[inside] * (ranks - 1) / ranks, moved, most.tolist(), most_s.tolist())
-    tag = Tag.FORMULA if all(told) else Tag.ASSUMED
-    return dataclasses.replace(cost, both_ways=both_ways, together=together, tag=tag)
+    sizes, seconds = medians(*_columns(even, "bytes"))
+    inside = sizes <= (np.inf if kept is None else kept.largest * ranks)
+    copies = np.asarray([cost.copy_s(float(size) / ranks) for size in sizes[inside]])
+    moved = np.maximum.accumulate(seconds[inside] - copies)
+    both_ways = _share(one_way, "busiest_bytes", sizes[inside] * (ranks - 1) / ranks, moved, 0.0)
+    together = None if kept is None else _share(alone, "kept_bytes", kept.xs, kept.ys - kept.ys[0], float(kept.ys[0]))
+    tag = Tag.ASSUMED if both_ways is None or together is None else Tag.FORMULA
+    return dataclasses.replace(cost, both_ways=both_ways or 0.0, together=together or 0.0, tag=tag)
+
+
+def _share(rows: pl.DataFrame, size: str, both_sizes: Floats, both_s: Floats, latency_s: float) -> float | None:
+    """How much two users disturb each other, from the largest rows of one alone that the curve of both reaches."""
+    sizes, seconds = medians(*_columns(rows, size))
+    reached = seconds - latency_s <= both_s[-1]
+    sizes, seconds = sizes[reached][-TELLING_ROWS:], seconds[reached][-TELLING_ROWS:] - latency_s
+    return shared_with(both_sizes, both_s, sizes.tolist(), seconds.tolist()) if len(sizes) else None
 
 
 def _columns(rows: pl.DataFrame, size: str) -> tuple[Floats, Floats]:
     return rows[size].cast(float).to_numpy(), rows[LATENCY].to_numpy()
-
-
-def _largest(rows: pl.DataFrame, size: str) -> tuple[Floats, Floats]:
-    sizes, seconds = medians(*_columns(rows, size))
-    return sizes[-TELLING_ROWS:], seconds[-TELLING_ROWS:]
