@@ -79,6 +79,8 @@ def measure(options: Options, say: Callable[[str], None]) -> list[str]:
         for name in (COLLECTIVES_FILE, KERNELS_FILE)
         if (folder / name).exists()  # a budget may end before the first kernel
     }
+    if not lines:
+        return ["nothing was measured, the time was up; the same command with a larger --budget goes on"]
     manifest = {
         **machine.describe(torch, options.device),
         "command": _command(options, under_torchrun), "backend": job.backend, "ranks": ranks,
@@ -88,7 +90,7 @@ def measure(options: Options, say: Callable[[str], None]) -> list[str]:
     write_bundle(options.out, lines, manifest, topology=machine.topology())
     kernels.verdict(done)
     return [
-        *collectives.report(folder / COLLECTIVES_FILE),
+        *(collectives.report(folder / COLLECTIVES_FILE) if COLLECTIVES_FILE in lines else ()),
         *kernels.report(done, folder / KERNELS_FILE),
         f"wrote {options.out}"
         + (f": {later} points left for later, the time was up; the same command goes on" if later else ", complete"),
