@@ -26,6 +26,9 @@ NORMAL_TOP_K = 32
 # SWITCH_RANKS within a node, SWITCH_RDMA_RANKS in nodes of 8 ranks.
 NORMAL_RANKS = (2, 4, 8)
 NORMAL_NODES = (2, 4, 8, 16, 18, 20)
+# buffer.py has configurations for 24, 48 and 96 ranks, too, but launch.cuh has no case for them (issue 255); some
+# builds add one.
+CONFIGURED_NODES = (3, 6, 12)
 MAX_LOCAL_EXPERTS = 1024  # NUM_MAX_LOCAL_EXPERTS
 # A low-latency block serves fewer than 15 experts, and there are as many blocks as multiprocessors.
 MAX_EXPERTS_PER_BLOCK = 14
@@ -87,11 +90,14 @@ def _normal(model: ModelSpec, parallel: ParallelSpec, dispatch_dtype: str) -> It
     peers = DEEPEP_NVLINK_PEERS
     if parallel.ep <= peers and parallel.ep not in NORMAL_RANKS:
         yield _fault(f"no normal kernels for ep {parallel.ep} within a node", f"use ep {_or(NORMAL_RANKS)}")
-    if parallel.ep > peers and parallel.ep % peers == 0 and parallel.ep // peers not in NORMAL_NODES:
-        yield _fault(
-            f"no normal kernels for {parallel.ep // peers} nodes of {peers} ranks",
-            f"use ep {_or(tuple(peers * nodes for nodes in NORMAL_NODES))}, or add a case to SWITCH_RDMA_RANKS",
-        )
+    nodes = parallel.ep // peers
+    if parallel.ep > peers and parallel.ep % peers == 0 and nodes not in NORMAL_NODES:
+        detail = f"no normal kernels for {nodes} nodes of {peers} ranks"
+        mend = f"use ep {_or(tuple(peers * each for each in NORMAL_NODES))}, or add a case to SWITCH_RDMA_RANKS"
+        if nodes in CONFIGURED_NODES:
+            yield Finding("deepep", "warn", f"{VERSION}: {detail}, though it has a configuration for them", mend)
+        else:
+            yield _fault(detail, mend)
     if model.moe.top_k > NORMAL_TOP_K:
         yield _fault(f"normal kernels take top-{NORMAL_TOP_K} at most, the model has top-{model.moe.top_k}", _OTHER)
     if 2 * model.hidden % VECTOR_BYTES:
