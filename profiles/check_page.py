@@ -62,16 +62,16 @@ def tables_page(found: Sequence[LeftOut], check: Check) -> str:
             ("tables", f"{len({one.table for one in found}):,}", "each time column counts as one"),
             ("points left out", f"{sum(len(one.size) for one in found):,}", "predicted from what was kept"),
             (
-                "families within limits",
+                "within limits",
                 f"{sum(line.holds for line in judged)} of {len(judged)}",
-                "median, 90 % quantile, better than log-log",
+                _ASKED[check.protocol],
             ),
         ]
     )
     parts = [
-        section("families", "By family, over all systems", _figures(lines), lead=_READING),
+        section("families", "By family, over all systems", _figures(lines), lead=_READING[check.protocol]),
         section("errors", "How the errors are distributed", _curves(found, lines), lead=_CURVES),
-        section("sizes", "Where along the size they are made", _sizes(found, lines), lead=_SIZES),
+        _sizes(found, lines),
         section("systems", "By system", _systems(check.systems, systems), lead=_SYSTEMS),
         section("worst", "The worst tables", _worst(tables)),
         section("tables", "Every table", _tables(tables), lead="By family, largest median error first."),
@@ -111,11 +111,18 @@ def profile_page(errors: Mapping[str, Mapping[str, float]], check: Check) -> str
     return page.page(_title(check), head, parts, _foot())
 
 
-_READING = (
-    "Error is |predicted / measured − 1|. <i>Covered</i> is the share of left-out points inside their 90 % interval, "
-    "<i>half width</i> how far that interval reaches, on average. A family holds when its median and its 90 % quantile "
-    "are within their limits and its median is below that of plain log-log interpolation."
-)
+_READING = {
+    "every-second": (
+        "Error is |predicted / measured − 1|. <i>Covered</i> is the share of left-out points inside their 90 % "
+        "interval, <i>half width</i> how far that interval reaches, on average. A family holds when its median and its "
+        "90 % quantile are within their limits and its median is below that of plain log-log interpolation."
+    ),
+    "distribution": (
+        "Error is |predicted / measured − 1|. Each row is a distribution that was predicted from another one; it holds "
+        "when its median is within the limit."
+    ),
+}
+_ASKED = {"every-second": "median, 90 % quantile, better than log-log", "distribution": "median"}
 _CURVES = (
     "The further left a curve, the smaller the errors. The dashed red lines stand at the limits; a curve keeps them "
     "when it passes above the red rings."
@@ -137,7 +144,8 @@ def _head(check: Check) -> str:
 
 
 def _title(check: Check) -> str:
-    return "How wrong prices between measured points are: " + ", ".join(check.systems)
+    what = "of unmeasured distributions" if check.protocol == "distribution" else "between measured points"
+    return f"How wrong prices {what} are: {', '.join(check.systems)}"
 
 
 def _verdict(judged: Sequence[Figures]) -> str:
@@ -160,9 +168,9 @@ def _why(line: Figures) -> str:
         return "none of its points could be priced"
     found = []
     if not line.median <= line.median_limit:
-        found.append(f"median {percent(line.median)}, limit {_limit(line.median_limit)}")
+        found.append(f"median {_against(line.median, line.median_limit)}, limit {_limit(line.median_limit)}")
     if not line.p90 <= line.p90_limit:
-        found.append(f"90\u00a0% quantile {percent(line.p90)}, limit {_limit(line.p90_limit)}")
+        found.append(f"90\u00a0% quantile {_against(line.p90, line.p90_limit)}, limit {_limit(line.p90_limit)}")
     if not math.isnan(line.log_log_median) and not line.median < line.log_log_median:
         found.append(f"median {percent(line.median)}, no better than log-log's {percent(line.log_log_median)}")
     return " and ".join(found)
@@ -183,10 +191,18 @@ def _cells(line: Figures) -> list[str]:
     unpriced = f'<span class="iv">{line.unpriced:,} unpriced</span>' if line.unpriced else ""
     return [
         exact(line.points, f"{line.points:,}") + unpriced,
-        *(_share(value) for value in (line.median, line.p90, line.log_log_median, line.log_log_p90, line.covered_90)),
+        _share(line.median, line.median_limit),
+        _share(line.p90, line.p90_limit),
+        *(_share(value) for value in (line.log_log_median, line.log_log_p90, line.covered_90)),
         "–" if math.isnan(line.mean_half_width) else exact(line.mean_half_width, f"±{percent(line.mean_half_width)}"),
         *_limits(line),
     ]
+
+
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which any row has something."""
+    kept = [place for place in range(len(head)) if any(row[place] != "–" for row in rows)]
+    return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _limits(line: Figures) -> list[str]:
@@ -197,8 +213,7 @@ def _limits(line: Figures) -> list[str]:
 
 
 def _figures(lines: Sequence[Figures]) -> str:
-    head = ["family", *_COLUMNS]
-    rows = [[_family(line), *_cells(line)] for line in lines]
+    head, rows = _filled(["family", *_COLUMNS], [[_family(line), *_cells(line)] for line in lines])
     return table(head, rows, classes=["base" if line.judged and not line.holds else "" for line in lines])
 
 
@@ -241,14 +256,17 @@ def _sizes(found: Sequence[LeftOut], lines: Sequence[Figures]) -> str:
     names = [line.family for line in lines if line.family in alone]
     panels = [pictures.by_size(escape(name), grouped[name]) for name in names]
     if not any(panels):
-        return "<p class='note'>These points are whole tables; there is no size to show them by.</p>"
-    return f'<div class="three">{"".join(panels)}</div>'
+        return ""
+    body = f'<div class="three">{"".join(panels)}</div>'
+    return section("sizes", "Where along the size they are made", body, lead=_SIZES)
 
 
 def _systems(names: Sequence[str], lines: Sequence[Figures]) -> str:
-    return "".join(
-        f"<h3>{escape(name)}</h3>{_figures([line for line in lines if line.system == name])}" for name in names
-    )
+    shown = ""
+    for name in names:
+        own = [line for line in lines if line.system == name]
+        shown += f'<h3 style="margin-top:18px">{escape(name)}</h3>{_figures(own)}'
+    return shown
 
 
 def _worst(lines: Sequence[TableFigures]) -> str:
@@ -275,7 +293,7 @@ def _table_of(lines: Sequence[TableFigures]) -> str:
         system, _, rest = line.table.partition("/")
         name = f'{escape(rest)}<span class="under">{escape(system)}, {escape(line.figures.family)}</span>'
         rows.append([name, *_cells(line.figures)[:-2]])
-    return table(["table", *columns], rows)
+    return table(*_filled(["table", *columns], rows))
 
 
 def _about(check: Check) -> str:
@@ -296,8 +314,14 @@ def _foot() -> str:
     return f"Written by moesim {__version__}. This page loads nothing from elsewhere."
 
 
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else exact(value, percent(value))
+def _share(value: float, limit: float = math.nan) -> str:
+    return "–" if math.isnan(value) else exact(value, _against(value, limit))
+
+
+def _against(value: float, limit: float) -> str:
+    """A share with as many digits as tell it from its limit."""
+    shown = percent(value)
+    return f"{value * 100:.4g}\u00a0%" if value > limit and float(shown[:-2]) <= limit * 100 else shown
 
 
 def _limit(value: float) -> str:
