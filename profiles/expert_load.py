@@ -68,14 +68,19 @@ DRAWS = 16
 
 @lru_cache(maxsize=100_000)
 def _touched(tokens: float, top_k: int, experts: int, ep: int, distribution: str) -> tuple[float, float]:
-    """Touched local experts and (token, expert) pairs of a collector's row."""
+    """Touched local experts and (token, expert) pairs of a collector's row.
+
+    Source: ai-dynamo/aiconfigurator collector/helper.py; balanced rows spread whole tokens evenly.
+    """
     local = max(experts // ep, 1)
     pairs = tokens * top_k / ep
     words = distribution.split("_")
     if words[0] != "power" or experts % ep:
         return min(pairs, float(local)), pairs
     loads = _mean_loads(int(tokens), top_k, experts, ep, float(words[2]))
-    return float((1.0 - np.exp(-loads)).sum(axis=1).mean()), float(loads.sum(axis=1).mean())
+    # An expert's tokens are rounded to whole ones, so a mean below one token touches it in about that share of the draws
+    # (as `grouped` has it); independent tokens, 1 - exp(-mean), would touch a third fewer at one token each.
+    return float(np.minimum(loads, 1.0).sum(axis=1).mean()), float(loads.sum(axis=1).mean())
 
 
 def _mean_loads(tokens: int, top_k: int, experts: int, ep: int, exponent: float) -> Floats:

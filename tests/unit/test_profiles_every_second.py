@@ -13,7 +13,8 @@ import pytest
 
 from moesim.cli import run
 from moesim.errors import BadInput
-from profiles.every_second import every_second, expert_load, leave_out, log_log, predicted, summary
+from profiles.every_second import every_second, leave_out, log_log, predicted, summary
+from profiles.expert_load import expert_load
 from profiles.fit import OUTSIDE, curve, refined, surface
 from profiles.raw_tables import read_points
 from profiles.refine import padded_rows
