@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from profiles.expert_load import expert_load
 from profiles.fit import curve, refined, surface
+from profiles.importers.aiconfigurator_tables import NCCL_ELEMENT_BYTES, NCCL_KINDS
+from profiles.protocols import MOVING, combined, rule_of_collective
 from profiles.raw_tables import TOGETHER, Points
 
 Floats = NDArray[np.float64]
@@ -52,6 +54,8 @@ def predicted(points: Points, kept: Bools, left: Bools) -> Floats:
     rule = points.kind.rule
     if rule.startswith("grid:"):
         return _on_grids(points, kept, left, "bend" if rule.endswith("bend") else "chord")
+    if rule == "collective":
+        return _collectives(points, kept, left)
     axis = expert_load(points) if rule == "experts" else points.sizes
     out = np.full(len(points.sizes), np.nan)
     for start, end in _spans(points.groups):
@@ -62,6 +66,27 @@ def predicted(points: Points, kept: Bools, left: Bools) -> Floats:
             axis[start:end][here], points.seconds[start:end][here], rule="tiles" if rule == "tiles" else "chord"
         )
         out[start:end][wanted] = part.price(axis[start:end][wanted])[0]
+    return out
+
+
+def _collectives(points: Points, kept: Bools, left: Bools) -> Floats:
+    """Every curve by the rule of its collective; kept times of one exchange in several dtypes count as one."""
+    import polars as pl
+
+    kinds = points.keys["op_name"].replace(NCCL_KINDS)
+    others = [name for name in points.keys.columns if name != "nccl_dtype"]
+    size = points.sizes * points.keys["nccl_dtype"].replace_strict(NCCL_ELEMENT_BYTES).to_numpy()
+    places = points.keys.select(others).with_columns(pl.Series("bytes", size)).select(pl.struct(pl.all()).rank("dense"))
+    seconds = points.seconds.copy()
+    together = kept & kinds.is_in(MOVING).to_numpy()
+    seconds[together] = combined(places.to_series().to_numpy().astype(np.int64)[together], seconds[together])
+    out = np.full(len(points.sizes), np.nan)
+    for start, end in _spans(points.groups):
+        here, wanted = kept[start:end], left[start:end]
+        if wanted.any():
+            rule = rule_of_collective(kinds[start], "nccl")
+            part = curve(points.sizes[start:end][here], seconds[start:end][here], rule=rule)
+            out[start:end][wanted] = part.price(points.sizes[start:end][wanted])[0]
     return out
 
 

@@ -78,8 +78,8 @@ def _touched(tokens: float, top_k: int, experts: int, ep: int, distribution: str
     if words[0] != "power" or experts % ep:
         return min(pairs, float(local)), pairs
     loads = _mean_loads(int(tokens), top_k, experts, ep, float(words[2]))
-    # An expert's tokens are rounded to whole ones, so a mean below one token touches it in about that share of the draws
-    # (as `grouped` has it); independent tokens, 1 - exp(-mean), would touch a third fewer at one token each.
+    # An expert's tokens are rounded to whole ones, so a mean below one token touches it in about that share of draws,
+    # as `grouped` has it; independent tokens, 1 - exp(-mean), would touch a third fewer at one token each.
     return float(np.minimum(loads, 1.0).sum(axis=1).mean()), float(loads.sum(axis=1).mean())
 
 
