@@ -17,6 +17,7 @@ import numpy as np
 from moesim.cost.estimate import Tag
 from moesim.errors import BadInput, OutsideProfile
 from profiles.fit import OUTSIDE, Curve, curve, medians
+from profiles.protocols import rule_of_collective
 from profiles.record import COLLECTIVES, LATENCY
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY
 from profiles.traffic import Floats, Ints, endpoint, shared_with, traffic
@@ -113,7 +114,8 @@ def uneven_cost(tables: Mapping[str, pl.DataFrame], *, path: str, ranks: int, no
         (pl.col("busiest_bytes") > 0) & (pl.col("other_way_bytes") == 0) & (pl.col("kept_bytes") == 0)
     )
     kept = None if every.is_empty() else curve(*_columns(every, "kept_bytes"))
-    cost = UnevenCost(ranks, nodes, curve(*_columns(even, "bytes")), kept)
+    rule = rule_of_collective("all_to_all", path)
+    cost = UnevenCost(ranks, nodes, curve(*_columns(even, "bytes"), rule=rule), kept)
     if ranks == 1:
         return dataclasses.replace(cost, tag=Tag.ASSUMED if kept is None else Tag.FORMULA)
     sizes, seconds = medians(*_columns(even, "bytes"))

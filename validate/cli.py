@@ -146,7 +146,7 @@ def exchange(
 
     Exits 1 when a pair of cases that differs by more than twice the spread was foretold the wrong way round.
     """
-    from validate import exchange_cli as runner
+    from validate import exchange_command as runner
     from validate.exchange_record import holds, table
 
     record = runner.run(
