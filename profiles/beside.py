@@ -25,6 +25,10 @@ GIVE_UP_S = 60.0
 Runs = list[tuple[float, float]]  # begin and end of each product, in seconds on the clock of the transfers
 
 
+class NeverTogether(CheckFailed):
+    """The two pieces of work never ran at once for long enough."""
+
+
 @dataclass(frozen=True)
 class Together:
     """Seconds of one transfer and one product, alone and beside each other: one value for each repeat."""
@@ -54,7 +58,7 @@ def measure(
     torch: Any, device: Any, transfer: Callable[[], object], product: Callable[[], object], *, repeats: int,
     pace: Pace, reset: Callable[[], object] = lambda: None,
 ) -> Together:  # fmt: skip
-    """Time both alone, then beside each other. Raises CheckFailed when no repeat was covered by products.
+    """Time both alone, then beside each other. Raises NeverTogether when no repeat was covered by products.
 
     All ranks call it alike, and each gets the seconds of the slowest.
     """
@@ -88,7 +92,7 @@ def measure(
         if len(beside) == repeats:
             break
     if not beside:
-        raise CheckFailed(
+        raise NeverTogether(
             "the products ended before the transfers, again and again", where="--beside", mend="free the machine"
         )
     return Together(alone, beside, product_alone, product_beside)

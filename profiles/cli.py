@@ -207,10 +207,11 @@ def collectives(
 
     from profiles import collectives as work
     from profiles.collective_points import asked_for
+    from profiles.launch import under_torchrun
     from profiles.shares import destination_shares
 
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
+    one_of_many = under_torchrun()
+    world = int(os.environ["WORLD_SIZE"]) if one_of_many else ranks
     shares, name = destination_shares(world, skew=skew, loads=loads, placement=placement, layer=layer)
     job = asked_for(
         backend=backend,
@@ -226,7 +227,7 @@ def collectives(
         out=str(out.absolute()),
         stall_s=stall_limit,
     )
-    if not under_torchrun:
+    if not one_of_many:
         work.run_local(job, ranks, say=lambda line: echo(line, err=True))
     else:
         work.run_under_torchrun(job, say=lambda line: echo(line, err=True))

@@ -121,17 +121,23 @@ def _measure(torch: Any, job: Job, rank: int, ranks: int, device: Any, say: Call
     mask = [log is not None and spot.identity not in log.have for spot in spots]
     todo = torch.tensor(mask, dtype=torch.int32, device=device)
     distributed.broadcast(todo, src=0)
-    begun, left = time.monotonic(), [spot for number, spot in enumerate(spots) if int(todo[number])]
+    begun, missed, left = time.monotonic(), 0, [spot for number, spot in enumerate(spots) if int(todo[number])]
     for number, spot in enumerate(left):
         if job.budget_s is not None:
             late = torch.tensor(int(time.monotonic() - begun > job.budget_s), device=device)
             distributed.broadcast(late, src=0)
             if int(late):
-                return len(left) - number
+                return missed + len(left) - number
         if rank == 0:
             say(f"{in_words(spot)}, point {len(spots) - len(left) + number + 1} of {len(spots)}")
         before = readings(str(device))
-        figures = _figures(torch, job, spot, seats[spot.partition.name], device)
+        try:
+            figures = _figures(torch, job, spot, seats[spot.partition.name], device)
+        except beside.NeverTogether as failure:  # raised on every rank alike
+            missed += 1
+            if rank == 0:
+                say(f"left out: {failure.what}")
+            continue
         if log is not None:
             run = conditions(torch, str(device)) | {"backend": job.backend, "ranks": ranks}
             if device.type == "cuda":
@@ -139,7 +145,7 @@ def _measure(torch: Any, job: Job, rank: int, ranks: int, device: Any, say: Call
             if groups.pretended_hosts():
                 run[groups.PRETENDED] = groups.pretended_hosts()
             log.append({**spot.line, **figures, "run": run})
-    return 0
+    return missed
 
 
 def seat_of(torch: Any, device: Any, partition: Partition, rank: int) -> Seat:
@@ -219,17 +225,21 @@ def _pace(torch: Any, device: Any) -> beside.Pace:
     return beside.Pace(start, most)
 
 
-def interleaved(torch: Any, works: Sequence[Work], repeats: int, device: Any, order: np.random.Generator) -> Floats:
+def interleaved(
+    torch: Any, works: Sequence[Work], repeats: int, device: Any, order: np.random.Generator,
+    tell: Callable[[int], object] = lambda repeat: None,
+) -> Floats:  # fmt: skip
     """Seconds of each repeat of each operation [works, repeats], the slowest rank's, on every rank.
 
     The operations take turns in random order (`order` must draw alike on every rank), so that a change in the machine's
-    load falls on all of them.
+    load falls on all of them. tell: gets the number of each repeat before it begins (below 0 while warming up).
     """
     from torch import distributed
 
     cuda = device.type == "cuda"
     found = torch.zeros(len(works), repeats, dtype=torch.float64, device=device)
     for repeat in range(-WARM_UPS, repeats):
+        tell(repeat)
         for index in order.permutation(len(works)).tolist():
             work = works[index]
             work.reset()

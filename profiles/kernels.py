@@ -20,6 +20,7 @@ if not __package__:  # run as a script: let `profiles` and `moesim` be found bes
 from moesim.errors import BadInput, CheckFailed, MoesimError
 from profiles import local_side, overlap
 from profiles.asked import asked
+from profiles.beside import NeverTogether
 from profiles.capture import Log, identity, statistics_of
 from profiles.device import Stopwatch, conditions, device_name, free_bytes, load_torch, readings
 from profiles.sweep import CPU, GPU, QUICK, Point, plan, real_loads
@@ -139,7 +140,7 @@ def _one(
                 return f"wrong result: {error:.2g} off the float32 reference", None
             seconds, mode = watch.time(case.run, graph=case.graph)
             figures |= {**statistics_of(seconds), "error": error}
-    except CheckFailed as failure:
+    except NeverTogether as failure:
         return failure.what, None
     except (RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError) as failure:
         # A kernel that this torch or device lacks; the sweep goes on, and the count is told at its end.

@@ -25,6 +25,11 @@ RESULT = "result"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+def under_torchrun() -> bool:
+    """Whether something else started the ranks, this process being one of them."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def launch(
     module: str, job: dict[str, object], ranks: int, *, stall_s: float, say: Callable[[str], None], where: str = WHERE
 ) -> str:

@@ -24,6 +24,7 @@ from profiles.bundle import write_bundle
 from profiles.collective_points import GEMM, GIVEN, KINDS, Job, Part, sizes_between
 from profiles.device import load_torch
 from profiles.groups import DEFAULT
+from profiles.launch import under_torchrun
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY, destination_shares
 
 KERNELS_FILE, COLLECTIVES_FILE = "kernels.jsonl", "collectives.jsonl"
@@ -56,10 +57,10 @@ def measure(options: Options, say: Callable[[str], None]) -> list[str]:
         raise BadInput(f"unknown device {options.device!r}", where="--device", mend="use cpu or cuda")
     torch = load_torch(options.device)
     folder = options.out.with_name(options.out.name + ".parts")
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    one_of_many = under_torchrun()
     begun = time.monotonic()
-    job, ranks, here = _job(options, torch, folder, under_torchrun)
-    if not under_torchrun:
+    job, ranks, here = _job(options, torch, folder, one_of_many)
+    if not one_of_many:
         left = collectives.run_local(job, ranks, say)
     else:
         left = collectives.run_under_torchrun(job, say)
@@ -83,7 +84,7 @@ def measure(options: Options, say: Callable[[str], None]) -> list[str]:
         return ["nothing was measured, the time was up; the same command with a larger --budget goes on"]
     manifest = {
         **machine.describe(torch, options.device),
-        "command": _command(options, under_torchrun), "backend": job.backend, "ranks": ranks,
+        "command": _command(options, one_of_many), "backend": job.backend, "ranks": ranks,
         "ranks_here": here, "complete": later == 0, "points_left": later, "left_out": done.left_out,
         "wrong": list(done.wrong),
     }  # fmt: skip
@@ -97,11 +98,11 @@ def measure(options: Options, say: Callable[[str], None]) -> list[str]:
     ]
 
 
-def _job(options: Options, torch: Any, folder: Path, under_torchrun: bool) -> tuple[Job, int, int]:
+def _job(options: Options, torch: Any, folder: Path, one_of_many: bool) -> tuple[Job, int, int]:
     """Every collective of the machine, over how many ranks, and how many of them are here."""
     cuda = options.device == "cuda"
     here = options.ranks or (torch.cuda.device_count() if cuda else 2)
-    if under_torchrun:
+    if one_of_many:
         ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     else:
         ranks = here
@@ -145,14 +146,14 @@ def _parts(quick: bool, given: bool) -> tuple[Part, ...]:
     )
 
 
-def _command(options: Options, under_torchrun: bool) -> str:
+def _command(options: Options, one_of_many: bool) -> str:
     """The command that wrote the bundle, without paths."""
     words = ["moesim profile node", "--device", options.device]
     words += ["--quick"] if options.quick else []
     words += ["--budget", f"{options.budget_s:g}"] if options.budget_s is not None else []
     words += ["--loads", options.loads.name] if options.loads else []
     words += ["--placement", options.placement.name] if options.placement else []
-    return " ".join(words) + (" (under torchrun)" if under_torchrun else "")
+    return " ".join(words) + (" (under torchrun)" if one_of_many else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-from moesim.errors import CheckFailed
 from profiles import beside
 from profiles.capture import statistics_of
 from profiles.sweep import GROUPED, UNIFORM, Point, Reach, expert_points, histogram
@@ -49,7 +48,7 @@ def lacks(point: Point, device: str) -> str:
 
 
 def figures(torch: Any, builder: Builder, point: Point, repeats: int) -> dict[str, Any]:
-    """The figures of a point's line. Raises CheckFailed where the two never ran at once."""
+    """The figures of a point's line. Raises NeverTogether where the two never ran at once."""
     repeats = min(repeats, MOST_REPEATS)
     if point.family == "held_sms":
         product = Point("grouped_gemm", point.key, point.size, point.kernel, extra=point.extra)
@@ -98,7 +97,9 @@ def _held(torch: Any, run: Callable[[], object], held: int, repeats: int, extra:
             slowed.append(seconds)
         torch.cuda.synchronize()
     if not slowed:
-        raise CheckFailed("the multiprocessors were free again too early", where="profile kernels", mend="run again")
+        raise beside.NeverTogether(
+            "the multiprocessors were free again too early", where="profile kernels", mend="run again"
+        )
     return {
         **statistics_of(slowed),
         "extra": {**extra, "alone": statistics_of(alone), "slowdown": median(slowed) / median(alone)},

@@ -79,10 +79,11 @@ def hardware(
     The predictions are written before the first test run; outputs are checked against a float32 reference before they
     are timed; the error is reported as it is and does not change the exit code.
     """
+    from profiles.launch import under_torchrun
     from validate import hardware as runner
     from validate.job import Job
 
-    runner.check_parts(backend.value, 1 if runner.under_torchrun() else ranks)
+    runner.check_parts(backend.value, 1 if under_torchrun() else ranks)
 
     def make(count: int) -> Job:
         return runner.make_job(
@@ -105,7 +106,7 @@ def hardware(
             stall_limit_s=stall_limit,
         )
 
-    if runner.under_torchrun():
+    if under_torchrun():
         from validate.worker import join_torchrun
 
         record = join_torchrun(make)

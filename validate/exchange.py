@@ -34,6 +34,7 @@ AWAY = ((0.05, 0.05), (0.25, 0.25), (0.4, 0.1), (0.6, 0.2), (0.7, 0.7), (0.8, 0.
 # Points of the profile, which reaches beyond the cases by MARGIN on both sides.
 EVEN_POINTS, KEPT_POINTS, TELLING_POINTS = 9, 5, 3
 MARGIN = 1.2
+STEPS = 5  # lines of progress
 LEAST_KEPT = 4096  # bytes: an exchange of nothing but its latency
 
 
@@ -137,13 +138,13 @@ def session(
 
     from validate.exchange_record import now, record_of, write_predictions
 
+    say = say if rank == 0 else _silent
     hosts = find_hosts(torch, rank, ranks, device, device_name(torch, str(device)))
     seat = seat_of(torch, device, partitions(hosts, (ALL,))[0], rank)
     counts = [case.counts(job.size) for case in job.cases]
     path = Path(job.profile) if job.profile else Path(job.out) / PROFILE_FILE
     if not job.profile:
-        say("measuring the profile")
-        measure_profile(torch, job, hosts, seat, device, path)
+        measure_profile(torch, job, hosts, seat, device, path, say)
     written: dict[str, Any] = {}
     if rank == 0:
         say("predicting")
@@ -151,20 +152,35 @@ def session(
         refuse_known(lines, job, counts, hosts)
         written = write_predictions(Path(job.out) / PREDICTIONS_FILE, job, predict(tables(lines), job, counts, hosts))
     distributed.barrier()
-    say("measuring the skews")
     works = [all_to_all(one, seat) for one in counts]
     for case, work in zip(job.cases, works, strict=True):
         check(torch, work, device, case.name)
     begun = now()
-    samples = interleaved(torch, works, job.repeats, device, np.random.default_rng([job.seed, 2]))
+    tell = _progress(say, "the skews", job.repeats)
+    samples = interleaved(torch, works, job.repeats, device, np.random.default_rng([job.seed, 2]), tell)
     if rank != 0:
         return None
     run_of = conditions(torch, str(device)) | {"device": device_name(torch, str(device)), "ranks": ranks}
     return record_of(job, counts, hosts, written, begun, samples, run_of)
 
 
+def _silent(line: str) -> None:
+    """Only rank 0 speaks."""
+
+
+def _progress(say: Callable[[str], None], what: str, repeats: int) -> Callable[[int], None]:
+    """Says now and then how far it is, which also counts as progress to whoever waits."""
+    step = max(repeats // STEPS, 1)
+
+    def tell(repeat: int) -> None:
+        if repeat % step == 0:
+            say(f"measuring {what}, repeat {max(repeat, 0)} of {repeats}")
+
+    return tell
+
+
 def measure_profile(
-    torch: Any, job: ExchangeJob, hosts: Sequence[int], seat: Seat, device: Any, path: Path
+    torch: Any, job: ExchangeJob, hosts: Sequence[int], seat: Seat, device: Any, path: Path, say: Callable[[str], None]
 ) -> None:  # fmt: skip
     """Even exchanges, ones in which everything stays, and ones in one direction, to a fresh file on rank 0."""
     even, kept, alone, one_way = _reach(job, len(hosts))
@@ -179,7 +195,8 @@ def measure_profile(
     works = [work_at(asked, spot, seat) for spot in spots]
     for spot, work in zip(spots, works, strict=True):
         check(torch, work, device, f"the profile's all_to_all of {spot.size} bytes")
-    samples = interleaved(torch, works, job.repeats, device, np.random.default_rng([job.seed, 1]))
+    tell = _progress(say, "the profile", job.repeats)
+    samples = interleaved(torch, works, job.repeats, device, np.random.default_rng([job.seed, 1]), tell)
     if seat.rank == 0:
         path.unlink(missing_ok=True)
         log = Log(path)
@@ -249,8 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     ranks = int(os.environ["MOESIM_RANKS"])
 
     def say(line: str) -> None:
-        if rank == 0:
-            (folder / "progress").write_text(line, encoding="utf-8")
+        (folder / "progress").write_text(line, encoding="utf-8")
 
     try:
         torch = ready(job.backend, ranks)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from profiles.collective_points import bytes_from
+from profiles.launch import under_torchrun
 from profiles.shares import destination_shares
 from validate import exchange
-from validate.hardware import EXPERTS, under_torchrun
+from validate.hardware import EXPERTS
 from validate.job import file_profile, synthetic_profile
 
 SIZE, REPEATS = "16MB", 200
