@@ -185,7 +185,7 @@ def test_wrong_arguments_are_one_line(
 def test_killed_ten_times_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
     """The whole command or one rank, by SIGKILL: no process stays, and no finished point is measured again."""
     out = tmp_path / "c.jsonl"
-    line = command(out, "--from", "1KB", "--to", "4MB", "--repeats", "10")
+    line = command(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")
     rng = np.random.default_rng(5)
     held = b""
     for number in range(KILLS):
@@ -195,7 +195,7 @@ def test_killed_ten_times_at_random_it_ends_with_the_same_points(tmp_path: Path)
         until = time.monotonic() + 60
         while time.monotonic() < until and (not out.exists() or out.stat().st_size <= len(held)):
             time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.15)))
+        time.sleep(float(rng.uniform(0, 0.08)))
         victim = "rank" if number % 2 else "command"
         ranks = alive(tmp_path)
         assert len(ranks) == 2, "the sweep is too short to be killed so often"
@@ -208,7 +208,7 @@ def test_killed_ten_times_at_random_it_ends_with_the_same_points(tmp_path: Path)
         now = out.read_bytes()
         assert now.startswith(held)  # what was finished stays as it was written
         held = now[: now.rfind(b"\n") + 1]
-    done = run(out, "--from", "1KB", "--to", "4MB", "--repeats", "10")
+    done = run(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")
     assert out.read_bytes().startswith(held)
     sizes = [float(2**power) for power in range(10, 23)]
     points = [(line.key["kind"], line.size["bytes"]) for line in read_lines([out])]

@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 pytestmark = pytest.mark.hardware
 
 ONLY = ("gemm", "experts", "norm", "attention_decode", "kv_write")
-SMALL = ("--quick", *(word for family in ONLY for word in ("--only", family)))
+SMALL = ("--quick", "--repeats", "200", *(word for family in ONLY for word in ("--only", family)))
 KILLS = 10
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -54,7 +54,7 @@ def test_killed_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
             if out.exists() and out.stat().st_size > len(held):
                 break
             time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.06)))
+        time.sleep(float(rng.uniform(0, 0.05)))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the sweep is too short to be killed so often"
         now = out.read_bytes()
