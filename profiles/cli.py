@@ -33,7 +33,7 @@ def import_aiconfigurator(
     """Convert the measured tables of NVIDIA's aiconfigurator-core for one system and engine."""
     from profiles.importers.aiconfigurator import find_package, import_tables
     from profiles.importers.aiconfigurator_tables import PACKAGE
-    from profiles.leave_out import errors_of, fit_experts
+    from profiles.leave_out import errors_of, fit_experts, fit_products
     from profiles.store import write_profile
 
     left_out: list[str] = []
@@ -47,6 +47,7 @@ def import_aiconfigurator(
     tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say, read=read)
     echo("fitting the experts' physics and leaving points out ...", err=True)
     fitted = fit_experts(tables["experts"])
+    products = {name: product.as_dict() for name, product in fit_products(tables["gemm"]).items()}
     errors = errors_of(tables, fitted)
     rows = {name: table.height for name, table in tables.items() if table.height}
     description = {
@@ -58,6 +59,7 @@ def import_aiconfigurator(
         "rows": rows,
         "errors": errors,
         "physics": fitted["parameters"],
+        "products": products,
     }
     write_profile(out, tables, description)
     summary = {"out": str(out), "rows": rows, "source_rows": read, "errors": errors}

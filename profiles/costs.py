@@ -42,6 +42,7 @@ from profiles.lookup import (
     Priced,
     along,
     along_curve,
+    along_rows,
     between_shapes,
     by_experts,
     describe,
@@ -178,11 +179,12 @@ class StoreCosts:
     def _gemm(self, op: Gemm) -> Iterator[Priced]:
         rows = self._rows("gemm", dtype=op.dtype)
         for source, table in versions(rows):
+            products = self.profiles[place_of(table)].products
             exact = where_key(table, n=op.n, k=op.k)
             if exact.height:
-                yield along(exact, "m", source, self._sigma("gemm"))
+                yield along_rows(exact, source, self._sigma("gemm"), products)
                 continue
-            between = between_shapes(table, op.n, op.k)
+            between = between_shapes(table, op.n, op.k, products)
             if between is not None:
                 priced = along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
                 yield dataclasses.replace(priced, profile=place_of(table), stand_in=True)

@@ -25,10 +25,12 @@ from profiles.experts import (
     skewed_residuals,
     skewed_runs,
 )
-from profiles.fit import Errors, curve_residuals, medians, summarise, surface_residuals
+from profiles.fit import Errors, curve, curve_residuals, medians, summarise, surface_residuals
 from profiles.grouped import Shape, fit_physics
-from profiles.lookup import between_shapes, rule_along, rule_of
-from profiles.record import FAMILIES, LATENCY
+from profiles.lookup import between_shapes, product_name, rule_along, rule_of
+from profiles.products import Product, fit_product
+from profiles.products import Shape as ProductShape
+from profiles.record import FAMILIES, LATENCY, TEXT
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,8 +46,9 @@ def errors_of(tables: dict[str, pl.DataFrame], physics: dict[str, Any]) -> dict[
     import polars as pl
 
     found: dict[str, Errors | None] = {}
-    for name in ("gemm", "mla_absorb", "collective"):
+    for name in ("mla_absorb", "collective"):
         found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_curve, family=name))
+    found["gemm"] = _by_group(tables["gemm"], {"dtype": TEXT}, _products)
     found["gemm_shape"] = _gemm_shapes(tables["gemm"])
     for name in ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode"):
         found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_grid, family=name))
@@ -74,6 +77,43 @@ def _grid(rows: pl.DataFrame, family: str) -> Floats:
     return surface_residuals(rows[a].to_numpy(), rows[b].to_numpy(), rows[LATENCY].to_numpy(), rule_of(b))
 
 
+def fit_products(rows: pl.DataFrame) -> dict[str, Product]:
+    """What the rows of dense products tell of each kernel, by `lookup.product_name`."""
+    parts = rows.partition_by(["dtype", *ORIGIN], as_dict=True) if rows.height else {}
+    found = {}
+    for (dtype, engine, version, kernel), part in sorted(parts.items()):
+        name = product_name(str(dtype), str(engine), str(version), str(kernel))
+        found[name] = fit_product([shape for _, _, shape in _shapes(part)])
+    return found
+
+
+def _shapes(rows: pl.DataFrame) -> list[tuple[int, int, ProductShape]]:
+    """(n, k, measured rows) of every shape of one kernel."""
+    found = []
+    for (n, k), part in rows.partition_by(["n", "k"], as_dict=True).items():
+        found.append(
+            (int(n), int(k), ProductShape(float(n * k), *medians(part["m"].to_numpy(), part[LATENCY].to_numpy())))
+        )
+    return found
+
+
+def _products(rows: pl.DataFrame) -> Floats:
+    """Every second inner size of every shape of one kernel, by the rule that the others chose."""
+    kept, left = [], []
+    for n, k, shape in _shapes(rows):
+        out = np.zeros(len(shape.rows), dtype=bool)
+        out[1:-1:2] = True
+        kept.append((n, k, ProductShape(shape.weights, shape.rows[~out], shape.seconds[~out])))
+        left.append((shape.rows[out], shape.seconds[out]))
+    product = fit_product([shape for _, _, shape in kept])
+    residuals = [np.empty(0)]
+    for (n, k, shape), (m, seconds) in zip(kept, left, strict=True):
+        if len(m):
+            by_size = curve(shape.rows, shape.seconds, rule=product.rule(n, k), surcharge_s=product.surcharge_s)
+            residuals.append(np.log(by_size.price(m)[0] / seconds))
+    return np.concatenate(residuals)
+
+
 def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:
     """Every second inner n (then k) is left out and predicted from the shapes around it."""
     import polars as pl
@@ -84,9 +124,10 @@ def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:
             values = part[axis].unique().sort()
             left_out = values.to_list()[1:-1:2]
             kept = part.filter(~pl.col(axis).is_in(left_out))
+            product = fit_products(kept)
             for own in part.filter(pl.col(axis).is_in(left_out)).partition_by(["n", "k"]):
                 n, k = int(own["n"][0]), int(own["k"][0])
-                guess = between_shapes(kept, n, k)
+                guess = between_shapes(kept, n, k, product)
                 if guess is None:
                     continue
                 ms, seconds = medians(own["m"].to_numpy(), own[LATENCY].to_numpy())

@@ -18,6 +18,8 @@ from profiles.record import FAMILIES, LATENCY, NUMBER, TEXT, Family
 if TYPE_CHECKING:
     import polars as pl
 
+    from profiles.products import Product
+
 DATA = Path(__file__).parent / "data"
 FORMAT = "moesim-profile"
 SCHEMA_VERSION = 1
@@ -67,6 +69,21 @@ class Profile:
             _ = self.description
             return empty(family)
         return checked(read_parquet(path), family, where=path)
+
+    @cached_property
+    def products(self) -> dict[str, Product]:
+        """What was found of each kernel of dense products, by `lookup.product_name`. Raises BadInput."""
+        from profiles.products import Product  # compiled code: only where prices are asked
+
+        stored = self.description.get("products", {})
+        try:
+            return {str(name): Product.from_dict(one) for name, one in stored.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise BadInput(
+                "products do not hold rules and surcharges",
+                where=str(self.folder / DESCRIPTION),
+                mend="import the profile again",
+            ) from None
 
     def errors(self, name: str) -> dict[str, float]:
         """Leave-out errors of one family: `median`, `p68`, `p90` of |ln(predicted / measured)|, `points`."""
