@@ -19,7 +19,7 @@ from moesim.units import BYTES_PER_ELEMENT
 from profiles.importers import aiconfigurator_tables as convert_to
 from profiles.importers.aiconfigurator_tables import PACKAGE, Source
 from profiles.record import FAMILIES, LATENCY, Family
-from profiles.store import empty, polars_schema, read_parquet
+from profiles.store import checked, empty, polars_schema, read_parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -99,13 +99,26 @@ def import_tables(
                 count = counts.setdefault(stem, {"rows": 0, "converted": 0})
                 count["rows"] += rows.height
                 rows = _of_this_device(rows, source, say)
-                for name, table in zip(families, convert(rows, source), strict=True):
+                for name, table in zip(families, _converted(convert, rows, source), strict=True):
                     ready = _normalised(table, FAMILIES[name], source)
                     if name == "experts" and hbm_bytes_per_s:
                         ready = _possible(ready, hbm_bytes_per_s, source, say)
                     count["converted"] += ready.height
                     found[name].append(ready)
-    return {name: _merged(tables, FAMILIES[name]) for name, tables in found.items()}
+    return {
+        name: checked(_merged(tables, FAMILIES[name]), FAMILIES[name], where=f"{data / system}, {name}")
+        for name, tables in found.items()
+    }
+
+
+def _converted(convert: Convert, rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]:
+    """The rows as rows of families. Raises BadInput where a column holds another type than its collector writes."""
+    import polars as pl
+
+    try:
+        return convert(rows, source)
+    except pl.exceptions.PolarsError:
+        raise BadInput("a column has the wrong type", where=str(source.path), mend="fetch the table again") from None
 
 
 def _sources(data: Path, system: str, engine: str, stem: str, package_version: str) -> Iterable[Source]:

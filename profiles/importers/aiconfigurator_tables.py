@@ -265,8 +265,9 @@ def convert_nccl(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]
     # Collections again of one row count as their median, here as elsewhere, before its two dtypes count as one.
     moved = rows.filter(moving).with_columns(pl.col(LATENCY).median().over([*exchange, "nccl_dtype"]))
     places = moved.select(pl.struct(exchange).rank("dense")).to_series().to_numpy().astype(np.int64)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a time that is no time stays one, for the store to refuse
-        together = combined(places, moved[LATENCY].to_numpy())
+    together = moved[LATENCY].to_numpy(writable=True)
+    usable = np.isfinite(together) & (together > 0.0)  # what is no time stays as it is, to be refused
+    together[usable] = combined(places[usable], together[usable])
     moved = moved.with_columns(pl.Series(LATENCY, together, dtype=moved.schema[LATENCY]))
     added = rows.filter(~moving & (pl.col("nccl_dtype") == "half"))
     return (pl.concat([added, moved]).drop("nccl_dtype"),)

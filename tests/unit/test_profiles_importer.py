@@ -178,6 +178,26 @@ def test_unknown_system_and_engine_name_what_there_is(tables: Path) -> None:
         import_tables(tables, system="h200_sxm", engine="other", package_version="0")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("latency", -0.02, "latency_s is -"),
+        ("latency", float("nan"), "latency_s is nan"),
+        ("latency", "slow", "wrong type"),
+        ("message_size", None, "bytes is None"),
+        ("nccl_dtype", 3, "wrong type"),
+    ],
+)
+def test_damaged_collectives_are_one_line(tmp_path: Path, column: str, value: object, said: str) -> None:
+    row = {"nccl_dtype": "half", "num_gpus": 8, "message_size": 512, "op_name": "alltoall", "latency": 0.02}
+    rows = pl.DataFrame([{**row, column: value}], schema_overrides={"message_size": pl.Int64})
+    target = tmp_path / "h200_sxm/comm/nccl/2.29.2/nccl_perf.parquet"
+    target.parent.mkdir(parents=True)
+    rows.write_parquet(target)
+    with pytest.raises(BadInput, match=said):
+        convert(tmp_path)
+
+
 def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables: Path) -> None:
     write(tables, "gemm/vllm/1/gemm_perf", [{"gemm_dtype": "fp8", "m": 1, "n": 64, "k": 32, "latency": 0.01}])
     read: dict[str, dict[str, int]] = {}
