@@ -42,6 +42,7 @@ from profiles.lookup import (
     Priced,
     along,
     along_curve,
+    at_multiprocessors,
     between_shapes,
     by_experts,
     describe,
@@ -58,7 +59,7 @@ from profiles.lookup import (
     where_key,
 )
 from profiles.nearest import nearest
-from profiles.record import MEASURED_ENGINE
+from profiles.record import DEEPEP, MEASURED_ENGINE
 from profiles.store import Profile, open_profile
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class StoreCosts:
             yield Priced(lambda o: nothing(o.bytes), "one GPU", 0.0, "")
             return
         rows = self._rows(
-            "collective", engines=("nccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
+            "collective", engines=("nccl", "rccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
         )
         sigma = self._sigma("collective")
         for place in range(len(self.profiles)):
@@ -319,6 +320,7 @@ class StoreCosts:
     def _exchange(self, op: MoeExchange) -> Iterator[Priced]:
         rows = self._rows(
             "exchange",
+            engines=(self.engine, DEEPEP),
             step=op.step,
             mode=op.mode,
             nodes=op.nodes,
@@ -327,9 +329,8 @@ class StoreCosts:
             top_k=op.top_k,
             experts=op.experts,
             dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
-            sms=0 if op.mode == "low_latency" else DEEPEP_SMS,
         )
-        for source, table in versions(rows):
+        for source, table in at_multiprocessors(versions(rows), 0 if op.mode == "low_latency" else DEEPEP_SMS):
             priced = along(table, "tokens", source, self._sigma(f"exchange_{op.mode}"))
             # An empty low-latency exchange still runs: the price of the smallest one measured.
             yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))
