@@ -29,14 +29,14 @@ def tables_of_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, pl.D
     for family, row in rows:
         found[family].append(row)
     tables = {}
-    for name, family in FAMILIES.items():
+    for name, shape in FAMILIES.items():
         if not found[name]:
-            tables[name] = empty(family)
+            tables[name] = empty(shape)
             continue
-        identity = [column for column in family.columns if column != LATENCY]
-        table = pl.DataFrame(found[name], schema=polars_schema(family))
+        identity = [column for column in shape.columns if column != LATENCY]
+        table = pl.DataFrame(found[name], schema=polars_schema(shape))
         tables[name] = (
-            table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(family.columns)).sort(identity)
+            table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(shape.columns)).sort(identity)
         )
     return tables
 
