@@ -125,7 +125,10 @@ def at_multiprocessors(found: Iterator[tuple[str, pl.DataFrame]], sms: int) -> I
             yield source, exact
         elif sms and table["engine"][0] == DEEPEP:
             nearest = min(table["sms"].unique().to_list(), key=lambda number: (abs(number - sms), number))
-            yield f"{source} at {nearest or 'an unstated number of'} SMs, not {sms}", table.filter(pl.col("sms") == nearest)
+            yield (
+                f"{source} at {nearest or 'an unstated number of'} SMs, not {sms}",
+                table.filter(pl.col("sms") == nearest),
+            )
 
 
 def place_of(table: pl.DataFrame) -> int:

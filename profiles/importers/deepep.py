@@ -42,7 +42,8 @@ _TIMES = (
     re.compile(rf"^(?P<notify>\S+) \+ (?P<transmit>\S+) us, {_RDMA}, {_NVL}$"),
 )
 _RANK = re.compile(
-    r"^\[rank (\d+)\] Dispatch bandwidth: (\S+) GB/s, avg_t=(\S+) us \| Combine bandwidth: (\S+) GB/s, avg_t=(\S+) us\s*$"
+    r"^\[rank (\d+)\] Dispatch bandwidth: (\S+) GB/s, avg_t=(\S+) us \| "
+    r"Combine bandwidth: (\S+) GB/s, avg_t=(\S+) us\s*$"
 )
 _LEFT_OUT = (
     ("[tuning]", "[tuning] lines of configurations that were not the best"),
@@ -186,6 +187,8 @@ def _rank(piece: str, at: int, place: str) -> list[RankTime]:
     times = []
     for step, rate, time in (("dispatch", found[2], found[3]), ("combine", found[4], found[5])):
         if not number(rate) or not number(time):
-            raise BadInput(f"{step}: {rate[:20]} GB/s in {time[:20]} us are no figures above zero", where=place, mend=KEEP)
+            raise BadInput(
+                f"{step}: {rate[:20]} GB/s in {time[:20]} us are no figures above zero", where=place, mend=KEEP
+            )
         times.append(RankTime(step, rank, rate, time, at))
     return times

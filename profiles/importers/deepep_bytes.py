@@ -10,6 +10,7 @@ are those that their routing is expected to give; real draws differ by well unde
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
@@ -41,8 +42,8 @@ def visited(parts: int, experts: int, top_k: int, groups: int = 0, of: int = 0) 
     if groups and groups < of:
         return _drawn(parts, experts, top_k, groups, of)
     inside = experts // parts
-    missed = np.prod([(experts - inside - taken) / (experts - taken) for taken in range(top_k)])
-    return float(parts * (1.0 - max(missed, 0.0)))
+    missed = math.prod((experts - inside - taken) / (experts - taken) for taken in range(top_k))
+    return parts * (1.0 - missed if top_k <= experts - inside else 1.0)
 
 
 def _drawn(parts: int, experts: int, top_k: int, groups: int, of: int) -> float:

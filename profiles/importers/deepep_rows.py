@@ -154,12 +154,12 @@ def _dtype(time: RankTime, setup: Setup, place: str) -> str:
 def _complete(log: DeepEpLog, given: Setup, where: str, place: str, *, internode: bool, normal: bool) -> Setup:
     """The setup from the log and the options. Raises BadInput for what is missing, contradicts or cannot be."""
     known: dict[str, int] = {}
-    for name in OPTION:
+    for name, flag in OPTION.items():
         printed, option = getattr(log.printed, name), getattr(given, name)
         if printed is not None and option is not None and printed != option:
             raise BadInput(
                 f"the log says {name} {printed}, not {option}", where=f"{where}:{log.config_line}",
-                mend=f"leave {OPTION[name]} out",
+                mend=f"leave {flag} out",
             )  # fmt: skip
         value = printed if printed is not None else option
         if value is not None:
@@ -173,7 +173,9 @@ def _complete(log: DeepEpLog, given: Setup, where: str, place: str, *, internode
         lacking.append(OPTION["topk_groups"])
     if lacking:
         raise BadInput(
-            "neither the log nor an option tells all of what was exchanged", where=place, mend=f"give {' '.join(lacking)}"
+            "neither the log nor an option tells all of what was exchanged",
+            where=place,
+            mend=f"give {' '.join(lacking)}",
         )
     setup = dataclasses.replace(Setup(), **known)
     _, _, top_k, experts, ep, nodes = _all(setup)

@@ -35,9 +35,7 @@ def tables_of_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, pl.D
             continue
         identity = [column for column in shape.columns if column != LATENCY]
         table = pl.DataFrame(found[name], schema=polars_schema(shape))
-        tables[name] = (
-            table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(shape.columns)).sort(identity)
-        )
+        tables[name] = table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(shape.columns)).sort(identity)
     return tables
 
 

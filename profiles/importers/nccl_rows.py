@@ -48,6 +48,7 @@ def read_collectives(paths: Sequence[Path], system: str, given: Given) -> Collec
     rows: list[tuple[str, dict[str, Any]]] = []
     left_out: Counter[str] = Counter()
     measured: list[dict[str, Any]] = []
+    devices: set[str] = set()
     for path in paths:
         for run in read_nccl_log(path):
             place = f"{path}:{run.lines[0]}"
@@ -60,6 +61,12 @@ def read_collectives(paths: Sequence[Path], system: str, given: Given) -> Collec
             gpus = int(_agreed("gpus", run.ranks, given.gpus, place))
             nodes = int(_agreed("nodes", run.hosts, given.nodes, place))
             _check(run, kind, gpus, nodes, path)
+            devices.add(run.device or UNKNOWN)
+            if len(devices - {UNKNOWN}) > 1:
+                raise BadInput(
+                    f"the logs are of {' and of '.join(sorted(devices - {UNKNOWN}))}", where=place,
+                    mend="import the logs of each kind of GPU into a folder of its own",
+                )  # fmt: skip
             row = _provenance(run, system)
             key = {"kind": kind, "path": PATH, "gpus": gpus, "nodes": nodes}
             rows += [("collective", {**key, "bytes": size, LATENCY: seconds, **row}) for size, seconds in run.points]
@@ -67,12 +74,6 @@ def read_collectives(paths: Sequence[Path], system: str, given: Given) -> Collec
     if not rows:
         told = "; ".join(f"{count} lines: {reason}" for reason, count in left_out.items())
         raise BadInput(f"nothing to import ({told})", where=str(paths[0]), mend=f"run one of {', '.join(KINDS)}")
-    devices = sorted({str(row["device"]) for _, row in rows} - {UNKNOWN})
-    if len(devices) > 1:
-        raise BadInput(
-            f"the logs are of {' and of '.join(devices)}", where="profile import nccl-tests",
-            mend="import the logs of each kind of GPU into a folder of its own",
-        )  # fmt: skip
     return CollectiveRows(tuple(rows), dict(left_out), tuple(measured))
 
 

@@ -1,16 +1,18 @@
 """Read the output of nccl-tests and rccl-tests: runs of a collective with their ranks, bytes and seconds.
 
 Lines (NVIDIA/nccl-tests, src/util.cu and src/common.cu; ROCm/rccl-tests prints the same): `# Rank 0 Group 0 Pid 7 on
-HOST device 0 [0000:1b:00] NAME` for each rank, then `size count type [redop] [root]` and, once out of place and once in
-place, `time algbw busbw #wrong`, times in microseconds, rates in 1e9 bytes/s. The out-of-place times are taken: in place
-nothing is checked for all-to-all, and its `#wrong` is N/A. Sizes of 0, which an all-to-all over more ranks than elements
-prints, are counted and left out. Newer builds print their own and NCCL's version, older ones no name of the program.
+HOST device 0 [0000:1b:00] NAME` for each rank, then `size count type [redop] [root]` and, once out of place and once
+in place, `time algbw busbw #wrong`, times in microseconds, rates in 1e9 bytes/s. The out-of-place times are taken: in
+place an all-to-all is not checked, and its `#wrong` is N/A. Sizes of 0, which an all-to-all over more ranks than
+elements prints, are counted and left out. Newer builds print their own and NCCL's version, older ones no name of the
+program.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +30,7 @@ KINDS = {
 }
 OTHERS = ("alltoallv", "broadcast", "gather", "hypercube", "reduce", "scatter")
 # busbw / algbw by kind and ranks (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
-BUS_SHARE = {
+BUS_SHARE: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda ranks: 2.0 * (ranks - 1) / ranks,
     "all_gather": lambda ranks: (ranks - 1) / ranks,
     "reduce_scatter": lambda ranks: (ranks - 1) / ranks,
@@ -241,18 +243,18 @@ def _finished(run: _Run, where: str) -> NcclRun:
         raise BadInput(
             f"{len(run.ranks)} ranks stand above, but a process runs {run.processes}", where=place, mend=KEEP
         )
-    places = Counter((host, device) for host, _, device, _ in run.ranks.values())
-    for (host, device), count in places.items():
+    places = Counter((host, number) for host, _, number, _ in run.ranks.values())
+    for (host, at), count in places.items():
         if count > 1:
-            raise BadInput(f"{count} ranks share device {device} of {host}", where=place, mend="run one rank a GPU")
+            raise BadInput(f"{count} ranks share device {at} of {host}", where=place, mend="run one rank a GPU")
     by_host = Counter(host for host, *_ in run.ranks.values())
     if len(set(by_host.values())) > 1:
         raise BadInput(
-            f"the hosts run unequal numbers of ranks: {', '.join(f'{host} {count}' for host, count in by_host.items())}",
+            f"{max(by_host.values())} ranks on one host and {min(by_host.values())} on another",
             where=place,
             mend="run as many ranks on each host",
         )
-    devices = sorted({device for *_, device in run.ranks.values() if device})
+    devices = sorted({name for _, _, _, name in run.ranks.values() if name})
     if len(devices) > 1:
         raise BadInput(f"the ranks ran on {' and on '.join(devices)}", where=place, mend="measure GPUs of one kind")
     device = devices[0] if devices else ""

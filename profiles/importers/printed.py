@@ -1,4 +1,4 @@
-"""Text that other programs printed: lines with their numbers, strict numbers, and how far a printed figure is rounded."""
+"""Text that other programs printed: numbered lines, strict numbers, and how far a printed figure is rounded."""
 
 from __future__ import annotations
 

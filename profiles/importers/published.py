@@ -200,7 +200,9 @@ def product(row: Record, context: Context, *, m: str, dtype: str, device: str, k
     }  # fmt: skip
 
 
-def provenance(row: Record, context: Context, *, engine: str, device: str, kernel: str, version: str = "") -> dict[str, Any]:  # fmt: skip
+def provenance(
+    row: Record, context: Context, *, engine: str, device: str, kernel: str, version: str = ""
+) -> dict[str, Any]:
     """Where a row comes from; `package` is its source."""
     return {
         "system": context.system, "engine": engine, "version": version or UNKNOWN, "kernel": kernel, "device": device,

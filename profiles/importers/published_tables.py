@@ -28,12 +28,16 @@ from profiles.importers.published import (
 from profiles.record import DEEPEP, LATENCY
 
 Row = tuple[str, dict[str, Any]]
-EXCHANGES = tuple(
-    "src commit backend gpu nic mode op ep tokens_per_rank hidden topk dtype sms latency_us bw_GBps bw_kind note".split()
-)
+EXCHANGES = (
+    "src", "commit", "backend", "gpu", "nic", "mode", "op", "ep", "tokens_per_rank", "hidden", "topk", "dtype", "sms",
+    "latency_us", "bw_GBps", "bw_kind", "note",
+)  # fmt: skip
 ALL_TO_ALL = ("src", "system", "nodes", "ranks", "size_bytes", "time_us_oop", "algbw_GBps", "busbw_GBps")
 GATHERS = ("src", "gpu", "op", "gpus", "per_gpu_MB", "latency_us")
-DEEPGEMM = tuple("src commit kind groups m_per_group n k tflops GBps speedup_vs_cutlass derived_time_us".split())
+DEEPGEMM = (
+    "src", "commit", "kind", "groups", "m_per_group", "n", "k", "tflops", "GBps", "speedup_vs_cutlass",
+    "derived_time_us",
+)  # fmt: skip
 CUBLASLT = ("src", "gpu", "kernel", "m", "n", "k", "tflops")
 
 # A backend's name in the table -> engine, and the mode that the store files it under. DeepEP's own two modes are what

@@ -158,9 +158,13 @@ class GpuTopology:
 def _give(gpu: int, nearest: tuple[tuple[int, ...], ...], owner: dict[int, int], asked: set[int]) -> bool:
     """Give the GPU a NIC of its own, moving others to another near one where that helps (augmenting paths)."""
     for nic in nearest[gpu]:
+        if nic not in owner:
+            owner[nic] = gpu
+            return True
+    for nic in nearest[gpu]:
         if nic not in asked:
             asked.add(nic)
-            if nic not in owner or _give(owner[nic], nearest, owner, asked):
+            if _give(owner[nic], nearest, owner, asked):
                 owner[nic] = gpu
                 return True
     return False
@@ -254,5 +258,6 @@ def _check_both_ways(labels: list[str], rows: dict[str, tuple[int, list[str], li
 
 def _affinity(words: list[str]) -> tuple[str, str]:
     """CPU and NUMA affinity behind a row's links; "" for what it lacks."""
-    found = [word if _AFFINITY.fullmatch(word) and word != "N/A" else "" for word in words[:2]]
-    return (found + ["", ""])[0], (found + ["", ""])[1]
+    cpu, numa = [*words[:2], "", ""][:2]
+    known = [word if _AFFINITY.fullmatch(word) and word != "N/A" else "" for word in (cpu, numa)]
+    return known[0], known[1]
