@@ -60,7 +60,7 @@ from profiles.lookup import (
 )
 from profiles.nearest import nearest
 from profiles.record import DEEPEP, MEASURED_ENGINE
-from profiles.store import Profile, open_profile
+from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
     import polars as pl
@@ -227,7 +227,14 @@ class StoreCosts:
         if stored is None:
             return None
         limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
-        return Physics(**stored["parameters"]), limits
+        try:
+            return Physics(**stored["parameters"]), limits
+        except TypeError:
+            raise BadInput(
+                "the physics of experts has other parameters than this version's",
+                where=str(profile.folder / DESCRIPTION),
+                mend="import the profile again",
+            ) from None
 
     def _attention(self, op: Attention) -> Iterator[Priced]:
         family = f"attention_{op.phase}"

@@ -46,14 +46,24 @@ class ExchangeRows:
 def read_exchanges(
     paths: Sequence[Path], setups: Sequence[Setup], *, system: str, device: str = UNKNOWN, version: str = UNKNOWN
 ) -> ExchangeRows:
-    """The rows of all logs; setups: what the options say, one for each log. Raises BadInput with file and line."""
+    """The rows of all logs at these paths, as `exchanges_of`."""
+    logs = [(str(path), read_deepep_log(path)) for path in paths]
+    return exchanges_of(logs, setups, system=system, device=device, version=version)
+
+
+def exchanges_of(
+    logs: Sequence[tuple[str, DeepEpLog]], setups: Sequence[Setup], *, system: str, device: str, version: str
+) -> ExchangeRows:
+    """The rows of all logs, each with its path; setups: what the options say, one for each log.
+
+    Raises BadInput with file and line.
+    """
     rows: list[tuple[str, dict[str, Any]]] = []
     left_out: Counter[str] = Counter()
     measured: list[dict[str, Any]] = []
-    for path, given in zip(paths, setups, strict=True):
-        log = read_deepep_log(path)
+    for (path, log), given in zip(logs, setups, strict=True):
         left_out.update(log.left_out)
-        for told, seconds, more in [*_normal(log, given, str(path)), *_low_latency(log, given, str(path))]:
+        for told, seconds, more in [*_normal(log, given, path), *_low_latency(log, given, path)]:
             provenance = {
                 "system": system, "engine": DEEPEP, "version": version, "kernel": "deepep", "device": device,
                 "package": PACKAGE, "package_version": version, "tag": "measured",

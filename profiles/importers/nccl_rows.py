@@ -41,7 +41,12 @@ class CollectiveRows:
 
 
 def read_collectives(paths: Sequence[Path], system: str, given: Given) -> CollectiveRows:
-    """The rows of all logs. Raises BadInput that names the file and, where there is one, the line.
+    """The rows of all logs at these paths, as `collectives_of`."""
+    return collectives_of([(str(path), read_nccl_log(path)) for path in paths], system, given)
+
+
+def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: str, given: Given) -> CollectiveRows:
+    """The rows of all logs, each with its path. Raises BadInput that names the file and, where there is one, the line.
 
     Refused: what neither the log nor an option tells, an option that the log contradicts, GPUs of several kinds.
     """
@@ -49,8 +54,8 @@ def read_collectives(paths: Sequence[Path], system: str, given: Given) -> Collec
     left_out: Counter[str] = Counter()
     measured: list[dict[str, Any]] = []
     devices: set[str] = set()
-    for path in paths:
-        for run in read_nccl_log(path):
+    for path, runs in logs:
+        for run in runs:
             place = f"{path}:{run.lines[0]}"
             if run.empty_sizes:
                 left_out["sizes of 0 bytes"] += run.empty_sizes
@@ -73,7 +78,7 @@ def read_collectives(paths: Sequence[Path], system: str, given: Given) -> Collec
             measured.append({"file": Path(path).name, **key, **_conditions(run)})
     if not rows:
         told = "; ".join(f"{count} lines: {reason}" for reason, count in left_out.items())
-        raise BadInput(f"nothing to import ({told})", where=str(paths[0]), mend=f"run one of {', '.join(KINDS)}")
+        raise BadInput(f"nothing to import ({told})", where=logs[0][0], mend=f"run one of {', '.join(KINDS)}")
     return CollectiveRows(tuple(rows), dict(left_out), tuple(measured))
 
 
@@ -86,7 +91,7 @@ def _agreed(name: str, read: str | int | None, option: str | int | None, place: 
     return read or option or 0
 
 
-def _check(run: NcclRun, kind: str, gpus: int, nodes: int, path: Path) -> None:
+def _check(run: NcclRun, kind: str, gpus: int, nodes: int, path: str) -> None:
     place = f"{path}:{run.lines[0]}"
     if kind not in KINDS.values():
         raise BadInput(f"unknown kind {kind!r}", where="--kind", mend=f"use one of: {', '.join(KINDS.values())}")

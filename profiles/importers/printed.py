@@ -11,7 +11,7 @@ from moesim.errors import BadInput
 # What printf's %d, %f, %g and %e print of a figure that is neither negative nor NaN nor infinite.
 _NUMBER = re.compile(r"\d+(?:\.\d*)?(?:e[+-]?\d+)?", re.ASCII)
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-LARGEST = 1e15  # bytes, microseconds and rates above it are no measurement
+SMALLEST, LARGEST = 1e-9, 1e15  # bytes, microseconds and rates beyond are no measurement
 
 
 def read_printed(path: Path, what: str) -> str:
@@ -31,11 +31,11 @@ def numbered(text: str) -> Iterator[tuple[int, str]]:
 
 
 def number(text: str) -> float | None:
-    """The figure, or None where the text is no finite figure from 0 to LARGEST."""
+    """The figure, or None where the text is neither 0 nor a finite figure from SMALLEST to LARGEST."""
     if not _NUMBER.fullmatch(text):
         return None
     value = float(text)
-    return value if value <= LARGEST else None
+    return value if value == 0 or SMALLEST <= value <= LARGEST else None
 
 
 def whole(text: str) -> int | None:

@@ -163,7 +163,7 @@ def optional(row: Record, name: str) -> float | None:
 def near(one: float, row: Record, name: str, *computed_from: str) -> None:
     """Raise Wrong where a computed figure is not the one in the row, within the rounding of all figures in play."""
     blur = sum(rounding(row[source]) / float(row[source]) for source in computed_from)
-    if row[name] and not agree(one, row[name], RATE_SLACK, blur):
+    if optional(row, name) is not None and not agree(one, row[name], RATE_SLACK, blur):
         raise Wrong(f"{name} is {row[name]}, but {' and '.join(computed_from)} make {one:.4g}")
 
 
