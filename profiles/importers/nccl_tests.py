@@ -55,7 +55,7 @@ _RANK = re.compile(
 )
 _LOOKS_LIKE_A_RANK = re.compile(r"^#\s*Rank\b.*\bdevice\b")
 _SUITE = re.compile(r"^#\s*nccl-tests version (\S+).*?\bnccl-library=(\d+)")
-_LIBRARY = re.compile(r"\b(R?)NCCL version\s*:?\s*(\d+\.\d+\.\d+)")
+_LIBRARY = re.compile(r"\b([NR])CCL version\s*:?\s*(\d+\.\d+\.\d+)")
 _RCCL_SUITE = re.compile(r"^#?\s*rccl-tests: Version (\S+)")
 _STAMP = re.compile(r"\s(\d{4}-\d{2}-\d{2}) \d{2}:\d{2}:\d{2}\s*$")
 
@@ -169,7 +169,7 @@ def _decoded(code: str) -> str:
 def _said(run: _Run, line: str) -> None:
     """Lines of NCCL itself, of the launcher, or of the shell: the library's version, and which program was called."""
     if found := _LIBRARY.search(line):
-        run.rccl = run.rccl or bool(found[1])
+        run.rccl = run.rccl or found[1] == "R"
         run.library = run.library or found[2]
     elif found := _CALLED.search(line):
         run.called = found[1]
