@@ -15,7 +15,7 @@ from moesim.spec.cluster import ClusterSpec
 from moesim.spec.presets import presets
 from profiles.importers.topo import DISTANCE, SAME_SOCKET, GpuTopology
 
-_NODE_BLOCK = re.compile(r"^node:.*\n(?:(?:[ \t#].*)?\n)*?(?=\S|\Z)", re.MULTILINE)
+_NODE_BLOCK = re.compile(r"^node:.*\n(?:(?:[ \t].*)?\n)*?(?=\S|\Z)", re.MULTILINE)
 
 
 def layout(topology: GpuTopology) -> dict[str, list[int]]:
@@ -133,12 +133,7 @@ def write_cluster(topology: GpuTopology, path: Path, system: str | None, source:
             mend="leave --out away, or write `node` into the cluster file by hand",
         )  # fmt: skip
     text = _text(path, system)
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise BadInput("not valid YAML", where=str(path), mend="correct the YAML") from None
-    if not isinstance(data, dict):
-        raise BadInput("a cluster file is a mapping of keys", where=str(path), mend="see docs/reference/clusters.md")
+    data = _mapping(text, path)
     gpus, in_file = len(topology.gpus), data.get("gpus_per_node", 8)
     if in_file != gpus:
         raise BadInput(
@@ -154,8 +149,18 @@ def write_cluster(topology: GpuTopology, path: Path, system: str | None, source:
     block += [f"  {name}: {numbers}" for name, numbers in found.items()]
     rest = _NODE_BLOCK.sub("", text if text.endswith("\n") else text + "\n")
     merged = rest + "\n".join(block) + "\n"
-    ClusterSpec.read(yaml.safe_load(merged), where=path)
+    ClusterSpec.read(_mapping(merged, path), where=path)
     write_text(path, merged)
+
+
+def _mapping(text: str, path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise BadInput("not valid YAML", where=str(path), mend="correct the YAML") from None
+    if not isinstance(data, dict):
+        raise BadInput("a cluster file is a mapping of keys", where=str(path), mend="see docs/reference/clusters.md")
+    return data
 
 
 def _text(path: Path, system: str | None) -> str:
