@@ -141,11 +141,10 @@ LEGEND = """
 Legend:
 
   X    = Self
-  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
-  NODE = Connection traversing PCIe as well as the interconnect between PCIe Host Bridges within a NUMA node
-  PXB  = Connection traversing multiple PCIe bridges (without traversing the PCIe Host Bridge)
-  PIX  = Connection traversing at most a single PCIe bridge
-  NV#  = Connection traversing a bonded set of # NVLinks
+  SYS  = across NUMA nodes
+  NODE = across host bridges of a NUMA node
+  PIX  = at most one PCIe bridge
+  NV#  = so many NVLinks
 """
 
 
