@@ -367,7 +367,8 @@ def _command(op: Operation, outside: NDArray[np.bool_] | None, gpus_per_node: in
         return f"measure it with `{run} --no-python {COLLECTIVES} {sizes}` on each node, {THEN}"
     imported = "import tables that hold it with `moesim profile import aiconfigurator --system SYSTEM --out DIR`"
     if isinstance(op, MoeExchange):
-        logs = "import logs of its tests with `moesim profile import deepep`"
+        shape = f"--hidden {op.hidden} --top-k {op.top_k} --experts {op.experts} --ep {op.ep} --nodes {op.nodes}"
+        logs = f"import logs of its tests with `moesim profile import deepep LOG --system SYSTEM {shape} --out DIR`"
         return f"nothing here measures DeepEP yet; {logs}, or {imported}"
     family, key = _asked(op)
     why = unmeasurable(family, key)
