@@ -6,7 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,12 +150,38 @@ def empty(family: Family) -> pl.DataFrame:
     return pl.DataFrame(schema=polars_schema(family))
 
 
+_STDERR = threading.Lock()
+
+
+@contextlib.contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """Keep off the terminal what Polars' threads print when they panic; the panic itself still comes as an exception.
+
+    They write to the file descriptor, so nothing but that can be turned away; one thread at a time.
+    """
+    with _STDERR:
+        try:
+            sys.stderr.flush()
+            kept = os.dup(2)
+        except (OSError, ValueError, AttributeError):  # no stderr, nothing to hear
+            yield
+            return
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def read_parquet(path: Path) -> pl.DataFrame:
     """Read a Parquet file; what is broken in it becomes one BadInput."""
     import polars as pl
 
     try:
-        return pl.read_parquet(path, use_statistics=False)
+        with _panics_unheard():
+            return pl.read_parquet(path, use_statistics=False)
     except BaseException as error:
         # Polars raises its PanicException, a BaseException, on some damaged files.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
