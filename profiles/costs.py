@@ -43,6 +43,7 @@ from profiles.lookup import (
     along,
     along_curve,
     along_rows,
+    at_multiprocessors,
     between_shapes,
     by_experts,
     describe,
@@ -59,8 +60,8 @@ from profiles.lookup import (
     where_key,
 )
 from profiles.nearest import nearest
-from profiles.record import MEASURED_ENGINE
-from profiles.store import Profile, open_profile
+from profiles.record import DEEPEP, MEASURED_ENGINE
+from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
     import polars as pl
@@ -228,7 +229,14 @@ class StoreCosts:
         if stored is None:
             return None
         limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
-        return Physics(**stored["parameters"]), limits
+        try:
+            return Physics(**stored["parameters"]), limits
+        except TypeError:
+            raise BadInput(
+                "the physics of experts has other parameters than this version's",
+                where=str(profile.folder / DESCRIPTION),
+                mend="import the profile again",
+            ) from None
 
     def _attention(self, op: Attention) -> Iterator[Priced]:
         family = f"attention_{op.phase}"
@@ -291,7 +299,7 @@ class StoreCosts:
             yield Priced(lambda o: nothing(o.bytes), "one GPU", 0.0, "")
             return
         rows = self._rows(
-            "collective", engines=("nccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
+            "collective", engines=("nccl", "rccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
         )
         sigma = self._sigma("collective")
         for place in range(len(self.profiles)):
@@ -321,6 +329,7 @@ class StoreCosts:
     def _exchange(self, op: MoeExchange) -> Iterator[Priced]:
         rows = self._rows(
             "exchange",
+            engines=(self.engine, DEEPEP),
             step=op.step,
             mode=op.mode,
             nodes=op.nodes,
@@ -329,9 +338,8 @@ class StoreCosts:
             top_k=op.top_k,
             experts=op.experts,
             dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
-            sms=0 if op.mode == "low_latency" else DEEPEP_SMS,
         )
-        for source, table in versions(rows):
+        for source, table in at_multiprocessors(versions(rows), 0 if op.mode == "low_latency" else DEEPEP_SMS):
             priced = along(table, "tokens", source, self._sigma(f"exchange_{op.mode}"))
             # An empty low-latency exchange still runs: the price of the smallest one measured.
             yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))

@@ -46,6 +46,8 @@ class Family:
 
 # Rows that were measured by this package; they price for every engine whose scenario names their profile.
 MEASURED_ENGINE = "moesim"
+# Rows that DeepEP's own tests printed; they price the exchanges of every engine that runs DeepEP.
+DEEPEP = "deepep"
 KERNELS = "moesim profile kernels"
 COLLECTIVES = "moesim profile collectives"
 
