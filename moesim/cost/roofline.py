@@ -164,9 +164,9 @@ class Roofline:
         size = np.asarray(op.bytes, dtype=np.float64)
         share = (op.gpus - 1) / op.gpus
         steps = 2.0 if op.kind == "all_reduce" else 1.0
-        nvlink = NVLINK_FRACTION * self.cluster.nvlink_bytes_per_s
-        nic = NIC_FRACTION * self.cluster.nic_bytes_per_s
-        latency = steps * self.cluster.nvlink_latency_s * np.log2(max(op.gpus, 2))
+        nvlink = NVLINK_FRACTION * self.cluster.near_bytes_per_s
+        nic = NIC_FRACTION * self.cluster.shared_nic_bytes_per_s
+        latency = steps * self.cluster.near_latency_s * np.log2(max(op.gpus, 2))
         if op.nodes == 1:
             busy = steps * share * size / nvlink
         else:
@@ -187,9 +187,9 @@ class Roofline:
         tokens = np.asarray(op.tokens, dtype=np.float64)
         row = op.hidden * _bytes(op.dtype)
         remote = (op.nodes - 1) / op.nodes
-        nic = NIC_FRACTION * self.cluster.nic_bytes_per_s
-        nvlink = NVLINK_FRACTION * self.cluster.nvlink_bytes_per_s
-        latency = 2 * LAUNCH_S + self.cluster.nvlink_latency_s
+        nic = NIC_FRACTION * self.cluster.shared_nic_bytes_per_s
+        nvlink = NVLINK_FRACTION * self.cluster.near_bytes_per_s
+        latency = 2 * LAUNCH_S + self.cluster.near_latency_s
         if op.nodes > 1:
             latency += 2 * self.cluster.nic_latency_s
         if op.mode == "low_latency":
