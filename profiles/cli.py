@@ -152,7 +152,13 @@ def check(
         bool, Option("--stored", help="Show the errors kept in the profile instead of new ones.")
     ] = False,
     leave_out: Annotated[
-        str | None, Option("--leave-out", help="every-second (sizes) or distribution (skew), over whole tables.")
+        str | None,
+        Option(
+            "--leave-out", help="every-second (sizes) or distribution (skew), over whole tables; ep-size of --rows."
+        ),
+    ] = None,
+    published: Annotated[
+        Path | None, Option("--rows", help="For --leave-out ep-size: CSV of published exchanges.")
     ] = None,
     tables: Annotated[
         Path | None, Option("--tables", help="For --leave-out: folder of an unpacked aiconfigurator-core.")
@@ -166,6 +172,12 @@ def check(
 
     With --leave-out, over every table of several systems; exits 1 where a family misses its threshold.
     """
+    if leave_out == "ep-size":
+        from profiles.ep_out import run
+
+        if not run(published, as_json, echo):
+            raise Exit(1)
+        return
     if leave_out is not None:
         _check_tables(leave_out, tables, systems, as_json)
         return
@@ -196,7 +208,9 @@ def _check_tables(protocol: str, tables: Path | None, systems: str, as_json: boo
     from profiles.raw_tables import read_points
 
     if protocol not in ("every-second", "distribution"):
-        raise BadInput(f"unknown protocol {protocol!r}", where="--leave-out", mend="use every-second or distribution")
+        raise BadInput(
+            f"unknown protocol {protocol!r}", where="--leave-out", mend="use every-second, distribution or ep-size"
+        )
     data, version = find_package(tables)
     names = [name.strip() for name in systems.split(",") if name.strip()]
     found = read_points(data, names)

@@ -124,8 +124,13 @@ def test_pcie_that_carries_both_legs_is_the_busiest():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SCHEMES), st.sampled_from(LAYOUTS), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**32)
-)  # fmt: skip
+    st.sampled_from(SCHEMES),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
 def test_more_bytes_never_take_less_and_no_phase_beats_its_busiest_link(scheme, layout, nvlink, backwards, rails, seed):
     spec = cluster(
         3, 4, node=layout, rails=rails, nvlink_bytes_per_s=100.0 if nvlink else 0.0, oversubscription=2.0
