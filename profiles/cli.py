@@ -10,9 +10,12 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
+from profiles.network_command import fit_network
+
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 importers = Typer(help="Convert published tables into a profile.", no_args_is_help=True)
 app.add_typer(importers, name="import")
+app.command("fit-network")(fit_network)
 
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
