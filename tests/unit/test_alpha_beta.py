@@ -117,8 +117,8 @@ def profile_of(folder: Path, groups: list[Group]) -> Path:
     rows = [
         {
             "kind": one.kind, "path": one.path, "gpus": one.gpus, "nodes": one.nodes, "bytes": size,
-            "latency_s": seconds, "system": "ours", "engine": "moesim", "version": "2.27", "kernel": "NCCL", "device": "NVIDIA H200",
-            "package": "moesim", "package_version": "0", "tag": "measured",
+            "latency_s": seconds, "system": "ours", "engine": "moesim", "version": "2.27", "kernel": "NCCL",
+            "device": "NVIDIA H200", "package": "moesim", "package_version": "0", "tag": "measured",
         }
         for one in groups
         for size, seconds in zip(one.bytes.tolist(), one.seconds.tolist(), strict=True)
