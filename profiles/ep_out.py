@@ -47,6 +47,13 @@ class Judged:
         measured = next(point.seconds for point in self.series.points if point.ep == ep)
         return self.predicted[ep] / measured - 1.0
 
+    def plain(self, ep: int) -> float:
+        """error of a straight line in log-log between the other sizes, for comparison; an inner size."""
+        others = [point for point in self.series.points if point.ep != ep]
+        logs = np.log([point.seconds for point in others])
+        guess = np.exp(np.interp(np.log(ep), np.log([point.ep for point in others]), logs))
+        return float(guess / next(point.seconds for point in self.series.points if point.ep == ep) - 1.0)
+
     def order(self, *, printed: bool = False) -> dict[str, int]:
         """Pairs of the series with an inner size: right, wrong, and undecided by the source itself.
 
@@ -105,6 +112,7 @@ def _judge(series: Series) -> Judged:
 def summary(judged: list[Judged], left_out: dict[str, int]) -> dict[str, Any]:
     """Figures for the whole file, and one entry for each series."""
     inner = [abs(one.error(ep)) for one in judged for ep in one.inner]
+    plain = [abs(one.plain(ep)) for one in judged for ep in one.inner]
     edges = [abs(one.error(ep)) for one in judged for ep in one.edges]
     orders = [one.order() for one in judged]
     printed = [one.order(printed=True) for one in judged]
@@ -114,6 +122,10 @@ def summary(judged: list[Judged], left_out: dict[str, int]) -> dict[str, Any]:
         "series": [_entry(one, order) for one, order in zip(judged, orders, strict=True)],
         "rows_left_out": left_out,
         "inner": {"points": len(inner), "median": median, "p90": float(np.quantile(inner, 0.9)) if inner else None},
+        "log_log": {
+            "median": float(np.median(plain)) if plain else None,
+            "p90": float(np.quantile(plain, 0.9)) if plain else None,
+        },
         "edges": {"points": len(edges), "median": float(np.median(edges)) if edges else None, "tag": "extrapolated"},
         "order": {
             "series": len(judged),
@@ -167,7 +179,8 @@ def report(found: dict[str, Any]) -> list[str]:
     if inner["points"]:
         out.append(
             f"inner EP sizes: {inner['points']} points in {order['series']} series, median error {inner['median']:.1%} "
-            f"(limit {found['median_limit']:.0%}), 90 % within {inner['p90']:.1%}"
+            f"(limit {found['median_limit']:.0%}), 90 % within {inner['p90']:.1%}; straight in log-log "
+            f"{found['log_log']['median']:.1%} and {found['log_log']['p90']:.1%}"
         )
         out.append(f"edges, extrapolated: {edges['points']} points, median error {edges['median']:.1%}")
     pairs = order["pairs"]

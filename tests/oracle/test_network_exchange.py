@@ -12,6 +12,7 @@ from moesim.errors import BadInput
 from moesim.network.collectives import all_to_all_flat, all_to_all_two_level
 from moesim.network.exchange import SCHEMES, prepare
 from moesim.network.topology import build
+from moesim.network.uniform import COPY_SCHEMES, Routed, uniform_copies
 from moesim.spec.cluster import ClusterSpec, GpuSpec, MeasuredFigure, NodeLayout
 
 GPU = GpuSpec(name="g", hbm_bytes=1e9, hbm_bytes_per_s=1e12, flops_per_s={"bf16": 1e15}, multiprocessors=100)
@@ -184,3 +185,22 @@ def test_bad_loads_are_named():
         exchange.time(np.ones((4, 4)), np.zeros((4, 3)))
     with pytest.raises(BadInput, match="count a token once"):
         exchange.time(np.ones((4, 4)), np.full((4, 2), 3.0))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_uniform_copies_load_the_links_as_pairs_do(nodes):
+    """The closed forms of uniform routing, and the same load as bytes of every pair, take the busiest link alike."""
+    spec = cluster(nodes, 4, nic_latency_s=0.0, nvlink_latency_s=0.0)
+    gpus, size = spec.gpus, 100.0
+    routed = Routed(top_k=4, experts=2 * gpus)
+    found = {scheme: uniform_copies(scheme, routed, ranks=gpus, domain=4) for scheme in COPY_SCHEMES}
+    expert, node = found["expert"], found["node"]
+    even = np.full((gpus, gpus), 4 * size / gpus)
+    near, far = prepare(spec, "deepep_low_latency").time(even).phases
+    assert float(near.transfer_s) == pytest.approx(size * expert.nvlink / 100.0)
+    assert float(far.transfer_s) == pytest.approx(size * expert.nic / 10.0)
+    pairs = np.full((gpus, gpus), node.ranks * size / gpus)
+    to_node = np.full((gpus, nodes), node.visited_domains * size / nodes)
+    rail, forward = prepare(spec, "deepep_normal").time(pairs, to_node).phases
+    assert float(rail.transfer_s) == pytest.approx(size * node.nic / 10.0)
+    assert float(forward.transfer_s) == pytest.approx(size * node.nvlink / 100.0)
