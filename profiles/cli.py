@@ -156,12 +156,10 @@ def check(
     ] = False,
     leave_out: Annotated[
         str | None,
-        Option(
-            "--leave-out", help="every-second (sizes) or distribution (skew), over whole tables; ep-size of --rows."
-        ),
+        Option("--leave-out", help="every-second (sizes) or distribution (skew), over whole tables; ep-size."),
     ] = None,
     published: Annotated[
-        Path | None, Option("--rows", help="For --leave-out ep-size: CSV of published exchanges.")
+        Path | None, Option("--rows", help="For --leave-out ep-size: CSV of published exchanges instead.")
     ] = None,
     tables: Annotated[
         Path | None, Option("--tables", help="For --leave-out: folder of an unpacked aiconfigurator-core.")
@@ -176,9 +174,11 @@ def check(
     With --leave-out, over every table of several systems; exits 1 where a family misses its threshold.
     """
     if leave_out == "ep-size":
-        from profiles.ep_out import run
+        from profiles import ep_out, ep_out_table
 
-        if not run(published, as_json, echo):
+        if published is None:
+            ep_out_table.run(profile, system, as_json, echo)
+        elif not ep_out.run(published, as_json, echo):
             raise Exit(1)
         return
     if leave_out is not None:

@@ -68,7 +68,7 @@ def between(op: MoeExchange, cluster: ClusterSpec, rows: pl.DataFrame) -> Betwee
     each = cluster.gpus_per_node
     if op.nodes != -(-op.ep // each):
         return None
-    by_size = _by_size(rows, each)
+    by_size = sizes_of(rows, each)
     if len(by_size) < 2 or op.ep in by_size:
         return None
     kind = kind_of(op, cluster)
@@ -126,7 +126,8 @@ def leave_out(kind: ExchangeKind, by_size: BySize, *, inner: bool) -> Floats:
     return np.concatenate(found) if found else np.empty(0)
 
 
-def _by_size(rows: pl.DataFrame, each: int) -> BySize:
+def sizes_of(rows: pl.DataFrame, each: int) -> BySize:
+    """Tokens and seconds of each EP size that fills nodes of `each` GPUs, repeats by their median."""
     found: BySize = {}
     for (ep, nodes), part in rows.partition_by(["ep", "nodes"], as_dict=True).items():
         if int(nodes) == -(-int(ep) // each):

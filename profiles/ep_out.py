@@ -199,10 +199,8 @@ def report(found: dict[str, Any]) -> list[str]:
     return out
 
 
-def run(rows: Path | None, as_json: bool, say: Callable[[str], None]) -> bool:
+def run(rows: Path, as_json: bool, say: Callable[[str], None]) -> bool:
     """`moesim profile check --leave-out ep-size --rows FILE`: print, and tell whether it holds. Raises BadInput."""
-    if rows is None:
-        raise BadInput("no rows to leave out", where="--rows", mend="name a CSV of published exchanges")
     published = read_published(rows)
     found = summary(leave_out(published), published.left_out)
     if not found["series"]:
