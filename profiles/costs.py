@@ -333,7 +333,7 @@ class StoreCosts:
         if exact.height:
             found: Iterator[Priced] = (along(table, "tokens", source, sigma) for source, table in versions(exact))
         else:
-            found = exchanges_between(op, self.roofline.cluster, rows, sigma=sigma, edges=self.allow)
+            found = exchanges_between(op, self.roofline.cluster, versions(rows), sigma=sigma, edges=self.allow)
         for priced in found:
             # An empty low-latency exchange still runs: the price of the smallest one measured.
             yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))

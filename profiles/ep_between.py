@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from moesim.network.uniform import Routed
 from moesim.spec.cluster import ClusterSpec
 from profiles.ep_scaling import ExchangeKind, ExchangePhysics, carried, fit
 from profiles.fit import Curve, curve, medians
-from profiles.lookup import Priced, along_curve, at_best, place_of, versions
+from profiles.lookup import Priced, along_curve, at_best, place_of
 from profiles.record import LATENCY
 
 if TYPE_CHECKING:
@@ -86,15 +86,16 @@ def between(op: MoeExchange, cluster: ClusterSpec, rows: pl.DataFrame) -> Betwee
 
 
 def exchanges_between(
-    op: MoeExchange, cluster: ClusterSpec, rows: pl.DataFrame, *, sigma: float, edges: bool
+    op: MoeExchange, cluster: ClusterSpec, tables: Iterable[tuple[str, pl.DataFrame]], *, sigma: float, edges: bool
 ) -> Iterator[Priced]:
     """Lookups of an EP size that no table holds, newest version first: between two sizes of one, else beyond them.
 
-    rows: those of all versions that agree in everything but EP size and nodes. sigma: of the lookup along tokens.
-    edges: whether sizes beyond the measured ones are wanted; they come last, tagged extrapolated.
+    tables: the words and rows of each version, newest first, that agree in everything but EP size and nodes. sigma: of
+    the lookup along tokens. edges: whether sizes beyond the measured ones are wanted; they come last, tagged
+    extrapolated.
     """
     beyond = []
-    for source, table in versions(rows):
+    for source, table in tables:
         found = between(op, cluster, table)
         if found is None or not (found.inner or edges):
             continue

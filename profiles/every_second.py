@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.units import BYTES_PER_ELEMENT
+from profiles.expert_load import expert_load
 from profiles.fit import curve, refined, surface
-from profiles.importers.aiconfigurator_tables import DTYPES
+from profiles.importers.aiconfigurator_tables import NCCL_ELEMENT_BYTES, NCCL_KINDS
+from profiles.protocols import MOVING, combined, rule_of_collective
 from profiles.raw_tables import TOGETHER, Points
 
 Floats = NDArray[np.float64]
@@ -54,6 +54,8 @@ def predicted(points: Points, kept: Bools, left: Bools) -> Floats:
     rule = points.kind.rule
     if rule.startswith("grid:"):
         return _on_grids(points, kept, left, "bend" if rule.endswith("bend") else "chord")
+    if rule == "collective":
+        return _collectives(points, kept, left)
     axis = expert_load(points) if rule == "experts" else points.sizes
     out = np.full(len(points.sizes), np.nan)
     for start, end in _spans(points.groups):
@@ -64,6 +66,27 @@ def predicted(points: Points, kept: Bools, left: Bools) -> Floats:
             axis[start:end][here], points.seconds[start:end][here], rule="tiles" if rule == "tiles" else "chord"
         )
         out[start:end][wanted] = part.price(axis[start:end][wanted])[0]
+    return out
+
+
+def _collectives(points: Points, kept: Bools, left: Bools) -> Floats:
+    """Every curve by the rule of its collective; kept times of one exchange in several dtypes count as one."""
+    import polars as pl
+
+    kinds = points.keys["op_name"].replace(NCCL_KINDS)
+    others = [name for name in points.keys.columns if name != "nccl_dtype"]
+    size = points.sizes * points.keys["nccl_dtype"].replace_strict(NCCL_ELEMENT_BYTES).to_numpy()
+    places = points.keys.select(others).with_columns(pl.Series("bytes", size)).select(pl.struct(pl.all()).rank("dense"))
+    seconds = points.seconds.copy()
+    together = kept & kinds.is_in(MOVING).to_numpy()
+    seconds[together] = combined(places.to_series().to_numpy().astype(np.int64)[together], seconds[together])
+    out = np.full(len(points.sizes), np.nan)
+    for start, end in _spans(points.groups):
+        here, wanted = kept[start:end], left[start:end]
+        if wanted.any():
+            rule = rule_of_collective(kinds[start], "nccl")
+            part = curve(points.sizes[start:end][here], seconds[start:end][here], rule=rule)
+            out[start:end][wanted] = part.price(points.sizes[start:end][wanted])[0]
     return out
 
 
@@ -104,83 +127,6 @@ def _on_grids(points: Points, kept: Bools, left: Bools, rule: str) -> Floats:
         )
         out[want] = part.price(batch[want], points.sizes[want])[0]
     return out
-
-
-# Rates that place the kinks of an expert curve, from the datasheets: HBM in bytes/s and dense bf16 in FLOP/s (NVIDIA
-# H100, H200, B200, B300, A100, L40S, RTX Pro 6000 Blackwell); only their ratio matters here.
-DATASHEET = {
-    "h100": (3.35e12, 989e12),
-    "h200": (4.8e12, 989e12),
-    "b200": (8e12, 2250e12),
-    "gb200": (8e12, 2250e12),
-    "b300": (8e12, 2250e12),
-    "gb300": (8e12, 2250e12),
-    "a100": (2.04e12, 312e12),
-    "l40s": (864e9, 362e12),
-    "rtx": (1.8e12, 504e12),
-}
-# What kernels reach of them, and how much faster 8-bit products run than 16-bit ones in practice.
-HBM_REACHED, FLOPS_REACHED, BYTE_PRODUCTS = 0.8, 0.6, 1.6
-
-
-def expert_load(points: Points) -> Floats:
-    """Model seconds of each row's experts [points]: the touched experts' weights, the products, the activations.
-
-    Added up: a step is partly bound by one and partly by the other.
-    """
-    hbm, flops = DATASHEET.get(points.system.split("_")[0], DATASHEET["h200"])
-    keys = points.keys
-    columns = ("hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size", "distribution")
-    rows = zip(points.sizes.tolist(), keys["moe_dtype"].to_list(), *(keys[name].to_list() for name in columns),
-               strict=True)  # fmt: skip
-    return np.array([_load(hbm * HBM_REACHED, flops * FLOPS_REACHED, *row) for row in rows])
-
-
-@lru_cache(maxsize=1_000_000)
-def _load(
-    hbm: float, flops: float, tokens: float, dtype: str, hidden: int, inter: int, top_k: int, experts: int, tp: int,
-    ep: int, distribution: str,
-) -> float:  # fmt: skip
-    touched, pairs = _touched(tokens, top_k, experts, ep, distribution)
-    element = BYTES_PER_ELEMENT.get(DTYPES.get(dtype, dtype), 0.5)
-    width = inter / tp
-    weights = touched * 3.0 * hidden * width * element
-    # bf16 rows in and out of both products, and the rows of all tokens read, quantised and written.
-    activations = pairs * 2.0 * (4.0 * hidden + 3.0 * width) + tokens * 6.0 * hidden
-    products = pairs * 6.0 * hidden * width / (flops * (BYTE_PRODUCTS if element < 2.0 else 1.0))
-    return (weights + activations) / hbm + products
-
-
-# Draws of a skewed distribution; the same for all sizes, so that more tokens never touch fewer experts by chance.
-DRAWS = 16
-
-
-@lru_cache(maxsize=100_000)
-def _touched(tokens: float, top_k: int, experts: int, ep: int, distribution: str) -> tuple[float, float]:
-    """Touched local experts and (token, expert) pairs of a collector's row."""
-    local = max(experts // ep, 1)
-    pairs = tokens * top_k / ep
-    words = distribution.split("_")
-    if words[0] != "power" or experts % ep:
-        return min(pairs, float(local)), pairs
-    loads = _mean_loads(int(tokens), top_k, experts, ep, float(words[2]))
-    return float((1.0 - np.exp(-loads)).sum(axis=1).mean()), float(loads.sum(axis=1).mean())
-
-
-def _mean_loads(tokens: int, top_k: int, experts: int, ep: int, exponent: float) -> Floats:
-    """Mean tokens of each local expert of the fullest rank [DRAWS, experts / ep] under the collectors' power law.
-
-    Means, not the collectors' whole numbers: their expected number of touched experts grows smoothly with the tokens.
-    Source of the law: `grouped.power_law_histograms`.
-    """
-    low, high = (1.0, 0.8 * tokens) if tokens * top_k > experts else (0.01, 2.0)
-    power = 1.0 - exponent
-    u = np.random.default_rng(0).random((DRAWS, experts))
-    wanted = ((high**power - low**power) * u + low**power) ** (1.0 / power)
-    loads = np.minimum(wanted * tokens * top_k / wanted.sum(axis=1, keepdims=True), tokens)
-    by_rank = loads.reshape(DRAWS, ep, experts // ep)
-    fullest: Floats = by_rank[np.arange(DRAWS), by_rank.sum(axis=2).argmax(axis=1)]
-    return fullest
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
 from profiles.diagonal import equal_work
+from profiles.protocols import protocol_nodes
 from profiles.refine import NODES_PER_DOUBLING, Rule, between, tile_nodes
 
 Floats = NDArray[np.float64]
@@ -128,7 +129,8 @@ class Curve:
 def curve(xs: Floats, ys: Floats, *, rule: Rule = "chord", below: int = _INTERPOLATED, exact: bool = True) -> Curve:
     """A curve through points in any order; repeated sizes are averaged by their median.
 
-    rule: how seconds run between them, "chord" (straight) or "tiles" (a product of matrices over its rows).
+    rule: how seconds run between them, "chord" (straight), "tiles" (a product of matrices over its rows), "lines" or
+    "steps" (a collective over its bytes).
     """
     xs, ys = medians(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
     logs = np.log(ys)
@@ -136,10 +138,14 @@ def curve(xs: Floats, ys: Floats, *, rule: Rule = "chord", below: int = _INTERPO
     measured = (np.abs(moved - logs) < NOISE) & exact
     if rule == "chord":
         return Curve(xs, np.exp(moved), measured, below)
-    nodes, values = tile_nodes(xs, moved)
+    if rule == "tiles":
+        nodes, values = tile_nodes(xs, moved)
+        values = np.exp(values)
+    else:
+        nodes, values = protocol_nodes(xs, np.exp(moved), rule)
     on_node = np.zeros(len(nodes), dtype=bool)
     on_node[np.searchsorted(nodes, xs)] = measured
-    return Curve(nodes, np.exp(values), on_node, below)
+    return Curve(nodes, values, on_node, below)
 
 
 def medians(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:

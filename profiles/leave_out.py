@@ -27,7 +27,7 @@ from profiles.experts import (
 )
 from profiles.fit import Errors, curve_residuals, medians, summarise, surface_residuals
 from profiles.grouped import Shape, fit_physics
-from profiles.lookup import between_shapes, rule_of
+from profiles.lookup import between_shapes, rule_along, rule_of
 from profiles.record import FAMILIES, LATENCY
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _by_group(rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.D
 
 def _curve(rows: pl.DataFrame, family: str) -> Floats:
     size = FAMILIES[family].point[0]
-    return curve_residuals(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule_of(size))
+    return curve_residuals(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule_along(rows, size))
 
 
 def _grid(rows: pl.DataFrame, family: str) -> Floats:

@@ -27,6 +27,7 @@ from moesim.cost.ops import (
 from profiles.asked import unmeasurable
 from profiles.experts import ExpertCurve
 from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, refined, surface
+from profiles.protocols import rule_of_collective
 from profiles.record import COLLECTIVES, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
 from profiles.refine import Rule
 
@@ -133,9 +134,14 @@ def rule_of(size: str) -> Rule:
     return RULES.get(size, "chord")
 
 
+def rule_along(rows: pl.DataFrame, size: str) -> Rule:
+    """The same for rows of one key; that of a collective depends on which it is, and on the library."""
+    return rule_of_collective(rows["kind"][0], rows["path"][0]) if size == "bytes" else rule_of(size)
+
+
 def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:
     """A lookup along one size, in the rows of one version."""
-    by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule=rule_of(size))
+    by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule=rule_along(rows, size))
     return dataclasses.replace(along_curve(by_size, size, source, sigma), profile=place_of(rows))
 
 

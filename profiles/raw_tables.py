@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 class Kind:
     """What a table file measures: its family in reports, the size that is interpolated over, and how.
 
-    rule: "experts", "tiles", "chord", "bend" or "grid:chord" / "grid:bend" (with `batch_size` as the second size).
+    rule: "experts", "tiles", "chord", "collective", or "grid:chord" / "grid:bend" (`batch_size` is the second size).
     times: the columns of latencies; each is a curve of its own. offset: what a size lacks to count from one.
     """
 
@@ -53,7 +53,7 @@ KINDS: dict[str, Kind] = {
     "generation_mla_perf": Kind("MLA decode", "step", "grid:chord", offset=1.0),
     "wideep_generation_mla_perf": Kind("MLA decode", "isl", "grid:chord", offset=1.0),
     "mla_bmm_perf": Kind("MLA absorb", "num_tokens", "chord"),
-    "nccl_perf": Kind("NCCL", "message_size", "chord"),
+    "nccl_perf": Kind("NCCL", "message_size", "collective"),
     "custom_allreduce_perf": Kind("all-reduce", "message_size", "chord"),
     "wideep_deepep_normal_perf": Kind("DeepEP", "num_token", "chord", _DEEPEP),
     "wideep_deepep_ll_perf": Kind("DeepEP", "num_token", "chord", _LOW_LATENCY),

@@ -7,6 +7,7 @@ kernel does with one token (or byte) more:
 - `tiles`: a product of matrices pays for whole tiles of rows; the tile is the smallest that holds the rows.
 - `bend`: a power that changes along the way (attention over a prompt: launches, then rows, then their square): the
   monotone cubic of Fritsch and Butland through ln seconds over ln size.
+- `lines`, `steps`: a collective that may change its protocol (`protocols`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Rule = Literal["chord", "tiles", "bend"]
+Rule = Literal["chord", "tiles", "bend", "lines", "steps"]
 
 # Rows of a tile: the smallest that a tensor core instruction takes, and the largest that every kernel offers (m16n8 of
 # mma.sync, m64 of wgmma: NVIDIA's PTX ISA; deepseek-ai/DeepGEMM, get_best_configs, takes block_m of 64 or 128).

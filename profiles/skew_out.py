@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.every_second import expert_load
+from profiles.expert_load import expert_load
 from profiles.experts import POWER_LAW
 from profiles.raw_tables import Points
 

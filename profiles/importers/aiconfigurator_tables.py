@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moesim.errors import BadInput
 from moesim.units import MICRO, MILLI
+from profiles.protocols import MOVING, combined
 from profiles.record import LATENCY
 
 if TYPE_CHECKING:
@@ -238,22 +241,35 @@ def convert_mla_bmm(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, .
 
 
 def convert_nccl(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]:
-    """nccl_perf: collector/network/collect_nccl.py; one node; `message_size` counts elements. Half precision only."""
+    """nccl_perf: collector/network/collect_nccl.py; one node; `message_size` counts elements.
+
+    What adds up is taken in half precision only; what only moves was measured twice, in half and in int8.
+    """
     import polars as pl
 
     _columns(rows, source, "nccl_dtype", "num_gpus", "message_size", "op_name", "latency")
-    rows = rows.filter((pl.col("nccl_dtype") == "half") & pl.col("op_name").is_in(list(NCCL_KINDS)))
-    return (
-        rows.select(
-            pl.col("op_name").replace(NCCL_KINDS).alias("kind"),
-            pl.lit("nccl").alias("path"),
-            pl.col("num_gpus").alias("gpus"),
-            pl.lit(1).alias("nodes"),
-            (pl.col("message_size") * NCCL_ELEMENT_BYTES["half"]).alias("bytes"),
-            _latency(),
-            pl.lit("NCCL").alias("kernel"),
-        ),
+    rows = rows.filter(
+        pl.col("nccl_dtype").is_in(list(NCCL_ELEMENT_BYTES)) & pl.col("op_name").is_in(list(NCCL_KINDS))
+    ).select(
+        pl.col("op_name").replace(NCCL_KINDS).alias("kind"),
+        pl.lit("nccl").alias("path"),
+        pl.col("num_gpus").alias("gpus"),
+        pl.lit(1).alias("nodes"),
+        (pl.col("message_size") * pl.col("nccl_dtype").replace_strict(NCCL_ELEMENT_BYTES)).alias("bytes"),
+        _latency(),
+        pl.lit("NCCL").alias("kernel"),
+        "nccl_dtype",
     )
+    moving = pl.col("kind").is_in(MOVING)
+    exchange = ["kind", "gpus", "bytes"]
+    # Collections again of one row count as their median, here as elsewhere, before its two dtypes count as one.
+    moved = rows.filter(moving).with_columns(pl.col(LATENCY).median().over([*exchange, "nccl_dtype"]))
+    places = moved.select(pl.struct(exchange).rank("dense")).to_series().to_numpy().astype(np.int64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a time that is no time stays one, for the store to refuse
+        together = combined(places, moved[LATENCY].to_numpy())
+    moved = moved.with_columns(pl.Series(LATENCY, together, dtype=moved.schema[LATENCY]))
+    added = rows.filter(~moving & (pl.col("nccl_dtype") == "half"))
+    return (pl.concat([added, moved]).drop("nccl_dtype"),)
 
 
 def convert_oneccl(rows: pl.DataFrame, source: Source) -> tuple[pl.DataFrame, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,9 +10,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moesim.output.report import write_run_report
+from profiles.check_page import Check, profile_page, tables_page
+from profiles.check_tables import LeftOut
 from tests.report_run import write_run_folder
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -66,25 +70,51 @@ def chromium(browser: str, tmp_path: Path, *arguments: str) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
-@pytest.mark.parametrize("width", [1440, 1280, 700])
-def test_the_page_fits_its_window_and_its_pictures_hold_their_marks(
-    browser: str, page: Path, tmp_path: Path, width: int
-) -> None:
+def measured(browser: str, page: Path, tmp_path: Path, width: int) -> dict[str, Any]:
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     done = chromium(browser, tmp_path, f"--window-size={width},900", "--dump-dom", probed.as_uri())
     found = re.search(r'data-probe="([^"]+)"', done.stdout)
     assert found is not None
-    measured: dict[str, Any] = json.loads(
-        found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&")
-    )
-    assert measured["page"] <= measured["window"]
-    assert len(measured["pictures"]) >= 12
-    for picture in measured["pictures"]:
+    told: dict[str, Any] = json.loads(found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&"))
+    return told
+
+
+def fits(told: dict[str, Any], pictures: int) -> None:
+    assert told["page"] <= told["window"]
+    assert len(told["pictures"]) >= pictures
+    for picture in told["pictures"]:
         assert picture["width"] > 200, picture["label"]
         assert picture["height"] > 20, picture["label"]
         assert picture["out"] == [], picture["label"]
-    assert measured["cut"] == []
+    assert told["cut"] == []
+
+
+@pytest.mark.parametrize("width", [1440, 1280, 700])
+def test_the_page_fits_its_window_and_its_pictures_hold_their_marks(
+    browser: str, page: Path, tmp_path: Path, width: int
+) -> None:
+    fits(measured(browser, page, tmp_path, width), 12)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_pages_of_a_profile_check_fit_as_well(browser: str, tmp_path: Path, width: int) -> None:
+    rng = np.random.default_rng(3)
+    found = [
+        LeftOut(family, "h200_sxm", f"h200_sxm/{family}/a_long_name_of_a_table_perf", ours, 3 * ours, ours * 0 + 0.05,
+                np.geomspace(1, 2**20, 200))
+        for family in ("MoE", "GEMM", "attention prefill", "attention decode", "NCCL", "other")
+        for ours in (rng.normal(0.0, 0.05, 200),)
+    ]  # fmt: skip
+    check = Check("every-second", "aiconfigurator-core 0.0", ("h200_sxm",), "2025-01-02", "moesim profile check")
+    errors = {name: {"median": 0.02, "p68": 0.04, "p90": 0.3, "points": 9.0} for name in ("gemm", "exchange_normal")}
+    for name, text, pictures in (
+        ("tables", tables_page(found, check), 11),
+        ("profile", profile_page(errors, dataclasses.replace(check, protocol="inner")), 1),
+    ):
+        page = tmp_path / f"{name}.html"
+        page.write_text(text)
+        fits(measured(browser, page, tmp_path, width), pictures)
 
 
 def test_the_console_stays_silent(browser: str, page: Path, tmp_path: Path) -> None:

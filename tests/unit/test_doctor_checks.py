@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moesim.cli import run
-from moesim.commands import doctor
-from moesim.commands.doctor import check_scenario, extras, gpus, installation, packages, python_version
+from moesim.commands.doctor import installation as checks
+from moesim.commands.doctor.installation import (
+    PACKAGES,
+    extras,
+    installation,
+    nvml_package,
+    origin,
+    packages,
+    python_version,
+    shadows,
+)
 
 SCENARIO = """
 model: deepseek-ai/DeepSeek-V3
@@ -33,7 +39,7 @@ def write(folder: Path, text: str) -> Path:
 def test_this_installation_is_sound() -> None:
     findings = {finding.check: finding for finding in installation()}
     assert [name for name, finding in findings.items() if finding.state == "fault"] == []
-    assert {f"package {name}" for name in doctor.PACKAGES} <= set(findings)
+    assert {f"package {name}" for name in PACKAGES} <= set(findings)
     assert {"extra dev", "extra hardware", "extra ray", "extra silicon"} <= set(findings)
 
 
@@ -67,96 +73,63 @@ def test_a_missing_extra_is_absent_with_its_command(monkeypatch: pytest.MonkeyPa
     assert found["extra silicon"].state == "ok"
 
 
-class FakeNvml(types.ModuleType):
-    """As much of pynvml as the check uses."""
+class FakeDistribution:
+    """As much of an installed distribution as the check reads."""
 
-    class NVMLError(Exception):
-        pass
+    def __init__(self, version: str, direct_url: str | None = None) -> None:
+        self.version, self.direct_url = version, direct_url
 
-    def __init__(self, *, devices: int, driver: bool = True, answers: bool = True) -> None:
-        super().__init__("pynvml")
-        self.devices, self.driver, self.answers, self.closed = devices, driver, answers, False
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if not self.driver:
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.closed = True
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return self.devices
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        if not self.answers:
-            raise self.NVMLError("Unknown Error")
-        return index
-
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return "NVIDIA H200"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
-        return types.SimpleNamespace(total=150_754_820_096)
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return self.direct_url
 
 
 @pytest.mark.parametrize(
-    ("fake", "states", "text"),
+    ("found", "states", "words"),
     [
-        (FakeNvml(devices=2), ["ok", "ok"], "NVIDIA H200, 151 GB"),
-        (FakeNvml(devices=0), ["absent"], "lists no GPU"),
-        (FakeNvml(devices=1, driver=False), ["absent"], "Driver Not Loaded"),
-        (FakeNvml(devices=1, answers=False), ["fault"], "Unknown Error"),
-    ],
-)
-def test_gpus(fake: FakeNvml, states: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(doctor, "_installed", lambda name: True)
-    found = gpus()
-    assert [finding.state for finding in found] == states
-    assert text in found[0].detail
-    assert fake.closed == fake.driver
-
-
-def test_without_the_nvml_package_gpus_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda name: False)
-    assert [finding.state for finding in gpus()] == ["absent"]
-
-
-def test_a_sound_scenario(tmp_path: Path) -> None:
-    findings, error = check_scenario(write(tmp_path, SCENARIO))
-    assert error is None
-    found = {finding.check: finding.detail for finding in findings}
-    assert found["parallel"] == "DP32 EP32, 1 instance"
-    assert found["placement"] == "9 slots of each layer on each of 32 ranks"
-    assert "tokens of an attention-DP rank" in found["memory"]
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "message", "last"),
-    [
-        (SCENARIO.replace("DeepSeek-V3", "DeepSeek-V9"), 2, "unknown model", "scenario"),
-        (SCENARIO.replace("h200_sxm", "h999"), 2, "unknown cluster preset", "model"),
-        (SCENARIO.replace("roofline", "crystal_ball"), 2, "cost.source: unknown cost", "cluster"),
-        (SCENARIO.replace("contiguous", "oracle"), 2, "placement.solver: unknown solver", "cost model"),
+        ([FakeDistribution("1.0")], [], ""),
+        ([FakeDistribution("1.0", '{"url": "file:///home/me/moesim", "dir_info": {"editable": true}}')], [], ""),
         (
-            SCENARIO.replace("experts: 32", "experts: 3"),
-            1,
-            "259 slots do not divide by ep 32; use 32 redundant",
-            "parallel",
+            [FakeDistribution("1.0", '{"url": "file:///else/moesim", "dir_info": {"editable": true}}')],
+            ["warn"],
+            "/else",
         ),
-        (SCENARIO.replace("nodes: 4", "nodes: 1").replace("h200", "h100"), 1, "weights and buffers need", "placement"),
-        (SCENARIO + "parallel: {tp: 3, ep: 3}\n", 1, "do not divide the cluster's 32", "solver"),
-        (SCENARIO + "routing: {loads: [{file: none.json}]}\n", 2, "none.json", "solver"),
-        (SCENARIO + "sytem: x\n", 2, "sytem: unknown key", None),
-        (SCENARIO + "system: nothing\n", 2, "unknown system", None),
+        ([FakeDistribution("1.0", '{"url": "file:///else/moesim", "dir_info": {}}')], [], ""),
+        ([FakeDistribution("1.0", "no json")], [], ""),
+        ([FakeDistribution("1.0", "[]")], [], ""),
+        ([FakeDistribution("1.0"), FakeDistribution("0.9")], ["warn"], "1.0, 0.9"),
+        ([], [], ""),
     ],
 )
-def test_the_first_error_of_a_scenario(tmp_path: Path, text: str, code: int, message: str, last: str | None) -> None:
-    findings, error = check_scenario(write(tmp_path, text))
-    assert error is not None
-    assert error.exit_code == code
-    assert message in error.line()
-    assert (findings[-1].check if findings else None) == last
+def test_an_editable_install_of_another_folder_is_told(
+    found: list[FakeDistribution], states: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "distributions", lambda name: found)
+    findings = origin(Path("/home/me/moesim"))
+    assert [finding.state for finding in findings] == states
+    assert all(words in finding.detail for finding in findings)
+
+
+def test_a_distribution_with_a_package_of_our_name_is_told() -> None:
+    owners = {"validate": ["configobj", "moesim"], "moesim": ["moesim"], "placement": ["moesim", "moesim"]}
+    (found,) = shadows(owners=owners)
+    assert found.check == "package validate"
+    assert found.state == "warn"
+    assert "configobj" in found.detail
+    assert "configobj" in found.mend
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(None, None), ("11.5.3", "--force-reinstall nvidia-ml-py"), ("13.0.1", "pip uninstall pynvml"), ("odd", "pynvml")],
+)
+def test_the_pynvml_distribution_is_told(
+    version: str | None, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "version_of", lambda name: version if name == "pynvml" else "1")
+    findings = nvml_package()
+    assert [finding.state for finding in findings] == ([] if words is None else ["warn"])
+    assert all(words is not None and words in finding.mend for finding in findings)
 
 
 def test_the_command_prints_its_findings_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,12 +144,13 @@ def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.Captu
     printed = json.loads(captured.out)
     assert printed["ok"] is False
     assert "do not divide" in printed["error"]
+    assert printed["coverage"] == []
     assert captured.err.count("\n") == 1
 
 
 def test_a_fault_of_the_installation_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "installation", lambda: [python_version((3, 9, 0))])
+    monkeypatch.setattr(checks, "installation", lambda: [python_version((3, 9, 0))])
     assert run(["doctor"]) == 1
     assert "use Python 3.11" in capsys.readouterr().err

@@ -99,10 +99,26 @@ def test_generation_attends_to_step_and_itself(tables: Path) -> None:
     assert (mla["form"][0], mla["dtype"][0], mla["kv_dtype"][0]) == ("absorbed", "bf16", "fp8")
 
 
-def test_nccl_sizes_are_elements_of_half(tables: Path) -> None:
+def test_nccl_sizes_are_elements(tables: Path) -> None:
     collective = convert(tables)[0]["collective"]
-    assert collective["bytes"].to_list() == [2048]
-    assert collective["kind"].to_list() == ["all_to_all"]
+    assert collective["bytes"].to_list() == [1024, 2048]
+    assert collective["kind"].to_list() == ["all_to_all", "all_to_all"]
+
+
+def test_what_only_moves_is_one_point_in_both_dtypes_and_what_adds_up_is_half(tmp_path: Path) -> None:
+    def row(kind: str, dtype: str, size: int, latency: float) -> dict[str, object]:
+        return {"nccl_dtype": dtype, "num_gpus": 8, "message_size": size, "op_name": kind, "latency": latency}
+
+    rows = [
+        row("alltoall", "half", 512, 0.0200), row("alltoall", "int8", 1024, 0.0202),  # the same within 2 %: their mean
+        row("alltoall", "half", 1024, 0.0220), row("alltoall", "int8", 2048, 0.0600),  # one was held up
+        row("all_reduce", "half", 512, 0.0100), row("all_reduce", "int8", 1024, 0.0200),
+    ]  # fmt: skip
+    write(tmp_path, "comm/nccl/2.29.2/nccl_perf", rows)
+    found = convert(tmp_path)[0]["collective"].sort("kind", "bytes")
+    assert found["kind"].to_list() == ["all_reduce", "all_to_all", "all_to_all"]
+    assert found["bytes"].to_list() == [1024, 1024, 2048]
+    assert found["latency_s"].to_list() == pytest.approx([10e-6, 20.1e-6, 22.67e-6], rel=1e-3)
 
 
 def test_a_deepep_step_takes_transmit_and_notify(tables: Path) -> None:
@@ -168,7 +184,7 @@ def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables:
     found = import_tables(tables, system="h200_sxm", engine="all", package_version="0", read=read)
     assert sorted(found["gemm"]["engine"]) == ["sglang", "vllm"]
     assert read["gemm_perf"] == {"rows": 4, "converted": 4}
-    assert read["nccl_perf"] == {"rows": 2, "converted": 1}
+    assert read["nccl_perf"] == {"rows": 2, "converted": 2}
     assert read["wideep_deepep_normal_perf"] == {"rows": 2, "converted": 2}  # one row of H100; two steps of the other
 
 
