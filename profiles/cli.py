@@ -11,6 +11,7 @@ from typer import Argument, Option, Typer, echo
 
 from profiles.check_command import check
 from profiles.import_commands import import_deepep, import_nccl_tests, import_published
+from profiles.network_command import fit_network
 from profiles.topology_command import topology
 
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -20,6 +21,7 @@ app.command("check")(check)
 app.command("topology")(topology)
 for name, command in (("nccl-tests", import_nccl_tests), ("deepep", import_deepep), ("published", import_published)):
     importers.command(name)(command)
+app.command("fit-network")(fit_network)
 
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]

@@ -34,6 +34,7 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
+from profiles.ep_between import exchanges_between
 from profiles.experts import ExpertTable, expert_table, physics_name
 from profiles.fit import OUTSIDE
 from profiles.grouped import Physics, Shape
@@ -332,15 +333,21 @@ class StoreCosts:
             engines=(self.engine, DEEPEP),
             step=op.step,
             mode=op.mode,
-            nodes=op.nodes,
-            ep=op.ep,
             hidden=op.hidden,
             top_k=op.top_k,
             experts=op.experts,
             dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
         )
-        for source, table in at_multiprocessors(versions(rows), 0 if op.mode == "low_latency" else DEEPEP_SMS):
-            priced = along(table, "tokens", source, self._sigma(f"exchange_{op.mode}"))
+        exact = where_key(rows, nodes=op.nodes, ep=op.ep)
+        sigma = self._sigma(f"exchange_{op.mode}")
+        sms = 0 if op.mode == "low_latency" else DEEPEP_SMS
+        if exact.height:
+            tables = at_multiprocessors(versions(exact), sms)
+            found: Iterator[Priced] = (along(table, "tokens", source, sigma) for source, table in tables)
+        else:
+            tables = at_multiprocessors(versions(rows), sms)
+            found = exchanges_between(op, self.roofline.cluster, tables, sigma=sigma, edges=self.allow)
+        for priced in found:
             # An empty low-latency exchange still runs: the price of the smallest one measured.
             yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))
 

@@ -340,6 +340,16 @@ def fastest(one: tuple[Floats, Tags], other: tuple[Floats, Tags]) -> tuple[Float
     return np.where(take, other[0], one[0]), np.where(take, other[1], one[1]).astype(np.int8)
 
 
+def at_best(price: Callable[[Any], tuple[Floats, Tags]], tag: Tag) -> Callable[[Any], tuple[Floats, Tags]]:
+    """The same lookup with no tag better than `tag`; what is outside stays so."""
+
+    def tagged(op: Any) -> tuple[Floats, Tags]:
+        seconds, tags = price(op)
+        return seconds, np.where(tags == OUTSIDE, OUTSIDE, np.maximum(tags, int(tag))).astype(np.int8)
+
+    return tagged
+
+
 def never_free(price: Callable[[Any], tuple[Floats, Tags]]) -> Callable[[Any], tuple[Floats, Tags]]:
     """The same lookup with sizes held above zero: an empty exchange costs as much as the smallest measured one."""
 
