@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from moesim.errors import BadInput
-from profiles.importers.aiconfigurator import find_package, import_tables
+from profiles.importers.aiconfigurator import Ledger, find_package, import_tables
 from profiles.record import FAMILIES
 
 COMMON = {"framework": "SGLang", "version": "0.5.14", "device": "NVIDIA H200", "kernel_source": "k"}
@@ -164,12 +165,18 @@ def test_unknown_system_and_engine_name_what_there_is(tables: Path) -> None:
 
 def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables: Path) -> None:
     write(tables, "gemm/vllm/1/gemm_perf", [{"gemm_dtype": "fp8", "m": 1, "n": 64, "k": 32, "latency": 0.01}])
-    read: dict[str, dict[str, int]] = {}
-    found = import_tables(tables, system="h200_sxm", engine="all", package_version="0", read=read)
+    write(tables, "mtp/sglang/1/foreign_perf", [{"a": 1}, {"a": 2}])
+    ledger, said = Ledger(), []
+    found = import_tables(tables, system="h200_sxm", engine="all", package_version="0", ledger=ledger, say=said.append)
     assert sorted(found["gemm"]["engine"]) == ["sglang", "vllm"]
-    assert read["gemm_perf"] == {"rows": 4, "converted": 4}
-    assert read["nccl_perf"] == {"rows": 2, "converted": 1}
-    assert read["wideep_deepep_normal_perf"] == {"rows": 2, "converted": 2}  # one row of H100; two steps of the other
+    gemm = ledger.tables["gemm_perf"]
+    assert (gemm.rows, gemm.stored, gemm.family_rows, gemm.merged, gemm.left_out) == (4, 4, 4, 2, {})
+    deepep = ledger.tables["wideep_deepep_normal_perf"]  # one row of H100; two steps of the other
+    assert (deepep.rows, deepep.stored, deepep.family_rows) == (2, 1, 2)
+    assert deepep.left_out == {"measured on NVIDIA H100": 1}
+    assert ledger.without_family == {"foreign_perf": 2}
+    assert any("foreign_perf" in line and "2 rows" in line for line in said)
+    assert {line.split()[0] for line in ledger.lines()} >= {*ledger.tables, "foreign_perf"}
 
 
 def test_attention_without_windows_and_another_library(tmp_path: Path) -> None:
@@ -190,15 +197,46 @@ TEN = (
 )  # fmt: skip
 
 
+# Columns beside a point: what names the file, the times, and what was measured beside them.
+BESIDE = {"framework", "version", "op_name", "power", "power_limit", "backend", "implementation", "architecture"}
+# Families whose points are the rows of their tables, one to one: nothing but repeats can be merged.
+AS_FILED = (
+    "gemm_perf",
+    "context_attention_perf",
+    "generation_attention_perf",
+    "moe_a2a_perf",
+    "mla_context_module_perf",
+)
+
+
 @pytest.mark.skipif(not os.environ.get("MOESIM_AIC_TABLES"), reason="MOESIM_AIC_TABLES names no unpacked tables")
 @pytest.mark.parametrize("system", TEN)
 def test_every_system_imports_and_its_rows_are_counted(system: str) -> None:
     data, version = find_package(Path(os.environ["MOESIM_AIC_TABLES"]))
-    read: dict[str, dict[str, int]] = {}
-    found = import_tables(data, system=system, engine="all", package_version=version, read=read)
-    for stem, count in read.items():
-        paths = (data / system).glob(f"*/*/*/{stem}.parquet")
-        assert count["rows"] == sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in paths), stem
+    ledger = Ledger()
+    found = import_tables(data, system=system, engine="all", package_version=version, ledger=ledger)
+    files: dict[str, list[Path]] = {}
+    for path in (data / system).glob("*/*/*/*.parquet"):
+        files.setdefault(path.stem, []).append(path)
+    assert set(ledger.tables) | set(ledger.without_family) == set(files)
+    merged: Counter[tuple[str, ...]] = Counter()
+    for stem, count in ledger.tables.items():
+        rows = [pl.read_parquet(path) for path in files[stem]]
+        assert count.rows == sum(part.height for part in rows), stem
+        assert count.rows == count.stored + sum(count.left_out.values()), stem
+        assert count.family_rows == count.stored * (2 if stem.startswith("wideep_deepep") else 1), stem
+        times = [name for name in rows[0].columns if name in ("latency", "avg_ms")]
+        if times:
+            zero = sum(int((part[times[0]] <= 0).sum()) for part in rows)
+            assert count.left_out.get("no time was measured", 0) == zero, stem
+        if stem in AS_FILED:
+            keys = [[name for name in part.columns if name not in {*BESIDE, *times}] for part in rows]
+            distinct = sum(part.select(key).n_unique() for part, key in zip(rows, keys, strict=True))
+            assert count.merged == distinct, stem
+        merged[count.families] += count.merged
+    for families, number in merged.items():
+        assert number == sum(found[name].height for name in families)
+    assert ledger.without_family == {}
     assert found["gemm"].height > 0
     assert found["experts"].height > 0
 
