@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.units import BYTES_PER_ELEMENT
 from profiles.experts import (
     POWER_LAW,
     ExpertTable,
@@ -118,6 +119,8 @@ def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
     residuals: dict[str, list[Floats]] = {}
     for values, part in rows.partition_by(key, as_dict=True).items() if rows.height else ():
         grouping, dtype, hidden, intermediate, experts, top_k, engine, version = values
+        if dtype not in BYTES_PER_ELEMENT:  # no scenario can ask for it, and its weights have no size
+            continue
         shape = Shape(hidden, intermediate, dtype, experts, top_k, grouping)
         balanced = balanced_runs(shape, part)
         if len(balanced) < 8:  # fewer rows than would pin six parameters: nothing to look up either

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,12 +114,27 @@ def empty(family: Family) -> pl.DataFrame:
     return pl.DataFrame(schema=polars_schema(family))
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep native code from the terminal: where a damaged file makes Polars panic, it prints a traceback of its own."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def read_parquet(path: Path) -> pl.DataFrame:
     """Read a Parquet file; what is broken in it becomes one BadInput."""
     import polars as pl
 
     try:
-        return pl.read_parquet(path, use_statistics=False)
+        with _quiet_stderr():
+            return pl.read_parquet(path, use_statistics=False)
     except BaseException as error:
         # Polars raises its PanicException, a BaseException, on some damaged files.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

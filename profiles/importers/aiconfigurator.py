@@ -159,9 +159,12 @@ def import_tables(
     found: dict[str, list[pl.DataFrame]] = {name: [] for name in FAMILIES}
     gpus_per_node, hbm_bytes_per_s = _described(data.parent / f"{system}.yaml")
     package = package_of(data)
+    files: dict[tuple[str, str], list[Path]] = {}  # by name and the folder that they are filed under
+    for path in sorted((data / system).glob("*/*/*/*.parquet")):
+        files.setdefault((path.stem, path.parent.parent.name), []).append(path)
     for stem, table in TABLES.items():
         for filed_under in dict.fromkeys(folder for one in engines for folder in table.folders(one)):
-            for path in sorted((data / system).glob(f"*/{filed_under}/*/{stem}.parquet")):
+            for path in files.get((stem, filed_under), []):
                 source = Source(
                     path, system, filed_under, path.parent.name, package_version, package, gpus_per_node,
                     hbm_bytes_per_s,
@@ -169,18 +172,13 @@ def import_tables(
                 count = ledger.tables.setdefault(stem, Count(table.families))
                 for name, part in _read(table, source, count, say).items():
                     found[name].append(part)
-    _without_family(data / system, engines if engine != EVERY else None, ledger, say)
+    for (stem, filed_under), paths in files.items():
+        if stem not in TABLES and (engine == EVERY or filed_under in engines):
+            rows = sum(read_parquet(path).height for path in paths)
+            ledger.without_family[stem] = ledger.without_family.get(stem, 0) + rows
+    for stem, number in ledger.without_family.items():
+        say(f"{stem}: no family takes this table, {number} rows are left out")
     return {name: _whole(parts, FAMILIES[name]) for name, parts in found.items()}
-
-
-def _without_family(folder: Path, engines: tuple[str, ...] | None, ledger: Ledger, say: Callable[[str], None]) -> None:
-    """Count the rows of table files that no family takes; engines: None for all folders."""
-    for path in sorted(folder.glob("*/*/*/*.parquet")):
-        if path.stem not in TABLES and (engines is None or path.parent.parent.name in engines):
-            rows = read_parquet(path).height
-            ledger.without_family[path.stem] = ledger.without_family.get(path.stem, 0) + rows
-    for stem, rows in sorted(ledger.without_family.items()):
-        say(f"{stem}: no family takes this table, {rows} rows are left out")
 
 
 def _read(table: Table, source: Source, count: Count, say: Callable[[str], None]) -> dict[str, pl.DataFrame]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from profiles.importers.aiconfigurator_tables import Converted, Source, dtype, origin, refuse_row, seconds
+from moesim.units import MICRO
+from profiles.importers.aiconfigurator_tables import ROW, Converted, Source, dtype, origin, refuse_row, seconds
 from profiles.record import LATENCY
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def convert_deepep_normal(rows: pl.DataFrame, source: Source) -> Converted:
     import polars as pl
 
     steps = ("dispatch", "combine")
-    times = {step: seconds(f"{step}_transmit_us") + seconds(f"{step}_notify_us") for step in steps}
+    times = {step: (pl.col(f"{step}_transmit_us") + pl.col(f"{step}_notify_us")) * MICRO for step in steps}
     return _exchange(rows, source, "normal", times, {step: pl.col(f"{step}_sms") for step in steps})
 
 
@@ -196,7 +197,7 @@ def convert_moe_a2a(rows: pl.DataFrame, source: Source) -> Converted:
     if off.height:
         refuse_row(
             source.path, f"latency is {off['latency'][0]}, not transmit_us and notify_us together",
-            int(off["_row"][0]), "all three are microseconds",
+            int(off[ROW][0]), "all three are microseconds",
         )  # fmt: skip
     low = (pl.col("phase") == "combine") & (pl.col("comm_dtype") == "fp4")
     sent = pl.col("comm_dtype").replace({"default": "bf16", "fp4": "nvfp4"}).replace({"bfloat16": "bf16"})
@@ -212,7 +213,7 @@ def convert_moe_a2a(rows: pl.DataFrame, source: Source) -> Converted:
         pl.lit("random").alias("routing"),
         pl.col("sms"),
         pl.col("num_tokens").alias("tokens"),
-        (seconds("transmit_us") + seconds("notify_us")).alias(LATENCY),
+        (total * MICRO).alias(LATENCY),
         *origin(rows),
     )
     return {"all_to_all": table}

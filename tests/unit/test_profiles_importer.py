@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from moesim.cli import run
 from moesim.errors import BadInput
 from profiles.importers.aiconfigurator import Ledger, find_package, import_tables
+from profiles.leave_out import fit_experts
 from profiles.record import FAMILIES
 
 COMMON = {"framework": "SGLang", "version": "0.5.14", "device": "NVIDIA H200", "kernel_source": "k"}
@@ -249,3 +252,94 @@ def test_the_package_is_found_in_any_folder_above_its_tables(tmp_path: Path) -> 
         assert find_package(given) == (data, "0.12.0")
     with pytest.raises(BadInput, match="no tables here"):
         find_package(tmp_path / "aiconfigurator_core-0.12.0.dist-info")
+
+
+def test_experts_of_a_type_that_no_scenario_names_are_kept_and_not_fitted(tmp_path: Path) -> None:
+    rows = [moe_row(moe_dtype="w4a8_mxfp4_mxfp8", num_tokens=2**power) for power in range(10)]
+    write(tmp_path, "moe/sglang/0.5.14/moe_perf", rows)
+    experts = convert(tmp_path)[0]["experts"]
+    assert experts.height == 10
+    assert fit_experts(experts)["parameters"] == {}
+
+
+def _with(**changed: list[object]) -> pl.DataFrame:
+    """Six rows of a product; a column is replaced."""
+    columns: dict[str, list[object]] = {
+        "gemm_dtype": ["fp8"] * 6, "m": [1, 2, 4, 8, 16, 32], "n": [64] * 6, "k": [32] * 6,
+        "latency": [0.010, 0.010, 0.011, 0.011, 0.012, 0.013],
+    }  # fmt: skip
+    return pl.DataFrame({**{name: [value] * 6 for name, value in COMMON.items()}, **columns, **changed}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (_with(latency=[0.01, 0.01, float("nan"), 0.01, 0.01, 0.01]), "latency is nan in row 2"),
+        (_with(latency=[0.01, 0.01, 0.01, -0.01, 0.01, 0.01]), "latency is -0.01 in row 3"),
+        (_with(latency=[0.01, 0.01, 0.01, None, 0.01, 0.01]), "latency is None in row 3"),
+        (_with(latency=[0.01, 0.01, 0.01, 4e6, 0.01, 0.01]), "latency is 4000000.0 in row 3"),
+        (_with(latency=[0.01, 0.01, 11.0, 0.011, 0.012, 0.013]), "another unit"),
+        (_with(latency=["10 us"] * 6), "'latency' holds String"),
+        (_with(m=[1, 2, 0, 8, 16, 32]), "m is 0 in row 2"),
+        (_with(m=[1.0, 2.0, 4.5, 8.0, 16.0, 32.0]), "m is 4.5 in row 2"),
+        (_with(gemm_dtype=[8] * 6), "'gemm_dtype' holds Int64"),
+        (_with(device=["NVIDIA H200"] * 5 + [None]), "device is None in row 5"),
+        (_with().rename({"latency": "latency_us"}), "'latency' is missing"),
+        (pl.DataFrame({"a": [1]}), "is missing"),
+    ],
+)
+def test_a_wrong_table_is_one_line_and_an_older_profile_stays(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], rows: pl.DataFrame, told: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    path = source / "h200_sxm/gemm/sglang/0.5.14/gemm_perf.parquet"
+    path.parent.mkdir(parents=True)
+    command = [
+        "profile",
+        "import",
+        "aiconfigurator",
+        "--system",
+        "h200_sxm",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+    ]
+    _with().write_parquet(path)
+    assert run(command) == 0
+    before = {found.name: found.read_bytes() for found in out.iterdir()}
+    capfd.readouterr()
+    rows.write_parquet(path)
+    assert run(command) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert told in line
+    assert str(path) in line
+    assert {found.name: found.read_bytes() for found in out.iterdir()} == before
+
+
+def test_profile_json_keeps_the_count_of_every_table(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tables, "mtp/sglang/1/foreign_perf", [{"a": 1}])
+    out = tables / "out"
+    command = [
+        "profile",
+        "import",
+        "aiconfigurator",
+        "--system",
+        "h200_sxm",
+        "--source",
+        str(tables),
+        "--engine",
+        "all",
+    ]
+    assert run([*command, "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["source_rows"]
+    assert json.loads((out / "profile.json").read_text())["source_rows"] == told
+    assert told["without_family"] == {"foreign_perf": 1}
+    assert told["tables"]["nccl_perf"] == {
+        "families": ["collective", "collective_variant"], "rows": 2, "stored": 2, "family_rows": 2, "merged": 2,
+        "left_out": {},
+    }  # fmt: skip
+    assert run([*command, "--out", str(out), "--priced"]) == 0
+    assert "foreign_perf" in capsys.readouterr().out
+    assert not (out / "collective_variant.parquet").exists()
+    assert (out / "collective.parquet").exists()
