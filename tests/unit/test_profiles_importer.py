@@ -201,15 +201,24 @@ TEN = (
 
 
 # Columns beside a point: what names the file, the times, and what was measured beside them.
-BESIDE = {"framework", "version", "op_name", "power", "power_limit", "backend", "implementation", "architecture"}
-# Families whose points are the rows of their tables, one to one: nothing but repeats can be merged.
-AS_FILED = (
-    "gemm_perf",
-    "context_attention_perf",
-    "generation_attention_perf",
-    "moe_a2a_perf",
-    "mla_context_module_perf",
-)
+BESIDE = {"framework", "version", "power", "power_limit", "backend", "implementation", "architecture"}
+BESIDE |= {"dp_num_tokens", "rank0_num_tokens"}  # of a draw of the routing
+RANKS = {"context_mla_perf", "generation_mla_perf"}  # whose heads are of one of `tp_size` ranks, as it may be
+TIMES = ("latency", "avg_ms", "_us", "_gbps")
+# Tables whose points are not their rows: half the width on two ranks is the same product, and some never ran.
+FEWER = ("moe_perf", "custom_allreduce_perf")
+
+
+def _counted(stem: str, parts: list[pl.DataFrame], left_out: dict[str, int]) -> tuple[int, int]:
+    """Rows of raw tables of one kind; and those of this GPU, with a time, that differ in more than the time."""
+    points = 0
+    for part in parts:
+        times = [name for name in part.columns if name.endswith(TIMES)]
+        others = [reason.removeprefix("measured on ") for reason in left_out if reason.startswith("measured on ")]
+        part = part.filter(~pl.col("device").is_in(others)) if others else part  # noqa: PLW2901
+        beside = BESIDE | ({"tp_size"} if stem in RANKS else set())
+        points += part.filter(pl.col(times[0]) > 0).select(pl.exclude(*times, *beside)).n_unique()
+    return sum(part.height for part in parts), points
 
 
 @pytest.mark.skipif(not os.environ.get("MOESIM_AIC_TABLES"), reason="MOESIM_AIC_TABLES names no unpacked tables")
@@ -221,25 +230,20 @@ def test_every_system_imports_and_its_rows_are_counted(system: str) -> None:
     files: dict[str, list[Path]] = {}
     for path in (data / system).glob("*/*/*/*.parquet"):
         files.setdefault(path.stem, []).append(path)
-    assert set(ledger.tables) | set(ledger.without_family) == set(files)
+    assert set(ledger.tables) == set(files)
+    assert ledger.without_family == {}
     merged: Counter[tuple[str, ...]] = Counter()
     for stem, count in ledger.tables.items():
-        rows = [pl.read_parquet(path) for path in files[stem]]
-        assert count.rows == sum(part.height for part in rows), stem
+        steps = 2 if stem.startswith("wideep_deepep") else 1  # a row times a dispatch and a combine
+        rows, points = _counted(stem, [pl.read_parquet(path) for path in files[stem]], count.left_out)
+        assert count.rows == rows, stem
         assert count.rows == count.stored + sum(count.left_out.values()), stem
-        assert count.family_rows == count.stored * (2 if stem.startswith("wideep_deepep") else 1), stem
-        times = [name for name in rows[0].columns if name in ("latency", "avg_ms")]
-        if times:
-            zero = sum(int((part[times[0]] <= 0).sum()) for part in rows)
-            assert count.left_out.get("no time was measured", 0) == zero, stem
-        if stem in AS_FILED:
-            keys = [[name for name in part.columns if name not in {*BESIDE, *times}] for part in rows]
-            distinct = sum(part.select(key).n_unique() for part, key in zip(rows, keys, strict=True))
-            assert count.merged == distinct, stem
+        assert count.family_rows == count.stored * steps, stem
+        assert count.merged < points if stem in FEWER and count.left_out else count.merged <= points * steps, stem
+        assert stem in FEWER or count.merged == points * steps, stem
         merged[count.families] += count.merged
     for families, number in merged.items():
         assert number == sum(found[name].height for name in families)
-    assert ledger.without_family == {}
     assert found["gemm"].height > 0
     assert found["experts"].height > 0
 
