@@ -258,6 +258,14 @@ def test_the_package_is_found_in_any_folder_above_its_tables(tmp_path: Path) -> 
         find_package(tmp_path / "aiconfigurator_core-0.12.0.dist-info")
 
 
+def test_tables_are_found_in_the_package_that_they_move_to(tmp_path: Path) -> None:
+    data = tmp_path / "aisimulate_core" / "systems" / "data"
+    write(data, "moe/sglang/0.5.14/moe_perf", [moe_row()])
+    (tmp_path / "aisimulate-0.13.0.dist-info").mkdir()
+    assert find_package(tmp_path) == (data, "0.13.0")
+    assert convert(data)[0]["experts"]["package"].to_list() == ["aisimulate"]
+
+
 def test_experts_of_a_type_that_no_scenario_names_are_kept_and_not_fitted(tmp_path: Path) -> None:
     rows = [moe_row(moe_dtype="w4a8_mxfp4_mxfp8", num_tokens=2**power) for power in range(10)]
     write(tmp_path, "moe/sglang/0.5.14/moe_perf", rows)
