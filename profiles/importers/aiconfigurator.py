@@ -164,7 +164,7 @@ def import_tables(
         files.setdefault((path.stem, path.parent.parent.name), []).append(path)
     for stem, table in TABLES.items():
         for filed_under in dict.fromkeys(folder for one in engines for folder in table.folders(one)):
-            for path in files.get((stem, filed_under), []):
+            for path in files.pop((stem, filed_under), []):
                 source = Source(
                     path, system, filed_under, path.parent.name, package_version, package, gpus_per_node,
                     hbm_bytes_per_s,
@@ -173,11 +173,12 @@ def import_tables(
                 for name, part in _read(table, source, count, say).items():
                     found[name].append(part)
     for (stem, filed_under), paths in files.items():
-        if stem not in TABLES and (engine == EVERY or filed_under in engines):
+        if engine == EVERY or filed_under in engines:
+            name = f"{stem} of {filed_under}" if stem in TABLES else stem
             rows = sum(read_parquet(path).height for path in paths)
-            ledger.without_family[stem] = ledger.without_family.get(stem, 0) + rows
-    for stem, number in ledger.without_family.items():
-        say(f"{stem}: no family takes this table, {number} rows are left out")
+            ledger.without_family[name] = ledger.without_family.get(name, 0) + rows
+    for name, number in ledger.without_family.items():
+        say(f"{name}: no family takes this table, {number} rows are left out")
     return {name: _whole(parts, FAMILIES[name]) for name, parts in found.items()}
 
 

@@ -132,7 +132,7 @@ def test_damaged_tables_give_one_line_or_counted_rows(tmp_path: Path, capfd: pyt
             count = ledger.tables[stem]
             assert count.rows == count.stored + sum(count.left_out.values())
             assert count.merged == sum(rows.height for rows in found.values())
-            for name, rows in found.items():
+            for name, rows in ((name, rows) for name, rows in found.items() if rows.height):
                 sizes = rows.select(*FAMILIES[name].point, LATENCY)
                 assert sizes.select(pl.all_horizontal((pl.all() > 0) & pl.all().is_finite()).all()).item()
     assert capfd.readouterr().err == ""  # not even Polars' own, which panics on some of them

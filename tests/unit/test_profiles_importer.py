@@ -169,6 +169,7 @@ def test_unknown_system_and_engine_name_what_there_is(tables: Path) -> None:
 def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables: Path) -> None:
     write(tables, "gemm/vllm/1/gemm_perf", [{"gemm_dtype": "fp8", "m": 1, "n": 64, "k": 32, "latency": 0.01}])
     write(tables, "mtp/sglang/1/foreign_perf", [{"a": 1}, {"a": 2}])
+    write(tables, "gemm/abacus/1/gemm_perf", [{"a": 1}])
     ledger, said = Ledger(), []
     found = import_tables(tables, system="h200_sxm", engine="all", package_version="0", ledger=ledger, say=said.append)
     assert sorted(found["gemm"]["engine"]) == ["sglang", "vllm"]
@@ -177,7 +178,7 @@ def test_all_engines_come_in_one_command_and_every_source_row_is_counted(tables:
     deepep = ledger.tables["wideep_deepep_normal_perf"]  # one row of H100; two steps of the other
     assert (deepep.rows, deepep.stored, deepep.family_rows) == (2, 1, 2)
     assert deepep.left_out == {"measured on NVIDIA H100": 1}
-    assert ledger.without_family == {"foreign_perf": 2}
+    assert ledger.without_family == {"foreign_perf": 2, "gemm_perf of abacus": 1}
     assert any("foreign_perf" in line and "2 rows" in line for line in said)
     assert {line.split()[0] for line in ledger.lines()} >= {*ledger.tables, "foreign_perf"}
 
