@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,18 +114,21 @@ def empty(family: Family) -> pl.DataFrame:
     return pl.DataFrame(schema=polars_schema(family))
 
 
+# One at a time turns the terminal off and on again.
+_READING = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Keep native code from the terminal: where a damaged file makes Polars panic, it prints a traceback of its own."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+    with _READING, contextlib.ExitStack() as after:
+        with contextlib.suppress(OSError):  # a process may have no standard error at all
+            kept = os.dup(2)
+            after.callback(os.close, kept)
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            after.callback(os.dup2, kept, 2)
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:
