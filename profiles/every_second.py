@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from profiles.error_law import NINETY, fit_law
 from profiles.expert_load import expert_load
 from profiles.fit import curve, refined, surface
-from profiles.importers.aiconfigurator_tables import NCCL_ELEMENT_BYTES, NCCL_KINDS
+from profiles.importers.aiconfigurator_network import NCCL_ELEMENT_BYTES, NCCL_KINDS
 from profiles.products import Shape, fit_product
 from profiles.protocols import MOVING, combined, rule_of_collective
 from profiles.raw_tables import TOGETHER, Points

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.units import BYTES_PER_ELEMENT
 from profiles.experts import (
     POWER_LAW,
     ExpertTable,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 ORIGIN = ["engine", "version", "kernel"]
+# Groups that judge a family that nothing is priced from; the kernels of one are alike.
+JUDGED_GROUPS = 200
 # Skewed rows that judge one fused kernel and shape; there are hundreds of shapes, and the rows are alike.
 JUDGING_ROWS = 60
 
@@ -57,14 +60,24 @@ def errors_of(tables: dict[str, pl.DataFrame], physics: dict[str, Any]) -> dict[
         found[f"exchange_{mode}"] = _by_group(
             rows, FAMILIES["exchange"].key, functools.partial(_curve, family="exchange")
         )
+    for name, family in FAMILIES.items():
+        if not family.priced and name in tables:
+            one = functools.partial(_curve if len(family.point) == 1 else _grid, family=name)
+            found[name] = _by_group(tables[name], family.key, one, most=JUDGED_GROUPS)
     for grouping, residuals in physics.get("residuals", {}).items():
         found[f"experts_{grouping}"] = summarise(np.asarray(residuals))
     return {name: error.as_dict() for name, error in found.items() if error is not None}
 
 
-def _by_group(rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.DataFrame], Floats]) -> Errors | None:
+def _by_group(
+    rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.DataFrame], Floats], most: int | None = None
+) -> Errors | None:
+    """most: groups that are judged, taken evenly; None for all of them. None where no point can be left out."""
     parts = rows.partition_by([*key, *ORIGIN]) if rows.height else []
-    return summarise(np.concatenate([residuals(part) for part in parts])) if parts else None
+    if most is not None:
+        parts = parts[:: max(1, -(-len(parts) // most))]
+    found = np.concatenate([residuals(part) for part in parts]) if parts else np.empty(0)
+    return summarise(found)
 
 
 def _curve(rows: pl.DataFrame, family: str) -> Floats:
@@ -147,6 +160,8 @@ def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
     residuals: dict[str, list[Floats]] = {}
     for values, part in rows.partition_by(key, as_dict=True).items() if rows.height else ():
         grouping, dtype, hidden, intermediate, experts, top_k, engine, version = values
+        if dtype not in BYTES_PER_ELEMENT:  # no scenario can ask for it, and its weights have no size
+            continue
         shape = Shape(hidden, intermediate, dtype, experts, top_k, grouping)
         balanced = balanced_runs(shape, part)
         if len(balanced) < 8:  # fewer rows than would pin six parameters: nothing to look up either
