@@ -29,7 +29,11 @@ def check(
         bool, Option("--stored", help="Show the errors kept in the profile instead of new ones.")
     ] = False,
     leave_out: Annotated[
-        str | None, Option("--leave-out", help="every-second (sizes) or distribution (skew), over whole tables.")
+        str | None,
+        Option("--leave-out", help="every-second (sizes) or distribution (skew), over whole tables; ep-size."),
+    ] = None,
+    published: Annotated[
+        Path | None, Option("--rows", help="For --leave-out ep-size: CSV of published exchanges instead.")
     ] = None,
     tables: Annotated[
         Path | None, Option("--tables", help="For --leave-out: folder of an unpacked aiconfigurator-core.")
@@ -51,12 +55,24 @@ def check(
 
     if by not in GROUPINGS:
         raise BadInput(f"unknown grouping {by!r}", where="--by", mend=f"use {' or '.join(GROUPINGS)}")
+    if leave_out == "ep-size":
+        _check_ep_sizes(published, profile, system, as_json)
+        return
     if leave_out is not None:
         _check_tables(Asked(leave_out, tables, systems, by, report, as_json))
         return
     if by != "family":
         raise BadInput("a profile is of one system", where="--by", mend="add --leave-out every-second")
     _check_profile(profile, system, stored, report, as_json)
+
+
+def _check_ep_sizes(published: Path | None, profile: str, system: str, as_json: bool) -> None:
+    from profiles import ep_out, ep_out_table
+
+    if published is None:
+        ep_out_table.run(profile, system, as_json, echo)
+    elif not ep_out.run(published, as_json, echo):
+        raise Exit(1)
 
 
 def _check_profile(profile: str, system: str, stored: bool, report: Path | None, as_json: bool) -> None:
@@ -113,7 +129,7 @@ def _check_tables(asked: Asked) -> None:
 
     if asked.protocol not in PROTOCOLS:
         raise BadInput(
-            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {' or '.join(PROTOCOLS)}"
+            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {', '.join(PROTOCOLS)} or ep-size"
         )
     data, version = find_package(asked.tables)
     names = [name.strip() for name in asked.systems.split(",") if name.strip()]

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles import every_second, skew_out
-from profiles.every_second import LIMITS, NINETY
+from profiles.error_law import NINETY
+from profiles.every_second import LIMITS
 from profiles.raw_tables import TOGETHER, Points
 
 Floats = NDArray[np.float64]

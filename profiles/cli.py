@@ -10,13 +10,20 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer, echo
 
 from profiles.check_command import check
+from profiles.import_commands import import_deepep, import_nccl_tests, import_published
+from profiles.network_command import fit_network
 from profiles.node_command import node
+from profiles.topology_command import topology
 
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 importers = Typer(help="Convert published tables into a profile.", no_args_is_help=True)
 app.add_typer(importers, name="import")
 app.command("check")(check)
 app.command("node")(node)
+app.command("topology")(topology)
+for name, command in (("nccl-tests", import_nccl_tests), ("deepep", import_deepep), ("published", import_published)):
+    importers.command(name)(command)
+app.command("fit-network")(fit_network)
 
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
@@ -30,12 +37,13 @@ def import_aiconfigurator(
     source: Annotated[
         Path | None, Option("--source", help="Folder of an unpacked aiconfigurator-core; default: the installed one.")
     ] = None,
+    priced: Annotated[bool, Option("--priced", help="Write only families that prices are looked up in.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Convert the measured tables of NVIDIA's aiconfigurator-core for one system and engine."""
-    from profiles.importers.aiconfigurator import find_package, import_tables
-    from profiles.importers.aiconfigurator_tables import PACKAGE
-    from profiles.leave_out import errors_of, fit_experts
+    from profiles.importers.aiconfigurator import Ledger, find_package, import_tables, package_of
+    from profiles.leave_out import errors_of, fit_experts, fit_products
+    from profiles.record import FAMILIES
     from profiles.store import write_profile
 
     left_out: list[str] = []
@@ -45,25 +53,30 @@ def import_aiconfigurator(
         echo(line, err=True)
 
     data, package_version = find_package(source)
-    read: dict[str, dict[str, int]] = {}
-    tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say, read=read)
+    ledger = Ledger()
+    tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say, ledger=ledger)
+    if priced:
+        tables = {name: table for name, table in tables.items() if FAMILIES[name].priced}
     echo("fitting the experts' physics and leaving points out ...", err=True)
     fitted = fit_experts(tables["experts"])
+    products = {name: product.as_dict() for name, product in fit_products(tables["gemm"]).items()}
     errors = errors_of(tables, fitted)
     rows = {name: table.height for name, table in tables.items() if table.height}
     description = {
         "system": system,
         "engine": engine,
-        "source": {"package": PACKAGE, "version": package_version, "licence": "Apache-2.0, NVIDIA"},
+        "source": {"package": package_of(data), "version": package_version, "licence": "Apache-2.0, NVIDIA"},
         "left_out": left_out,
-        "source_rows": read,
+        "source_rows": ledger.as_dict(),
         "rows": rows,
         "errors": errors,
         "physics": fitted["parameters"],
+        "products": products,
     }
     write_profile(out, tables, description)
-    summary = {"out": str(out), "rows": rows, "source_rows": read, "errors": errors}
-    echo(json.dumps(summary) if as_json else f"wrote {out}: {sum(rows.values())} rows")
+    summary = {"out": str(out), "rows": rows, "source_rows": ledger.as_dict(), "errors": errors}
+    told = [*ledger.lines(), f"wrote {out}: {sum(rows.values())} rows"]
+    echo(json.dumps(summary) if as_json else "\n".join(told))
 
 
 @importers.command("measured")

@@ -34,6 +34,7 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
+from profiles.ep_between import exchanges_between
 from profiles.experts import ExpertTable, expert_table, physics_name
 from profiles.fit import OUTSIDE
 from profiles.grouped import Physics, Shape
@@ -42,6 +43,8 @@ from profiles.lookup import (
     Priced,
     along,
     along_curve,
+    along_rows,
+    at_multiprocessors,
     between_shapes,
     by_experts,
     describe,
@@ -58,8 +61,8 @@ from profiles.lookup import (
     where_key,
 )
 from profiles.nearest import nearest
-from profiles.record import MEASURED_ENGINE
-from profiles.store import Profile, open_profile
+from profiles.record import DEEPEP, MEASURED_ENGINE
+from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
     import polars as pl
@@ -178,11 +181,12 @@ class StoreCosts:
     def _gemm(self, op: Gemm) -> Iterator[Priced]:
         rows = self._rows("gemm", dtype=op.dtype)
         for source, table in versions(rows):
+            products = self.profiles[place_of(table)].products
             exact = where_key(table, n=op.n, k=op.k)
             if exact.height:
-                yield along(exact, "m", source, self._sigma("gemm"))
+                yield along_rows(exact, source, self._sigma("gemm"), products)
                 continue
-            between = between_shapes(table, op.n, op.k)
+            between = between_shapes(table, op.n, op.k, products)
             if between is not None:
                 priced = along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
                 yield dataclasses.replace(priced, profile=place_of(table), stand_in=True)
@@ -226,7 +230,14 @@ class StoreCosts:
         if stored is None:
             return None
         limits = {int(slots): float(value) for slots, value in stored["limits"].items()}
-        return Physics(**stored["parameters"]), limits
+        try:
+            return Physics(**stored["parameters"]), limits
+        except TypeError:
+            raise BadInput(
+                "the physics of experts has other parameters than this version's",
+                where=str(profile.folder / DESCRIPTION),
+                mend="import the profile again",
+            ) from None
 
     def _attention(self, op: Attention) -> Iterator[Priced]:
         family = f"attention_{op.phase}"
@@ -289,7 +300,7 @@ class StoreCosts:
             yield Priced(lambda o: nothing(o.bytes), "one GPU", 0.0, "")
             return
         rows = self._rows(
-            "collective", engines=("nccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
+            "collective", engines=("nccl", "rccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
         )
         sigma = self._sigma("collective")
         for place in range(len(self.profiles)):
@@ -319,18 +330,24 @@ class StoreCosts:
     def _exchange(self, op: MoeExchange) -> Iterator[Priced]:
         rows = self._rows(
             "exchange",
+            engines=(self.engine, DEEPEP),
             step=op.step,
             mode=op.mode,
-            nodes=op.nodes,
-            ep=op.ep,
             hidden=op.hidden,
             top_k=op.top_k,
             experts=op.experts,
             dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
-            sms=0 if op.mode == "low_latency" else DEEPEP_SMS,
         )
-        for source, table in versions(rows):
-            priced = along(table, "tokens", source, self._sigma(f"exchange_{op.mode}"))
+        exact = where_key(rows, nodes=op.nodes, ep=op.ep)
+        sigma = self._sigma(f"exchange_{op.mode}")
+        sms = 0 if op.mode == "low_latency" else DEEPEP_SMS
+        if exact.height:
+            tables = at_multiprocessors(versions(exact), sms)
+            found: Iterator[Priced] = (along(table, "tokens", source, sigma) for source, table in tables)
+        else:
+            tables = at_multiprocessors(versions(rows), sms)
+            found = exchanges_between(op, self.roofline.cluster, tables, sigma=sigma, edges=self.allow)
+        for priced in found:
             # An empty low-latency exchange still runs: the price of the smallest one measured.
             yield priced if op.mode == "normal" else dataclasses.replace(priced, price=never_free(priced.price))
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.error_law import NINETY, fit_law
 from profiles.expert_load import expert_load
 from profiles.fit import curve, refined, surface
-from profiles.importers.aiconfigurator_tables import NCCL_ELEMENT_BYTES, NCCL_KINDS
+from profiles.importers.aiconfigurator_network import NCCL_ELEMENT_BYTES, NCCL_KINDS
+from profiles.products import Shape, fit_product
 from profiles.protocols import MOVING, combined, rule_of_collective
 from profiles.raw_tables import TOGETHER, Points
 
@@ -23,8 +25,6 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 LEAST_POINTS = 5
-# Half the width of a normal 90 % interval in standard deviations.
-NINETY = 1.645
 # Thresholds of the project: median and 90 % quantile of |predicted / measured - 1| by family.
 LIMITS = {
     "MoE": (0.02, 0.10),
@@ -56,16 +56,50 @@ def predicted(points: Points, kept: Bools, left: Bools) -> Floats:
         return _on_grids(points, kept, left, "bend" if rule.endswith("bend") else "chord")
     if rule == "collective":
         return _collectives(points, kept, left)
+    if rule == "tiles":
+        return _products(points, kept, left)
     axis = expert_load(points) if rule == "experts" else points.sizes
     out = np.full(len(points.sizes), np.nan)
     for start, end in _spans(points.groups):
         here, wanted = kept[start:end], left[start:end]
         if not wanted.any():
             continue
-        part = curve(
-            axis[start:end][here], points.seconds[start:end][here], rule="tiles" if rule == "tiles" else "chord"
-        )
+        part = curve(axis[start:end][here], points.seconds[start:end][here])
         out[start:end][wanted] = part.price(axis[start:end][wanted])[0]
+    return out
+
+
+def _products(points: Points, kept: Bools, left: Bools) -> Floats:
+    """Every curve by the rule that its kernel's kept rows chose."""
+    kernels: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
+    columns = [points.keys[name].to_list() for name in ("gemm_dtype", "kernel_source", "n", "k")]
+    for start, end in _spans(points.groups):
+        dtype, kernel, n, k = (column[start] for column in columns)
+        kernels.setdefault((dtype, kernel), []).append((start, end, n, k))
+    out = np.full(len(points.sizes), np.nan)
+    for spans in kernels.values():
+        shapes = [
+            Shape(float(n * k), points.sizes[start:end][kept[start:end]], points.seconds[start:end][kept[start:end]])
+            for start, end, n, k in spans
+        ]
+        product = fit_product([shape for shape in shapes if len(shape.rows)])
+        for (start, end, n, k), shape in zip(spans, shapes, strict=True):
+            wanted = left[start:end]
+            if wanted.any():
+                part = curve(shape.rows, shape.seconds, rule=product.rule(n, k), surcharge_s=product.surcharge_s)
+                out[start:end][wanted] = part.price(points.sizes[start:end][wanted])[0]
+    return out
+
+
+def gaps(points: Points, kept: Bools, left: Bools) -> Floats:
+    """ln ratio of the kept seconds on either side of each row `left` [points]; NaN elsewhere."""
+    out = np.full(len(points.sizes), np.nan)
+    logs = np.log(points.seconds)
+    for start, end in _spans(points.groups):
+        here, wanted = np.flatnonzero(kept[start:end]), np.flatnonzero(left[start:end])
+        if len(wanted) and len(here) > 1:
+            after = np.clip(np.searchsorted(here, wanted), 1, len(here) - 1)
+            out[start:end][wanted] = logs[start:end][here[after]] - logs[start:end][here[after - 1]]
     return out
 
 
@@ -131,14 +165,17 @@ def _on_grids(points: Points, kept: Bools, left: Bools, rule: str) -> Floats:
 
 @dataclass(frozen=True)
 class Left:
-    """What was left out of one table: ln(predicted / measured) by the product and by plain log-log, and its sigma."""
+    """What was left out of one table: ln(predicted / measured) by the product and by plain log-log, and its sigma.
+
+    ours, plain, sigma: [points]; 1.645 sigma is half of the 90 % interval in ln seconds.
+    """
 
     family: str
     table: str
     system: str
     ours: Floats
     plain: Floats
-    sigma: float
+    sigma: Floats
 
 
 def leave_out(points: Points) -> Left:
@@ -148,8 +185,9 @@ def leave_out(points: Points) -> Left:
     again = every_second(points.groups, ~left)
     truth = np.log(points.seconds)
     inner = np.log(predicted(points, ~left & ~again, again)[again]) - truth[again]
-    sizes = np.abs(inner[np.isfinite(inner)])  # a second halving, inside the kept rows
-    sigma = float(np.quantile(sizes, 0.6827)) if len(sizes) else float("nan")
+    law = fit_law(gaps(points, ~left & ~again, again)[again], inner)  # of a second halving, inside the kept rows
+    here = gaps(points, ~left, left)[left]
+    sigma = np.full(len(here), np.nan) if law is None else law.half_width(here) / NINETY
     ours = np.log(predicted(points, ~left, left)[left]) - truth[left]
     plain = np.log(log_log(points, ~left, left)[left]) - truth[left]
     return Left(points.kind.family, points.name, points.system, ours, plain, sigma)
@@ -170,7 +208,7 @@ def summary(found: Iterable[Left]) -> list[dict[str, float | str | bool]]:
 def _line(name: str, tables: list[Left]) -> dict[str, float | str | bool]:
     ours = np.concatenate([one.ours for one in tables])
     plain = np.concatenate([one.plain for one in tables])
-    half = NINETY * np.concatenate([np.full(len(one.ours), one.sigma) for one in tables])
+    half = NINETY * np.concatenate([one.sigma for one in tables])
     inside = np.isfinite(ours)
     errors, rivals = np.abs(np.expm1(ours[inside])), np.abs(np.expm1(plain[inside]))
     known = inside & np.isfinite(half)

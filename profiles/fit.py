@@ -1,9 +1,10 @@
 """Curves and surfaces through measured points: monotone, by the rule of the kernel, never beyond the measured hull.
 
 Kernel times are noisy, and on a dense grid a larger size often took less time. Prices must not, so the points are first
-moved to the nearest monotone ones in the logarithm (isotonic regression: Barlow et al., 1972; pool adjacent violators).
-A running maximum would do that, too, but it lifts: by 12 % on average over the shipped products of matrices. Between
-the points `refine` says how a kernel's seconds run; a curve is straight between its nodes, a surface log-log.
+moved to the nearest monotone ones in the logarithm (`monotone`): a curve's by least absolute deviations, a grid's by
+least squares. A running maximum would do that, too, but it lifts: by 12 % on average over the shipped products of
+matrices. Between the points `refine`, `products` and `protocols` say how a kernel's seconds run; a curve is straight
+between its nodes, a surface log-log.
 
 Every lookup returns seconds and a tag; the tag OUTSIDE marks points that the measurements do not enclose, and the
 caller decides whether that is an error. Compiled: one pass over the points.
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
 from profiles.diagonal import equal_work
+from profiles.monotone import isotonic, least_squares
+from profiles.products import RowRule, aligned_seconds, nodes, unaligned
 from profiles.protocols import protocol_nodes
-from profiles.refine import NODES_PER_DOUBLING, Rule, between, tile_nodes
+from profiles.refine import NODES_PER_DOUBLING, Rule, between
 
 Floats = NDArray[np.float64]
 Tags = NDArray[np.int8]
@@ -35,30 +38,6 @@ SAME = 1e-9
 # A measured point that isotonic regression moved by less than this (in ln) still counts as measured: repeated timings
 # of one kernel differ by as much.
 NOISE = 0.01
-
-
-@njit(cache=True)
-def isotonic(values: Floats) -> Floats:
-    """The rising sequence nearest to `values` by least squares: pool adjacent violators."""
-    means = np.empty(len(values))
-    counts = np.empty(len(values), dtype=np.int64)
-    blocks = 0
-    for value in values:
-        means[blocks] = value
-        counts[blocks] = 1
-        blocks += 1
-        while blocks > 1 and means[blocks - 2] > means[blocks - 1]:
-            both = counts[blocks - 2] + counts[blocks - 1]
-            total = means[blocks - 2] * counts[blocks - 2] + means[blocks - 1] * counts[blocks - 1]
-            means[blocks - 2] = total / both
-            counts[blocks - 2] = both
-            blocks -= 1
-    out = np.empty(len(values))
-    at = 0
-    for block in range(blocks):
-        out[at : at + counts[block]] = means[block]
-        at += counts[block]
-    return out
 
 
 @njit(cache=True)
@@ -104,13 +83,15 @@ class Curve:
 
     xs, ys: float64 [nodes], sizes rising, monotone seconds. exact: bool [nodes], false where a point was moved by
     more than NOISE or is itself interpolated. below: the tag of sizes under the smallest point, which are held at that
-    point's price, an upper bound by monotonicity.
+    point's price, an upper bound by monotonicity. surcharge_s: seconds more of rows that do not align
+    (`products.unaligned`); 0 for all but a product of matrices, and for nearly all of these.
     """
 
     xs: Floats
     ys: Floats
     exact: NDArray[np.bool_]
     below: int = _INTERPOLATED
+    surcharge_s: float = 0.0
 
     def price(self, size: Floats) -> tuple[Floats, Tags]:
         """Seconds and tags in the shape of `size`; a size of 0 costs 0, one beyond the largest has the tag OUTSIDE."""
@@ -118,6 +99,8 @@ class Curve:
         out = np.empty(flat.shape)
         tags = np.empty(flat.shape, dtype=np.int8)
         _curve(flat, self.xs, self.ys, self.exact, self.below, out, tags)
+        if self.surcharge_s:
+            out += np.where(unaligned(flat), self.surcharge_s, 0.0)
         return out.reshape(np.shape(size)), tags.reshape(np.shape(size))
 
     @property
@@ -126,26 +109,29 @@ class Curve:
         return float(self.xs[-1])
 
 
-def curve(xs: Floats, ys: Floats, *, rule: Rule = "chord", below: int = _INTERPOLATED, exact: bool = True) -> Curve:
+def curve(
+    xs: Floats, ys: Floats, *, rule: Rule | RowRule = "chord", below: int = _INTERPOLATED, exact: bool = True,
+    surcharge_s: float = 0.0,
+) -> Curve:  # fmt: skip
     """A curve through points in any order; repeated sizes are averaged by their median.
 
-    rule: how seconds run between them, "chord" (straight), "tiles" (a product of matrices over its rows), "lines" or
-    "steps" (a collective over its bytes).
+    rule: how seconds run between them, "chord" (straight), a RowRule (a product of matrices over its rows), "lines" or
+    "steps" (a collective over its bytes). surcharge_s: what `ys` hold for rows that do not align.
     """
     xs, ys = medians(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
-    logs = np.log(ys)
-    moved = isotonic(logs)
-    measured = (np.abs(moved - logs) < NOISE) & exact
+    logs = np.log(aligned_seconds(xs, ys, surcharge_s) if surcharge_s else ys)
+    moved = least_squares(logs) if rule in ("lines", "steps") else isotonic(logs)
     if rule == "chord":
-        return Curve(xs, np.exp(moved), measured, below)
-    if rule == "tiles":
-        nodes, values = tile_nodes(xs, moved)
+        return Curve(xs, np.exp(moved), (np.abs(moved - logs) < NOISE) & exact, below)
+    if isinstance(rule, RowRule):
+        at, values = nodes(xs, moved, rule)
         values = np.exp(values)
     else:
-        nodes, values = protocol_nodes(xs, np.exp(moved), rule)
-    on_node = np.zeros(len(nodes), dtype=bool)
-    on_node[np.searchsorted(nodes, xs)] = measured
-    return Curve(nodes, values, on_node, below)
+        at, values = protocol_nodes(xs, np.exp(moved), rule)
+    places = np.searchsorted(at, xs)
+    on_node = np.zeros(len(at), dtype=bool)
+    on_node[places] = (np.abs(np.log(values[places]) - logs) < NOISE) & exact
+    return Curve(at, values, on_node, below, surcharge_s)
 
 
 def medians(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
@@ -304,7 +290,7 @@ def _project(grid: Floats, known: NDArray[np.bool_]) -> Floats:
     """Every row made monotone over its known cells."""
     out = grid.copy()
     for row in range(len(grid)):
-        out[row, known[row]] = isotonic(np.ascontiguousarray(grid[row, known[row]]))
+        out[row, known[row]] = least_squares(np.ascontiguousarray(grid[row, known[row]]))
     return out
 
 
@@ -396,14 +382,14 @@ def summarise(residuals: Floats) -> Errors | None:
     return Errors(float(median), float(p68), float(p90), len(sizes))
 
 
-def curve_residuals(xs: Floats, ys: Floats, rule: Rule = "chord") -> Floats:
+def curve_residuals(xs: Floats, ys: Floats, rule: Rule | RowRule = "chord", surcharge_s: float = 0.0) -> Floats:
     """ln(predicted / measured) of every second inner point, predicted from the others."""
     xs, ys = medians(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
     out = np.zeros(len(xs), dtype=bool)
     out[1:-1:2] = True
     if not out.any():
         return np.empty(0)
-    predicted, _ = curve(xs[~out], ys[~out], rule=rule).price(xs[out])
+    predicted, _ = curve(xs[~out], ys[~out], rule=rule, surcharge_s=surcharge_s).price(xs[out])
     return np.log(predicted / ys[out])
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.units import BYTES_PER_ELEMENT
 from profiles.experts import (
     POWER_LAW,
     ExpertTable,
@@ -25,16 +26,20 @@ from profiles.experts import (
     skewed_residuals,
     skewed_runs,
 )
-from profiles.fit import Errors, curve_residuals, medians, summarise, surface_residuals
+from profiles.fit import Errors, curve, curve_residuals, medians, summarise, surface_residuals
 from profiles.grouped import Shape, fit_physics
-from profiles.lookup import between_shapes, rule_along, rule_of
-from profiles.record import FAMILIES, LATENCY
+from profiles.lookup import between_shapes, product_name, rule_along, rule_of
+from profiles.products import Product, fit_product
+from profiles.products import Shape as ProductShape
+from profiles.record import FAMILIES, LATENCY, TEXT
 
 if TYPE_CHECKING:
     import polars as pl
 
 Floats = NDArray[np.float64]
 ORIGIN = ["engine", "version", "kernel"]
+# Groups that judge a family that nothing is priced from; the kernels of one are alike.
+JUDGED_GROUPS = 200
 # Skewed rows that judge one fused kernel and shape; there are hundreds of shapes, and the rows are alike.
 JUDGING_ROWS = 60
 
@@ -44,8 +49,9 @@ def errors_of(tables: dict[str, pl.DataFrame], physics: dict[str, Any]) -> dict[
     import polars as pl
 
     found: dict[str, Errors | None] = {}
-    for name in ("gemm", "mla_absorb", "collective"):
+    for name in ("mla_absorb", "collective"):
         found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_curve, family=name))
+    found["gemm"] = _by_group(tables["gemm"], {"dtype": TEXT}, _products)
     found["gemm_shape"] = _gemm_shapes(tables["gemm"])
     for name in ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode"):
         found[name] = _by_group(tables[name], FAMILIES[name].key, functools.partial(_grid, family=name))
@@ -54,14 +60,24 @@ def errors_of(tables: dict[str, pl.DataFrame], physics: dict[str, Any]) -> dict[
         found[f"exchange_{mode}"] = _by_group(
             rows, FAMILIES["exchange"].key, functools.partial(_curve, family="exchange")
         )
+    for name, family in FAMILIES.items():
+        if not family.priced and name in tables:
+            one = functools.partial(_curve if len(family.point) == 1 else _grid, family=name)
+            found[name] = _by_group(tables[name], family.key, one, most=JUDGED_GROUPS)
     for grouping, residuals in physics.get("residuals", {}).items():
         found[f"experts_{grouping}"] = summarise(np.asarray(residuals))
     return {name: error.as_dict() for name, error in found.items() if error is not None}
 
 
-def _by_group(rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.DataFrame], Floats]) -> Errors | None:
+def _by_group(
+    rows: pl.DataFrame, key: dict[str, str], residuals: Callable[[pl.DataFrame], Floats], most: int | None = None
+) -> Errors | None:
+    """most: groups that are judged, taken evenly; None for all of them. None where no point can be left out."""
     parts = rows.partition_by([*key, *ORIGIN]) if rows.height else []
-    return summarise(np.concatenate([residuals(part) for part in parts])) if parts else None
+    if most is not None:
+        parts = parts[:: max(1, -(-len(parts) // most))]
+    found = np.concatenate([residuals(part) for part in parts]) if parts else np.empty(0)
+    return summarise(found)
 
 
 def _curve(rows: pl.DataFrame, family: str) -> Floats:
@@ -74,6 +90,43 @@ def _grid(rows: pl.DataFrame, family: str) -> Floats:
     return surface_residuals(rows[a].to_numpy(), rows[b].to_numpy(), rows[LATENCY].to_numpy(), rule_of(b))
 
 
+def fit_products(rows: pl.DataFrame) -> dict[str, Product]:
+    """What the rows of dense products tell of each kernel, by `lookup.product_name`."""
+    parts = rows.partition_by(["dtype", *ORIGIN], as_dict=True) if rows.height else {}
+    found = {}
+    for (dtype, engine, version, kernel), part in sorted(parts.items()):
+        name = product_name(str(dtype), str(engine), str(version), str(kernel))
+        found[name] = fit_product([shape for _, _, shape in _shapes(part)])
+    return found
+
+
+def _shapes(rows: pl.DataFrame) -> list[tuple[int, int, ProductShape]]:
+    """(n, k, measured rows) of every shape of one kernel."""
+    found = []
+    for (n, k), part in rows.partition_by(["n", "k"], as_dict=True).items():
+        found.append(
+            (int(n), int(k), ProductShape(float(n * k), *medians(part["m"].to_numpy(), part[LATENCY].to_numpy())))
+        )
+    return found
+
+
+def _products(rows: pl.DataFrame) -> Floats:
+    """Every second inner size of every shape of one kernel, by the rule that the others chose."""
+    kept, left = [], []
+    for n, k, shape in _shapes(rows):
+        out = np.zeros(len(shape.rows), dtype=bool)
+        out[1:-1:2] = True
+        kept.append((n, k, ProductShape(shape.weights, shape.rows[~out], shape.seconds[~out])))
+        left.append((shape.rows[out], shape.seconds[out]))
+    product = fit_product([shape for _, _, shape in kept])
+    residuals = [np.empty(0)]
+    for (n, k, shape), (m, seconds) in zip(kept, left, strict=True):
+        if len(m):
+            by_size = curve(shape.rows, shape.seconds, rule=product.rule(n, k), surcharge_s=product.surcharge_s)
+            residuals.append(np.log(by_size.price(m)[0] / seconds))
+    return np.concatenate(residuals)
+
+
 def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:
     """Every second inner n (then k) is left out and predicted from the shapes around it."""
     import polars as pl
@@ -84,9 +137,10 @@ def _gemm_shapes(rows: pl.DataFrame) -> Errors | None:
             values = part[axis].unique().sort()
             left_out = values.to_list()[1:-1:2]
             kept = part.filter(~pl.col(axis).is_in(left_out))
+            product = fit_products(kept)
             for own in part.filter(pl.col(axis).is_in(left_out)).partition_by(["n", "k"]):
                 n, k = int(own["n"][0]), int(own["k"][0])
-                guess = between_shapes(kept, n, k)
+                guess = between_shapes(kept, n, k, product)
                 if guess is None:
                     continue
                 ms, seconds = medians(own["m"].to_numpy(), own[LATENCY].to_numpy())
@@ -106,6 +160,8 @@ def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
     residuals: dict[str, list[Floats]] = {}
     for values, part in rows.partition_by(key, as_dict=True).items() if rows.height else ():
         grouping, dtype, hidden, intermediate, experts, top_k, engine, version = values
+        if dtype not in BYTES_PER_ELEMENT:  # no scenario can ask for it, and its weights have no size
+            continue
         shape = Shape(hidden, intermediate, dtype, experts, top_k, grouping)
         balanced = balanced_runs(shape, part)
         if len(balanced) < 8:  # fewer rows than would pin six parameters: nothing to look up either

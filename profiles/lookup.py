@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,11 @@ from moesim.cost.ops import (
 )
 from profiles.asked import unmeasurable
 from profiles.experts import ExpertCurve
-from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, isotonic, medians, refined, surface
+from profiles.fit import OUTSIDE, SAME, Curve, Surface, completed, curve, medians, refined, surface
+from profiles.monotone import isotonic
+from profiles.products import Product, aligned_seconds
 from profiles.protocols import rule_of_collective
-from profiles.record import COLLECTIVES, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
+from profiles.record import COLLECTIVES, DEEPEP, FAMILIES, KERNELS, LATENCY, MEASURED_ENGINE
 from profiles.refine import Rule
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Tags = NDArray[np.int8]
 
+NOTHING: Mapping[str, Product] = {}
 # The fields of each operation that hold sizes; all others are the key.
 SIZES: dict[type, tuple[str, ...]] = {
     Gemm: ("m",),
@@ -112,6 +115,26 @@ def versions(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
         yield f"{engine} {version} {kernels}{where} ({first['package']} {first['package_version']})", part
 
 
+def at_multiprocessors(found: Iterator[tuple[str, pl.DataFrame]], sms: int) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The rows of each version at so many multiprocessors.
+
+    DeepEP's own tests run at another number than its default (24, not 20): of their logs the nearest number answers,
+    and its words say so.
+    """
+    import polars as pl
+
+    for source, table in found:
+        exact = where_key(table, sms=sms)
+        if exact.height:
+            yield source, exact
+        elif sms and table["engine"][0] == DEEPEP:
+            nearest = min(table["sms"].unique().to_list(), key=lambda number: (abs(number - sms), number))
+            yield (
+                f"{source} at {nearest or 'an unstated number of'} SMs, not {sms}",
+                table.filter(pl.col("sms") == nearest),
+            )
+
+
 def place_of(table: pl.DataFrame) -> int:
     """Which of the scenario's profiles the rows of one version come from."""
     return int(table[PROFILE][0])
@@ -125,13 +148,9 @@ def newness(version: str) -> tuple[tuple[int, ...], int]:
     return numbers, int(candidate.group(1) or 0) if candidate else 1_000_000
 
 
-# How seconds run between measured sizes: products of matrices pay whole tiles, everything else a latency and a rate.
-RULES: dict[str, Rule] = {"m": "tiles", "new_tokens": "bend"}
-
-
 def rule_of(size: str) -> Rule:
-    """The rule along a size of a family, as `record` names it."""
-    return RULES.get(size, "chord")
+    """How seconds run between measured sizes of a family, as `record` names them: a latency and a rate, or a bend."""
+    return "bend" if size == "new_tokens" else "chord"
 
 
 def rule_along(rows: pl.DataFrame, size: str) -> Rule:
@@ -143,6 +162,31 @@ def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:
     """A lookup along one size, in the rows of one version."""
     by_size = curve(rows[size].to_numpy(), rows[LATENCY].to_numpy(), rule=rule_along(rows, size))
     return dataclasses.replace(along_curve(by_size, size, source, sigma), profile=place_of(rows))
+
+
+def along_rows(rows: pl.DataFrame, source: str, sigma: float, products: Mapping[str, Product]) -> Priced:
+    """A lookup along the rows of a product of one shape, in one version, by what its kernel was found to do."""
+    m, seconds = rows["m"].to_numpy(), rows[LATENCY].to_numpy()
+    product = product_of(rows, products)
+    by_size = curve(m, seconds, rule=product.rule(rows["n"][0], rows["k"][0]), surcharge_s=product.surcharge_s)
+    return dataclasses.replace(along_curve(by_size, "m", source, sigma), profile=place_of(rows))
+
+
+def product_name(dtype: str, engine: str, version: str, kernel: str) -> str:
+    """The name under which a profile keeps what it found of a kernel of dense products."""
+    return f"{dtype} {engine} {version} {kernel}"
+
+
+def product_of(rows: pl.DataFrame, products: Mapping[str, Product]) -> Product:
+    """What was found of the kernel of these rows of one version; the defaults where nothing was.
+
+    Where a version takes several kernels for one shape, the one with most rows; a surcharge is one kernel's alone.
+    """
+    kernels = rows["kernel"].value_counts(sort=True)
+    first = rows.row(0, named=True)
+    name = product_name(first["dtype"], first["engine"], first["version"], kernels["kernel"][0])
+    found = products.get(name, Product())
+    return found if kernels.height == 1 else dataclasses.replace(found, surcharge_s=0.0)
 
 
 def along_curve(by_size: Curve, size: str, source: str, sigma: float) -> Priced:
@@ -162,10 +206,10 @@ def along_curve(by_size: Curve, size: str, source: str, sigma: float) -> Priced:
     return Priced(price, source, sigma, f"{size} up to {largest:g}", clamp, under)
 
 
-def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
+def between_shapes(table: pl.DataFrame, n: int, k: int, products: Mapping[str, Product] = NOTHING) -> Curve | None:
     """The curve of a product [m, k] x [k, n] between the four measured shapes around it; None outside them.
 
-    Bilinear in ln n and ln k of ln seconds, at every m that all of them have.
+    Bilinear in ln n and ln k of ln seconds, at every m that all of them have. products: as `product_of` takes them.
     """
     import polars as pl
 
@@ -176,6 +220,7 @@ def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
         return None
     total: Floats | None = None
     common: Floats | None = None
+    product = product_of(table, products)
     parts = []
     for at_n, weight_n in around_n:
         for at_k, weight_k in around_k:
@@ -186,14 +231,16 @@ def between_shapes(table: pl.DataFrame, n: int, k: int) -> Curve | None:
                 return None
             ms, seconds = medians(rows["m"].to_numpy(), rows[LATENCY].to_numpy())
             common = ms if common is None else np.intersect1d(common, ms)
-            parts.append((weight_n * weight_k, ms, isotonic(np.log(seconds))))
+            level = aligned_seconds(ms, seconds, product.surcharge_s)
+            parts.append((weight_n * weight_k, ms, isotonic(np.log(level))))
     if common is None or not len(common):
         return None
     for weight, ms, logs in parts:
         at = weight * logs[np.searchsorted(ms, common)]
         total = at if total is None else total + at
     assert total is not None
-    return curve(common, np.exp(total), rule=rule_of("m"), exact=False)
+    between = curve(common, np.exp(total), rule=product.rule(n, k), exact=False)
+    return dataclasses.replace(between, surcharge_s=product.surcharge_s)
 
 
 def _around(axis: NDArray[np.int64], value: int) -> tuple[tuple[int, float], tuple[int, float]] | None:
@@ -293,6 +340,16 @@ def fastest(one: tuple[Floats, Tags], other: tuple[Floats, Tags]) -> tuple[Float
     return np.where(take, other[0], one[0]), np.where(take, other[1], one[1]).astype(np.int8)
 
 
+def at_best(price: Callable[[Any], tuple[Floats, Tags]], tag: Tag) -> Callable[[Any], tuple[Floats, Tags]]:
+    """The same lookup with no tag better than `tag`; what is outside stays so."""
+
+    def tagged(op: Any) -> tuple[Floats, Tags]:
+        seconds, tags = price(op)
+        return seconds, np.where(tags == OUTSIDE, OUTSIDE, np.maximum(tags, int(tag))).astype(np.int8)
+
+    return tagged
+
+
 def never_free(price: Callable[[Any], tuple[Floats, Tags]]) -> Callable[[Any], tuple[Floats, Tags]]:
     """The same lookup with sizes held above zero: an empty exchange costs as much as the smallest measured one."""
 
@@ -353,7 +410,9 @@ def _command(op: Operation, outside: NDArray[np.bool_] | None, gpus_per_node: in
         return f"measure it with `{run} --no-python {COLLECTIVES} {sizes}` on each node, {THEN}"
     imported = "import tables that hold it with `moesim profile import aiconfigurator --system SYSTEM --out DIR`"
     if isinstance(op, MoeExchange):
-        return f"nothing here measures DeepEP yet; {imported}"
+        shape = f"--hidden {op.hidden} --top-k {op.top_k} --experts {op.experts} --ep {op.ep} --nodes {op.nodes}"
+        logs = f"import logs of its tests with `moesim profile import deepep LOG --system SYSTEM {shape} --out DIR`"
+        return f"nothing here measures DeepEP yet; {logs}, or {imported}"
     family, key = _asked(op)
     why = unmeasurable(family, key)
     if why:

@@ -57,6 +57,20 @@ KINDS: dict[str, Kind] = {
     "custom_allreduce_perf": Kind("all-reduce", "message_size", "chord"),
     "wideep_deepep_normal_perf": Kind("DeepEP", "num_token", "chord", _DEEPEP),
     "wideep_deepep_ll_perf": Kind("DeepEP", "num_token", "chord", _LOW_LATENCY),
+    # What nothing is priced from yet; no threshold.
+    "moe_a2a_perf": Kind("all-to-all", "num_tokens", "chord"),
+    "trtllm_alltoall_perf": Kind("all-to-all", "num_tokens", "chord"),
+    "mla_context_module_perf": Kind("MLA module prefill", "isl", "grid:bend"),
+    "mla_generation_module_perf": Kind("MLA module decode", "step", "grid:chord"),
+    "encoder_attention_perf": Kind("encoder attention", "isl", "grid:bend"),
+    "dsa_context_module_perf": Kind("sparse module prefill", "isl", "grid:bend"),
+    "msa_context_module_perf": Kind("sparse module prefill", "isl", "grid:bend"),
+    "dsv4_csa_context_module_perf": Kind("sparse module prefill", "isl", "grid:bend"),
+    "dsv4_hca_context_module_perf": Kind("sparse module prefill", "isl", "grid:bend"),
+    "dsa_generation_module_perf": Kind("sparse module decode", "step", "grid:chord"),
+    "msa_generation_module_perf": Kind("sparse module decode", "step", "grid:chord", offset=1.0),
+    "dsv4_csa_generation_module_perf": Kind("sparse module decode", "step", "grid:chord", offset=1.0),
+    "dsv4_hca_generation_module_perf": Kind("sparse module decode", "step", "grid:chord", offset=1.0),
 }
 # Families that are judged together.
 TOGETHER = {

@@ -6,22 +6,28 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.errors import BadInput
-from profiles.record import FAMILIES, LATENCY, NUMBER, TEXT, Family
+from profiles.record import COUNT, FAMILIES, NUMBER, TEXT, Family
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from profiles.products import Product
 
 DATA = Path(__file__).parent / "data"
 FORMAT = "moesim-profile"
 SCHEMA_VERSION = 1
 DESCRIPTION = "profile.json"
+LARGEST = 1e30  # above any rate or time that a fit can give
 
 
 @dataclass(frozen=True)
@@ -35,23 +41,26 @@ class Profile:
         """`profile.json`: format, sources, and the leave-out errors of each family. Raises BadInput."""
         path = self.folder / DESCRIPTION
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError:
             raise BadInput(
                 "no profile here (profile.json cannot be read)",
                 where=str(self.folder),
                 mend="make one with `moesim profile import`, or name `default`",
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadInput("not valid JSON", where=str(path), mend="import the profile again") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise BadInput(f"not a {FORMAT}", where=str(path), mend="import the profile again")
-        if content.get("schema_version") != SCHEMA_VERSION:
+        if content.get("schema_version") != SCHEMA_VERSION or content["schema_version"] is True:
             raise BadInput(
                 f"schema version {content.get('schema_version')!r} is not {SCHEMA_VERSION}",
                 where=str(path),
                 mend="import the profile again with this version of moesim",
             )
+        fault = _fault_of_figures(content)
+        if fault:
+            raise BadInput(fault, where=str(path), mend="import the profile again")
         return content
 
     def families(self) -> list[str]:
@@ -68,10 +77,25 @@ class Profile:
             return empty(family)
         return checked(read_parquet(path), family, where=path)
 
+    @cached_property
+    def products(self) -> dict[str, Product]:
+        """What was found of each kernel of dense products, by `lookup.product_name`. Raises BadInput."""
+        from profiles.products import Product  # compiled code: only where prices are asked
+
+        stored = self.description.get("products", {})
+        try:
+            return {str(name): Product.from_dict(one) for name, one in stored.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise BadInput(
+                "products do not hold rules and surcharges",
+                where=str(self.folder / DESCRIPTION),
+                mend="import the profile again",
+            ) from None
+
     def errors(self, name: str) -> dict[str, float]:
         """Leave-out errors of one family: `median`, `p68`, `p90` of |ln(predicted / measured)|, `points`."""
         found = self.description.get("errors", {}).get(name, {})
-        return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        return {str(key): float(value) for key, value in found.items()}
 
 
 def open_profile(name: str, system: str) -> Profile:
@@ -97,6 +121,37 @@ def shipped_systems() -> list[str]:
     return sorted(path.parent.name for path in DATA.glob(f"*/{DESCRIPTION}"))
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+def _fault_of_figures(content: dict[str, Any]) -> str:
+    """What is wrong with the figures of `profile.json` that prices use; empty where nothing is.
+
+    errors: family -> quantile -> figure. physics: kernel -> `parameters` and `limits`, name -> figure.
+    """
+    errors, physics = content.get("errors", {}), content.get("physics", {})
+    if not isinstance(errors, dict) or not isinstance(physics, dict):
+        return "errors and physics must be objects"
+    tables = {f"errors.{name}": table for name, table in errors.items()}
+    for name, kernel in physics.items():
+        if not isinstance(kernel, dict) or not {"parameters", "limits"} <= kernel.keys():
+            return f"physics.{name[:40]} lacks parameters or limits"
+        tables |= {f"physics.{name}.{part}": kernel[part] for part in ("parameters", "limits")}
+    for where, table in tables.items():
+        if not isinstance(table, dict):
+            return f"{where[:60]} is not an object"
+        for key, value in table.items():
+            number = not isinstance(value, bool) and isinstance(value, int | float)
+            if not number or not 0 <= value < LARGEST or (where.endswith(".limits") and not _is_count(key)):
+                return f"{f'{where}.{key}'[:80]} is no figure from 0 on"
+    return ""
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
 def polars_schema(family: Family) -> dict[str, Any]:
     """Polars types of a family's columns."""
     import polars as pl
@@ -112,12 +167,38 @@ def empty(family: Family) -> pl.DataFrame:
     return pl.DataFrame(schema=polars_schema(family))
 
 
+_STDERR = threading.Lock()
+
+
+@contextlib.contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """Keep off the terminal what Polars' threads print when they panic; the panic itself still comes as an exception.
+
+    They write to the file descriptor, so nothing but that can be turned away; one thread at a time.
+    """
+    with _STDERR:
+        try:
+            sys.stderr.flush()
+            kept = os.dup(2)
+        except (OSError, ValueError, AttributeError):  # no stderr, nothing to hear
+            yield
+            return
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def read_parquet(path: Path) -> pl.DataFrame:
     """Read a Parquet file; what is broken in it becomes one BadInput."""
     import polars as pl
 
     try:
-        return pl.read_parquet(path, use_statistics=False)
+        with _panics_unheard():
+            return pl.read_parquet(path, use_statistics=False)
     except BaseException as error:
         # Polars raises its PanicException, a BaseException, on some damaged files.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
@@ -126,7 +207,7 @@ def read_parquet(path: Path) -> pl.DataFrame:
 
 
 def checked(table: pl.DataFrame, family: Family, *, where: Path | str) -> pl.DataFrame:
-    """The table with the family's columns and types; sizes and latencies must be finite and above zero.
+    """The table with the family's columns and types; sizes and latencies finite and above zero, counts not negative.
 
     Raises BadInput that names the column and the first bad row.
     """
@@ -139,15 +220,17 @@ def checked(table: pl.DataFrame, family: Family, *, where: Path | str) -> pl.Dat
         table = table.select(pl.col(name).cast(kind) for name, kind in polars_schema(family).items())
     except pl.exceptions.PolarsError:
         raise BadInput("a column has the wrong type", where=str(where), mend="import the profile again") from None
-    for name in (*family.point, LATENCY, *family.values):
-        bad = table.select(
-            (pl.col(name).is_null() | ~pl.col(name).is_finite() | (pl.col(name) <= 0)).arg_true().alias("row")
-        )["row"]
+    for name, kind in family.columns.items():
+        column = pl.col(name)
+        odd = column.is_null()
+        if kind == COUNT:
+            odd = odd | (column < 0)
+        elif kind == NUMBER:
+            odd = odd | ~column.is_finite() | (column <= 0)
+        bad = table.select(odd.arg_true().alias("row"))["row"]
         if len(bad):
-            value = table[name][int(bad[0])]
-            raise BadInput(
-                f"{name} is {value} in row {int(bad[0])}", where=str(where), mend="values must be finite and above zero"
-            )
+            mend = "values must be finite and above zero" if kind == NUMBER else "import the profile again"
+            raise BadInput(f"{name} is {table[name][int(bad[0])]} in row {int(bad[0])}", where=str(where), mend=mend)
     return table
 
 

@@ -164,9 +164,9 @@ class Roofline:
         size = np.asarray(op.bytes, dtype=np.float64)
         share = (op.gpus - 1) / op.gpus
         steps = 2.0 if op.kind == "all_reduce" else 1.0
-        nvlink = NVLINK_FRACTION * self.cluster.nvlink_bytes_per_s
-        nic = NIC_FRACTION * self.cluster.nic_bytes_per_s
-        latency = steps * self.cluster.nvlink_latency_s * np.log2(max(op.gpus, 2))
+        nvlink = self._near_bytes_per_s()
+        nic = self._nic_bytes_per_s()
+        latency = steps * self.cluster.near_latency_s * np.log2(max(op.gpus, 2))
         if op.nodes == 1:
             busy = steps * share * size / nvlink
         else:
@@ -179,6 +179,17 @@ class Roofline:
                 busy = np.maximum(steps * share * size / nvlink, steps * remote * per_gpu / nic)
         return np.where((size > 0) & (op.gpus > 1), busy + latency + LAUNCH_S, 0.0)
 
+    def _near_bytes_per_s(self) -> float:
+        """What a GPU reaches inside its domain: the measured rate, or a share of the datasheet's."""
+        name = "nvlink_bytes_per_s" if self.cluster.nvlink_bytes_per_s else "pcie_bytes_per_s"
+        return self.cluster.near_bytes_per_s * (1.0 if name in self.cluster.measured else NVLINK_FRACTION)
+
+    def _nic_bytes_per_s(self) -> float:
+        """What a GPU reaches between nodes: the measured rate, or a share of the datasheet's."""
+        return self.cluster.shared_nic_bytes_per_s * (
+            1.0 if "nic_bytes_per_s" in self.cluster.measured else NIC_FRACTION
+        )
+
     def exchange(self, op: MoeExchange) -> Seconds:
         """DeepEP by bytes: low-latency sends a copy for each selected expert, normal one to each destination node.
 
@@ -187,9 +198,9 @@ class Roofline:
         tokens = np.asarray(op.tokens, dtype=np.float64)
         row = op.hidden * _bytes(op.dtype)
         remote = (op.nodes - 1) / op.nodes
-        nic = NIC_FRACTION * self.cluster.nic_bytes_per_s
-        nvlink = NVLINK_FRACTION * self.cluster.nvlink_bytes_per_s
-        latency = 2 * LAUNCH_S + self.cluster.nvlink_latency_s
+        nic = self._nic_bytes_per_s()
+        nvlink = self._near_bytes_per_s()
+        latency = 2 * LAUNCH_S + self.cluster.near_latency_s
         if op.nodes > 1:
             latency += 2 * self.cluster.nic_latency_s
         if op.mode == "low_latency":

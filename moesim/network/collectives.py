@@ -79,8 +79,8 @@ def all_to_all_flat(size_bytes: ArrayLike, cluster: ClusterSpec, gpus: int) -> F
     """
     domain, domains = _domains(cluster, gpus)
     message = _sizes(size_bytes) / gpus
-    near = (domain - 1) * (cluster.nvlink_latency_s + message / cluster.nvlink_bytes_per_s)
-    far = domain * (domains - 1) * (cluster.nic_latency_s + message / cluster.nic_bytes_per_s)
+    near = (domain - 1) * (cluster.near_latency_s + message / cluster.near_bytes_per_s)
+    far = domain * (domains - 1) * (cluster.nic_latency_s + message / cluster.shared_nic_bytes_per_s)
     return np.asarray(np.maximum(near, far))
 
 
@@ -92,8 +92,8 @@ def all_to_all_two_level(size_bytes: ArrayLike, cluster: ClusterSpec, gpus: int)
     """
     domain, domains = _domains(cluster, gpus)
     size = _sizes(size_bytes)
-    near = (domain - 1) * (cluster.nvlink_latency_s + size / domain / cluster.nvlink_bytes_per_s)
-    far = (domains - 1) * (cluster.nic_latency_s + size / domains / cluster.nic_bytes_per_s)
+    near = (domain - 1) * (cluster.near_latency_s + size / domain / cluster.near_bytes_per_s)
+    far = (domains - 1) * (cluster.nic_latency_s + size / domains / cluster.shared_nic_bytes_per_s)
     return np.asarray(near + far)
 
 
@@ -103,8 +103,8 @@ def seconds(collective: Collective, cluster: ClusterSpec) -> Floats:
     if collective.kind == "all_to_all":
         return np.minimum(all_to_all_flat(size, cluster, gpus), all_to_all_two_level(size, cluster, gpus))
     near = collective.nodes == 1 or gpus <= cluster.domain_gpus
-    latency_s = cluster.nvlink_latency_s if near else cluster.nic_latency_s
-    rate = cluster.nvlink_bytes_per_s if near else cluster.nic_bytes_per_s
+    latency_s = cluster.near_latency_s if near else cluster.nic_latency_s
+    rate = cluster.near_bytes_per_s if near else cluster.shared_nic_bytes_per_s
     if collective.kind == "all_reduce":
         return np.minimum(all_reduce_ring(size, gpus, latency_s, rate), all_reduce_tree(size, gpus, latency_s, rate))
     return all_gather_ring(size, gpus, latency_s, rate)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from moesim.spec.base import Spec
+
+# The figures of links that can be measured.
+LinkFigure = Literal[
+    "nvlink_bytes_per_s", "nvlink_latency_s", "nic_bytes_per_s", "nic_latency_s", "pcie_bytes_per_s", "pcie_latency_s"
+]
 
 
 class GpuSpec(Spec):
@@ -22,6 +29,40 @@ class GpuSpec(Spec):
         return self.flops_per_s.get(family, self.flops_per_s["bf16"])
 
 
+class NodeLayout(Spec):
+    """Which NIC each GPU of a node uses, and on which PCIe switches and CPU sockets they hang; every node alike.
+
+    Numbers count from 0 within the node. `nvidia-smi topo -m` shows all of it: PIX and PXB are one switch, PHB and NODE
+    one socket, SYS two. An empty list is the default: GPU i uses NIC i, beside it on a switch of their own.
+    """
+
+    gpu_nic: tuple[int, ...] = Field(default=(), description="NIC that each GPU uses")
+    gpu_switch: tuple[int, ...] = Field(default=(), description="PCIe switch that each GPU hangs on")
+    nic_switch: tuple[int, ...] = Field(default=(), description="PCIe switch that each NIC hangs on")
+    switch_socket: tuple[int, ...] = Field(default=(), description="CPU socket (host bridge) of each PCIe switch")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(number < 0 for name in type(self).model_fields for number in getattr(self, name)):
+            raise ValueError("numbers of NICs, switches and sockets count from 0")
+        if bool(self.gpu_switch) != bool(self.nic_switch):
+            raise ValueError("gpu_switch and nic_switch go together")
+        switches = max((*self.gpu_switch, *self.nic_switch), default=-1) + 1
+        if self.switch_socket and len(self.switch_socket) < switches:
+            raise ValueError(f"switch_socket names {len(self.switch_socket)} of {switches} switches")
+        if self.nic_switch and max(self.gpu_nic, default=0) >= len(self.nic_switch):
+            raise ValueError(f"gpu_nic names a NIC that nic_switch, a list of {len(self.nic_switch)}, lacks")
+        return self
+
+
+class MeasuredFigure(Spec):
+    """What stands behind a figure that was measured."""
+
+    rel_sigma: float = Field(ge=0, description="one standard deviation of ln(true / figure)")
+    points: int = Field(gt=0, description="measured points behind it")
+    source: str = ""
+
+
 class ClusterSpec(Spec):
     """A homogeneous cluster. Link rates are for one GPU and one direction."""
 
@@ -29,13 +70,34 @@ class ClusterSpec(Spec):
     gpu: GpuSpec
     nodes: int = Field(default=1, gt=0)
     gpus_per_node: int = Field(default=8, gt=0)
-    nvlink_bytes_per_s: float = Field(gt=0)
-    nic_bytes_per_s: float = Field(gt=0, description="network rate that one GPU can use between nodes")
+    nvlink_bytes_per_s: float = Field(ge=0, description="0 = no NVLink: a node's GPUs meet over PCIe")
+    nic_bytes_per_s: float = Field(gt=0, description="rate of one NIC: all that a GPU can use when it shares it not")
     pcie_bytes_per_s: float = Field(gt=0)
     nvlink_latency_s: float = Field(default=2e-6, ge=0)
     nic_latency_s: float = Field(default=5e-6, ge=0)
+    pcie_latency_s: float = Field(default=1e-5, ge=0, description="between two GPUs of a node without NVLink; assumed")
     nvlink_domain_gpus: int = Field(default=0, ge=0, description="GPUs that share NVLink; 0 = one node")
+    node: NodeLayout = Field(default_factory=NodeLayout)
+    socket_bytes_per_s: float = Field(default=0, ge=0, description="between the CPU sockets of a node; 0 = as PCIe")
+    rails: bool = Field(default=True, description="NIC i of every node on leaf switch i; else a node's NICs on its own")
+    nodes_per_leaf: int = Field(default=0, ge=0, description="0 = all nodes with rails, one without")
+    oversubscription: float = Field(default=1, ge=1, description="what a leaf's NICs send over its uplink's rate")
+    measured: dict[LinkFigure, MeasuredFigure] = Field(
+        default_factory=dict, description="link figures that were measured; all others are assumed"
+    )
     sources: dict[str, str] = Field(default_factory=dict, description="field -> where the figure comes from")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.nvlink_bytes_per_s and self.nvlink_domain_gpus:
+            raise ValueError("nvlink_domain_gpus without NVLink: give nvlink_bytes_per_s")
+        for name in ("gpu_nic", "gpu_switch"):
+            listed = len(getattr(self.node, name))
+            if listed and listed != self.gpus_per_node:
+                raise ValueError(f"node.{name} lists {listed} GPUs of {self.gpus_per_node}")
+        if self.node.nic_switch and len(self.node.nic_switch) <= max(self.gpu_nic):
+            raise ValueError(f"node.nic_switch lists {len(self.node.nic_switch)} NICs of {max(self.gpu_nic) + 1}")
+        return self
 
     @property
     def gpus(self) -> int:
@@ -44,5 +106,30 @@ class ClusterSpec(Spec):
 
     @property
     def domain_gpus(self) -> int:
-        """GPUs that reach each other over NVLink without a NIC."""
+        """GPUs that reach each other without a NIC: over NVLink, or over PCIe where there is none."""
         return self.nvlink_domain_gpus or self.gpus_per_node
+
+    @property
+    def near_bytes_per_s(self) -> float:
+        """Rate of a GPU to the others of its domain: NVLink's, or PCIe's where there is none."""
+        return self.nvlink_bytes_per_s or self.pcie_bytes_per_s
+
+    @property
+    def near_latency_s(self) -> float:
+        """Latency to another GPU of the domain: NVLink's, or PCIe's where there is none."""
+        return self.nvlink_latency_s if self.nvlink_bytes_per_s else self.pcie_latency_s
+
+    @property
+    def gpu_nic(self) -> tuple[int, ...]:
+        """NIC of its node that each GPU of a node uses."""
+        return self.node.gpu_nic[: self.gpus_per_node] or tuple(range(self.gpus_per_node))
+
+    @property
+    def nics_per_node(self) -> int:
+        """NICs of a node that its GPUs use, as far as the highest numbered one."""
+        return max(self.gpu_nic) + 1
+
+    @property
+    def shared_nic_bytes_per_s(self) -> float:
+        """Network rate of one GPU of the most shared NIC while all GPUs send."""
+        return self.nic_bytes_per_s / max(self.gpu_nic.count(nic) for nic in self.gpu_nic)

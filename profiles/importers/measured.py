@@ -60,7 +60,7 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
     if not any(rows.values()):
         raise BadInput(
             "no line belongs to a table of the store", where="profile import measured",
-            mend=f"measure one of: {', '.join(FAMILIES)}",
+            mend=f"measure one of: {', '.join(name for name, family in FAMILIES.items() if family.measured_by)}",
         )  # fmt: skip
     tables = {}
     for name, found in rows.items():

@@ -106,3 +106,48 @@ def test_faults_of_a_file_are_named(tmp_path: Path, text: str, message: str) -> 
 def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot read the cluster file"):
         load_cluster(tmp_path / "none.yaml")
+
+
+LAYOUT = {
+    "gpu_nic": [0, 0, 1, 1, 2, 2, 3, 3],
+    "gpu_switch": [0, 0, 1, 1, 2, 2, 3, 3],
+    "nic_switch": [0, 1, 2, 3],
+    "switch_socket": [0, 0, 1, 1],
+}
+
+
+def cluster_with(**changes: object) -> ClusterSpec:
+    base = load_cluster(ClusterChoice(system="h200_sxm")).model_dump(mode="json")
+    return ClusterSpec.read({**base, **changes}, where="c.yaml")
+
+
+def test_nics_that_gpus_share() -> None:
+    own = cluster_with()
+    assert (own.gpu_nic, own.nics_per_node, own.shared_nic_bytes_per_s) == (tuple(range(8)), 8, own.nic_bytes_per_s)
+    shared = cluster_with(node=LAYOUT)
+    assert (shared.nics_per_node, shared.shared_nic_bytes_per_s) == (4, own.nic_bytes_per_s / 2)
+
+
+def test_a_node_without_nvlink_meets_over_pcie() -> None:
+    box = cluster_with(nvlink_bytes_per_s=0, pcie_latency_s=7e-6)
+    assert (box.near_bytes_per_s, box.near_latency_s) == (box.pcie_bytes_per_s, 7e-6)
+    assert box.domain_gpus == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"node": {"gpu_nic": [0, 1]}}, "lists 2 GPUs of 8"),
+        ({"node": {**LAYOUT, "gpu_nic": [0, 0, 1, 1, 2, 2, 3, 4]}}, "names a NIC that nic_switch, a list of 4, lacks"),
+        ({"node": {**LAYOUT, "gpu_nic": []}}, "lists 4 NICs of 8"),
+        ({"node": {**LAYOUT, "switch_socket": [0]}}, "names 1 of 4 switches"),
+        ({"node": {**LAYOUT, "nic_switch": []}}, "go together"),
+        ({"node": {"gpu_nic": [0, 0, 0, 0, 0, 0, 0, -1]}}, "count from 0"),
+        ({"nvlink_bytes_per_s": 0, "nvlink_domain_gpus": 8}, "without NVLink"),
+        ({"oversubscription": 0.5}, "oversubscription"),
+        ({"measured": {"nic_speed": {"rel_sigma": 0.1, "points": 3}}}, "measured"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_named(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        cluster_with(**changes)

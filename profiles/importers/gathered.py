@@ -1,0 +1,66 @@
+"""Rows that importers read one by one become tables of the store, and the description that goes with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import BadInput
+from profiles.leave_out import errors_of, fit_experts
+from profiles.record import FAMILIES, LATENCY
+from profiles.store import empty, polars_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+UNKNOWN = "unknown"
+
+
+def tables_of_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, pl.DataFrame]:
+    """A table for each family, empty where there is no row; points that stand there more than once become their median.
+
+    rows: family and row, the row with every column of its family.
+    """
+    import polars as pl
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in FAMILIES}
+    for family, row in rows:
+        found[family].append(row)
+    tables = {}
+    for name, shape in FAMILIES.items():
+        if not found[name]:
+            tables[name] = empty(shape)
+            continue
+        identity = [column for column in shape.columns if column != LATENCY]
+        table = pl.DataFrame(found[name], schema=polars_schema(shape))
+        tables[name] = table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(shape.columns)).sort(identity)
+    return tables
+
+
+def checked_system(system: str) -> str:
+    """The system's name. Raises BadInput where it is blank."""
+    if not system.strip():
+        raise BadInput("the system has no name", where="--system", mend="name it as scenarios do: h200_sxm")
+    return system.strip()
+
+
+def description(
+    tables: dict[str, pl.DataFrame], system: str, engine: str, files: Sequence[Path], **told: Any
+) -> dict[str, Any]:
+    """`profile.json`: where the rows come from, the leave-out errors that they allow, and what the importer tells."""
+    fitted = fit_experts(tables["experts"])
+    return {
+        "system": system,
+        "engine": engine,
+        "files": [{"name": Path(path).name, "sha256": _digest(path)} for path in files],
+        "rows": {name: table.height for name, table in tables.items() if table.height},
+        **told,
+        "errors": errors_of(tables, fitted),
+        "physics": fitted["parameters"],
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,58 @@
+"""`moesim profile topology`: how the GPUs of this node, or of a saved matrix, reach each other and the NICs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option, echo
+
+COMMAND = ("nvidia-smi", "topo", "-m")
+TIME_LIMIT_S = 60.0  # the driver answers in about a second; without persistence it first wakes every GPU
+
+
+def topology(
+    saved: Annotated[Path | None, Option("--from", help="A saved `nvidia-smi topo -m`; default: run it here.")] = None,
+    out: Annotated[
+        Path | None, Option("--out", help="Cluster file that `node` is written into; its other keys stay.")
+    ] = None,
+    system: Annotated[str | None, Option("--system", help="For a new --out: the preset to start from.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Tell NVLink domains, the NIC of each GPU, what is shared and what is far, from nvidia-smi topo -m."""
+    from profiles.importers import topo_cluster
+    from profiles.importers.printed import read_printed
+    from profiles.importers.topo import read_topology
+
+    source = str(saved) if saved is not None else " ".join(COMMAND)
+    text = read_printed(saved, "matrix of nvidia-smi") if saved is not None else ask_driver()
+    found = read_topology(text, source)
+    if out is not None:
+        named = saved.name if saved is not None else source
+        topo_cluster.write_cluster(found, out, system, f"from {named}")
+    if as_json:
+        echo(json.dumps({**topo_cluster.as_json(found), "out": None if out is None else str(out)}))
+        return
+    echo("\n".join(topo_cluster.in_words(found)))
+    if out is not None:
+        echo(f"wrote node into {out}", err=True)
+
+
+def ask_driver() -> str:
+    """What `nvidia-smi topo -m` prints here. Raises MissingPart where it is not there or fails."""
+    from moesim.errors import MissingPart
+
+    mend = "run `nvidia-smi topo -m > topo.txt` where the GPUs are, then give --from topo.txt"
+    if shutil.which(COMMAND[0]) is None:
+        raise MissingPart("nvidia-smi is not on this machine", mend=mend)
+    try:
+        done = subprocess.run(COMMAND, capture_output=True, timeout=TIME_LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingPart(f"nvidia-smi topo -m did not run ({type(error).__name__})", mend=mend) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip().split("\n")[0][:100]
+        raise MissingPart(f"nvidia-smi topo -m failed ({said or done.returncode})", mend=mend)
+    return done.stdout.decode("utf-8", errors="replace")
