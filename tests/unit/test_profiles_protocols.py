@@ -112,4 +112,4 @@ def test_the_rule_follows_from_the_collective_and_its_library() -> None:
     assert rule_of_collective("all_to_all", "gloo") == "chord"
     rows = pl.DataFrame({"kind": ["all_gather"], "path": ["nccl"], "bytes": [1024.0], "m": [16]})
     assert rule_along(rows, "bytes") == "steps"
-    assert rule_along(rows, "m") == "tiles"
+    assert rule_along(rows, "tokens") == "chord"
