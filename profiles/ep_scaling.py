@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.network.uniform import Copies, CopyScheme, Routed, uniform_copies
+from profiles.monotone import isotonic
 
 Floats = NDArray[np.float64]
 
@@ -99,15 +100,16 @@ def carried(
 ) -> Floats:
     """Seconds [n] at tokens [n] and an EP size: the model times what the measured EP sizes around deviate from it.
 
-    measured: EP size -> (tokens [n], seconds [n]) at the same tokens; at least one.
+    measured: EP size -> (tokens [n], seconds [n]) at the same tokens; at least one. More ranks at as many tokens each
+    never take less, so the measured seconds are first moved to the nearest that rise with the ranks.
     """
     sizes = sorted(measured)
+    rising = np.apply_along_axis(isotonic, 0, np.log([measured[size][1] for size in sizes]))
     weights = _weights(np.log(sizes), math.log(ranks))
     moved = np.zeros(np.shape(tokens))
-    for size, weight in zip(sizes, weights.tolist(), strict=True):
+    for size, logs, weight in zip(sizes, rising, weights.tolist(), strict=True):
         if weight:
-            at, seconds = measured[size]
-            moved = moved + weight * np.log(seconds / physics.seconds(kind, size, at))
+            moved = moved + weight * (logs - np.log(physics.seconds(kind, size, measured[size][0])))
     return np.asarray(physics.seconds(kind, ranks, tokens) * np.exp(moved))
 
 
