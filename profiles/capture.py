@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +22,11 @@ from profiles.record import COUNT, FAMILIES, NUMBER, TEXT
 FORMAT = "moesim-measured"
 SCHEMA_VERSION = 1
 LARGEST = 2**53  # the whole numbers that a float64 and every JSON reader hold exactly
-# Families without a table of the store: ceilings of the machine, the products of experts alone, small kernels, and
-# all-to-alls with uneven splits.
+# Families without a table of the store: ceilings of the machine, the products of experts alone (also with some
+# multiprocessors held), small kernels.
 WITHOUT_TABLE = (
-    "ceiling", "grouped_gemm", "gate", "permute", "unpermute", "norm", "kv_write", "uneven_all_to_all",
+    "ceiling", "grouped_gemm", "held_sms", "gate", "permute", "unpermute", "norm", "kv_write", "quantise", "pack",
+    "replica_choice", "histogram",
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class Line:
     p90_s: float
     run: dict[str, Any]
     extra: dict[str, Any]
+    values: dict[str, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -198,8 +200,17 @@ def _line(content: Any) -> Line:
         raise _Wrong("extra is not an object")
     return Line(
         family, key, {name: float(value) for name, value in size.items()}, _of(content, "kernel", str),
-        _of(content, "device", str), baseline, middle, low, high, run, extra,
+        _of(content, "device", str), baseline, middle, low, high, run, extra, _values(family, content),
     )  # fmt: skip
+
+
+def _values(family: str, content: dict[str, Any]) -> dict[str, float]:
+    """The further figures of a family that has some."""
+    values = content.get("values", {})
+    wanted = FAMILIES[family].values if family in FAMILIES else ()
+    if not isinstance(values, dict) or set(values) != set(wanted):
+        raise _Wrong(f"the values of {family} are {', '.join(wanted) or 'none'}")
+    return {name: _positive(values[name], f"values.{name}") for name in wanted}
 
 
 def _of(content: dict[str, Any], name: str, kind: type) -> Any:

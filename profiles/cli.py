@@ -12,12 +12,14 @@ from typer import Argument, Option, Typer, echo
 from profiles.check_command import check
 from profiles.import_commands import import_deepep, import_nccl_tests, import_published
 from profiles.network_command import fit_network
+from profiles.node_command import node
 from profiles.topology_command import topology
 
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 importers = Typer(help="Convert published tables into a profile.", no_args_is_help=True)
 app.add_typer(importers, name="import")
 app.command("check")(check)
+app.command("node")(node)
 app.command("topology")(topology)
 for name, command in (("nccl-tests", import_nccl_tests), ("deepep", import_deepep), ("published", import_published)):
     importers.command(name)(command)
@@ -79,19 +81,21 @@ def import_aiconfigurator(
 
 @importers.command("measured")
 def import_measured(
-    files: Annotated[list[Path], Argument(help="JSON lines of `moesim profile kernels` or `collectives`.")],
+    files: Annotated[list[Path], Argument(help="Of `moesim profile kernels` or `collectives`, or bundles.")],
     system: Annotated[str, Option("--system", help="The system that was measured, as scenarios name it: h200_sxm.")],
     out: Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")],
     as_json: JSON = False,
 ) -> None:
     """Turn measurements of this machine into a profile that `cost.profiles` can name."""
-    from profiles.capture import read_lines
+    from profiles.bundle import read_any
     from profiles.importers.measured import describe, tables_of
     from profiles.store import write_profile
 
-    lines = read_lines(files)
+    lines, manifests = read_any(files)
     tables = tables_of(lines, system)
     description = describe(lines, tables, system, files)
+    if manifests:
+        description["bundles"] = manifests
     write_profile(out, tables, description)
     summary = {"out": str(out), "rows": description["rows"], "without_table": description["without_table"]}
     if as_json:
@@ -201,34 +205,46 @@ def collectives(
         Path | None, Option("--loads", help="Uneven all_to_all as these loads under --placement make it.")
     ] = None,
     placement: Annotated[Path | None, Option("--placement", help="A placement map for --loads.")] = None,
+    patterns: Annotated[
+        list[str] | None, Option("--pattern", help="Uneven all_to_all: kept, kept_by_one, one_way, zipf_1.2 (say).")
+    ] = None,
+    beside: Annotated[str | None, Option("--beside", help="gemm: while an expert's product runs.")] = None,
+    split: Annotated[
+        str, Option("--groups", help="all, inside (a host), rail (one rank a host), N neighbours; comma-separated.")
+    ] = "all,inside,rail",
     layer: Annotated[int | None, Option("--layer", help="Layer of --loads; default: the middle one.")] = None,
     stall_limit: Annotated[float, Option("--stall-limit", min=1.0, help="Seconds without progress.")] = 120.0,
 ) -> None:
     """Time collectives over torch.distributed, under torchrun or with local ranks; resumable."""
     import os
 
-    from moesim.errors import BadInput
     from profiles import collectives as work
+    from profiles.collective_points import asked_for
+    from profiles.launch import under_torchrun
     from profiles.shares import destination_shares
 
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
-    wanted = tuple(dict.fromkeys(kinds.split(",")))
-    for kind in wanted:
-        if kind not in work.KINDS:
-            raise BadInput(f"unknown kind {kind!r}", where="--kinds", mend=f"use {', '.join(work.KINDS)}")
-    least, most = work.bytes_from(low, "--from"), work.bytes_from(high, "--to")
-    if most < least:
-        raise BadInput(f"{high} is less than {low}", where="--to", mend="give a larger size")
+    one_of_many = under_torchrun()
+    world = int(os.environ["WORLD_SIZE"]) if one_of_many else ranks
     shares, name = destination_shares(world, skew=skew, loads=loads, placement=placement, layer=layer)
-    if shares and "all_to_all" not in wanted:
-        raise BadInput("only all_to_all can be uneven", where="--kinds", mend="add all_to_all")
-    job = work.Job(
-        backend, wanted, work.sizes_between(least, most), repeats, str(out.absolute()), shares, name, stall_limit
+    job = asked_for(
+        backend=backend,
+        kinds=kinds,
+        low=low,
+        high=high,
+        patterns=tuple(patterns or ()),
+        beside=beside or "",
+        groups=split,
+        shares=shares,
+        distribution=name,
+        repeats=repeats,
+        out=str(out.absolute()),
+        stall_s=stall_limit,
     )
-    if not under_torchrun:
+    if not one_of_many:
         work.run_local(job, ranks, say=lambda line: echo(line, err=True))
-    elif not work.run_under_torchrun(job, say=lambda line: echo(line, err=True)):
-        return
+    else:
+        work.run_under_torchrun(job, say=lambda line: echo(line, err=True))
+        if int(os.environ["RANK"]):
+            return
     for line in work.report(out):
         echo(line)

@@ -20,10 +20,15 @@ FLUSH_BYTES = 256 * 2**20
 FEWEST_REPEATS = 5
 
 
-def load_torch(device: str) -> Any:
-    """Import torch for a device. Raises MissingPart without torch or the GPU, BadInput for an unknown device."""
+def need_torch() -> None:
+    """Raises MissingPart without torch; does not import it, which takes a second."""
     if importlib.util.find_spec("torch") is None:
         raise MissingPart("torch is not installed", where="--device", mend="pip install '.[hardware]'")
+
+
+def load_torch(device: str) -> Any:
+    """Import torch for a device. Raises MissingPart without torch or the GPU, BadInput for an unknown device."""
+    need_torch()
     import torch
 
     kind, _, number = device.partition(":")

@@ -18,11 +18,13 @@ if not __package__:  # run as a script: let `profiles` and `moesim` be found bes
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from moesim.errors import BadInput, CheckFailed, MoesimError
+from profiles import local_side, overlap
 from profiles.asked import asked
+from profiles.beside import NeverTogether
 from profiles.capture import Log, identity, statistics_of
 from profiles.device import Stopwatch, conditions, device_name, free_bytes, load_torch, readings
 from profiles.sweep import CPU, GPU, QUICK, Point, plan, real_loads
-from profiles.torch_kernels import TOLERANCE, Builder, bytes_of, dtype_of
+from profiles.torch_kernels import TOLERANCE, Builder, Case, bytes_of, dtype_of
 
 MOST_MEMORY = 0.6  # of what is free: the rest is for work space and others
 LIMIT_S = 2.0  # a point's repeats; the quick sweep takes less
@@ -31,7 +33,10 @@ QUICK_LIMIT_S = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure: the sweep of the device, cut to `families` where given, or single `points`."""
+    """What to measure: the sweep of the device, cut to `families` where given, or single `points`.
+
+    budget_s: no point is begun after that long.
+    """
 
     device: str = "cpu"
     quick: bool = False
@@ -41,16 +46,18 @@ class Options:
     loads: Path | None = None
     placement: Path | None = None
     ranks: int = 8
+    budget_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """How a sweep went: points measured now, points that the file held, and why others were left out."""
+    """How a sweep went: points measured now, points that the file held, why others were left out, and for later."""
 
     measured: int
     kept: int
     left_out: dict[str, int]
     wrong: tuple[str, ...]
+    later: int = 0
 
 
 def points_of(options: Options) -> list[Point]:
@@ -59,7 +66,7 @@ def points_of(options: Options) -> list[Point]:
         return [point for text in options.points for point in asked(text)]
     reach = QUICK if options.quick else (GPU if options.device.startswith("cuda") else CPU)
     loads = real_loads(options.loads, options.placement, ranks=options.ranks) if options.loads else ()
-    found = plan(reach, loads=loads)
+    found = [*plan(reach, loads=loads), *overlap.points(reach)]
     known = dict.fromkeys(point.family for point in found)
     for family in options.families:
         if family not in known:
@@ -87,9 +94,13 @@ def measure(options: Options, out: Path, *, say: Callable[[str], None] = lambda 
     left_out: dict[str, int] = {}
     wrong: list[str] = []
     measured = 0
-    said = time.monotonic()
+    begun = said = time.monotonic()
+    later = 0
     with torch.inference_mode():
         for number, point in enumerate(todo, start=1):
+            if options.budget_s is not None and time.monotonic() - begun > options.budget_s:
+                later = len(todo) - number + 1
+                break
             why, line = _one(torch, options, point, builder, watch, device)
             if line is not None:
                 log.append(line)
@@ -102,7 +113,7 @@ def measure(options: Options, out: Path, *, say: Callable[[str], None] = lambda 
             if time.monotonic() - said > 5 or number == len(todo):
                 say(f"{number} of {len(todo)} points: {point.family} {point.size}")
                 said = time.monotonic()
-    return Done(measured, len(points) - len(todo), left_out, tuple(wrong))
+    return Done(measured, len(points) - len(todo), left_out, tuple(wrong), later)
 
 
 def _one(
@@ -113,15 +124,24 @@ def _one(
     builder.forget_unless(point)
     if bytes_of(point, fused_attention=cuda) > MOST_MEMORY * free_bytes(torch, options.device):
         return "larger than the free memory", None
-    if not cuda and _only_on_gpu(point):
-        return "needs a GPU", None
+    why = overlap.lacks(point, options.device) if point.family in overlap.FAMILIES else ""
+    if why or (not cuda and _only_on_gpu(point)):
+        return why or "needs a GPU", None
     before = readings(options.device)
+    figures: dict[str, Any] = {"error": None, "extra": point.extra}
     try:
-        case = builder.case(point)
-        error = None if case.error is None else case.error()
-        if error is not None and not error <= TOLERANCE[dtype_of(point)]:
-            return f"wrong result: {error:.2g} off the float32 reference", None
-        seconds, mode = watch.time(case.run, graph=case.graph)
+        if point.family in overlap.FAMILIES:
+            figures |= overlap.figures(torch, builder, point, options.repeats)
+            mode = "beside"
+        else:
+            case = case_of(torch, builder, point)
+            error = None if case.error is None else case.error()
+            if error is not None and not error <= TOLERANCE[dtype_of(point)]:
+                return f"wrong result: {error:.2g} off the float32 reference", None
+            seconds, mode = watch.time(case.run, graph=case.graph)
+            figures |= {**statistics_of(seconds), "error": error}
+    except NeverTogether as failure:
+        return failure.what, None
     except (RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError) as failure:
         # A kernel that this torch or device lacks; the sweep goes on, and the count is told at its end.
         if cuda:
@@ -141,11 +161,16 @@ def _one(
         "kernel": point.kernel,
         "device": device,
         "baseline": point.baseline,
-        **statistics_of(seconds),
-        "error": error,
-        "extra": point.extra,
+        **figures,
         "run": run,
     }
+
+
+def case_of(torch: Any, builder: Builder, point: Point) -> Case:
+    """The work of a point, and its check."""
+    if point.family in local_side.FAMILIES:
+        return local_side.LocalSide(torch, builder.device, point).case(point.family)
+    return builder.case(point)
 
 
 def _only_on_gpu(point: Point) -> bool:
@@ -182,6 +207,8 @@ def report(done: Done, out: Path) -> list[str]:
             f" spread (p90 - p10) {spread:.0%} of the median"
         )
     lines += [f"  left out {count}: {why}" for why, count in done.left_out.items()]
+    if done.later:
+        lines.append(f"  {done.later} left for later: the time was up; the same command goes on")
     return lines
 
 

@@ -20,27 +20,38 @@ from moesim.errors import CheckFailed, MoesimError
 POLL_S = 0.05
 GRACE_S = 1.0  # for the other ranks to fail too, so that the cause can be told from its echoes
 WHERE = "profile collectives"
+RESULT = "result"
 # One thread for each rank; below also gloo over loopback, whatever the host name resolves to.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def launch(module: str, job: dict[str, object], ranks: int, *, stall_s: float, say: Callable[[str], None]) -> None:
+def under_torchrun() -> bool:
+    """Whether something else started the ranks, this process being one of them."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(
+    module: str, job: dict[str, object], ranks: int, *, stall_s: float, say: Callable[[str], None], where: str = WHERE
+) -> str:
     """Run `module` as one process for each rank until all are done; on any failure end them all, and raise.
 
     The rank processes get the job's path, their rank and the parent's process id. Rank 0 rewrites `progress` in the
-    job's folder with what it does; `stall_s` without a change there counts as a hang. Raises the error that a rank
-    wrote, or CheckFailed that says which rank died, and how. No process is left behind, however this ends.
+    job's folder with what it does; `stall_s` without a change there counts as a hang. where: the command, for errors.
+    Raises the error that a rank wrote, or CheckFailed that says which rank died, and how. No process is left behind,
+    however this ends. Returns what a rank left as the `result`, if any did.
     """
     with tempfile.TemporaryDirectory(prefix="moesim-ranks-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         environment = os.environ | ENVIRONMENT | {"MOESIM_RANKS": str(ranks)}
+        # -P keeps a user's folder called `profiles` from standing in for ours, which may be a copy, not installed.
+        root = str(Path(__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         if job["backend"] == "gloo":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         running: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(ranks):
-                # -P keeps a user's folder called `profiles` from standing in for ours.
                 line = [sys.executable, "-P", "-m", module, str(folder), str(rank), str(os.getpid())]
                 with (folder / f"{rank}.stderr").open("wb") as log:
                     running.append(
@@ -49,14 +60,16 @@ def launch(module: str, job: dict[str, object], ranks: int, *, stall_s: float, s
                             start_new_session=True,
                         )
                     )  # fmt: skip
-            _watch(running, folder, stall_s, say)
+            _watch(running, folder, stall_s, say, where)
+            left = folder / RESULT
+            return left.read_text(encoding="utf-8") if left.is_file() else ""
         finally:
             for process in running:
                 _end(process)
 
 
 def _watch(
-    running: Sequence[subprocess.Popen[bytes]], folder: Path, stall_s: float, say: Callable[[str], None]
+    running: Sequence[subprocess.Popen[bytes]], folder: Path, stall_s: float, say: Callable[[str], None], where: str
 ) -> None:
     told, moved = "", time.monotonic()
     while True:
@@ -65,7 +78,7 @@ def _watch(
             until = time.monotonic() + GRACE_S
             while time.monotonic() < until and any(process.poll() is None for process in running):
                 time.sleep(POLL_S)
-            raise _cause([process.poll() for process in running], folder)
+            raise _cause([process.poll() for process in running], folder, where)
         if all(code == 0 for code in codes):
             return
         with contextlib.suppress(OSError):
@@ -76,20 +89,20 @@ def _watch(
         if time.monotonic() - moved > stall_s:
             raise CheckFailed(
                 f"no progress for {stall_s:g} s, {f'at {told}' if told else 'before the ranks met'}",
-                where=WHERE,
+                where=where,
                 mend="what is finished is in the file; run again, with a larger --stall-limit if it is only slow",
             )
         time.sleep(POLL_S)
 
 
-def _cause(codes: Sequence[int | None], folder: Path) -> MoesimError:
+def _cause(codes: Sequence[int | None], folder: Path, where: str) -> MoesimError:
     """The error that explains why ranks ended: one was killed, one told an error, or one only lost the others."""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 name = signal.Signals(-code).name
                 return CheckFailed(
-                    f"rank {rank} was killed by {name}", where=WHERE, mend="what is finished is in the file; run again"
+                    f"rank {rank} was killed by {name}", where=where, mend="what is finished is in the file; run again"
                 )
     for rank, code in enumerate(codes):
         path = folder / f"{rank}.error"
@@ -100,7 +113,7 @@ def _cause(codes: Sequence[int | None], folder: Path) -> MoesimError:
     rank = next(rank for rank, code in enumerate(codes) if code)
     said = (folder / f"{rank}.stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return CheckFailed(
-        f"rank {rank} failed: {said[-1][:200] if said else 'it said nothing'}", where=WHERE, mend="run again"
+        f"rank {rank} failed: {said[-1][:200] if said else 'it said nothing'}", where=where, mend="run again"
     )
 
 
@@ -120,6 +133,11 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def result(folder: Path, text: str) -> None:
+    """Leave the result where the parent finds it."""
+    (folder / RESULT).write_text(text, encoding="utf-8")
 
 
 def tell(folder: Path, rank: int, error: MoesimError) -> None:

@@ -155,7 +155,9 @@ def rule_of(size: str) -> Rule:
 
 def rule_along(rows: pl.DataFrame, size: str) -> Rule:
     """The same for rows of one key; that of a collective depends on which it is, and on the library."""
-    return rule_of_collective(rows["kind"][0], rows["path"][0]) if size == "bytes" else rule_of(size)
+    if size == "bytes" and "kind" in rows.columns:
+        return rule_of_collective(rows["kind"][0], rows["path"][0])
+    return rule_of(size)
 
 
 def along(rows: pl.DataFrame, size: str, source: str, sigma: float) -> Priced:

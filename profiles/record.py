@@ -29,13 +29,17 @@ LATENCY = "latency_s"
 
 @dataclass(frozen=True)
 class Family:
-    """One family of rows: its file is `<name>.parquet`. `key` may be 0 in a COUNT; `point` may not."""
+    """One family of rows: its file is `<name>.parquet`. `key` may be 0 in a COUNT; `point` and `values` may not.
+
+    values: figures measured beside the latency.
+    """
 
     name: str
     key: dict[str, str]
     point: tuple[str, ...]
     cost_family: str = ""  # of the estimates that are looked up here; empty where none is
     measured_by: str = ""  # the command that measures it; empty where there is none
+    values: tuple[str, ...] = ()
 
     @property
     def priced(self) -> bool:
@@ -46,7 +50,7 @@ class Family:
     def columns(self) -> dict[str, str]:
         """All columns in order -> TEXT, COUNT or NUMBER."""
         sizes = dict.fromkeys(self.point, NUMBER)
-        return {**self.key, **sizes, LATENCY: NUMBER, **PROVENANCE}
+        return {**self.key, **sizes, LATENCY: NUMBER, **dict.fromkeys(self.values, NUMBER), **PROVENANCE}
 
 
 # Rows that were measured by this package; they price for every engine whose scenario names their profile.
@@ -128,6 +132,32 @@ FAMILIES: dict[str, Family] = {
             ("bytes",),
             "collective",
             COLLECTIVES,
+        ),
+        # An all-to-all with uneven splits, by what makes its time: what the busiest rank sends or receives (the larger)
+        # and its other direction, the most that a rank exchanges with other nodes in one direction, and the most that
+        # stays on a rank. `bytes`: the send buffer of a rank, the mean over ranks.
+        Family(
+            "uneven_all_to_all",
+            {
+                "path": TEXT,
+                "gpus": COUNT,
+                "nodes": COUNT,
+                "busiest_bytes": COUNT,
+                "other_way_bytes": COUNT,
+                "off_node_bytes": COUNT,
+                "kept_bytes": COUNT,
+            },
+            ("bytes",),
+            measured_by=COLLECTIVES,
+        ),
+        # A transfer while something else runs on the same ranks: never the price of a transfer alone. `slowdown` of the
+        # transfer and `beside_slowdown` of the other work are its time beside over its time alone.
+        Family(
+            "overlap",
+            {"work": TEXT, "beside": TEXT, "path": TEXT, "gpus": COUNT, "nodes": COUNT},
+            ("bytes",),
+            measured_by=COLLECTIVES,
+            values=("slowdown", "beside_slowdown"),
         ),
         # DeepEP; `tokens` of each rank.
         Family(

@@ -1,4 +1,4 @@
-"""Where a rank's tokens go: the shares of the destinations of an uneven all-to-all."""
+"""Who sends which share to whom in an uneven all-to-all: by name, or as real loads fall on the ranks of a placement."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import BadInput
+from profiles.sweep import whole
+from profiles.traffic import Floats, Ints
+
+KEPT, KEPT_BY_ONE, ONE_WAY = "kept", "kept_by_one", "one_way"
+PATTERNS = f"{KEPT}, {KEPT_BY_ONE}, {ONE_WAY} or zipf_1.2 (say)"
 
 
 def destination_shares(
@@ -21,8 +26,8 @@ def destination_shares(
             raise BadInput("there are no loads", where="--loads", mend="give the loads that the placement is for")
         if skew is None:
             return (), ""
-        weights = np.arange(1, ranks + 1, dtype=np.float64) ** -skew
-        return tuple(float(value) for value in weights / weights.sum()), f"zipf_{skew:g}"
+        name = f"zipf_{skew:g}"
+        return tuple(float(value) for value in pattern(name, ranks)[0]), name
     if skew is not None:
         raise BadInput("skew and loads exclude each other", where="--skew", mend="give one of them")
     from moesim.routing.readers import read_loads
@@ -55,3 +60,34 @@ def destination_shares(
     shares = by_rank / by_rank.sum()
     name = f"{loads.name}:{placement.name if placement else 'contiguous'}:{wanted}"
     return tuple(float(value) for value in shares), name
+
+
+def pattern(name: str, ranks: int) -> Floats:
+    """Shares of a rank's mean send buffer [source, destination], which sum to the number of ranks.
+
+    kept: nothing leaves its rank. kept_by_one: likewise, and only the first rank has something. one_way: the first half
+    of the ranks sends to the second half, evenly; nothing goes back. zipf_S: every rank sends to destination d in
+    proportion to (d + 1)^-S. Raises BadInput.
+    """
+    if name == KEPT:
+        return np.eye(ranks)
+    shares = np.zeros((ranks, ranks))
+    if name == KEPT_BY_ONE:
+        shares[0, 0] = 1.0
+    elif name == ONE_WAY:
+        shares[: ranks // 2, ranks // 2 :] = 1.0
+    else:
+        try:
+            exponent = float(name.removeprefix("zipf_")) if name.startswith("zipf_") else np.nan
+        except ValueError:
+            exponent = np.nan
+        if not 0.0 <= exponent <= 100.0:
+            raise BadInput(f"unknown pattern {name!r}", where="--pattern", mend=f"use {PATTERNS}")
+        shares = np.tile(np.arange(1, ranks + 1, dtype=np.float64) ** -exponent, (ranks, 1))
+    return np.asarray(shares * (ranks / shares.sum()), dtype=np.float64) if shares.any() else np.eye(ranks)
+
+
+def elements(shares: Floats, each: int) -> Ints:
+    """Whole elements from each rank to each [source, destination]; `each`: those of a rank, the mean over ranks."""
+    ranks = len(shares)
+    return whole(shares.reshape(-1) * each, ranks * each).reshape(ranks, ranks)

@@ -57,6 +57,9 @@ SHAPES = (
 )
 # DeepSeek-V3's latent attention (its config.json): rank of the latent, and the widths of a head.
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "value_head_dim": 128}
+# Values that share a scale where tokens travel as float8 (DeepSeek-V3 technical report, arXiv:2412.19437, 3.3).
+BLOCK = 128
+EP_RANKS = 8  # that the local side of a dispatch packs for
 # A CPU does the same sweep on shapes this many times narrower, with fewer tokens.
 CPU_SCALE = 8
 
@@ -193,10 +196,13 @@ def histogram(name: str, routed: int, local: int) -> Ints:
         shares = np.r_[1.0, np.full(local - 1, 1.0 / max(local - 1, 1))]
     else:
         shares = np.arange(1, local + 1, dtype=np.float64) ** -float(name.removeprefix("zipf_"))
-    exact = routed * shares / shares.sum()
+    return whole(routed * shares / shares.sum(), routed)
+
+
+def whole(exact: NDArray[np.float64], total: int) -> Ints:
+    """Whole numbers near `exact` [n] that sum to `total` (largest remainder)."""
     counts: Ints = np.floor(exact).astype(np.int64)
-    missing = routed - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
 
 
@@ -214,6 +220,19 @@ def _small(shape: Shape, reach: Reach) -> Iterator[Point]:
         yield Point("norm", {"dtype": dtype, "hidden": hidden}, size, "torch.rms_norm")
         width = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"] if shape.latent else 2 * shape.kv_heads * shape.head_dim
         yield Point("kv_write", {"dtype": dtype, "width": width}, size, "torch.index_copy")
+        yield from _local_side(shape, size)
+
+
+def _local_side(shape: Shape, size: dict[str, float]) -> Iterator[Point]:
+    """What a rank does before a dispatch: count, choose replicas, quantise, pack."""
+    routed: dict[str, str | int] = {"experts": shape.experts, "top_k": shape.top_k}
+    yield Point("histogram", routed, size, "torch.scatter_add")
+    slots = shape.experts + shape.experts // 8
+    yield Point("replica_choice", {**routed, "slots": slots}, size, "torch.index")
+    if shape.hidden % BLOCK == 0:
+        yield Point("quantise", {"hidden": shape.hidden, "block": BLOCK}, size, "torch.to")
+        packed: dict[str, str | int] = {"hidden": shape.hidden, "top_k": shape.top_k, "ranks": EP_RANKS}
+        yield Point("pack", packed, size, "torch.index_select")
 
 
 def _attention(shape: Shape, reach: Reach) -> Iterator[Point]:

@@ -41,7 +41,7 @@ def bytes_of(point: Point, *, fused_attention: bool) -> float:
     key, size = point.key, point.size
     width = BYTES[dtype_of(point)]
     match point.family:
-        case "experts" | "grouped_gemm":
+        case "experts" | "grouped_gemm" | "held_sms":
             weights = 3.0 * int(key["local_experts"]) * int(key["hidden"]) * int(key["intermediate"])
             pairs = size["routed"] * (3.0 * int(key["hidden"]) + 4.0 * int(key["intermediate"]))
             rows = _rows_of(point) * int(key["hidden"]) * 2.0 if point.family == "experts" else 0.0
@@ -49,7 +49,7 @@ def bytes_of(point: Point, *, fused_attention: bool) -> float:
         case "gemm":
             n, k, m = int(key["n"]), int(key["k"]), size["m"]
             return 4.0 * (n * k + m * k + m * n) * 2.0
-        case "ceiling":
+        case "ceiling" | "overlap":  # the products beside are far smaller than the largest of the sweep
             return 3.0 * size.get("bytes", 0.0) + 12.0 * size.get("m", 0.0) ** 2
         case "attention_prefill" | "mla_prefill":
             scores = 0.0 if fused_attention else size["new_tokens"]
@@ -90,9 +90,10 @@ class Builder:
             self.types["fp8"] = torch.float8_e4m3fn
         self._held: tuple[tuple[Any, ...], Any, Any] | None = None
 
-    def case(self, point: Point) -> Case:
-        """The work of a point."""
-        self.forget_unless(point)
+    def case(self, point: Point, *, keep: bool = False) -> Case:
+        """The work of a point. keep: the experts' weights stay, as another case still uses them."""
+        if not keep:
+            self.forget_unless(point)
         self._maker = self.torch.Generator(device=self.device).manual_seed(0)
         self._rng = np.random.default_rng(0)
         make: dict[str, Callable[[Point], Case]] = {

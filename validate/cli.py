@@ -79,10 +79,11 @@ def hardware(
     The predictions are written before the first test run; outputs are checked against a float32 reference before they
     are timed; the error is reported as it is and does not change the exit code.
     """
+    from profiles.launch import under_torchrun
     from validate import hardware as runner
     from validate.job import Job
 
-    runner.check_parts(backend.value, 1 if runner.under_torchrun() else ranks)
+    runner.check_parts(backend.value, 1 if under_torchrun() else ranks)
 
     def make(count: int) -> Job:
         return runner.make_job(
@@ -105,7 +106,7 @@ def hardware(
             stall_limit_s=stall_limit,
         )
 
-    if runner.under_torchrun():
+    if under_torchrun():
         from validate.worker import join_torchrun
 
         record = join_torchrun(make)
@@ -120,3 +121,46 @@ def hardware(
 
         typer.echo(table(record))
         typer.echo(f"\nrecord: {out / 'record.json'}")
+
+
+@app.command()
+def exchange(
+    backend: Annotated[BackendName, typer.Option(help="gloo: CPU processes; nccl: GPUs.")] = BackendName.gloo,
+    ranks: Annotated[int, typer.Option(help="Ranks; under torchrun its own count.")] = 2,
+    size: Annotated[str, typer.Option(help="Send buffer of a rank, the mean over ranks. [default: 16MB]")] = "",
+    repeats: Annotated[int | None, typer.Option(min=4, help="Of each case. [default: 200]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="1MB and 12 repeats: seconds.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Lines of `moesim profile collectives`; without, measured first.")
+    ] = None,
+    loads: Annotated[Path | None, typer.Option(help="Real expert counts; without, a skewed synthetic profile.")] = None,
+    placement: Annotated[Path | None, typer.Option(help="A placement of these loads on the ranks.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Absolute layer of the loads; without, the most skewed.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of runs.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for profile, predictions and record.")] = Path(
+        "runs/validate-exchange"
+    ),
+    stall_limit: Annotated[float, typer.Option(min=1.0, help="Seconds without progress that end the run.")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+) -> None:
+    """Run ten uneven all-to-alls, predicted beforehand from even ones, and compare time and order.
+
+    Exits 1 when a pair of cases that differs by more than twice the spread was foretold the wrong way round.
+    """
+    from validate import exchange_command as runner
+    from validate.exchange_record import holds, table
+
+    record = runner.run(
+        backend=backend.value, ranks=ranks, size=size, repeats=repeats, quick=quick, profile=profile, loads=loads,
+        placement=placement, layer=layer, seed=seed, out=out, stall_limit_s=stall_limit,
+        say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if record is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        typer.echo(table(record))
+        typer.echo(f"\nrecord: {out / 'record.json'}")
+    if not holds(record):
+        raise typer.Exit(1)

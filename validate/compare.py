@@ -13,6 +13,7 @@ Floats = NDArray[np.float64]
 SPLITS = 200
 # A difference between two placements counts as measured when chance alone would show it less often than this.
 CHANCE = 0.1
+BLOCKS = 10
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,17 @@ class SplitHalf:
     gap: median over random splits and cases of |a - b| / ((a + b) / 2), a and b the halves' medians: no prediction can
     be shown to be closer than that. reliability: mean correlation over the cases of ln a and ln b, stepped up to
     the full number of repeats (Spearman 1910, Brown 1910); None with fewer than three cases or no spread among them.
+    rank: mean rank correlation of the halves, not stepped up; None likewise.
     """
 
     gap: float
     reliability: float | None
+    rank: float | None
 
 
 @dataclass(frozen=True)
 class PairOrder:
-    """Pairs of placements at one token count: how many the measurement decides, and how many of those were foretold."""
+    """Pairs of cases: how many the measurement decides, and how many of those were foretold."""
 
     pairs: int
     decided: int
@@ -56,7 +59,7 @@ def split_half(samples: Floats, rng: np.random.Generator) -> SplitHalf:
     """Agreement of random halves of the repeats: samples [cases, repeats], at least four repeats."""
     cases, repeats = samples.shape
     half = repeats // 2
-    gaps, correlations = [], []
+    gaps, correlations, ranks = [], [], []
     for _ in range(SPLITS):
         order = rng.permutation(repeats)
         a = np.median(samples[:, order[:half]], axis=1)
@@ -64,11 +67,43 @@ def split_half(samples: Floats, rng: np.random.Generator) -> SplitHalf:
         gaps.append(np.abs(a - b) / ((a + b) / 2))
         if cases >= 3 and np.ptp(a) > 0 and np.ptp(b) > 0:
             correlations.append(np.corrcoef(np.log(a), np.log(b))[0, 1])
+            ranks.append(rank_correlation(a, b))
     reliability = None
     if correlations:
         mean = float(np.mean(correlations))
         reliability = 2 * mean / (1 + mean) if mean > 0 else mean
-    return SplitHalf(gap=float(np.median(gaps)), reliability=reliability)
+    rank = float(np.mean(ranks)) if ranks else None
+    return SplitHalf(gap=float(np.median(gaps)), reliability=reliability, rank=rank)
+
+
+def rank_correlation(one: Floats, other: Floats) -> float:
+    """Spearman's correlation of two series [cases], neither of them constant; ties share their mean rank."""
+    from scipy.stats import rankdata
+
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+
+
+def spread_of_medians(samples: Floats) -> Floats:
+    """How much the median of some repeats scatters: samples [cases, repeats], in order of time -> [cases].
+
+    p90 - p10 of the medians of BLOCKS runs of repeats (fewer where there are fewer repeats).
+    """
+    blocks = np.array_split(np.arange(samples.shape[1]), min(BLOCKS, samples.shape[1]))
+    low, high = np.quantile([np.median(samples[:, block], axis=1) for block in blocks], (0.1, 0.9), axis=0)
+    return np.asarray(high - low)
+
+
+def order_beyond(predicted: Floats, measured: Floats, spread: Floats) -> PairOrder:
+    """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread."""
+    pairs = decided = agreed = 0
+    for first in range(len(measured)):
+        for second in range(first + 1, len(measured)):
+            pairs += 1
+            difference = measured[first] - measured[second]
+            if abs(difference) > 2.0 * max(spread[first], spread[second]):
+                decided += 1
+                agreed += int((predicted[first] - predicted[second]) * difference > 0)
+    return PairOrder(pairs, decided, agreed)
 
 
 def pair_ordering(predicted: Floats, samples: Floats, groups: Sequence[int]) -> PairOrder:

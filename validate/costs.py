@@ -1,4 +1,4 @@
-"""Costs made of points measured on the spot: curves over size, expert histograms, the traffic of an exchange."""
+"""Costs made of points measured on the spot: curves over size, and over the histogram of the experts."""
 
 from __future__ import annotations
 
@@ -97,42 +97,3 @@ def fit_grouped(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float
     scale = 1.0 / np.asarray(seconds)
     fixed, per_expert, per_row = nnls(np.asarray(features) * scale[:, None], np.ones(len(scale)))[0].tolist()
     return GroupedCost(fixed, per_expert, per_row, most_rows=max(rows))
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Rows that each rank sends to others, gets from others, and keeps: [ranks] each."""
-
-    sent: NDArray[np.int64]
-    received: NDArray[np.int64]
-    kept: NDArray[np.int64]
-
-    def busiest(self, both_ways: float) -> float:
-        """Rows of an even exchange that loads every rank as this one loads its busiest.
-
-        A rank's load is its busier direction plus `both_ways` of the other one; in an even exchange, both are equal.
-        """
-        more, less = np.maximum(self.sent, self.received), np.minimum(self.sent, self.received)
-        return float((more + both_ways * less).max() / (1.0 + both_ways))
-
-
-def traffic(counts: NDArray[np.int64]) -> Traffic:
-    """Rows by direction of a dispatch with `counts` [source ranks, slots]; a combine has the same, turned round."""
-    ranks = counts.shape[0]
-    table = counts.reshape(ranks, ranks, -1).sum(axis=-1)
-    kept = np.diagonal(table).copy()
-    return Traffic(table.sum(axis=1) - kept, table.sum(axis=0) - kept, kept)
-
-
-def both_ways_share(even: Curve, sizes: list[int], seconds: list[float]) -> float:
-    """How much of a rank's other direction adds to its time, from exchanges in one direction only: 0 to 1.
-
-    A one-way exchange of b bytes takes as long as an even one of e bytes each way (read backwards from the even curve):
-    b = (1 + both_ways) e. 0: the directions do not disturb each other; 1: they take turns, as in a transport that one
-    thread serves. The median over the sizes.
-    """
-    found = []
-    for size, value in zip(sizes, seconds, strict=True):
-        alike = float(np.interp(value, even.seconds, even.sizes))
-        found.append(min(max(size / alike - 1.0, 0.0), 1.0) if alike > 0 else 1.0)
-    return float(np.median(found)) if found else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -130,11 +129,6 @@ def check_parts(backend: Backend, ranks: int) -> None:
         from validate.rig import missing_gpu
 
         missing_gpu(ranks)
-
-
-def under_torchrun() -> bool:
-    """Whether something else started the ranks, this process being one of them."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moesim.cost.estimate import Tag
 from moesim.files import write_text
 from moesim.graph.task import Stream, Task, TaskGraph
-from validate.costs import traffic
+from profiles.traffic import traffic
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS
 from validate.probe import Profile

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from validate.costs import Curve, ExpertCost, Floats, both_ways_share, fit_grouped, fit_loop, rising, traffic
+from profiles.traffic import shared_with, traffic
+from validate.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
 from validate.group import CoreShare, need_torch
 from validate.layer import (
     Mark,
@@ -184,7 +185,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         dispatch=rising(sent, dispatch_s),
         combine=combine_curve,
         keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
-        both_ways=both_ways_share(combine_curve, single, single_s),
+        both_ways=shared_with(combine_curve.sizes, combine_curve.seconds, single, single_s),
         experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
         core_share=core_share,
         points=points,

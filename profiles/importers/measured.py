@@ -18,6 +18,7 @@ import numpy as np
 from moesim import __version__
 from moesim.errors import BadInput
 from profiles.capture import Line
+from profiles.groups import PRETEND, PRETENDED
 from profiles.leave_out import errors_of, fit_experts
 from profiles.record import FAMILIES, LATENCY, MEASURED_ENGINE
 from profiles.store import empty, polars_schema
@@ -42,6 +43,11 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
     for line in lines:
         if not priced(line):
             continue
+        if line.run.get(PRETENDED):
+            raise BadInput(
+                f"{line.family} was measured on hosts that were pretended", where="profile import measured",
+                mend=f"measure again without {PRETEND}",
+            )  # fmt: skip
         version = _version(line)
         held = devices.setdefault((line.family, str(line.key.get("path", "")), version), line.device)
         if held != line.device:
@@ -63,10 +69,10 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
             tables[name] = empty(family)
             continue
         table = pl.DataFrame(found, schema=polars_schema(family))
-        identity = [column for column in family.columns if column != LATENCY]
-        tables[name] = (
-            table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(family.columns)).sort(identity)
-        )
+        figures = (LATENCY, *family.values)
+        identity = [column for column in family.columns if column not in figures]
+        medians = table.group_by(identity).agg(pl.col(list(figures)).median())
+        tables[name] = medians.select(list(family.columns)).sort(identity)
     return tables
 
 
@@ -84,6 +90,7 @@ def _row(line: Line, version: str, system: str) -> dict[str, Any]:
     return {
         **line.key,
         **line.size,
+        **line.values,
         LATENCY: line.latency_s,
         "system": system,
         "engine": MEASURED_ENGINE,

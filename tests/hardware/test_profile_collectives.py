@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moesim import cli
 from profiles.capture import read_lines
-from profiles.collectives import KINDS
+from profiles.collective_points import KINDS
+from profiles.groups import PRETEND
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
 
+KILLS = 10
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 
 
@@ -25,11 +28,12 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "moesim.cli", "profile", "collectives", "--out", str(out), "--repeats", "5", *more]
 
 
-def run(out: Path, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(out: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    known = ENVIRONMENT | (environment or {})
     done = subprocess.run(
-        command(out, *more), cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
+        command(out, *more), cwd=out.parent, env=known, capture_output=True, text=True, check=False, timeout=120
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -68,8 +72,6 @@ def test_two_ranks_measure_every_kind_and_go_on(tmp_path: Path) -> None:
 
 
 def test_measured_collectives_price_a_scenario(tmp_path: Path) -> None:
-    import numpy as np
-
     from moesim.cost.ops import Collective
     from moesim.cost.roofline import Roofline
     from profiles.costs import StoreCosts
@@ -86,13 +88,37 @@ def test_measured_collectives_price_a_scenario(tmp_path: Path) -> None:
     assert priced.tags[0] == 0
 
 
-def test_uneven_splits_are_their_own_points(tmp_path: Path) -> None:
+def test_groups_inside_hosts_and_along_rails_are_rows_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "c.jsonl"
-    run(out, "--kinds", "all_to_all", "--from", "1KB", "--to", "1KB", "--skew", "2")
+    sizes = ("--from", "64KB", "--to", "64KB")
+    uneven = ("--pattern", "kept", "--skew", "2")
+    run(out, "--ranks", "4", "--kinds", "all_to_all,all_reduce", *sizes, *uneven, environment={PRETEND: "2"})
+    lines = read_lines([out])
+    groups = [(4, 2, "all"), (2, 1, "inside"), (2, 2, "rail")]
+    even = [line for line in lines if line.family == "collective"]
+    assert [(line.key["gpus"], line.key["nodes"], line.extra["group"]) for line in even] == groups
+    skewed = [line for line in lines if line.extra.get("pattern") == "zipf_2"]  # of four ranks: only where all meet
+    assert [(line.key["gpus"], line.size["bytes"]) for line in skewed] == [(4, 65536.0)]
+    kept = [line.key for line in lines if line.extra.get("pattern") == "kept"]
+    assert [(key["gpus"], key["nodes"]) for key in kept] == [(gpus, nodes) for gpus, nodes, _ in groups]
+    assert all(key["busiest_bytes"] == key["off_node_bytes"] == 0 and key["kept_bytes"] == 65536 for key in kept)
+    # 1, 1/4, 1/9, 1/16 of the buffer: rank 0 gets most, half of what others send it comes from the other host.
+    weights = [1, 1 / 4, 1 / 9, 1 / 16]
+    largest = 65536 / sum(weights)
+    assert skewed[0].key["busiest_bytes"] == pytest.approx(3 * largest, rel=1e-3)
+    assert skewed[0].key["off_node_bytes"] == pytest.approx(2 * largest, rel=1e-3)
+    assert all(line.run["pretended_hosts"] == 2 for line in lines)
+
+
+def test_beside_a_product_both_slowdowns_are_recorded_and_price_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    done = run(out, "--kinds", "all_reduce", "--from", "64KB", "--to", "64KB", "--beside", "gemm")
     (line,) = read_lines([out])
-    assert line.family == "uneven_all_to_all"
-    assert line.key["distribution"] == "zipf_2"
-    assert line.extra["shares"] == pytest.approx([0.8, 0.2])
+    assert line.family == "overlap"
+    assert line.key["work"] == "all_reduce" and str(line.key["beside"]).startswith("gemm fp32 m=")
+    assert line.values["slowdown"] == pytest.approx(line.latency_s / line.extra["alone"]["latency_s"])
+    assert line.values["beside_slowdown"] > 0.3  # a product does not get quicker by company, scatter aside
+    assert "times as long, the product" in done.stdout
 
 
 def test_one_rank_runs(tmp_path: Path) -> None:
@@ -115,8 +141,10 @@ def test_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_nccl_without_a_gpu_is_a_missing_part(tmp_path: Path) -> None:
-    said = run(tmp_path / "c.jsonl", "--backend", "nccl", "--ranks", "1", code=3).stderr
+def test_nccl_without_a_gpu_is_a_missing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "c.jsonl"
+    assert cli.run(["profile", "collectives", "--out", str(out), "--backend", "nccl", "--ranks", "1"]) == 3
+    said = capsys.readouterr().err
     assert "NCCL needs a CUDA GPU" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "c.jsonl").exists()
@@ -139,32 +167,50 @@ def test_nccl_at_world_size_one(tmp_path: Path) -> None:
         (["--from", "2MB", "--to", "1KB"], "is less than"),
         (["--to", "a lot"], "no size"),
         (["--kinds", "all_reduce", "--skew", "1"], "only all_to_all"),
+        (["--pattern", "gossip"], "unknown pattern"),
+        (["--beside", "lunch"], "unknown work"),
+        (["--beside", "gemm", "--skew", "1"], "not measured beside"),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
-    said = run(tmp_path / "c.jsonl", *arguments, code=2).stderr
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["profile", "collectives", "--out", str(tmp_path / "c.jsonl"), *arguments]) == 2
+    said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
 
 
-def test_a_killed_rank_ends_all_and_a_killed_command_leaves_none(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_ten_times_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
+    """The whole command or one rank, by SIGKILL: no process stays, and no finished point is measured again."""
     out = tmp_path / "c.jsonl"
-    long = command(out, "--from", "1KB", "--to", "64MB")
-    for victim in ("rank", "command"):
+    line = command(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")
+    rng = np.random.default_rng(5)
+    held = b""
+    for number in range(KILLS):
         process = subprocess.Popen(
-            long, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        before = out.stat().st_size if out.exists() else 0
         until = time.monotonic() + 60
-        while time.monotonic() < until and (not out.exists() or out.stat().st_size <= before):
-            time.sleep(0.01)
-        assert len(alive(tmp_path)) == 2
-        target = alive(tmp_path)[0] if victim == "rank" else process.pid
-        os.kill(target, signal.SIGKILL)
+        while time.monotonic() < until and (not out.exists() or out.stat().st_size <= len(held)):
+            time.sleep(0.005)
+        time.sleep(float(rng.uniform(0, 0.08)))
+        victim = "rank" if number % 2 else "command"
+        ranks = alive(tmp_path)
+        assert len(ranks) == 2, "the sweep is too short to be killed so often"
+        os.kill(int(rng.choice(ranks)) if victim == "rank" else process.pid, signal.SIGKILL)
         _, said = process.communicate(timeout=60)
         if victim == "rank":
             assert process.returncode == 1
             assert "was killed by SIGKILL" in said.splitlines()[-1]
         assert none_left(tmp_path)
-    finished = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
-    assert len({json.dumps([one["key"], one["size"]]) for one in finished}) == len(finished)
+        now = out.read_bytes()
+        assert now.startswith(held)  # what was finished stays as it was written
+        held = now[: now.rfind(b"\n") + 1]
+    done = run(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")
+    assert out.read_bytes().startswith(held)
+    sizes = [float(2**power) for power in range(10, 23)]
+    points = [(line.key["kind"], line.size["bytes"]) for line in read_lines([out])]
+    assert sorted(points) == sorted((kind, size) for kind in KINDS for size in sizes)  # each once
+    assert f"{len(points)} points" in done.stdout

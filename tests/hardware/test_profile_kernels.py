@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim import cli
 from profiles.capture import read_lines
 from profiles.sweep import QUICK, Reach, plan
 
@@ -22,8 +23,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 pytestmark = pytest.mark.hardware
 
 ONLY = ("gemm", "experts", "norm", "attention_decode", "kv_write")
-SMALL = ("--quick", *(word for family in ONLY for word in ("--only", family)))
-KILLS = 6
+SMALL = ("--quick", "--repeats", "200", *(word for family in ONLY for word in ("--only", family)))
+KILLS = 10
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -42,25 +43,24 @@ def found(path: Path) -> list[str]:
 def test_killed_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
     out = tmp_path / "sweep.jsonl"
     rng = np.random.default_rng(3)
-    kills = 0
-    while kills < KILLS:
+    held = b""
+    for _ in range(KILLS):
         process = subprocess.Popen(
             command(out), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         # Wait until it measures, so that kills fall into the sweep and not into the import of torch.
-        before = out.stat().st_size if out.exists() else 0
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:
-            if out.exists() and out.stat().st_size > before:
+            if out.exists() and out.stat().st_size > len(held):
                 break
             time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.15)))
+        time.sleep(float(rng.uniform(0, 0.05)))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the sweep is too short to be killed so often"
-        kills += 1
-        lines = out.read_bytes().split(b"\n")[:-1]
-        identities = [json.dumps([json.loads(one)[name] for name in ("family", "key", "size")]) for one in lines]
-        assert len(set(identities)) == len(identities)  # nothing that was finished is measured twice
+        now = out.read_bytes()
+        assert now.startswith(held)  # what was finished stays as it was written
+        held = now[: now.rfind(b"\n") + 1]
+    lines = held.split(b"\n")[:-1]
     done = subprocess.run(command(out), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     points = found(out)
     assert set(points) == expected(QUICK)
@@ -87,10 +87,8 @@ def test_the_script_runs_where_only_torch_and_numpy_are(tmp_path: Path, repo: Pa
     assert len(read_lines([out])) == len(QUICK.rows)
 
 
-def told(arguments: list[str], folder: Path) -> tuple[int, str]:
-    line = [sys.executable, "-m", "moesim.cli", "profile", "kernels", *arguments]
-    done = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    return cli.run(["profile", "kernels", *arguments]), capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -107,18 +105,20 @@ def told(arguments: list[str], folder: Path) -> tuple[int, str]:
         ),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
-    status, said = told([*arguments, "--out", str(tmp_path / "x.jsonl")], tmp_path)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = told([*arguments, "--out", str(tmp_path / "x.jsonl")], capsys)
     assert status == code
     assert words in said
     assert said.count("\n") == 1
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "notes.txt"
     out.write_text("a line\n")
-    status, said = told(["--quick", "--only", "norm", "--out", str(out)], tmp_path)
+    status, said = told(["--quick", "--only", "norm", "--out", str(out)], capsys)
     assert status == 2
     assert f"{out}:1: not a JSON object" in said
     assert out.read_text() == "a line\n"
@@ -146,7 +146,8 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_case_of_the_quick_sweep_is_right(tmp_path: Path) -> None:
     """Every family, each against float32, in bf16 as swept and in float32, where rounding hides less."""
     from profiles.asked import asked
-    from profiles.torch_kernels import TOLERANCE, Builder
+    from profiles.kernels import case_of
+    from profiles.torch_kernels import TOLERANCE, Builder, dtype_of
 
     builder = Builder(torch, "cpu")
     points = [p for p in plan(QUICK) if p.family != "ceiling" and max(p.size.values()) <= 64]
@@ -167,6 +168,6 @@ def test_every_case_of_the_quick_sweep_is_right(tmp_path: Path) -> None:
     ]
     with torch.inference_mode():
         for point in points:
-            error = builder.case(point).error
+            error = case_of(torch, builder, point).error
             assert error is not None
-            assert error() <= TOLERANCE[str(point.key["dtype"])], point
+            assert error() <= TOLERANCE[dtype_of(point)], point

@@ -17,7 +17,7 @@ from moesim.cost.roofline import Roofline
 from moesim.errors import BadInput, OutsideProfile
 from profiles.asked import asked
 from profiles.cli import app
-from profiles.collectives import KINDS, bytes_from, sizes_between
+from profiles.collective_points import KINDS, bytes_from, sizes_between
 from profiles.costs import StoreCosts
 from profiles.shares import destination_shares
 from profiles.store import open_profile

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moesim.cost.estimate import Tag
 from moesim.spec.plan import ExpertPlacement
-from validate.costs import both_ways_share, fit_grouped, fit_loop, rising, traffic
+from profiles.traffic import shared_with, traffic
+from validate.costs import fit_grouped, fit_loop, rising
 from validate.job import Job, LayerShape, PlacedCase
 from validate.layer import OPERATIONS, replica_routes
 from validate.predict import execute, layer_graph
@@ -61,9 +62,9 @@ def test_an_even_exchange_is_its_own_equal() -> None:
 
 def test_one_way_exchanges_tell_whether_directions_take_turns() -> None:
     even = rising([0, 100, 200], [0.0, 1.0, 2.0])
-    assert both_ways_share(even, [100, 200], [1.0, 2.0]) == 0.0
-    assert both_ways_share(even, [100, 200], [0.5, 1.0]) == 1.0
-    assert both_ways_share(even, [], []) == 0.0
+    assert shared_with(even.sizes, even.seconds, [100, 200], [1.0, 2.0]) == 0.0
+    assert shared_with(even.sizes, even.seconds, [100, 200], [0.5, 1.0]) == 1.0
+    assert shared_with(even.sizes, even.seconds, [], []) == 0.0
 
 
 def test_probe_sizes_keep_off_the_test_sizes() -> None:
