@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moesim.engine.batcher import (
     Limits,
     Plan,
+    Requests,
     enqueue,
     finish_step,
     new_plan,
@@ -142,10 +143,13 @@ class _Run:
                     self.admit()
 
 
-def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime) -> Served:
+def serve(
+    load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, compiled: bool = True
+) -> Served:
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
-    step_time: seconds of a planned step. Requests go to instances and ranks in turn. Raises Infeasible when a request
+    step_time: seconds of a planned step. Requests go to instances and ranks in turn. compiled: an open loop whose steps
+    are timed by table runs in `compiled`, which gives the same times. Raises Infeasible when a request
     can never be admitted.
     """
     context = int((load.isl + load.osl).max())
@@ -167,6 +171,8 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
             mend="raise max_batch_tokens_per_dp_rank above max_running_requests_per_dp_rank",
             reason="batch_limits",
         )
+    if load.arrival_s is not None and compiled and hasattr(step_time, "table"):
+        return _compiled(load, limits, ranks, instances, step_time)
     run = _Run(load, limits, ranks, instances, step_time)
     if load.arrival_s is not None:
         run.environment.process(run.arrivals(load.arrival_s))
@@ -177,20 +183,34 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
         run.environment.process(run.engine(instance))
     run.environment.run()
     log = run.log.rows[: run.log.used]
+    return _served(run.requests, log, run.gaps_s[: run.gaps], run.events, run.peak_kv_tokens)
+
+
+def _compiled(load: Load, limits: Limits, ranks: int, instances: int, timed: Any) -> Served:
+    from moesim.engine.compiled import Instances
+
+    requests = new_requests(load.isl, load.osl)
+    assert load.arrival_s is not None
+    run = Instances(requests, load.arrival_s, limits, ranks, instances, timed)
+    log = run.run()
+    return _served(requests, log, run.gaps_s[: run.gaps], len(log) + len(load.isl), run.peak_kv_tokens)
+
+
+def _served(requests: Requests, log: Floats, gaps_s: Floats, events: int, peak_kv_tokens: int) -> Served:
     return Served(
-        arrival_s=run.requests.arrival_s,
-        first_token_s=run.requests.first_token_s,
-        finish_s=run.requests.finish_s,
-        isl=run.requests.isl,
-        osl=run.requests.osl,
-        gaps_s=run.gaps_s[: run.gaps],
-        duration_s=float(np.nanmax(run.requests.finish_s)),
-        steps=run.log.used,
-        events=run.events,
+        arrival_s=requests.arrival_s,
+        first_token_s=requests.first_token_s,
+        finish_s=requests.finish_s,
+        isl=requests.isl,
+        osl=requests.osl,
+        gaps_s=gaps_s,
+        duration_s=float(np.nanmax(requests.finish_s)),
+        steps=len(log),
+        events=events,
         step_start_s=log[:, 0],
         step_s=log[:, 1],
         step_decode_seqs=log[:, 2].astype(np.int64),
         step_prefill_tokens=log[:, 3].astype(np.int64),
         step_instance=log[:, 4].astype(np.int64),
-        peak_kv_tokens=run.peak_kv_tokens,
+        peak_kv_tokens=peak_kv_tokens,
     )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moesim.engine import des, maxplus
@@ -15,6 +14,7 @@ from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
+from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
 from moesim.errors import BadInput
@@ -105,8 +105,7 @@ class TimedModel:
         self.load_weights = model.routing.weights if draw is None else draw.load_weights
         self.share = 0.5 if model.deployment.setup.policies.schedule == "two_batch" else 1.0
         seqs, kv, part = model._kernel_decode
-        self.decode_seqs, self.decode_kv = seqs, kv
-        self.decode_attention_s = np.ascontiguousarray(part.seconds(self.normal))
+        self._attention = DecodeAttention(seqs, kv, np.ascontiguousarray(part.seconds(self.normal)), self.share)
         self._prompts_s: dict[tuple[int, int, float], float] = {}
         self._tables: dict[str, StepTable] = {}
 
@@ -116,7 +115,7 @@ class TimedModel:
             self._tables[kind] = time_grid(
                 self.model.pricer,
                 self.model.grid(kind),
-                longest_attention_s=float(self.decode_attention_s.max()),
+                longest_attention_s=float(self._attention.seconds.max()),
                 normal=self.normal,
                 load_weights=self.load_weights,
             )
@@ -124,20 +123,14 @@ class TimedModel:
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, by table. Raises OutsideProfile."""
-        total, most, prompts = _sizes(plan.decode_seqs, plan.prefill_tokens)
+        total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
         table = self.table("prefill" if reading else "decode")
-        attention_s = _decode_attention(
-            plan.decode_seqs,
-            plan.decode_kv,
-            self.share,
-            self.decode_seqs,
-            self.decode_kv,
-            self.decode_attention_s,
-        )
+        attention_s = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self.attention())
         if reading:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
-                attention_s[rank] += self._prompt_attention(plan, int(rank))
+                seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
+                attention_s[rank] += self.prompt_s(seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
             return table.step_s(mean, largest / mean, float(attention_s.max()))
         graphs = self.model.graphs
         rows = float(graphs.padded(int(largest)))
@@ -152,14 +145,21 @@ class TimedModel:
         error = 0.0 if self.normal is None else self.normal["overhead"]
         return float(rules.eager_layer_s * np.exp(rules.overhead_rel_sigma * error))
 
-    def _prompt_attention(self, plan: Plan, rank: int) -> float:
+    def prompt_s(self, seqs: int, tokens: int, prefix: float) -> float:
         """Attention of the prompts that a rank reads, of one layer; remembered, as workloads repeat."""
-        seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
-        key = (seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
+        key = (seqs, tokens, prefix)
         if key not in self._prompts_s:
-            part = self.model.prefill_attention(seqs, tokens / seqs, key[2])
+            part = self.model.prefill_attention(seqs, tokens / seqs, prefix)
             self._prompts_s[key] = float(part.seconds(self.normal)[0, 0])
         return self._prompts_s[key]
+
+    def attention(self) -> DecodeAttention:
+        """Decode attention of one layer."""
+        return self._attention
+
+    def graphs_taken(self) -> Graphs:
+        """The captured sizes, and what a layer takes more beside them."""
+        return Graphs(np.asarray(self.model.graphs.sizes, dtype=np.int64), self._eager_layer_s)
 
 
 class ExactModel:
@@ -290,48 +290,3 @@ def _axis(most: float, *, midpoints: bool) -> Floats:
         points.append(points[-1] * 2)
     mid = [x * 1.5 for x in points if x >= 8 and midpoints]
     return np.unique(np.asarray([x for x in points + mid if x < most] + [most]))
-
-
-@njit(cache=True)
-def _sizes(decode_seqs: NDArray[np.int64], prefill_tokens: NDArray[np.int64]) -> tuple[int, int, int]:
-    """Tokens of all ranks, of the fullest rank, and of prompts."""
-    total = most = prompts = 0
-    for rank in range(len(decode_seqs)):
-        tokens = decode_seqs[rank] + prefill_tokens[rank]
-        total += tokens
-        most = max(most, tokens)
-        prompts += prefill_tokens[rank]
-    return total, most, prompts
-
-
-@njit(cache=True)
-def _decode_attention(
-    seqs: NDArray[np.int64], kv: Floats, share: float, seqs_axis: Floats, kv_axis: Floats, table: Floats
-) -> Floats:
-    """Decode attention of each rank [ranks]: bilinear in the logarithms of sequences and mean context."""
-    found = np.zeros(len(seqs))
-    for rank in range(len(seqs)):
-        if seqs[rank] == 0:
-            continue
-        batch = max(seqs[rank] * share, seqs_axis[0])
-        mean = kv[rank] / seqs[rank]
-        i, u = _log_bracket(seqs_axis, batch)
-        j, v = _log_bracket(kv_axis, mean)
-        found[rank] = (
-            table[i, j] * (1 - u) * (1 - v)
-            + table[min(i + 1, len(seqs_axis) - 1), j] * u * (1 - v)
-            + table[i, min(j + 1, len(kv_axis) - 1)] * (1 - u) * v
-            + table[min(i + 1, len(seqs_axis) - 1), min(j + 1, len(kv_axis) - 1)] * u * v
-        )
-    return found
-
-
-@njit(cache=True)
-def _log_bracket(axis: Floats, value: float) -> tuple[int, float]:
-    n = len(axis)
-    if n == 1 or value <= axis[0]:
-        return 0, 0.0
-    if value >= axis[n - 1]:
-        return n - 2, 1.0
-    low = int(np.searchsorted(axis, value)) - 1
-    return low, np.log(value / axis[low]) / np.log(axis[low + 1] / axis[low])

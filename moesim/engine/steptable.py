@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag, estimate
 from moesim.engine import maxplus
+from moesim.engine.lookups import interpolated, trilinear
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
@@ -78,11 +78,11 @@ class StepTable:
             raise self.lower
         if mean_tokens > self.tokens[-1] * (1 + 1e-9) and self.upper is not None:
             raise self.upper
-        return float(_trilinear(self.tokens, self.hot, self.attention_s, self.seconds, mean_tokens, hot, attention_s))
+        return float(trilinear(self.tokens, self.hot, self.attention_s, self.seconds, mean_tokens, hot, attention_s))
 
     def before(self, rows: float) -> float:
         """Seconds per layer before dispatch, without the attention kernel, for a batch of `rows` tokens."""
-        return float(_linear(self.tokens, self.before_s, rows))
+        return float(interpolated(self.tokens, self.before_s, rows))
 
 
 @dataclass(frozen=True)
@@ -220,38 +220,3 @@ def _slowest(one: Estimate, times: int) -> Estimate:
     if seconds.shape[0] > 1:
         seconds = np.repeat(seconds, times, axis=0)
     return estimate(seconds, np.int8(0), one.family, one.rel_sigma, one.source)  # type: ignore[arg-type]
-
-
-@njit(cache=True)
-def _bracket(axis: Floats, value: float) -> tuple[int, float]:
-    """Lower index and share of the way to the next point; clamped to the axis."""
-    n = len(axis)
-    if n == 1 or value <= axis[0]:
-        return 0, 0.0
-    if value >= axis[n - 1]:
-        return n - 2, 1.0
-    low = int(np.searchsorted(axis, value)) - 1
-    return low, (value - axis[low]) / (axis[low + 1] - axis[low])
-
-
-@njit(cache=True)
-def _trilinear(xs: Floats, ys: Floats, zs: Floats, values: Floats, x: float, y: float, z: float) -> float:
-    i, u = _bracket(xs, x)
-    j, v = _bracket(ys, y)
-    k, w = _bracket(zs, z)
-    if z > zs[-1]:  # longer attention than the grid's: the step grows with it one to one, as at the last interval
-        w = (z - zs[k]) / (zs[k + 1] - zs[k])
-    total = 0.0
-    for a in range(2 if len(xs) > 1 else 1):
-        for b in range(2 if len(ys) > 1 else 1):
-            for c in range(2 if len(zs) > 1 else 1):
-                weight = (u if a else 1.0 - u) * (v if b else 1.0 - v) * (w if c else 1.0 - w)
-                if weight != 0.0:
-                    total += weight * values[i + a, j + b, k + c]
-    return total
-
-
-@njit(cache=True)
-def _linear(xs: Floats, values: Floats, x: float) -> float:
-    i, u = _bracket(xs, x)
-    return float(values[i] if len(xs) == 1 else values[i] * (1.0 - u) + values[i + 1] * u)

@@ -1,0 +1,107 @@
+"""The compiled serving loop and the SimPy loop: the same run, to the last digit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.engine.deployment import groundwork, resolve
+from moesim.engine.draws import joint_draws
+from moesim.engine.serving import Load, Served, serve
+from moesim.engine.stepmodel import StepModel, TimedModel
+from moesim.errors import OutsideProfile
+from moesim.spec.scenario import load_scenario
+from tests.scenarios import small, write
+
+ENGINES = ("sglang", "vllm")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepModel]:
+    folder = tmp_path_factory.mktemp("scenarios")
+    found = {}
+    for engine in ENGINES:
+        path = write(folder, small(engine={"name": engine, "version": "1"}), f"{engine}.yaml")
+        found[engine] = StepModel(resolve(groundwork(load_scenario(path))), seed=0)
+    return found
+
+
+def both(model: StepModel, load: Load, instances: int, *, chunked: bool, kv_tokens: int) -> tuple[Served, Served]:
+    limits = model.limits._replace(chunked=chunked, kv_tokens=kv_tokens, max_running=6)
+    draw = next(iter(joint_draws(1, model.routing.weights, 0)))
+    looped, compiled = (
+        serve(load, limits, ranks=8, instances=instances, step_time=model.under(draw), compiled=fast)
+        for fast in (False, True)
+    )
+    return looped, compiled
+
+
+def same(one: Served, other: Served) -> None:
+    # Steps of several instances that start at one instant have no order.
+    orders = [np.lexsort((run.step_instance, run.step_start_s)) for run in (one, other)]
+    for field in dataclasses.fields(Served):
+        values = [getattr(run, field.name) for run in (one, other)]
+        if field.name == "gaps_s":  # instance by instance here, by time there
+            values = [np.sort(value) for value in values]
+        elif field.name.startswith("step_"):
+            values = [value[order] for value, order in zip(values, orders, strict=True)]
+        np.testing.assert_array_equal(*values, err_msg=field.name)
+
+
+# Bursts at one instant, pauses that empty the queues, and gaps about as long as a step.
+arrivals = st.lists(st.sampled_from([0.0, 1e-4, 0.004, 0.02, 5.0]), min_size=1, max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=arrivals, seed=st.integers(0, 99), instances=st.integers(1, 3), engine=st.sampled_from(ENGINES),
+    chunked=st.booleans(), tight=st.booleans(),
+)  # fmt: skip
+def test_both_loops_agree(
+    models: dict[str, StepModel], gaps: list[float], seed: int, instances: int, engine: str, chunked: bool, tight: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    load = Load(rng.integers(1, 240, len(gaps)), rng.integers(1, 24, len(gaps)), arrival_s=np.cumsum(gaps))
+    same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=400 if tight else 100_000))
+
+
+def test_many_prompt_lengths_and_a_long_run_agree(models: dict[str, StepModel]) -> None:
+    rng = np.random.default_rng(1)
+    count = 3000
+    load = Load(rng.integers(1, 2000, count), rng.integers(1, 40, count), np.cumsum(rng.exponential(2e-3, count)))
+    one, other = both(models["sglang"], load, 1, chunked=True, kv_tokens=100_000)
+    same(one, other)
+    assert one.steps > 4096 or len(set(load.isl.tolist())) > 64  # the log, or the table of prompts, has grown
+
+
+def test_a_step_outside_the_priced_grid_is_the_same_error(
+    models: dict[str, StepModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["sglang"]
+    refusal = OutsideProfile("nothing measured here", mend="measure it")
+    asked = TimedModel.table
+
+    def cut(timed: TimedModel, kind: str) -> object:
+        return dataclasses.replace(asked(timed, kind), tokens=asked(timed, kind).tokens + 1e6, lower=refusal)
+
+    monkeypatch.setattr(TimedModel, "table", cut)
+    load = Load(np.array([100]), np.array([4]), arrival_s=np.zeros(1))
+    for fast in (False, True):
+        with pytest.raises(OutsideProfile, match="nothing measured here"):
+            serve(load, model.limits, ranks=8, instances=1, step_time=model.under(None), compiled=fast)
+
+
+def test_exact_models_and_closed_loops_take_the_simpy_loop(models: dict[str, StepModel], tmp_path: Path) -> None:
+    """They time steps one by one, or couple the instances: the compiled loop is not theirs, and nothing changes."""
+    model = models["sglang"]
+    load = Load(np.full(30, 100), np.full(30, 5), concurrency=8)
+    runs = [
+        serve(load, model.limits, ranks=8, instances=2, step_time=model.under(None), compiled=fast)
+        for fast in (False, True)
+    ]
+    same(*runs)
