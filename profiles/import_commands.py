@@ -96,6 +96,7 @@ def import_published(
     from moesim.errors import BadInput
     from profiles.importers.gathered import checked_system
     from profiles.importers.published import context_of, read_published, reasons
+    from profiles.record import PUBLISHED
 
     context = context_of(checked_system(system), experts, gpus_per_node)
     read = [read_published(path, context) for path in files]
@@ -109,7 +110,7 @@ def import_published(
         raise BadInput(
             f"no row is of {context.chip}", where=", ".join(map(str, files)), mend="name the system whose GPU ran"
         )
-    _write(rows, system, "published", files, out, as_json, {"source_rows": told})
+    _write(rows, system, PUBLISHED, files, out, as_json, {"source_rows": told})
 
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from moesim.spec.presets import presets
 from moesim.units import MICRO, TERA
 from profiles.importers.gathered import UNKNOWN
 from profiles.importers.printed import agree, number, read_printed, rounding, whole
-from profiles.record import LATENCY
+from profiles.record import LATENCY, PUBLISHED
 
 MB = 1e6  # a figure's axis in MB; powers of ten, as its source says nothing else
 RATE_SLACK = 0.01
@@ -196,7 +196,7 @@ def product(row: Record, context: Context, *, m: str, dtype: str, device: str, k
     seconds = 2.0 * rows * n * k / (positive(row, "tflops") * TERA)
     return {
         "dtype": dtype, "n": n, "k": k, "m": float(rows), LATENCY: seconds,
-        **provenance(row, context, engine="published", device=device, kernel=kernel),
+        **provenance(row, context, engine=PUBLISHED, device=device, kernel=kernel),
     }  # fmt: skip
 
 
