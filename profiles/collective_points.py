@@ -152,9 +152,10 @@ def beside_name(backend: str) -> str:
 def in_words(spot: Spot) -> str:
     """A point as progress and errors call it."""
     line = spot.line
-    said = f"{spot.part.pattern} {spot.part.kind}".strip()
+    said = f"{line['extra'].get('pattern', '')} {spot.part.kind}".strip()
+    hosts = f"{spot.partition.nodes} host{'s' if spot.partition.nodes > 1 else ''}"
     besides = f" beside {line['key']['beside']}" if spot.part.beside else ""
-    return f"{said} of {spot.partition.ranks} ranks on {spot.partition.nodes} hosts, {spot.size} bytes{besides}"
+    return f"{said} of {spot.partition.ranks} ranks on {hosts}, {spot.size} bytes{besides}"
 
 
 def asked_for(
