@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 PROTOCOLS = ("every-second", "distribution")
+EP_SIZE = "ep-size"
 GROUPINGS = ("family", "system")
 
 
@@ -55,7 +56,13 @@ def check(
 
     if by not in GROUPINGS:
         raise BadInput(f"unknown grouping {by!r}", where="--by", mend=f"use {' or '.join(GROUPINGS)}")
-    if leave_out == "ep-size":
+    if published is not None and leave_out != EP_SIZE:
+        raise BadInput("rows of exchanges tell of EP sizes only", where="--rows", mend=f"add --leave-out {EP_SIZE}")
+    if stored and leave_out is not None:
+        raise BadInput("what is stored is one profile's", where="--stored", mend="leave --leave-out away")
+    if leave_out == EP_SIZE:
+        if report is not None:
+            raise BadInput(f"{EP_SIZE} has no page", where="--report", mend="leave it away; --json has every figure")
         _check_ep_sizes(published, profile, system, as_json)
         return
     if leave_out is not None:
@@ -129,7 +136,7 @@ def _check_tables(asked: Asked) -> None:
 
     if asked.protocol not in PROTOCOLS:
         raise BadInput(
-            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {', '.join(PROTOCOLS)} or ep-size"
+            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {', '.join(PROTOCOLS)} or {EP_SIZE}"
         )
     data, version = find_package(asked.tables)
     names = [name.strip() for name in asked.systems.split(",") if name.strip()]

@@ -241,3 +241,18 @@ def test_wrong_groupings_are_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert "use family or system" in capsys.readouterr().err
     assert run(["profile", "check", "--stored", "--by", "system"]) == 2
     assert "--leave-out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (["--rows", "a.csv"], "--rows"),
+        (["--rows", "a.csv", "--leave-out", "every-second"], "--rows"),
+        (["--leave-out", "ep-size", "--report", "a.html"], "--report"),
+        (["--leave-out", "distribution", "--stored"], "--stored"),
+    ],
+)
+def test_no_option_is_passed_over(options: list[str], where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "check", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {where}: ") and said.count("\n") == 1
