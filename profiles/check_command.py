@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,16 +139,13 @@ def _check_tables(asked: Asked) -> None:
         )
     data, version = find_package(asked.tables)
     names = [name.strip() for name in asked.systems.split(",") if name.strip()]
-    lines, told, found = _leave_out(asked.protocol, data, names)
+    found = _leave_out(asked.protocol, data, names)
+    lines, told = _by_family(asked.protocol, found)
     if asked.report is not None:
         _write_page(asked, found, names, version)
     by_system = check_tables.by_system(found)
     if asked.as_json:
-        families = [
-            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
-            for line in lines
-        ]
-        shown: dict[str, Any] = {"package_version": version, "systems": names, "families": families}
+        shown: dict[str, Any] = {"package_version": version, "systems": names, "families": lines}
         shown["by_system"] = [line.as_dict() for line in by_system]
         shown["by_table"] = [line.as_dict() for line in check_tables.by_table(found)]
         echo(json.dumps(shown))
@@ -161,24 +157,29 @@ def _check_tables(asked: Asked) -> None:
         raise Exit(1)
 
 
-def _leave_out(protocol: str, data: Path, names: Sequence[str]) -> tuple[list[Any], list[str], list[LeftOut]]:
-    """The lines by family, the same for people, and what was left out of every table."""
-    from profiles import check_tables, every_second, skew_out
+def _leave_out(protocol: str, data: Path, names: Sequence[str]) -> list[LeftOut]:
+    """What was left out of every table."""
+    from profiles import check_tables, every_second
     from profiles.raw_tables import read_points
 
     found: list[LeftOut] = []
-    if protocol == "distribution":
-        points = [one for one in read_points(data, names) if one.kind.family == "MoE"]
-        for one in points:
-            found += check_tables.distributions_left_out(one)
-        lines = skew_out.summary(points)
-        return lines, skew_out.report(lines), found
-    left = []
     for one in read_points(data, names):
-        left.append(every_second.leave_out(one))
-        found.append(check_tables.every_second_left_out(one, left[-1]))
-    lines = every_second.summary(left)
-    return lines, every_second.report(lines), found
+        if protocol == "distribution":
+            found += check_tables.distributions_left_out(one)
+        else:
+            found.append(check_tables.every_second_left_out(one, every_second.leave_out(one)))
+    return found
+
+
+def _by_family(protocol: str, found: Sequence[LeftOut]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines by family, for JSON and for people."""
+    from profiles import check_tables, skew_out
+
+    if protocol == "distribution":
+        lines = skew_out.summary((one.family, one.predicted_over_measured) for one in found)
+        return lines, skew_out.report(lines)
+    figures = check_tables.by_family(found)
+    return [line.as_dict() for line in figures], check_tables.report_by_family(figures)
 
 
 def _write_page(asked: Asked, found: list[LeftOut], names: Sequence[str], version: str) -> None:
