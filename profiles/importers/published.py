@@ -89,7 +89,7 @@ def published_of(text: str, where: str, context: Context) -> Published:
     """The rows of a CSV's text; `where` names it in errors. Raises BadInput that names the line."""
     from profiles.importers.published_tables import KNOWN
 
-    lines = _records(text, where)
+    lines = records(text, where)
     _, header = next(lines, (1, []))
     converters = [convert for columns, convert in KNOWN if columns == tuple(header)]
     if not converters:
@@ -116,7 +116,7 @@ def published_of(text: str, where: str, context: Context) -> Published:
     return Published(Path(where).name, tuple(rows), dict(left_out), total)
 
 
-def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+def records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
     """The fields of each record with the line it begins in; blank lines are passed over."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     begins = 1
