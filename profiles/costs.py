@@ -47,21 +47,19 @@ from profiles.lookup import (
     at_multiprocessors,
     between_shapes,
     by_experts,
-    describe,
     fastest,
     key_fields,
     key_of,
-    mend,
     never_free,
     nothing,
     on_grid,
     place_of,
-    point_of,
     versions,
     where_key,
 )
 from profiles.nearest import nearest
 from profiles.record import DEEPEP, MEASURED_ENGINE, PUBLISHED
+from profiles.refusal import describe, mend, point_of
 from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
