@@ -153,9 +153,10 @@ def in_words(spot: Spot) -> str:
     """A point as progress and errors call it."""
     line = spot.line
     said = f"{line['extra'].get('pattern', '')} {spot.part.kind}".strip()
-    hosts = f"{spot.partition.nodes} host{'s' if spot.partition.nodes > 1 else ''}"
     besides = f" beside {line['key']['beside']}" if spot.part.beside else ""
-    return f"{said} of {spot.partition.ranks} ranks on {hosts}, {spot.size} bytes{besides}"
+    return (
+        f"{said} of {spot.partition.ranks} ranks on {groups.in_hosts(spot.partition.nodes)}, {spot.size} bytes{besides}"
+    )
 
 
 def asked_for(
