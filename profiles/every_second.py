@@ -1,8 +1,8 @@
 """Leave every second size out of every measured table, and predict it as the product prices.
 
 The protocol: rows equal in every key but the size, at least five of them, sorted; the odd positions are left out, the
-last is kept. Predictions see the kept rows alone. The same on the kept rows gives a law of errors (`error_law`), and how
-much of what was left out its 90 % intervals cover. Experts run over `expert_load`, the store's over fitted physics.
+last is kept. Predictions see the kept rows alone. The same on the kept rows gives a law of errors (`error_law`), and
+how much of what was left out its 90 % intervals cover. Experts run over `expert_load`, the store's over fitted physics.
 """
 
 from __future__ import annotations
