@@ -163,7 +163,11 @@ def _leave_out(protocol: str, data: Path, names: Sequence[str]) -> list[LeftOut]
     from profiles.raw_tables import read_points
 
     found: list[LeftOut] = []
+    systems: set[str] = set()
     for one in read_points(data, names):
+        if one.system not in systems:
+            systems.add(one.system)
+            echo(f"leaving points out of the tables of {one.system} ...", err=True)
         if protocol == "distribution":
             found += check_tables.distributions_left_out(one)
         else:
