@@ -14,7 +14,7 @@ from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 
 LEVEL = 0.9
-"""Level of the interval (DESIGN, section 4: 90 % unless asked otherwise)."""
+"""Level of the interval: 90 % unless asked otherwise."""
 
 DRAWS = 2000
 """Bootstrap draws: the 5 % quantile of 2,000 draws has a standard error of half a percent of rank, enough to print."""

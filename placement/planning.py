@@ -58,7 +58,7 @@ class Placed:
     verdict: Verdict
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's object (DESIGN, section 5), and more."""
+        """What `placement.json` holds, and more."""
         held = self.held
         gain: dict[str, Any] = {"value": None, "low": None, "high": None}
         if self.step_time is not None:

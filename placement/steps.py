@@ -17,7 +17,7 @@ from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS, Split, conten
 from placement.judge import Figure
 
 TOKENS_PER_RANK = (8, 32, 128, 512)
-"""Where every placement figure is given in time (DESIGN, section 2)."""
+"""Where every placement figure is given in time."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 SYSTEM = Annotated[str, Option("--system", help="System whose shipped profile `default` means.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 PROTOCOLS = ("every-second", "distribution")
+EP_SIZE = "ep-size"
 GROUPINGS = ("family", "system")
 
 
@@ -55,7 +55,13 @@ def check(
 
     if by not in GROUPINGS:
         raise BadInput(f"unknown grouping {by!r}", where="--by", mend=f"use {' or '.join(GROUPINGS)}")
-    if leave_out == "ep-size":
+    if published is not None and leave_out != EP_SIZE:
+        raise BadInput("rows of exchanges tell of EP sizes only", where="--rows", mend=f"add --leave-out {EP_SIZE}")
+    if stored and leave_out is not None:
+        raise BadInput("what is stored is one profile's", where="--stored", mend="leave --leave-out away")
+    if leave_out == EP_SIZE:
+        if report is not None:
+            raise BadInput(f"{EP_SIZE} has no page", where="--report", mend="leave it away; --json has every figure")
         _check_ep_sizes(published, profile, system, as_json)
         return
     if leave_out is not None:
@@ -129,20 +135,17 @@ def _check_tables(asked: Asked) -> None:
 
     if asked.protocol not in PROTOCOLS:
         raise BadInput(
-            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {', '.join(PROTOCOLS)} or ep-size"
+            f"unknown protocol {asked.protocol!r}", where="--leave-out", mend=f"use {', '.join(PROTOCOLS)} or {EP_SIZE}"
         )
     data, version = find_package(asked.tables)
     names = [name.strip() for name in asked.systems.split(",") if name.strip()]
-    lines, told, found = _leave_out(asked.protocol, data, names)
+    found = _leave_out(asked.protocol, data, names)
+    lines, told = _by_family(asked.protocol, found)
     if asked.report is not None:
         _write_page(asked, found, names, version)
     by_system = check_tables.by_system(found)
     if asked.as_json:
-        families = [
-            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
-            for line in lines
-        ]
-        shown: dict[str, Any] = {"package_version": version, "systems": names, "families": families}
+        shown: dict[str, Any] = {"package_version": version, "systems": names, "families": lines}
         shown["by_system"] = [line.as_dict() for line in by_system]
         shown["by_table"] = [line.as_dict() for line in check_tables.by_table(found)]
         echo(json.dumps(shown))
@@ -154,24 +157,33 @@ def _check_tables(asked: Asked) -> None:
         raise Exit(1)
 
 
-def _leave_out(protocol: str, data: Path, names: Sequence[str]) -> tuple[list[Any], list[str], list[LeftOut]]:
-    """The lines by family, the same for people, and what was left out of every table."""
-    from profiles import check_tables, every_second, skew_out
+def _leave_out(protocol: str, data: Path, names: Sequence[str]) -> list[LeftOut]:
+    """What was left out of every table."""
+    from profiles import check_tables, every_second
     from profiles.raw_tables import read_points
 
     found: list[LeftOut] = []
-    if protocol == "distribution":
-        points = [one for one in read_points(data, names) if one.kind.family == "MoE"]
-        for one in points:
-            found += check_tables.distributions_left_out(one)
-        lines = skew_out.summary(points)
-        return lines, skew_out.report(lines), found
-    left = []
+    systems: set[str] = set()
     for one in read_points(data, names):
-        left.append(every_second.leave_out(one))
-        found.append(check_tables.every_second_left_out(one, left[-1]))
-    lines = every_second.summary(left)
-    return lines, every_second.report(lines), found
+        if one.system not in systems:
+            systems.add(one.system)
+            echo(f"leaving points out of the tables of {one.system} ...", err=True)
+        if protocol == "distribution":
+            found += check_tables.distributions_left_out(one)
+        else:
+            found.append(check_tables.every_second_left_out(one, every_second.leave_out(one)))
+    return found
+
+
+def _by_family(protocol: str, found: Sequence[LeftOut]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines by family, for JSON and for people."""
+    from profiles import check_tables, skew_out
+
+    if protocol == "distribution":
+        lines = skew_out.summary((one.family, one.predicted_over_measured) for one in found)
+        return lines, skew_out.report(lines)
+    figures = check_tables.by_family(found)
+    return [line.as_dict() for line in figures], check_tables.report_by_family(figures)
 
 
 def _write_page(asked: Asked, found: list[LeftOut], names: Sequence[str], version: str) -> None:

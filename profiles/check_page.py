@@ -23,8 +23,9 @@ PROTOCOLS = {
         "Every second measured size was left out and predicted from the rest. Rows that agree in every column but the "
         f"size (message size, token count or sequence length) make a group; groups of at least {LEAST_POINTS} sizes, "
         "repeated sizes by their median, are sorted, the odd positions are left out and the last is kept. The "
-        "prediction sees the kept rows alone. The 90 % intervals are those that a profile made of the kept rows would "
-        "carry: the same halving once more, inside them."
+        "prediction sees the kept rows alone. The 90 % intervals are as wide as the errors of points with such a gap "
+        "between their neighbours, found by the same halving once more, inside the kept rows; a simulation draws with "
+        "one figure for each family instead."
     ),
     "distribution": (
         "Every skewed distribution of tokens over experts was left out of its table and predicted from the nearest "

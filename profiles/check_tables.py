@@ -185,20 +185,35 @@ def worst(lines: Sequence[TableFigures], count: int = 10) -> list[TableFigures]:
     return [line for line in lines if line.figures.points - line.figures.unpriced >= ENOUGH_POINTS][:count]
 
 
+def report_by_family(lines: Sequence[Figures]) -> list[str]:
+    """The lines of `by_family` as a table for people."""
+    return [_row("family", 20), *(_row(line.family, 20, line) for line in lines)]
+
+
 def report_by_system(lines: Sequence[Figures]) -> list[str]:
     """The lines of `by_system` as a table for people."""
-    head = f"{'system':<14}{'family':<40}{'tables':>7}{'points':>9}{'median':>9}{'90 %':>8}{'log-log':>10}{'90 %':>8}"
-    out = [head + f"{'covered':>9}{'width':>8}  limit"]
-    for line in lines:
-        shown = f"{line.system:<14}{line.family:<40}{line.tables:>7}{line.points:>9}"
-        shown += f"{_percent(line.median, 2):>9}{_percent(line.p90, 1):>8}{_percent(line.log_log_median, 2):>10}"
-        shown += f"{_percent(line.log_log_p90, 1):>8}{_percent(line.covered_90, 1):>9}"
-        shown += f"{_percent(line.mean_half_width, 1):>8}"
+    head = f"{'system':<14}{_row('family', 40)}"
+    return [head, *(f"{line.system:<14}{_row(line.family, 40, line)}" for line in lines)]
+
+
+def _row(name: str, width: int, line: Figures | None = None) -> str:
+    """A line of a table; its head without a line."""
+    if line is None:
+        cells = ["tables", "points", "median", "90 %", "log-log", "90 %", "covered", "width"]
+        end = "limit"
+    else:
+        cells = [
+            str(line.tables), str(line.points), _percent(line.median, 2), _percent(line.p90, 1),
+            _percent(line.log_log_median, 2), _percent(line.log_log_p90, 1), _percent(line.covered_90, 1),
+            _percent(line.mean_half_width, 1),
+        ]  # fmt: skip
+        end = ""
         if line.judged:
             most = f"{line.median_limit:.1%}" + (f" and {line.p90_limit:.0%}" if math.isfinite(line.p90_limit) else "")
-            shown += f"  {most}: {'holds' if line.holds else 'missed'}"
-        out.append(shown)
-    return out
+            end = f"{most}: {'holds' if line.holds else 'missed'}"
+    widths = (7, 9, 9, 8, 10, 8, 9, 8)
+    shown = f"{name:<{width}}" + "".join(f"{cell:>{wide}}" for cell, wide in zip(cells, widths, strict=True))
+    return f"{shown}  {end}" if end else shown
 
 
 def _percent(value: float, digits: int) -> str:

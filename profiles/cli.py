@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer, echo
 
 from profiles.check_command import check
-from profiles.import_commands import import_deepep, import_nccl_tests, import_published
+from profiles.import_commands import how_to_price, import_deepep, import_nccl_tests, import_published
 from profiles.network_command import fit_network
 from profiles.node_command import node
 from profiles.topology_command import topology
@@ -105,7 +105,7 @@ def import_measured(
     if description["without_table"]:
         words = ", ".join(f"{count} {name}" for name, count in description["without_table"].items())
         echo(f"no table yet, left in the file: {words}", err=True)
-    echo(f"price with it: cost: {{profiles: [{out}, default]}}", err=True)
+    echo(how_to_price(out, system.strip()), err=True)
 
 
 @app.command("list")

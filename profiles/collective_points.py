@@ -152,9 +152,11 @@ def beside_name(backend: str) -> str:
 def in_words(spot: Spot) -> str:
     """A point as progress and errors call it."""
     line = spot.line
-    said = f"{spot.part.pattern} {spot.part.kind}".strip()
+    said = f"{line['extra'].get('pattern', '')} {spot.part.kind}".strip()
     besides = f" beside {line['key']['beside']}" if spot.part.beside else ""
-    return f"{said} of {spot.partition.ranks} ranks on {spot.partition.nodes} hosts, {spot.size} bytes{besides}"
+    return (
+        f"{said} of {spot.partition.ranks} ranks on {groups.in_hosts(spot.partition.nodes)}, {spot.size} bytes{besides}"
+    )
 
 
 def asked_for(

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import BadInput, CheckFailed, MissingPart, MoesimError
+from moesim.errors import BadInput, CheckFailed, MissingPart
 from profiles import beside, groups
 from profiles.capture import Line, Log, read_lines, statistics_of
 from profiles.collective_points import BACKENDS, BESIDE, Job, Spot, counts_of, in_words, spots_of
 from profiles.collective_work import ELEMENT_BYTES, Seat, Work, all_to_all, work_of
 from profiles.device import WARM_UPS, conditions, device_name, load_torch, need_torch, readings
 from profiles.groups import Partition
-from profiles.launch import end_with, launch, result, tell
+from profiles.launch import LocalRank, launch, serve
 from profiles.traffic import Floats
 
 LEAD_S = 1e-3  # for the news of a common start to reach every rank before any of them starts
@@ -308,25 +308,15 @@ def report(out: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One local rank: the job's folder, the rank, and the parent that it must not outlive."""
-    folder, rank, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    end_with(parent)
-    job = Job.read((folder / "job.json").read_text(encoding="utf-8"))
-    ranks = int(os.environ["MOESIM_RANKS"])
+    """One local rank, as `launch.serve` runs it."""
 
-    def say(line: str) -> None:
-        (folder / "progress").write_text(line, encoding="utf-8")
+    def work(one: LocalRank) -> str:
+        job = Job.read(one.job)
+        torch = ready(job.backend, one.ranks)
+        with joined(torch, job.backend, one.rank, one.ranks, one.rank, one.store, job.stall_s) as device:
+            return str(_measure(torch, job, one.rank, one.ranks, device, one.say))
 
-    try:
-        torch = ready(job.backend, ranks)
-        with joined(torch, job.backend, rank, ranks, rank, str(folder / "meet"), job.stall_s) as device:
-            left = _measure(torch, job, rank, ranks, device, say)
-        if rank == 0:
-            result(folder, str(left))
-    except MoesimError as error:
-        tell(folder, rank, error)
-        return error.exit_code
-    return 0
+    return serve(arguments, work)
 
 
 if __name__ == "__main__":

@@ -47,21 +47,19 @@ from profiles.lookup import (
     at_multiprocessors,
     between_shapes,
     by_experts,
-    describe,
     fastest,
     key_fields,
     key_of,
-    mend,
     never_free,
     nothing,
     on_grid,
     place_of,
-    point_of,
     versions,
     where_key,
 )
 from profiles.nearest import nearest
-from profiles.record import DEEPEP, MEASURED_ENGINE
+from profiles.record import DEEPEP, MEASURED_ENGINE, PUBLISHED
+from profiles.refusal import describe, mend, point_of
 from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
@@ -75,6 +73,9 @@ Tags = NDArray[np.int8]
 DEEPEP_SMS = 20
 # Uncertainty of a family whose leave-out error the profile does not tell, and of the formula of MemoryBound; assumed.
 UNKNOWN_SIGMA = 0.25
+# Points that a profile must have left out for their errors to count: of fewer, even the largest lies below the true
+# 68 % quantile by chance in more than one case of twenty (0.68^8 = 0.046).
+LEAST_ERRORS = 8
 TINY_S = 1e-12  # keeps a ratio of formulas finite where both are 0
 # Engines whose tables serve another's: SGLang's prefill runs the expanded MLA that TensorRT-LLM's table measured.
 MLA_PREFILL_ENGINES = {"sglang": ("sglang", "trtllm"), "trtllm": ("trtllm",), "vllm": ("vllm", "trtllm")}
@@ -184,11 +185,12 @@ class StoreCosts:
             products = self.profiles[place_of(table)].products
             exact = where_key(table, n=op.n, k=op.k)
             if exact.height:
-                yield along_rows(exact, source, self._sigma("gemm"), products)
+                yield along_rows(exact, source, self._sigma("gemm", exact), products)
                 continue
             between = between_shapes(table, op.n, op.k, products)
             if between is not None:
-                priced = along_curve(between, "m", f"{source}, between shapes", self._sigma("gemm_shape"))
+                sigma = self._sigma("gemm_shape", table)
+                priced = along_curve(between, "m", f"{source}, between shapes", sigma)
                 yield dataclasses.replace(priced, profile=place_of(table), stand_in=True)
 
     def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
@@ -207,7 +209,7 @@ class StoreCosts:
             found = self._expert_table(shape, source, table)
             by_slots = None if found is None else found.at(slots)
             if by_slots is not None:
-                sigma = self._sigma(f"experts_{op.grouping}")
+                sigma = self._sigma(f"experts_{op.grouping}", table)
                 place = place_of(table)
                 yield dataclasses.replace(
                     by_experts(by_slots, source, sigma, place),
@@ -267,9 +269,8 @@ class StoreCosts:
     def _grids(self, rows: pl.DataFrame, op: Attention | MlaAttention, phase: str, family: str) -> Iterator[Priced]:
         size = "new_tokens" if phase == "prefill" else "kv_tokens"
         for source, table in versions(rows):
-            yield on_grid(
-                table, size, source, self._sigma(family), self._grid_formula(op, size) if self.allow else None
-            )
+            formula = self._grid_formula(op, size) if self.allow else None
+            yield on_grid(table, size, source, self._sigma(family, table), formula)
 
     def _grid_formula(self, op: Attention | MlaAttention, size: str) -> Callable[[Floats, Floats], Floats]:
         """Roofline seconds at (batch, size), to fill what the grid lacks where that is allowed."""
@@ -293,7 +294,7 @@ class StoreCosts:
             head_dim=op.head_dim,
         )
         for source, table in versions(rows):
-            yield along(table, "tokens", source, self._sigma("mla_absorb"))
+            yield along(table, "tokens", source, self._sigma("mla_absorb", table))
 
     def _collective(self, op: Collective) -> Iterator[Priced]:
         if op.gpus == 1:
@@ -302,9 +303,10 @@ class StoreCosts:
         rows = self._rows(
             "collective", engines=("nccl", "rccl", "oneccl", self.engine), kind=op.kind, gpus=op.gpus, nodes=op.nodes
         )
-        sigma = self._sigma("collective")
         for place in range(len(self.profiles)):
-            yield from self._paths(where_key(rows, **{PROFILE: place}), sigma)
+            own = where_key(rows, **{PROFILE: place})
+            if own.height:
+                yield from self._paths(own, self._sigma("collective", own))
 
     @staticmethod
     def _paths(rows: pl.DataFrame, sigma: float) -> Iterator[Priced]:
@@ -339,11 +341,11 @@ class StoreCosts:
             dtype="fp8" if op.dtype == "fp8_block" else op.dtype,
         )
         exact = where_key(rows, nodes=op.nodes, ep=op.ep)
-        sigma = self._sigma(f"exchange_{op.mode}")
+        sigma = functools.partial(self._sigma, f"exchange_{op.mode}")
         sms = 0 if op.mode == "low_latency" else DEEPEP_SMS
         if exact.height:
             tables = at_multiprocessors(versions(exact), sms)
-            found: Iterator[Priced] = (along(table, "tokens", source, sigma) for source, table in tables)
+            found: Iterator[Priced] = (along(table, "tokens", source, sigma(table)) for source, table in tables)
         else:
             tables = at_multiprocessors(versions(rows), sms)
             found = exchanges_between(op, self.roofline.cluster, tables, sigma=sigma, edges=self.allow)
@@ -356,11 +358,11 @@ class StoreCosts:
     def _rows(self, family: str, engines: Iterable[str] | None = None, **key: object) -> pl.DataFrame:
         """Rows of a family for this engine and key over all profiles, with the place of each in PROFILE.
 
-        Rows measured here price for every engine: to name their profile is to ask for them.
+        Rows measured here and published ones price for every engine: to name their profile is to ask for them.
         """
         import polars as pl
 
-        wanted = (*(tuple(engines) if engines is not None else (self.engine,)), MEASURED_ENGINE)
+        wanted = (*(tuple(engines) if engines is not None else (self.engine,)), MEASURED_ENGINE, PUBLISHED)
         if (family, wanted) not in self._tables:
             tables = [
                 profile.table(family).with_columns(pl.lit(place, dtype=pl.Int64).alias(PROFILE))
@@ -369,13 +371,10 @@ class StoreCosts:
             self._tables[family, wanted] = pl.concat(tables).filter(pl.col("engine").is_in(list(wanted)))
         return where_key(self._tables[family, wanted], **key)
 
-    def _sigma(self, name: str) -> float:
-        """One standard deviation of ln(true / predicted), from the profile's leave-out errors."""
-        for profile in self.profiles:
-            found = profile.errors(name)
-            if found:
-                return found["p68"]
-        return UNKNOWN_SIGMA
+    def _sigma(self, name: str, rows: pl.DataFrame) -> float:
+        """One standard deviation of ln(true / predicted), from the leave-out errors of the rows' own profile."""
+        found = self.profiles[place_of(rows)].errors(name)
+        return found["p68"] if found.get("points", 0.0) >= LEAST_ERRORS else UNKNOWN_SIGMA
 
     # Beyond the tables.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,13 +86,18 @@ def between(op: MoeExchange, cluster: ClusterSpec, rows: pl.DataFrame) -> Betwee
 
 
 def exchanges_between(
-    op: MoeExchange, cluster: ClusterSpec, tables: Iterable[tuple[str, pl.DataFrame]], *, sigma: float, edges: bool
+    op: MoeExchange,
+    cluster: ClusterSpec,
+    tables: Iterable[tuple[str, pl.DataFrame]],
+    *,
+    sigma: Callable[[pl.DataFrame], float],
+    edges: bool,
 ) -> Iterator[Priced]:
     """Lookups of an EP size that no table holds, newest version first: between two sizes of one, else beyond them.
 
     tables: the words and rows of each version, newest first, that agree in everything but EP size and nodes. sigma: of
-    the lookup along tokens. edges: whether sizes beyond the measured ones are wanted; they come last, tagged
-    extrapolated.
+    the lookup along tokens in some rows. edges: whether sizes beyond the measured ones are wanted; they come last,
+    tagged extrapolated.
     """
     beyond = []
     for source, table in tables:
@@ -101,7 +106,7 @@ def exchanges_between(
             continue
         low, high = found.around
         words = f"between EP {low} and {high}" if found.inner else f"beyond EP {low} to {high}"
-        whole = float(np.hypot(sigma, found.sigma))
+        whole = float(np.hypot(sigma(table), found.sigma))
         priced = along_curve(found.curve, "tokens", f"{source}, {words}", whole)
         priced = dataclasses.replace(priced, profile=place_of(table), stand_in=True)
         if found.inner:

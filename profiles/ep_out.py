@@ -18,7 +18,7 @@ import numpy as np
 
 from moesim.errors import BadInput
 from profiles.ep_scaling import carried, fit
-from profiles.published_exchanges import Point, Published, Series, read_published
+from profiles.published_exchanges import Point, PublishedSeries, Series, read_series
 
 # The project's threshold for the median of |predicted / measured - 1| over inner EP sizes.
 MEDIAN_LIMIT = 0.15
@@ -92,7 +92,7 @@ def _shown(point: Point, seconds: float, printed: bool) -> float:
     return point.printed(seconds) if printed else seconds
 
 
-def leave_out(published: Published) -> list[Judged]:
+def leave_out(published: PublishedSeries) -> list[Judged]:
     """Every series of three or more EP sizes, each size predicted from the others."""
     return [_judge(series) for series in published.series if len(series.points) >= LEAST_SIZES]
 
@@ -201,7 +201,7 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def run(rows: Path, as_json: bool, say: Callable[[str], None]) -> bool:
     """`moesim profile check --leave-out ep-size --rows FILE`: print, and tell whether it holds. Raises BadInput."""
-    published = read_published(rows)
+    published = read_series(rows)
     found = summary(leave_out(published), published.left_out)
     if not found["series"]:
         raise BadInput(f"no series of {LEAST_SIZES} EP sizes", where=str(rows), mend="give rows at more EP sizes")

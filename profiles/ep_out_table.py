@@ -57,7 +57,7 @@ def run(profile: str, system: str, as_json: bool, say: Callable[[str], None]) ->
         raise BadInput(
             f"no exchange at {LEAST_SIZES} EP sizes",
             where=f"profile {opened.folder.name}",
-            mend="or name --rows FILE.csv",
+            mend="name a profile that has them, or --rows FILE.csv",
         )
     say(json.dumps({"profile": str(opened.folder), "ep_sizes": lines}) if as_json else "\n".join(report(lines)))
 

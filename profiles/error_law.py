@@ -3,13 +3,13 @@
 The error of an interpolated price grows with the gap that it bridges, the ln ratio of the measured seconds on either
 side, and never falls below the scatter of repeated timings. Points that were left out and predicted tell both: their
 errors are ordered by gap, and the 90 % quantile within each class of gaps is the law. A price between two points that
-nearly agree is thus surer than one across a step.
+nearly agree is thus surer than one across a step. The leave-out over whole tables (`every_second`) judges this law; a
+price of the store still carries one figure for its family.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,6 @@ class ErrorLaw:
         """Half the 90 % interval in ln seconds, in the shape of `gap` (ln ratios of the seconds on either side)."""
         found: Floats = np.interp(np.abs(gap), self.gaps, self.errors)
         return found
-
-    def as_dict(self) -> dict[str, list[float]]:
-        """For profile.json."""
-        return {name: [round(float(value), 5) for value in getattr(self, name)] for name in ("gaps", "errors")}
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> ErrorLaw:
-        """As `as_dict` wrote it. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(np.asarray(stored["gaps"], dtype=np.float64), np.asarray(stored["errors"], dtype=np.float64))
 
 
 def fit_law(gaps: Floats, errors: Floats) -> ErrorLaw | None:

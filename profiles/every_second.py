@@ -1,8 +1,8 @@
 """Leave every second size out of every measured table, and predict it as the product prices.
 
 The protocol: rows equal in every key but the size, at least five of them, sorted; the odd positions are left out, the
-last is kept. Predictions see the kept rows alone. The same on the kept rows gives the uncertainty that a profile made
-of them would carry, and how much of what was left out its 90 % intervals cover.
+last is kept. Predictions see the kept rows alone. The same on the kept rows gives a law of errors (`error_law`), and
+how much of what was left out its 90 % intervals cover. Experts run over `expert_load`, the store's over fitted physics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from profiles.fit import curve, refined, surface
 from profiles.importers.aiconfigurator_network import NCCL_ELEMENT_BYTES, NCCL_KINDS
 from profiles.products import Shape, fit_product
 from profiles.protocols import MOVING, combined, rule_of_collective
-from profiles.raw_tables import TOGETHER, Points
+from profiles.raw_tables import Points
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -191,61 +191,3 @@ def leave_out(points: Points) -> Left:
     ours = np.log(predicted(points, ~left, left)[left]) - truth[left]
     plain = np.log(log_log(points, ~left, left)[left]) - truth[left]
     return Left(points.kind.family, points.name, points.system, ours, plain, sigma)
-
-
-def summary(found: Iterable[Left]) -> list[dict[str, float | str | bool]]:
-    """One line a family (and one for families that are judged together), errors of all its tables pooled."""
-    tables = list(found)
-    names = list(dict.fromkeys(TOGETHER.get(one.family, one.family) for one in tables))
-    parts = [name for name in dict.fromkeys(one.family for one in tables) if name in TOGETHER]
-    lines = []
-    for name in [*names, *parts]:
-        own = [one for one in tables if one.family == name or (name in names and TOGETHER.get(one.family) == name)]
-        lines.append(_line(name, own))
-    return lines
-
-
-def _line(name: str, tables: list[Left]) -> dict[str, float | str | bool]:
-    ours = np.concatenate([one.ours for one in tables])
-    plain = np.concatenate([one.plain for one in tables])
-    half = NINETY * np.concatenate([one.sigma for one in tables])
-    inside = np.isfinite(ours)
-    errors, rivals = np.abs(np.expm1(ours[inside])), np.abs(np.expm1(plain[inside]))
-    known = inside & np.isfinite(half)
-    figures = {
-        "median": _quantile(errors, 0.5),
-        "p90": _quantile(errors, 0.9),
-        "log_log_median": _quantile(rivals, 0.5),
-        "log_log_p90": _quantile(rivals, 0.9),
-        "covered_90": float((np.abs(ours[known]) <= half[known]).mean()) if known.any() else float("nan"),
-        "mean_half_width": float(np.expm1(half[known]).mean()) if known.any() else float("nan"),
-    }
-    line: dict[str, float | str | bool] = {
-        "family": name, "tables": len(tables), "points": len(ours), "unpriced": int((~inside).sum()), **figures,
-    }  # fmt: skip
-    if name in LIMITS:
-        median, p90 = LIMITS[name]
-        better = figures["median"] < figures["log_log_median"]
-        holds = figures["median"] <= median and figures["p90"] <= p90 and better
-        line |= {"median_limit": median, "p90_limit": p90, "holds": holds}
-    return line
-
-
-def _quantile(values: Floats, share: float) -> float:
-    return float(np.quantile(values, share)) if len(values) else float("nan")
-
-
-def report(lines: list[dict[str, float | str | bool]]) -> list[str]:
-    """The summary as a table for people."""
-    head = f"{'family':<20}{'tables':>7}{'points':>9}{'median':>9}{'90 %':>8}{'log-log':>10}{'90 %':>8}"
-    out = [head + f"{'covered':>9}{'width':>8}  limit"]
-    for line in lines:
-        text = f"{line['family']:<20}{line['tables']:>7}{line['points']:>9}{line['median']:>9.2%}{line['p90']:>8.1%}"
-        text += f"{line['log_log_median']:>10.2%}{line['log_log_p90']:>8.1%}{line['covered_90']:>9.1%}"
-        text += f"{line['mean_half_width']:>8.1%}"
-        if "holds" in line:
-            text += (
-                f"  {line['median_limit']:.1%} and {line['p90_limit']:.0%}: {'holds' if line['holds'] else 'missed'}"
-            )
-        out.append(text)
-    return out

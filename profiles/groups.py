@@ -41,6 +41,11 @@ class Partition:
         return next(group for group in self.groups if rank in group)
 
 
+def in_hosts(count: int) -> str:
+    """So many hosts, in words."""
+    return f"{count} host{'' if count == 1 else 's'}"
+
+
 def pretended_hosts() -> int:
     """Hosts that the environment tells to pretend; 0 for none. Raises BadInput."""
     text = os.environ.get(PRETEND, "")

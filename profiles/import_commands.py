@@ -22,7 +22,8 @@ def import_nccl_tests(
     system: SYSTEM,
     out: OUT,
     kind: Annotated[
-        str | None, Option("--kind", help="all_reduce, all_gather, reduce_scatter or all_to_all, where no log says it.")
+        str | None,
+        Option("--kind", help="As `profile collectives --kinds` names it, where no log says it."),
     ] = None,
     gpus: Annotated[int | None, Option("--gpus", min=2, help="All ranks, where no log lists them.")] = None,
     nodes: Annotated[int | None, Option("--nodes", min=1, help="Of all ranks, where no log lists them.")] = None,
@@ -96,6 +97,7 @@ def import_published(
     from moesim.errors import BadInput
     from profiles.importers.gathered import checked_system
     from profiles.importers.published import context_of, read_published, reasons
+    from profiles.record import PUBLISHED
 
     context = context_of(checked_system(system), experts, gpus_per_node)
     read = [read_published(path, context) for path in files]
@@ -109,7 +111,7 @@ def import_published(
         raise BadInput(
             f"no row is of {context.chip}", where=", ".join(map(str, files)), mend="name the system whose GPU ran"
         )
-    _write(rows, system, "published", files, out, as_json, {"source_rows": told})
+    _write(rows, system, PUBLISHED, files, out, as_json, {"source_rows": told})
 
 
 T = TypeVar("T")
@@ -145,4 +147,14 @@ def _write(
     echo(f"wrote {out}: " + ", ".join(f"{count} {name}" for name, count in content["rows"].items()))
     for reason, number in told.get("left_out", {}).items():
         echo(f"left out {number}: {reason}", err=True)
-    echo(f"price with it: cost: {{profiles: [{out}, default]}}", err=True)
+    echo(how_to_price(out, system.strip()), err=True)
+
+
+def how_to_price(out: Path, system: str) -> str:
+    """What to write into a scenario of the system, after an import."""
+    from profiles.store import shipped_systems
+
+    if system in shipped_systems():
+        return f"price with it: cost: {{profiles: [{out}, default]}}"
+    rest = f"none ships for {system}; name an imported one for what this lacks, or set cost.extrapolate: allow"
+    return f"price with it: cost: {{profiles: [{out}]}} ({rest})"

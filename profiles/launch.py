@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moesim import errors
@@ -20,7 +21,7 @@ from moesim.errors import CheckFailed, MoesimError
 POLL_S = 0.05
 GRACE_S = 1.0  # for the other ranks to fail too, so that the cause can be told from its echoes
 WHERE = "profile collectives"
-RESULT = "result"
+RESULT, PROGRESS = "result", "progress"
 # One thread for each rank; below also gloo over loopback, whatever the host name resolves to.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -82,7 +83,7 @@ def _watch(
         if all(code == 0 for code in codes):
             return
         with contextlib.suppress(OSError):
-            now = (folder / "progress").read_text(encoding="utf-8")
+            now = (folder / PROGRESS).read_text(encoding="utf-8")
             if now != told:
                 told, moved = now, time.monotonic()
                 say(now)
@@ -135,9 +136,44 @@ def end_with(parent: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def result(folder: Path, text: str) -> None:
-    """Leave the result where the parent finds it."""
-    (folder / RESULT).write_text(text, encoding="utf-8")
+@dataclass(frozen=True)
+class LocalRank:
+    """One process that `launch` started. job: its text. store: the file where the ranks meet. say: tells progress."""
+
+    job: str
+    rank: int
+    ranks: int
+    store: str
+    say: Callable[[str], None]
+
+
+def serve(arguments: Sequence[str], work: Callable[[LocalRank], str]) -> int:
+    """Be one local rank: do the work, leave rank 0's result or any rank's error to the parent; returns the exit code.
+
+    arguments: the job's folder, the rank, and the parent that it must not outlive.
+    """
+    folder, rank = Path(arguments[0]), int(arguments[1])
+    end_with(int(arguments[2]))
+
+    def say(line: str) -> None:
+        _leave(folder, PROGRESS, line)
+
+    try:
+        text = (folder / "job.json").read_text(encoding="utf-8")
+        found = work(LocalRank(text, rank, int(os.environ["MOESIM_RANKS"]), str(folder / "meet"), say))
+    except MoesimError as error:
+        tell(folder, rank, error)
+        return error.exit_code
+    if rank == 0:
+        _leave(folder, RESULT, found)
+    return 0
+
+
+def _leave(folder: Path, name: str, text: str) -> None:
+    """Put a text where the parent looks for it, whole at any moment."""
+    fresh = folder / f"{name}.new"
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(folder / name)
 
 
 def tell(folder: Path, rank: int, error: MoesimError) -> None:

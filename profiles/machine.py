@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim import __version__
+from moesim.errors import MissingPart
 from profiles.device import conditions, device_name, readings
 
-TOPOLOGY_S = 30.0
+TOPOLOGY_COMMAND = ("nvidia-smi", "topo", "-m")
+TOPOLOGY_LIMIT_S = 60.0  # the driver answers in about a second; without persistence it first wakes every GPU
 SYSTEM = Path("/sys/class")
 
 
@@ -46,14 +48,24 @@ def network_cards(folder: Path = SYSTEM) -> list[dict[str, str]]:
 
 def topology() -> str:
     """What `nvidia-smi topo -m` says; empty where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(
-            ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=TOPOLOGY_S, check=False
-        )
-        return done.stdout if done.returncode == 0 else ""
+    with contextlib.suppress(MissingPart):
+        return driver_topology()
     return ""
+
+
+def driver_topology() -> str:
+    """What `nvidia-smi topo -m` prints here. Raises MissingPart where it is not there or fails."""
+    mend = "run `nvidia-smi topo -m > topo.txt` where the GPUs are, then give --from topo.txt"
+    if shutil.which(TOPOLOGY_COMMAND[0]) is None:
+        raise MissingPart("nvidia-smi is not on this machine", mend=mend)
+    try:
+        done = subprocess.run(TOPOLOGY_COMMAND, capture_output=True, timeout=TOPOLOGY_LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingPart(f"nvidia-smi topo -m did not run ({type(error).__name__})", mend=mend) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip().split("\n")[0][:100]
+        raise MissingPart(f"nvidia-smi topo -m failed ({said or done.returncode})", mend=mend)
+    return done.stdout.decode("utf-8", errors="replace")
 
 
 def _text(path: Path) -> str:

@@ -1,5 +1,8 @@
 """Published measurements of exchanges, as CSV: rows to series of EP size and seconds.
 
+For the leave-out alone, which needs no more than how rows of one source relate: what a row does not say is assumed, and
+told. `importers/published_tables.py` makes prices of the same files, and leaves such rows out.
+
 Columns: backend, gpu, nic, mode, op, ep, tokens_per_rank, hidden, topk, dtype, sms, latency_us, bw_GBps, bw_kind, note;
 src and commit where there are some. A latency is taken where there is one. A bandwidth is bytes over seconds, and
 bw_kind says whose bytes:
@@ -14,7 +17,6 @@ bw_kind says whose bytes:
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from dataclasses import dataclass, field
@@ -27,6 +29,9 @@ from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import ClusterChoice
 from moesim.units import BYTES_PER_ELEMENT, GIGA, MICRO
 from profiles.ep_scaling import ExchangeKind
+from profiles.importers.deepep_bytes import LOW_LATENCY_HEADER_BYTES
+from profiles.importers.printed import rounding
+from profiles.importers.published import records
 
 NEEDED = ("backend", "mode", "op", "ep", "latency_us")
 SAME = ("src", "commit", "backend", "gpu", "nic", "mode", "op", "tokens_per_rank", "hidden", "topk", "dtype", "sms")
@@ -37,7 +42,6 @@ TOKENS = {"node": 4096.0}
 FEW_TOKENS = 128.0
 # The element type that a name holds, most particular first.
 DTYPES = (("fp4", "nvfp4"), ("fp8", "fp8_block"), ("int8", "int8"), ("fp32", "fp32"), ("16", "bf16"))
-LOW_LATENCY_HEADER_BYTES = 16
 # The preset whose link rates a GPU's name stands for, most particular name first; h100_sxm for any other.
 PRESETS = (
     ("gb300", "gb200_nvl72"), ("gb200", "gb200_nvl72"), ("nvl72", "gb200_nvl72"), ("b300", "b200_sxm"),
@@ -77,39 +81,38 @@ class Series:
 
 
 @dataclass
-class Published:
+class PublishedSeries:
     """All series of a file, and rows that could not be read as seconds: reason -> count."""
 
     series: list[Series] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def read_published(path: Path) -> Published:
+def read_series(path: Path) -> PublishedSeries:
     """Read a file. Raises BadInput that names the file and line."""
-    lines = csv.DictReader(read_text(path, what="table of exchanges").splitlines())
-    lacking = [name for name in NEEDED if name not in (lines.fieldnames or ())]
+    lines = records(read_text(path, what="table of exchanges"), str(path))
+    _, header = next(lines, (1, []))
+    lacking = [name for name in NEEDED if name not in header]
     if lacking:
         raise BadInput(
             f"columns are missing: {', '.join(lacking)}", where=str(path), mend="give them in the first line"
         )
     groups: dict[tuple[str, ...], list[tuple[dict[str, str], str]]] = {}
-    try:
-        for row in lines:
-            where = f"{path}:{lines.line_num}"
-            if None in row or None in row.values():
-                raise BadInput("not as many values as columns", where=where, mend="correct the line")
-            kept = _SPREAD.sub("", row.get("note", "")).strip()
-            key = (*(row.get(name, "").strip() for name in SAME), kept)
-            groups.setdefault(key, []).append((row, where))
-    except csv.Error as error:
-        raise BadInput(f"not CSV ({error})", where=f"{path}:{lines.line_num}", mend="correct the line") from None
-    found = Published()
+    for at, values in lines:
+        where = f"{path}:{at}"
+        if len(values) != len(header):
+            raise BadInput("not as many values as columns", where=where, mend="correct the line")
+        row = dict(zip(header, values, strict=True))
+        kept = _SPREAD.sub("", row.get("note", "")).strip()
+        key = (*(row.get(name, "").strip() for name in SAME), kept)
+        groups.setdefault(key, []).append((row, where))
+    found = PublishedSeries()
     for rows in groups.values():
         _add(found, rows)
     return found
 
 
-def _add(found: Published, rows: list[tuple[dict[str, str], str]]) -> None:
+def _add(found: PublishedSeries, rows: list[tuple[dict[str, str], str]]) -> None:
     first, where = rows[0]
     kind, assumed = _kind(first, where)
     if first.get("tokens_per_rank", "").strip():
@@ -205,8 +208,7 @@ def _counted(bw_kind: str, kind: ExchangeKind, ep: int) -> float | None:
 
 def _half_digit(text: str) -> float:
     """Half of the last digit printed; tables that were retyped end whole numbers in `.0`."""
-    digits = text.strip().removesuffix(".0").partition(".")[2]
-    return 0.5 * 10.0 ** -len(digits)
+    return rounding(text.strip().removesuffix(".0"))
 
 
 def _leading(text: str, where: str) -> int:

@@ -57,6 +57,8 @@ class Family:
 MEASURED_ENGINE = "moesim"
 # Rows that DeepEP's own tests printed; they price the exchanges of every engine that runs DeepEP.
 DEEPEP = "deepep"
+# Published figures of kernels that are no engine's; they price for every engine whose scenario names their profile.
+PUBLISHED = "published"
 KERNELS = "moesim profile kernels"
 COLLECTIVES = "moesim profile collectives"
 

@@ -55,14 +55,14 @@ def leave_distributions_out(points: Points) -> Iterator[tuple[str, Floats]]:
             yield f"{name} from {nearest}", np.log((moved / both["seconds"]).to_numpy())
 
 
-def summary(tables: Iterable[Points]) -> list[dict[str, float | str | bool]]:
-    """One line for every kind of table and pair of distributions, and one for all."""
+def summary(left_out: Iterable[tuple[str, Floats]]) -> list[dict[str, float | str | bool]]:
+    """One line for every kind of table and pair of distributions, and one for all.
+
+    left_out: name of both and ln(predicted / measured) [points], of every table.
+    """
     found: dict[str, list[Floats]] = {}
-    for points in tables:
-        if points.kind.family == "MoE":
-            stem = points.name.rsplit("/", 1)[-1]
-            for name, residuals in leave_distributions_out(points):
-                found.setdefault(f"{stem}: {name}", []).append(residuals)
+    for name, residuals in left_out:
+        found.setdefault(name, []).append(residuals)
     lines = [_line(name, np.concatenate(parts)) for name, parts in sorted(found.items())]
     if found:
         every = np.concatenate([part for parts in found.values() for part in parts])

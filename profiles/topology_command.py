@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option, echo
-
-COMMAND = ("nvidia-smi", "topo", "-m")
-TIME_LIMIT_S = 60.0  # the driver answers in about a second; without persistence it first wakes every GPU
 
 
 def topology(
@@ -26,9 +21,10 @@ def topology(
     from profiles.importers import topo_cluster
     from profiles.importers.printed import read_printed
     from profiles.importers.topo import read_topology
+    from profiles.machine import TOPOLOGY_COMMAND, driver_topology
 
-    source = str(saved) if saved is not None else " ".join(COMMAND)
-    text = read_printed(saved, "matrix of nvidia-smi") if saved is not None else ask_driver()
+    source = str(saved) if saved is not None else " ".join(TOPOLOGY_COMMAND)
+    text = read_printed(saved, "matrix of nvidia-smi") if saved is not None else driver_topology()
     found = read_topology(text, source)
     if out is not None:
         named = saved.name if saved is not None else source
@@ -39,20 +35,3 @@ def topology(
     echo("\n".join(topo_cluster.in_words(found)))
     if out is not None:
         echo(f"wrote node into {out}", err=True)
-
-
-def ask_driver() -> str:
-    """What `nvidia-smi topo -m` prints here. Raises MissingPart where it is not there or fails."""
-    from moesim.errors import MissingPart
-
-    mend = "run `nvidia-smi topo -m > topo.txt` where the GPUs are, then give --from topo.txt"
-    if shutil.which(COMMAND[0]) is None:
-        raise MissingPart("nvidia-smi is not on this machine", mend=mend)
-    try:
-        done = subprocess.run(COMMAND, capture_output=True, timeout=TIME_LIMIT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MissingPart(f"nvidia-smi topo -m did not run ({type(error).__name__})", mend=mend) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).decode("utf-8", errors="replace").strip().split("\n")[0][:100]
-        raise MissingPart(f"nvidia-smi topo -m failed ({said or done.returncode})", mend=mend)
-    return done.stdout.decode("utf-8", errors="replace")

@@ -17,6 +17,7 @@ import numpy as np
 from moesim.cost.estimate import Tag
 from moesim.errors import BadInput, OutsideProfile
 from profiles.fit import OUTSIDE, Curve, curve, medians
+from profiles.groups import in_hosts
 from profiles.protocols import rule_of_collective
 from profiles.record import COLLECTIVES, LATENCY
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY
@@ -81,8 +82,8 @@ class UnevenCost:
         seconds, tags = found.price(np.asarray([size]))
         if tags[0] == OUTSIDE:
             raise OutsideProfile(
-                f"what an exchange of {self.ranks} ranks on {self.nodes} hosts moves or keeps, {size:.0f} bytes, lies "
-                f"outside what was measured (up to {found.largest:.0f})",
+                f"what an exchange of {self.ranks} ranks on {in_hosts(self.nodes)} moves or keeps, {size:.0f} bytes, "
+                f"lies outside what was measured (up to {found.largest:.0f})",
                 where="uneven all-to-all",
                 mend=f"measure it with `{COLLECTIVES} --kinds all_to_all --to {size:.0f}B --out measured.jsonl`, once "
                 f"as it is and once with `--pattern {KEPT} --pattern {KEPT_BY_ONE} --pattern {ONE_WAY}`",
@@ -102,7 +103,7 @@ def uneven_cost(tables: Mapping[str, pl.DataFrame], *, path: str, ranks: int, no
     even = tables["collective"].filter(here & (pl.col("kind") == "all_to_all"))
     if even.is_empty():
         raise BadInput(
-            f"no even all_to_all over {path} on {ranks} ranks and {nodes} hosts was measured",
+            f"no even all_to_all over {path} on {ranks} ranks on {in_hosts(nodes)} was measured",
             where="uneven all-to-all",
             mend=f"measure it with `{COLLECTIVES} --kinds all_to_all --out measured.jsonl`",
         )

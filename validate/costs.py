@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
+from profiles.monotone import least_squares
 
 Floats = NDArray[np.float64]
 Tags = NDArray[np.int8]
@@ -36,9 +37,7 @@ class Curve:
 
 def rising(sizes: Sequence[float], seconds: Sequence[float]) -> Curve:
     """The closest curve that never falls (isotonic regression): more work is never quicker, scatter is."""
-    from scipy.optimize import isotonic_regression
-
-    return Curve(np.asarray(sizes, dtype=np.float64), np.asarray(isotonic_regression(np.asarray(seconds)).x))
+    return Curve(np.asarray(sizes, dtype=np.float64), least_squares(np.asarray(seconds, dtype=np.float64)))
 
 
 class ExpertCost(Protocol):

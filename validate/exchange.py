@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.errors import BadInput, MoesimError
+from moesim.errors import BadInput
 from profiles.capture import Line, Log, read_lines, statistics_of
 from profiles.collective_points import Job, Part, spots_of
 from profiles.collective_work import ELEMENT_BYTES, Seat, all_to_all
 from profiles.collectives import check, check_parts, interleaved, joined, ready, seat_of, work_at
 from profiles.device import conditions, device_name
 from profiles.groups import ALL, find_hosts, partitions
-from profiles.launch import end_with, launch, tell
+from profiles.launch import LocalRank, launch, serve
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY, elements
 from profiles.traffic import Floats, Ints, endpoint, traffic
 from profiles.uneven import uneven_cost
@@ -259,23 +259,16 @@ def predict(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One local rank: the job's folder, the rank, and the parent that it must not outlive."""
-    folder, rank, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    end_with(parent)
-    job = ExchangeJob.read((folder / "job.json").read_text(encoding="utf-8"))
-    ranks = int(os.environ["MOESIM_RANKS"])
+    """One local rank, as `launch.serve` runs it."""
 
-    def say(line: str) -> None:
-        (folder / "progress").write_text(line, encoding="utf-8")
+    def work(one: LocalRank) -> str:
+        job = ExchangeJob.read(one.job)
+        torch = ready(job.backend, one.ranks)
+        with joined(torch, job.backend, one.rank, one.ranks, one.rank, one.store, job.stall_s) as device:
+            session(torch, job, one.rank, one.ranks, device, one.say)
+        return ""
 
-    try:
-        torch = ready(job.backend, ranks)
-        with joined(torch, job.backend, rank, ranks, rank, str(folder / "meet"), job.stall_s) as device:
-            session(torch, job, rank, ranks, device, say)
-    except MoesimError as error:
-        tell(folder, rank, error)
-        return error.exit_code
-    return 0
+    return serve(arguments, work)
 
 
 if __name__ == "__main__":

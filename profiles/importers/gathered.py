@@ -33,9 +33,12 @@ def tables_of_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, pl.D
         if not found[name]:
             tables[name] = empty(shape)
             continue
-        identity = [column for column in shape.columns if column != LATENCY]
-        table = pl.DataFrame(found[name], schema=polars_schema(shape))
-        tables[name] = table.group_by(identity).agg(pl.col(LATENCY).median()).select(list(shape.columns)).sort(identity)
+        figures = [LATENCY, *shape.values]
+        identity = [column for column in shape.columns if column not in figures]
+        medians = (
+            pl.DataFrame(found[name], schema=polars_schema(shape)).group_by(identity).agg(pl.col(figures).median())
+        )
+        tables[name] = medians.select(list(shape.columns)).sort(identity)
     return tables
 
 
@@ -54,7 +57,7 @@ def description(
     return {
         "system": system,
         "engine": engine,
-        "files": [{"name": Path(path).name, "sha256": _digest(path)} for path in files],
+        "files": told_files(files),
         "rows": {name: table.height for name, table in tables.items() if table.height},
         **told,
         "errors": errors_of(tables, fitted),
@@ -62,5 +65,6 @@ def description(
     }
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def told_files(files: Sequence[Path]) -> list[dict[str, str]]:
+    """Name and digest of each file that rows come from."""
+    return [{"name": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in files]

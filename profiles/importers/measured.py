@@ -7,7 +7,6 @@ are counted.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from moesim import __version__
 from moesim.errors import BadInput
 from profiles.capture import Line
 from profiles.groups import PRETEND, PRETENDED
+from profiles.importers.gathered import checked_system, tables_of_rows, told_files
 from profiles.leave_out import errors_of, fit_experts
 from profiles.record import FAMILIES, LATENCY, MEASURED_ENGINE
-from profiles.store import empty, polars_schema
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,11 +33,8 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
 
     Refused: lines of two devices in one family and version, as their points would be taken for one machine's.
     """
-    import polars as pl
-
-    if not system.strip():
-        raise BadInput("the system has no name", where="--system", mend="name it as scenarios do: h200_sxm")
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FAMILIES}
+    system = checked_system(system)
+    rows: list[tuple[str, dict[str, Any]]] = []
     devices: dict[tuple[str, str, str], str] = {}
     for line in lines:
         if not priced(line):
@@ -56,24 +52,13 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
                 where="profile import measured",
                 mend="import the files of each machine into a folder of its own",
             )
-        rows[line.family].append(_row(line, version, system))
-    if not any(rows.values()):
+        rows.append((line.family, _row(line, version, system)))
+    if not rows:
         raise BadInput(
             "no line belongs to a table of the store", where="profile import measured",
             mend=f"measure one of: {', '.join(name for name, family in FAMILIES.items() if family.measured_by)}",
         )  # fmt: skip
-    tables = {}
-    for name, found in rows.items():
-        family = FAMILIES[name]
-        if not found:
-            tables[name] = empty(family)
-            continue
-        table = pl.DataFrame(found, schema=polars_schema(family))
-        figures = (LATENCY, *family.values)
-        identity = [column for column in family.columns if column not in figures]
-        medians = table.group_by(identity).agg(pl.col(list(figures)).median())
-        tables[name] = medians.select(list(family.columns)).sort(identity)
-    return tables
+    return tables_of_rows(rows)
 
 
 def priced(line: Line) -> bool:
@@ -117,7 +102,7 @@ def describe(
         "engine": MEASURED_ENGINE,
         "source": {"package": PACKAGE, "version": __version__, "licence": "measured here"},
         "measured": [{"device": device, "torch": torch, "date": date} for device, torch, date in conditions],
-        "files": [{"name": Path(path).name, "sha256": _digest(path)} for path in files],
+        "files": told_files(files),
         "rows": {name: table.height for name, table in tables.items() if table.height},
         "without_table": dict(
             Counter(f"{line.family}{' (baseline)' if line.baseline else ''}" for line in lines if not priced(line))
@@ -126,7 +111,3 @@ def describe(
         "errors": errors_of(tables, fitted),
         "physics": fitted["parameters"],
     }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -21,7 +21,7 @@ from moesim.spec.presets import presets
 from moesim.units import MICRO, TERA
 from profiles.importers.gathered import UNKNOWN
 from profiles.importers.printed import agree, number, read_printed, rounding, whole
-from profiles.record import LATENCY
+from profiles.record import LATENCY, PUBLISHED
 
 MB = 1e6  # a figure's axis in MB; powers of ten, as its source says nothing else
 RATE_SLACK = 0.01
@@ -89,7 +89,7 @@ def published_of(text: str, where: str, context: Context) -> Published:
     """The rows of a CSV's text; `where` names it in errors. Raises BadInput that names the line."""
     from profiles.importers.published_tables import KNOWN
 
-    lines = _records(text, where)
+    lines = records(text, where)
     _, header = next(lines, (1, []))
     converters = [convert for columns, convert in KNOWN if columns == tuple(header)]
     if not converters:
@@ -116,7 +116,7 @@ def published_of(text: str, where: str, context: Context) -> Published:
     return Published(Path(where).name, tuple(rows), dict(left_out), total)
 
 
-def _records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+def records(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
     """The fields of each record with the line it begins in; blank lines are passed over."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     begins = 1
@@ -196,7 +196,7 @@ def product(row: Record, context: Context, *, m: str, dtype: str, device: str, k
     seconds = 2.0 * rows * n * k / (positive(row, "tflops") * TERA)
     return {
         "dtype": dtype, "n": n, "k": k, "m": float(rows), LATENCY: seconds,
-        **provenance(row, context, engine="published", device=device, kernel=kernel),
+        **provenance(row, context, engine=PUBLISHED, device=device, kernel=kernel),
     }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ import pytest
 from profiles.ep_between import kind_of, leave_out
 from profiles.ep_out import leave_out as leave_series_out
 from profiles.ep_out import summary
-from profiles.published_exchanges import read_published
+from profiles.importers.published import context_of, read_published
+from profiles.published_exchanges import read_series
 from profiles.record import LATENCY
 from profiles.store import open_profile
 from tests.costs_cluster import h200
@@ -32,7 +33,7 @@ def rows(shared_data: Path) -> Path:
 
 
 def test_inner_sizes_order_and_edges(rows: Path) -> None:
-    published = read_published(rows)
+    published = read_series(rows)
     assert not published.left_out
     found = summary(leave_series_out(published), published.left_out)
     assert (len(found["series"]), found["inner"]["points"]) == (27, 41)
@@ -41,6 +42,29 @@ def test_inner_sizes_order_and_edges(rows: Path) -> None:
     # Whatever rises or falls throughout is in order; what does not is no smooth model's to order.
     wrong = [one["name"] for one in found["series"] if one["order"]["wrong"]]
     assert all(not one["monotone"] for one in found["series"] if one["name"] in wrong) and len(wrong) == 1
+
+
+def test_both_readers_of_the_file_give_the_same_seconds(rows: Path) -> None:
+    """What the importer prices with and what the leave-out judges: 0.4 % apart where groups limit the routing."""
+    for system, count in (("h800", 34), ("h100_sxm", 36), ("b200_sxm", 30), ("gb200_nvl72", 102)):
+        context = context_of(system, 256)
+        imported = [
+            (row["kernel"], row["step"], row["ep"], row["tokens"], row[LATENCY])
+            for _, row in read_published(rows, context).rows
+        ]
+        assert len(imported) == count
+        judged = [
+            (series.name, point.ep, series.tokens, point.seconds)
+            for series in read_series(rows).series
+            for point in series.points
+        ]
+        for kernel, step, ep, tokens, seconds in imported:
+            near = [
+                abs(one / seconds - 1)
+                for name, at, sent, one in judged
+                if name.startswith(f"{kernel} ") and f" {step} " in name and (at, sent) == (ep, tokens)
+            ]
+            assert near and min(near) < 5e-3, (kernel, step, ep)
 
 
 def test_bandwidths_agree_with_the_latencies_beside_them(rows: Path) -> None:

@@ -267,6 +267,8 @@ def test_the_demo_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "FAULT" not in out
     assert "profile coverage" in out
+    (beyond,) = [line for line in out.splitlines() if line.startswith("extrapolated; ")]
+    assert beyond.endswith("--out DIR`:")  # the demo allows extrapolation already
     assert re.search(r"^decode +Gemm n=2112 k=7168 dtype=fp8_block +m 1\.\.128", out, re.MULTILINE)
 
 

@@ -130,7 +130,9 @@ def test_rows_of_one_size_or_of_other_nodes_tell_nothing() -> None:
     assert between(op, h200(8), rows.filter(pl.col("ep") == 16)) is None
     assert between(op, h200(8), rows.with_columns(pl.lit(1, dtype=pl.Int64).alias("nodes"))) is None
     assert between(exchange(16, 2), h200(8), rows) is None  # it holds that one
-    assert not list(exchanges_between(exchange(128, 16), h200(8), [("here", rows)], sigma=0.1, edges=False))
+    assert not list(
+        exchanges_between(exchange(128, 16), h200(8), [("here", rows)], sigma=lambda rows: 0.1, edges=False)
+    )
     assert kind_of(op, h200(8)).domain == 8
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesim.cli import run
+from profiles.import_commands import how_to_price
 from tests import printed_samples as samples
 
 PAGE = "docs/how-to/profile.md"
@@ -44,3 +45,9 @@ def test_the_page_shows_what_its_commands_print(
             assert Counter(shown) == Counter((printed.out + printed.err).splitlines())
     assert ran == 4
     assert Path("our-cluster.yaml").is_file()
+
+
+def test_an_import_says_how_to_price_with_it() -> None:
+    assert how_to_price(Path("mine"), "h200_sxm") == "price with it: cost: {profiles: [mine, default]}"
+    other = how_to_price(Path("mine"), "h100_sxm")  # `default` would be refused there
+    assert other.startswith("price with it: cost: {profiles: [mine]} (none ships for h100_sxm;")

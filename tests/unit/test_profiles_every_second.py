@@ -13,7 +13,8 @@ import pytest
 
 from moesim.cli import run
 from moesim.errors import BadInput
-from profiles.every_second import every_second, leave_out, log_log, predicted, summary
+from profiles.check_tables import by_family, every_second_left_out
+from profiles.every_second import every_second, leave_out, log_log, predicted
 from profiles.expert_load import expert_load
 from profiles.fit import OUTSIDE, refined, surface
 from profiles.raw_tables import read_points
@@ -63,10 +64,10 @@ def test_a_latency_and_a_rate_are_found_exactly_and_log_log_is_not(tmp_path: Pat
     found = leave_out(points)
     np.testing.assert_allclose(found.ours, 0.0, atol=1e-12)
     assert np.abs(found.plain).max() > 0.01
-    (line,) = summary([found])
-    assert line["family"] == "NCCL"
-    assert line["points"] == 3
-    assert line["holds"] is True
+    (line,) = by_family([every_second_left_out(points, found)])
+    assert line.family == "NCCL"
+    assert line.points == 3
+    assert line.holds
 
 
 def test_a_time_held_up_in_one_dtype_is_mended_by_the_other_where_that_is_kept(tmp_path: Path) -> None:
@@ -232,12 +233,14 @@ def test_the_thresholds_on_the_published_tables() -> None:
 
     data, _ = find_package(Path(os.environ["MOESIM_AIC_TABLES"]))
     lines = {
-        str(line["family"]): line
-        for line in summary(
-            leave_out(points)
-            for points in read_points(data, ["h100_sxm", "h200_sxm", "b200_sxm"])
-            if points.kind.family not in ("GEMM", "MoE", "sparse module prefill")  # half a minute and more
+        line.family: line
+        for line in by_family(
+            [
+                every_second_left_out(points, leave_out(points))
+                for points in read_points(data, ["h100_sxm", "h200_sxm", "b200_sxm"])
+                if points.kind.family not in ("GEMM", "MoE", "sparse module prefill")  # half a minute and more
+            ]
         )
     }
     for family in ("attention", "MLA", "DeepEP", "NCCL"):
-        assert lines[family]["holds"], family
+        assert lines[family].holds, family

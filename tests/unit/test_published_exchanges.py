@@ -13,7 +13,7 @@ from moesim.cli import run
 from moesim.errors import BadInput
 from moesim.network.uniform import Routed, uniform_copies
 from profiles.ep_out import leave_out, report, summary
-from profiles.published_exchanges import read_published, scheme_of
+from profiles.published_exchanges import read_series, scheme_of
 
 HEAD = "src,backend,gpu,nic,mode,op,ep,tokens_per_rank,hidden,topk,dtype,sms,latency_us,bw_GBps,bw_kind,note"
 
@@ -38,7 +38,7 @@ def test_what_each_bandwidth_counts(tmp_path: Path) -> None:
         low.format(op="combine", dtype="bf16", figure="44.0"),
         normal(16, "500.0", "algorithm bw", gpu="GB200", note='"uniform router, 8 local experts"'),
     ]
-    published = read_published(table(tmp_path, *rows))
+    published = read_series(table(tmp_path, *rows))
     seconds = [point.seconds for series in published.series for point in series.points]
     eight = uniform_copies("node", Routed(top_k=8, experts=256), ranks=8, domain=8)
     inside = uniform_copies("node", Routed(top_k=8, local_experts=8), ranks=16, domain=72)
@@ -59,7 +59,7 @@ def test_a_latency_wins_and_spreads_are_read(tmp_path: Path) -> None:
         "s,IBGDA,,,pplx,dispatch,32,1,,,,,115.7,99.0,whatever,+-1.4",
         "s,IBGDA,,,pplx,dispatch,64,1,,,,,120.0,,,",
     ]
-    (series,) = read_published(table(tmp_path, *rows)).series
+    (series,) = read_series(table(tmp_path, *rows)).series
     assert [point.ep for point in series.points] == [16, 32, 64]
     assert [point.seconds for point in series.points] == pytest.approx([102.7e-6, 115.7e-6, 120e-6])
     assert [point.within_s for point in series.points] == pytest.approx([8.7e-6, 1.4e-6, 0.5e-6])
@@ -68,7 +68,7 @@ def test_a_latency_wins_and_spreads_are_read(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_told_are_counted(tmp_path: Path) -> None:
     rows = [normal(16, "43.0", "wire"), normal(32, "", ""), normal(64, "50.0", "bottleneck RDMA")]
-    published = read_published(table(tmp_path, *rows))
+    published = read_series(table(tmp_path, *rows))
     assert published.left_out == {
         "a bandwidth of unknown kind 'wire' and no latency": 1,
         "neither latency nor bandwidth": 1,
@@ -105,7 +105,7 @@ def test_schemes(backend: str, mode: str, op: str, scheme: str) -> None:
 )
 def test_malformed_rows_are_named(tmp_path: Path, row: str, said: str) -> None:
     with pytest.raises(BadInput) as caught:
-        read_published(table(tmp_path, row))
+        read_series(table(tmp_path, row))
     assert said in caught.value.line() and "rows.csv:2" in caught.value.line()
 
 
@@ -124,7 +124,7 @@ def test_mutated_files_are_read_or_named(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.getbasetemp() / "mutated.csv"
     path.write_bytes(text.encode())
     try:
-        published = read_published(path)
+        published = read_series(path)
     except BadInput as error:
         assert "mutated.csv" in error.line() and "\n" not in error.line()
     else:
@@ -143,7 +143,7 @@ def rows_of_physics(tmp_path: Path) -> Path:
 
 
 def test_every_size_is_left_out_and_edges_are_extrapolated(tmp_path: Path) -> None:
-    published = read_published(rows_of_physics(tmp_path))
+    published = read_series(rows_of_physics(tmp_path))
     found = summary(leave_out(published), published.left_out)
     up, bent = found["series"]  # two sizes are no series
     assert [point["tag"] for point in up["points"]] == ["extrapolated", *["interpolated"] * 2, "extrapolated"]
@@ -158,9 +158,9 @@ def test_every_size_is_left_out_and_edges_are_extrapolated(tmp_path: Path) -> No
 
 def test_a_prediction_does_not_see_its_own_row(tmp_path: Path) -> None:
     path = rows_of_physics(tmp_path)
-    before = leave_out(read_published(path))[0].predicted[16]
+    before = leave_out(read_series(path))[0].predicted[16]
     path.write_text(path.read_text().replace("dispatch,16,128,7168,8,fp8,,80", "dispatch,16,128,7168,8,fp8,,800"))
-    after = leave_out(read_published(path))[0]
+    after = leave_out(read_series(path))[0]
     assert after.predicted[16] == before
     assert after.series.points[1].seconds == pytest.approx(800e-6)
 

@@ -107,5 +107,9 @@ def test_the_record_says_what_the_check_asks(tmp_path: Path) -> None:
     pairs = record["comparison"]["beyond_twice_the_spread"]
     assert f"{pairs['agreed']} of {pairs['decided']} ordered right" in table(record)
     assert pairs["decided"] > 30
+    scattered = rng.uniform(1e-3, 3e-3, (10, 40))
+    undecided = record_of(job(cases, tmp_path), counts, (0, 0), written, "later", scattered, {"device": "a box"})
+    assert undecided["comparison"]["beyond_twice_the_spread"]["decided"] == 0
+    assert "none, so no order is judged (45 differ less)" in table(undecided)
     backwards = {**written, "seconds": true_s[::-1].tolist()}
     assert not holds(record_of(job(cases, tmp_path), counts, (0, 0), backwards, "later", samples, {"device": "a box"}))

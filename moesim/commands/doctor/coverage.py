@@ -10,6 +10,8 @@ from moesim.cost.estimate import Tag
 from moesim.engine.coverage import LABELS, REFUSED, Coverage
 
 FORMULA, EXTRAPOLATED = Tag.FORMULA.label, Tag.EXTRAPOLATED.label
+# What a refusal advises that a scenario with extrapolated prices has done already.
+ALLOW = ", or set cost.extrapolate: allow"
 # Columns of the table that a person sees.
 _SHAPE_WIDTH, _SIZES_WIDTH = 44, 32
 
@@ -126,7 +128,8 @@ def _missing(rows: Sequence[Coverage]) -> list[str]:
             share = row.shares.get(label, 0.0)
             if share:
                 told = f"  {row.phase} {name(row)}: {percent(share)}, at {_ends(row.ranges[label])}"
-                found.setdefault((label, row.mend), []).append(told)
+                mend = row.mend.removesuffix(ALLOW) if label == EXTRAPOLATED else row.mend
+                found.setdefault((label, mend), []).append(told)
     out = []
     for (label, mend), lines in found.items():
         out += ["", f"{label}; {mend}:" if mend else f"{label}:", *lines]

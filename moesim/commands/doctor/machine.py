@@ -111,7 +111,7 @@ def _shared_nics(gpus: Sequence[Function], nics: Sequence[Function], names: Mapp
             "shared nic",
             "warn",
             f"{_list([names[gpu.address] for gpu in group])} share {_nic(by_address[address])}",
-            f"each gets 1/{len(group)} of its rate when all send: divide nic_bytes_per_s in the cluster file",
+            f"each gets 1/{len(group)} of its rate when all send: `moesim profile topology --out FILE` notes it",
         )
         for address, group in sharing.items()
         if len(group) > 1

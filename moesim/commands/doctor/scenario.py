@@ -173,7 +173,7 @@ def _memory(counted: MemoryLedger) -> Finding:
         "memory",
         "ok",
         f"{human_bytes(counted.fixed_bytes)} of {human_bytes(counted.limit_bytes)} before the KV cache, "
-        f"which holds {counted.kv_capacity_tokens} tokens of an attention-DP rank",
+        f"which holds {counted.kv_capacity_tokens:,} tokens of an attention-DP rank",
     )
 
 
