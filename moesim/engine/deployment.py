@@ -13,6 +13,9 @@ from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.rules import EngineRules, engine_rules
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
+from moesim.routing.capacity.rule import capacity_rule
+from moesim.routing.gates.choice import gate_spec
+from moesim.routing.gates.loads import gate_loads
 from moesim.routing.holdout import split
 from moesim.routing.resolve import resolve_routing
 from moesim.routing.trace import RoutingCounts, stack_profiles
@@ -73,13 +76,14 @@ def groundwork(scenario: Scenario) -> Groundwork:
     rng = np.random.default_rng([scenario.seed, 1])
     loads = resolve_routing(scenario.routing, model, rng)
     fit, judge = split(loads, scenario.routing.holdout, np.random.default_rng([scenario.seed, 2]))
+    fit, judge, model = gated(scenario, model, tuple(fit) or tuple(loads), tuple(judge))
     costs: CostModel = plugins.load(plugins.COSTS, scenario.cost.source, where="cost.source")(scenario, model, cluster)
     return Groundwork(
         scenario=scenario,
         model=model,
         cluster=cluster,
-        fit=tuple(fit) or tuple(loads),
-        judge=tuple(judge) or tuple(loads),
+        fit=fit,
+        judge=judge or fit,
         judged_on_fit=not judge,
         costs=costs,
     )
@@ -99,14 +103,15 @@ def refuse_unsupported(scenario: Scenario) -> None:
     for key, asked in refused.items():
         if asked:
             raise BadInput("this is not simulated yet", where=key, mend="leave it out")
-    if scenario.policies.gate != "model":
-        raise BadInput("only the model's own gate is simulated yet", where="policies.gate", mend="write `gate: model`")
-    if scenario.policies.capacity.rule != "dropless":
-        raise BadInput(
-            "serving engines are dropless, and no other rule is simulated yet",
-            where="policies.capacity.rule",
-            mend="write `rule: dropless`",
-        )
+    gate_spec(scenario.policies.gate)
+
+
+def gated(
+    scenario: Scenario, model: ModelSpec, fit: tuple[RoutingCounts, ...], judge: tuple[RoutingCounts, ...]
+) -> tuple[tuple[RoutingCounts, ...], tuple[RoutingCounts, ...], ModelSpec]:
+    """The loads to fit to and to judge on, and the model, as they are under the scenario's gate. Raises BadInput."""
+    loads, under = gate_loads((*fit, *judge), scenario.policies.gate, model, np.random.default_rng([scenario.seed, 9]))
+    return loads[: len(fit)], loads[len(fit) :], under
 
 
 def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, MemoryLedger]:
@@ -119,6 +124,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
     check_parallel(parallel, model, cluster, scenario.policies)
     check_low_latency(scenario, parallel)
+    capacity_rule(scenario.policies, model.moe.top_k)
     slots = model.moe.experts + scenario.placement.redundant_experts
     if slots % parallel.ep:
         short = -(-slots // parallel.ep) * parallel.ep - model.moe.experts

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.routing.dispersion import Dispersion, dispersion_of
-from moesim.routing.sample import RoutingSampler, prepare
+from moesim.routing.laws import CountSampler, sampler_of
 from moesim.routing.trace import RoutingCounts
 
 
@@ -23,7 +23,7 @@ class RoutingDraws:
         self.dispersion = dispersion or dispersion_of(loads, top_k=top_k)
         weights = np.asarray([load.weight for load in loads])
         self.weights: NDArray[np.float64] = weights / weights.sum()
-        self.samplers: list[RoutingSampler] = [prepare(load.profile(), top_k, where=load.name) for load in loads]
+        self.samplers: list[CountSampler] = [sampler_of(load, top_k) for load in loads]
 
     def for_phase(self, phase: str) -> list[int]:
         """Indices of the loads of a phase; of all loads where none is marked with it."""

@@ -23,6 +23,8 @@ from moesim.cost.ops import (
 from moesim.graph.batch import Floats, StepBatch
 from moesim.network.replicas import replica_shares
 from moesim.network.traffic import equivalent_tokens
+from moesim.routing.capacity.on_counts import cap_counts
+from moesim.routing.capacity.rule import capacity_rule
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.plan import ExpertPlacement
@@ -115,6 +117,7 @@ class Pricer:
         self.setup = setup
         self.costs = costs
         nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # TP over nodes is one EP rank
+        self.capacity = capacity_rule(setup.policies, setup.model.moe.top_k)
         self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
 
     def price(
@@ -122,13 +125,16 @@ class Pricer:
     ) -> PricedStep:
         """Price one set of steps.
 
-        counts: float64 [steps, layers, experts], tokens that each expert gets from the whole instance. mode: "normal"
+        counts: float64 [steps, layers, experts], tokens that want each expert, of the whole instance; the capacity rule
+        makes them the rows that travel and are computed. mode: "normal"
         or "low_latency" (DeepEP), ignored by other backends. graphed: whether a captured graph hides kernel launches.
         attention: whether to price the attention kernel.
         Raises OutsideProfile.
         """
         setup = self.setup
         rows = batch.padded_tokens
+        if not self.capacity.dropless:
+            counts = cap_counts(counts, batch.tokens, self.capacity, top_k=setup.model.moe.top_k).rows
         slots = setup.placement.slot_loads(counts, self.shares)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
         exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)

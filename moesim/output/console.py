@@ -90,6 +90,12 @@ def print_simulation(result: dict[str, Any]) -> None:
         f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
         f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
     )
+    routed = result["routing"]
+    if routed["capacity"]["rule"] != "dropless":
+        out.print(
+            f"Capacity ({routed['capacity']['rule']}): {routed['dropped_fraction']:.2%} of the picks dropped, "
+            f"{routed['rerouted_fraction']:.2%} rerouted; {routed['padded_fraction']:.2%} of the rows are empty."
+        )
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the step times come from: {shares}.")
     load = result["load"]

@@ -15,6 +15,7 @@ from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.output.routing_report import routing_json
 from moesim.output.steady import steadiness
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
@@ -148,7 +149,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "routing": {
             "max_over_mean": float(max_over_mean(loads).mean()),
             "per_step_max_over_mean": float(np.average(per_step, weights=routing.weights[decoding])),
-            "dropped_fraction": 0.0,
+            **routing_json(simulation),
             "dispersion": routing.dispersion.tag,
             "judged_on": [load.name for load in deployment.ground.judge],
             "judged_on_fit": deployment.ground.judged_on_fit,

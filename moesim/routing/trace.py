@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ class RoutingCounts:
 
     layer_ids: int64 [layers], absolute layers of the rows (MoE layers only). absolute_layers: rows of the source's
     absolute layer axis, dense ones included. per_step: the steps are separate forward passes (else one aggregate).
+    law, picks: how an expert's count in a step is distributed (moesim/routing/gates/registry.py), and the mean
+    number of experts that a token picks (None: the model's top-k).
     """
 
     counts: NDArray[np.float64]
@@ -26,6 +29,8 @@ class RoutingCounts:
     phase: str = "any"
     weight: float = 1.0
     per_step: bool = False
+    law: Literal["top_k", "even", "variable"] = "top_k"
+    picks: float | None = None
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3:

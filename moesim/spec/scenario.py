@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.gate import GateSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -111,10 +112,13 @@ class PlacementSpec(Spec):
 class CapacitySpec(Spec):
     """What happens when an expert has too many tokens."""
 
-    rule: Literal["dropless", "gshard", "switch", "deepspeed", "megatron"] = "dropless"
+    rule: Literal["dropless", "gshard", "switch", "deepspeed", "megatron", "survey"] = "dropless"
     factor: float | None = Field(default=None, gt=0)
     drop: Literal["position", "probability", "random"] | None = None
     pad: bool | None = None
+    backup: Literal["random", "next_best"] | None = None
+    min_capacity: int | None = Field(default=None, ge=0, description="deepspeed; none = 4")
+    max_capacity: int | None = Field(default=None, ge=0, description="survey; none = no cap")
 
 
 class DispatchSpec(Spec):
@@ -128,7 +132,7 @@ class DispatchSpec(Spec):
 class PoliciesSpec(Spec):
     """A choice on each policy axis."""
 
-    gate: str = "model"
+    gate: str | GateSpec = "model"
     capacity: CapacitySpec = CapacitySpec()
     dispatch: DispatchSpec = DispatchSpec()
     schedule: Literal["sequential", "two_batch"] = "sequential"
