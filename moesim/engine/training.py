@@ -23,7 +23,7 @@ from moesim.graph.pricing import Part
 from moesim.graph.task import StepTimes
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.graph.training_layer import TrainingSetup
-from moesim.graph.training_passes import PricedLayers, chunk_graph, price_layers
+from moesim.graph.training_passes import PricedLayers, chunk_graph, chunk_seconds, passes_of, price_layers
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement
@@ -68,7 +68,9 @@ class TrainedStep:
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """A step as best known and under each joint draw; passes: [chunk][pass], all ranks, over the drawn routings."""
+    """A step as best known and under each joint draw; passes: [chunk][pass], of all ranks over the drawn
+    routings, by `maxplus`.
+    """
 
     model: TrainingModel
     step: TrainedStep
@@ -162,9 +164,12 @@ def simulate_training(
     seed = scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     model = training_model(scenario, seed)
-    passes = tuple(tuple(maxplus.run(chunk_graph(model.layers, chunk, kind)) for kind in Pass) for chunk in model.chunks)
-    table = np.asarray([[one.step_s for one in chunk] for chunk in passes])
-    step = _step(model, table, None, seed)
+    split = model.program.split
+    passes = tuple(
+        tuple(maxplus.run(chunk_graph(model.layers, chunk, kind, split=split)) for kind in passes_of(split))
+        for chunk in model.chunks
+    )
+    step = _step(model, pass_table(model, None), None, seed)
     found = []
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -182,13 +187,13 @@ def simulate_training(
 
 
 def pass_table(model: TrainingModel, draw: Draw | None) -> Floats:
-    """Seconds of every pass under a draw: [chunks, passes, drawn routings], on one rank as slow as the slowest."""
-    normal = None if draw is None else draw.normal
-    graphs = (
-        [chunk_graph(model.layers, chunk, kind, normal=normal, collapsed=True) for kind in Pass]
-        for chunk in model.chunks
-    )
-    return np.asarray([[maxplus.run(graph).step_s for graph in chunk] for chunk in graphs])
+    """Seconds of every pass under a draw: [chunks, 3 passes, drawn routings]; a pass that is not split off takes 0."""
+    normal, split = None if draw is None else draw.normal, model.program.split
+    table = np.zeros((len(model.chunks), len(Pass), model.layers.steps))
+    for index, chunk in enumerate(model.chunks):
+        for kind in passes_of(split):
+            table[index, kind] = chunk_seconds(model.layers, chunk, kind, split=split, normal=normal)
+    return table
 
 
 def _step(model: TrainingModel, table: Floats, draw: Draw | None, seed: int) -> TrainedStep:

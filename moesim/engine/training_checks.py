@@ -134,8 +134,8 @@ def _check_batch(parallel: ParallelSpec, grid: RankGrid, training: TrainingSpec)
     whole = training.micro_batch * ranks
     if training.global_batch % whole:
         raise Infeasible(
-            f"a global batch of {training.global_batch} does not divide into micro-batches of {training.micro_batch} on "
-            f"{ranks} data-parallel ranks",
+            f"a global batch of {training.global_batch} does not divide into micro-batches of {training.micro_batch} "
+            f"on {ranks} data-parallel ranks",
             where="training.global_batch",
             mend=f"use a multiple of {whole}",
             reason="batch_not_divisible",

@@ -122,8 +122,8 @@ def training_ledger(
         items = counted.stages[counted.fullest]
         largest = sorted(items, key=lambda name: -items[name])[:3]
         raise Infeasible(
-            f"pipeline stage {counted.fullest} needs {human_bytes(counted.peak_bytes)} but {setup.cluster.gpu.name} may "
-            f"use {human_bytes(limit)} ({', '.join(f'{name} {human_bytes(items[name])}' for name in largest)})",
+            f"pipeline stage {counted.fullest} needs {human_bytes(counted.peak_bytes)} but {setup.cluster.gpu.name} "
+            f"may use {human_bytes(limit)} ({', '.join(f'{name} {human_bytes(items[name])}' for name in largest)})",
             where="training",
             mend="use recompute: full, a smaller micro_batch, or more pp, ep or tp",
             reason="out_of_memory",

@@ -39,11 +39,11 @@ class StageSync:
     buckets: int
 
     def exposed_reduce_s(self, normal: Mapping[str, float] | None, backward_s: float, *, overlap: bool) -> float:
-        """Seconds of the reduction that the last micro-batch's backward pass does not hide; the last bucket never is."""
+        """Seconds of the reduction that the last micro-batch's backward pass does not hide; never its last bucket."""
         return _exposed(self.reduce, self.buckets, normal, backward_s if overlap else 0.0)
 
     def exposed_gather_s(self, normal: Mapping[str, float] | None, forward_s: float, *, overlap: bool) -> float:
-        """Seconds of the gathering that the first micro-batch's forward pass does not hide; the first bucket never is."""
+        """Seconds of the gathering that the first micro-batch's forward pass does not hide; never its first bucket."""
         return _exposed(self.gather, self.buckets, normal, forward_s if overlap else 0.0)
 
 
@@ -99,7 +99,7 @@ def _collective(
 def stage_transfer(setup: TrainingSetup) -> Part:
     """A micro-batch's activations from a stage to the next: latency and bytes over the slowest link between them.
 
-    By formula in every cost model: no table holds a send of one rank to another. The receiver waits, the sender goes on.
+    By formula in every cost model: no table holds a send of one rank to another. The receiver waits, the sender not.
     """
     if setup.parallel.pp == 1:
         return Part()

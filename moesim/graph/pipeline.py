@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,12 +190,20 @@ def program(schedule: str, stages: int, micro_batches: int, virtual: int = 1) ->
                 where="training.pipeline",
                 mend="use 1f1b",
             )
-    columns = [np.asarray(column, dtype=np.int64) for column in list(zip(*rows, strict=True))[:6]]
-    kind, micro, chunk, stage, before, after = columns
-    crosses = np.asarray([row[6] for row in rows], dtype=np.bool_)
+    numbers = np.asarray([row[:6] for row in rows], dtype=np.int64).T
     return PipelineProgram(
-        stages, micro_batches, chunks, schedule in SPLIT, kind, micro, chunk, stage, before, after, crosses
-    )  # fmt: skip
+        stages=stages,
+        micro_batches=micro_batches,
+        chunks=chunks,
+        split=schedule in SPLIT,
+        kind=numbers[0],
+        micro=numbers[1],
+        chunk=numbers[2],
+        stage=numbers[3],
+        before=numbers[4],
+        after=numbers[5],
+        crosses=np.asarray([row[6] for row in rows], dtype=np.bool_),
+    )
 
 
 def _source(kind: Pass, micro: int, chunk: int, chunks: int) -> tuple[Pass, int, int] | None:
@@ -233,4 +242,4 @@ def layers_of_chunks(layers: int, chunks: int, given: tuple[int, ...] | None = N
         for chunk in short:
             sizes[chunk] = base
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    return tuple(range(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple(range(int(a), int(b)) for a, b in pairwise(edges))

@@ -306,7 +306,7 @@ class LayerPieces:
         )  # fmt: skip
 
     def _expert_tp(self, kind: str, loads: Floats) -> list[Piece]:
-        """The rows of an EP rank come together on its expert-TP ranks, or are summed and divided; the fullest counts."""
+        """The rows of an EP rank come together on its expert-TP ranks, or are summed there; the fullest counts."""
         if self.setup.parallel.expert_tp == 1:
             return []
         rows = loads.sum(axis=-1).max(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The task graphs of one micro-batch on one model chunk: its forward pass, its backward pass and its weights' gradient."""
+"""The task graphs of one micro-batch on one model chunk: forward pass, backward pass, gradient of the weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats) -> Pric
             for piece in listed
         )
 
-    windows = {model.attention.window if layer in model.attention.windowed_layers else 0 for layer in range(model.layers)}
+    windows = {
+        model.attention.window if layer in model.attention.windowed_layers else 0 for layer in range(model.layers)
+    }
     return PricedLayers(
         setup=setup,
         steps=len(counts),
@@ -101,75 +103,71 @@ class _Step:
     layer: int
 
 
-def chunk_steps(layers: PricedLayers, chunk: range, kind: Pass) -> Iterator[_Step]:
-    """The tasks of a pass over a chunk of layers, in order; the first chunk embeds, the last one has the head."""
+def passes_of(split: bool) -> tuple[Pass, ...]:
+    """The passes that have a graph of their own; without a split the backward pass makes the weights' gradients too."""
+    return tuple(Pass) if split else (Pass.FORWARD, Pass.BACKWARD)
+
+
+def chunk_steps(layers: PricedLayers, chunk: range, kind: Pass, *, split: bool) -> Iterator[_Step]:
+    """The tasks of a pass over a chunk of layers, in order; the first chunk embeds, the last one has the head.
+
+    split: the weights' gradients have a pass of their own. Else each follows its input's gradient at once.
+    """
     first, last = chunk.start == 0, chunk.stop == layers.setup.model.layers
     if kind == Pass.FORWARD:
         if first:
-            yield from _steps(layers.embedding, "forward", -1)
+            yield from _steps(layers.embedding, ("forward",), -1)
         for layer in chunk:
-            yield from _steps(layers.layer(layer), "forward", layer)
+            yield from _steps(layers.layer(layer), ("forward",), layer)
         if last:
-            yield from _steps(layers.head, "forward", -1)
+            yield from _steps(layers.head, ("forward",), -1)
         return
-    name = "data" if kind == Pass.BACKWARD else "weight"
+    names = ("weight",) if kind == Pass.WEIGHT else ("data",) if split else ("data", "weight")
     if last:
-        yield from _steps(layers.head[::-1], name, -1)
+        yield from _steps(layers.head[::-1], names, -1)
     for layer in reversed(chunk):
         found = layers.layer(layer)
         if kind == Pass.BACKWARD:
-            yield from _steps(found, "again", layer)
-        yield from _steps(found[::-1], name, layer)
+            yield from _steps(found, ("again",), layer)
+        yield from _steps(found[::-1], names, layer)
     if first:
-        yield from _steps(layers.embedding[::-1], name, -1)
+        yield from _steps(layers.embedding[::-1], names, -1)
 
 
-def _steps(pieces: tuple[PricedPiece, ...], kind: str, layer: int) -> Iterator[_Step]:
+def _steps(pieces: tuple[PricedPiece, ...], kinds: tuple[str, ...], layer: int) -> Iterator[_Step]:
     for one in pieces:
-        part: Part = getattr(one, kind)
-        if not part.estimates:
-            continue
-        meets = one.piece.group is not None
-        key = "recompute" if kind == "again" and not meets else one.piece.operation
-        yield _Step(f"{one.piece.name}, {_NAMES[kind]}", key, part, meets, layer)
+        for kind in kinds:
+            part: Part = getattr(one, kind)
+            if not part.estimates:
+                continue
+            meets = one.piece.group is not None
+            key = "recompute" if kind == "again" and not meets else one.piece.operation
+            yield _Step(f"{one.piece.name}, {_NAMES[kind]}", key, part, meets, layer)
 
 
 _NAMES = {"forward": "forward", "data": "backward", "weight": "weights", "again": "recomputed"}
 
 
 def chunk_graph(
-    layers: PricedLayers,
-    chunk: range,
-    kind: Pass,
-    *,
-    normal: Mapping[str, float] | None = None,
-    collapsed: bool = False,
+    layers: PricedLayers, chunk: range, kind: Pass, *, split: bool, normal: Mapping[str, float] | None = None
 ) -> TaskGraph:
     """The graph of one pass of a chunk over the micro-batches of the drawn routing, on the ranks of a stage's instance.
 
-    collapsed: one rank, at each task as slow as the slowest; the last end is the same, as ranks that differ (experts)
-    meet right after. normal: a joint draw, see `Part.seconds`.
+    normal: a joint draw, see `Part.seconds`.
     """
     setup = layers.setup
-    ranks = 1 if collapsed else setup.parallel.ep * setup.parallel.expert_tp
+    ranks = setup.parallel.ep * setup.parallel.expert_tp
     everyone = np.zeros(ranks, dtype=np.int64)
     ep_rank = np.arange(ranks) // setup.parallel.expert_tp
     link = Link.NIC if setup.grid.nodes("exchange") > 1 else Link.NVLINK
-    row = {layer: index for index, layer in enumerate(setup.model.moe.layer_ids)}
-    seconds_of = _remembered(normal)
     tasks: list[Task] = []
-    for step in chunk_steps(layers, chunk, kind):
-        seconds = seconds_of(step.part)
-        if seconds.ndim == 3:
-            seconds = seconds[:, row[step.layer] if seconds.shape[1] > 1 else 0]
-        if seconds.shape[1] > 1:
-            seconds = seconds.max(axis=1, keepdims=True) if collapsed else seconds[:, ep_rank]
+    for step, seconds in _durations(layers, chunk, kind, split, normal):
         tasks.append(
             Task(
                 name=step.name,
                 operation=step.operation,
                 stream=Stream.COMMUNICATION if step.meets else Stream.COMPUTE,
-                duration_s=np.ascontiguousarray(seconds),
+                duration_s=np.ascontiguousarray(seconds[:, ep_rank] if seconds.shape[1] > 1 else seconds),
                 depends_on=(len(tasks) - 1,) if tasks else (),
                 groups=everyone if step.meets else None,
                 links=((link, 1.0),) if step.meets else (),
@@ -177,6 +175,38 @@ def chunk_graph(
             )
         )
     return TaskGraph(layers.steps, ranks, tuple(tasks))
+
+
+def chunk_seconds(
+    layers: PricedLayers, chunk: range, kind: Pass, *, split: bool, normal: Mapping[str, float] | None = None
+) -> Floats:
+    """What `chunk_graph` takes, in closed form: [micro-batches].
+
+    All ranks meet at every collective and tasks run one after another, so each stretch between two meetings takes as
+    long as on its slowest rank.
+    """
+    total: Floats = np.zeros(layers.steps)
+    stretch: Floats = np.zeros((1, 1))
+    for step, seconds in _durations(layers, chunk, kind, split, normal):
+        if step.meets:
+            total = total + stretch.max(axis=1) + seconds.max(axis=1)
+            stretch = np.zeros((1, 1))
+        else:
+            stretch = stretch + seconds
+    return np.asarray(total + stretch.max(axis=1))
+
+
+def _durations(
+    layers: PricedLayers, chunk: range, kind: Pass, split: bool, normal: Mapping[str, float] | None
+) -> Iterator[tuple[_Step, Floats]]:
+    """Every task of a pass with its seconds [1 or micro-batches, 1 or EP ranks]."""
+    row = {layer: index for index, layer in enumerate(layers.setup.model.moe.layer_ids)}
+    seconds_of = _remembered(normal)
+    for step in chunk_steps(layers, chunk, kind, split=split):
+        seconds = seconds_of(step.part)
+        if seconds.ndim == 3:
+            seconds = seconds[:, row[step.layer] if seconds.shape[1] > 1 else 0]
+        yield step, seconds
 
 
 def _remembered(normal: Mapping[str, float] | None) -> Callable[[Part], Floats]:
@@ -191,10 +221,10 @@ def _remembered(normal: Mapping[str, float] | None) -> Callable[[Part], Floats]:
     return seconds
 
 
-def chunk_estimates(layers: PricedLayers, chunk: range) -> Iterator[tuple[Estimate, int | None]]:
+def chunk_estimates(layers: PricedLayers, chunk: range, *, split: bool) -> Iterator[tuple[Estimate, int | None]]:
     """Every price of a micro-batch on a chunk, all passes, with its row of the MoE layers where it has one."""
     row = {layer: index for index, layer in enumerate(layers.setup.model.moe.layer_ids)}
-    for kind in Pass:
-        for step in chunk_steps(layers, chunk, kind):
+    for kind in passes_of(split):
+        for step in chunk_steps(layers, chunk, kind, split=split):
             for one in step.part.estimates:
                 yield one, row.get(step.layer) if one.seconds.ndim == 3 else None

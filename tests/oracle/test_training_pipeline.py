@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import pytest
+import simpy
 
 from moesim.engine.training_pipeline import run
 from moesim.errors import BadInput
-from moesim.graph.pipeline import Pass, layers_of_chunks, program
+from moesim.graph.pipeline import Pass, PipelineProgram, layers_of_chunks, program
 
 SHAPES = [(1, 1), (1, 4), (2, 2), (2, 7), (4, 4), (4, 8), (8, 8), (8, 33), (16, 64)]
 
@@ -68,35 +71,36 @@ def test_unequal_passes_as_an_event_simulation_has_them(schedule: str, stages: i
     """Random durations and transfers: SimPy, one process a stage, finds the same ends."""
     simpy = pytest.importorskip("simpy")
     made = program(schedule, stages, micro, virtual)
-    rng = np.random.default_rng(3)
-    seconds = rng.lognormal(size=(2, 3, micro, stages * virtual))
+    seconds = np.random.default_rng(3).lognormal(size=(2, 3, micro, stages * virtual))
     found = run(made, seconds, transfer_s=0.25)
     for instance in range(2):
-        environment = simpy.Environment()
-        arrived = [environment.event() for _ in made.kind]
-        ends = np.zeros(stages)
+        assert found.end_s[instance] == pytest.approx(simulated(made, seconds[instance], 0.25), rel=1e-12)
 
-        def stage_process(stage: int, instance: int = instance, environment=environment, arrived=arrived, ends=ends):  # type: ignore[no-untyped-def]
-            for one in np.flatnonzero(made.stage == stage):
-                if made.after[one] >= 0:
-                    yield arrived[made.after[one]]
-                    if made.crosses[one]:
-                        until = done_at[made.after[one]] + 0.25
-                        yield environment.timeout(max(0.0, until - environment.now))
-                kind = made.kind[one]
-                length = seconds[instance, kind, made.micro[one], made.chunk[one]]
-                if kind == Pass.BACKWARD and not made.split:
-                    length += seconds[instance, 2, made.micro[one], made.chunk[one]]
-                yield environment.timeout(length)
-                done_at[one] = environment.now
-                arrived[one].succeed()
-                ends[stage] = environment.now
 
-        done_at = np.zeros(len(made.kind))
-        for stage in range(stages):
-            environment.process(stage_process(stage))
-        environment.run()
-        assert found.end_s[instance] == pytest.approx(ends, rel=1e-12)
+def simulated(made: PipelineProgram, seconds: np.ndarray, transfer_s: float) -> np.ndarray:
+    """Ends of the stages by SimPy: a process for each stage, an event for each pass."""
+    environment = simpy.Environment()
+    arrived = [environment.event() for _ in made.kind]
+    done_at, ends = np.zeros(len(made.kind)), np.zeros(made.stages)
+
+    def work(stage: int) -> Generator[simpy.Event, None, None]:
+        for one in np.flatnonzero(made.stage == stage):
+            source = made.after[one]
+            if source >= 0:
+                yield arrived[source]
+                until = done_at[source] + (transfer_s if made.crosses[one] else 0.0)
+                yield environment.timeout(max(0.0, until - environment.now))
+            length = seconds[made.kind[one], made.micro[one], made.chunk[one]]
+            if made.kind[one] == Pass.BACKWARD and not made.split:
+                length += seconds[Pass.WEIGHT, made.micro[one], made.chunk[one]]
+            yield environment.timeout(length)
+            done_at[one] = ends[stage] = environment.now
+            arrived[one].succeed()
+
+    for stage in range(made.stages):
+        environment.process(work(stage))
+    environment.run()
+    return ends
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
