@@ -74,7 +74,6 @@ def training_page(scenario: Scenario, result: Mapping[str, Any]) -> str:
         f"{_tiles(result)}"
     )
     step = result["step"]
-    memory = result["memory"]
     exposed = percent(step["exposed_communication_s"] / step["step_s"])
     lead = (
         f"Mean over ranks. The pipeline's bubble is {percent(step['bubble_share'])} of the step; communication that "

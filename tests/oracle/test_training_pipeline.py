@@ -69,7 +69,6 @@ def test_what_a_stage_holds() -> None:
 )
 def test_unequal_passes_as_an_event_simulation_has_them(schedule: str, stages: int, micro: int, virtual: int) -> None:
     """Random durations and transfers: SimPy, one process a stage, finds the same ends."""
-    simpy = pytest.importorskip("simpy")
     made = program(schedule, stages, micro, virtual)
     seconds = np.random.default_rng(3).lognormal(size=(2, 3, micro, stages * virtual))
     found = run(made, seconds, transfer_s=0.25)
