@@ -93,7 +93,7 @@ def test_recomputation_frees_what_it_computes_again(own: dict[str, Any], item: s
 
 
 def test_the_hottest_rank_counts() -> None:
-    """Dropless: rows of the hottest rank over its stage's layers at a high quantile, for all micro-batches in flight."""
+    """Dropless: rows of the hottest rank over its stage's layers at a high quantile, for all that is in flight."""
     model = training_model(asked(), seed=0)
     rows = model.setup.placement.rank_loads(model.pool.counts)
     layers = model.chunks[0]
