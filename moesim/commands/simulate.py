@@ -18,7 +18,7 @@ def simulate(
     draws: Annotated[int, typer.Option(min=0, help="Joint draws behind the intervals; 0 gives none.")] = 20,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; the scenario's if left out.")] = None,
 ) -> None:
-    """Simulate a scenario: throughput, latencies, step time and memory, with intervals."""
+    """Simulate a scenario, serving or training: throughput, latencies or step time, memory, with intervals."""
     from moesim.engine.deployment import groundwork, resolve
     from moesim.engine.simulate import simulate as run
     from moesim.engine.stepmodel import FIDELITIES
@@ -32,6 +32,13 @@ def simulate(
     spec = load_scenario(scenario, tuple(set_ or ()))
     if seed is not None:
         spec = spec.model_copy(update={"seed": seed})
+    if spec.training is not None:
+        from moesim.commands.training import simulate_training_command
+
+        simulate_training_command(
+            spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws
+        )  # fmt: skip
+        return
     deployment = resolve(groundwork(spec))
     with progress_bar("simulating") as progress:
         simulation = run(deployment, draws=draws, fidelity=FIDELITIES[fidelity], progress=progress)

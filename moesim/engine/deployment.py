@@ -71,6 +71,11 @@ def groundwork(scenario: Scenario) -> Groundwork:
     """Load everything that does not depend on the plan. Raises BadInput or Infeasible in one line."""
     scenario = apply_system(scenario)
     refuse_unsupported(scenario)
+    return lay_groundwork(scenario)
+
+
+def lay_groundwork(scenario: Scenario) -> Groundwork:
+    """`groundwork` of a scenario that has been checked: serving or training, its system applied."""
     model = load_model(scenario.model)
     cluster = load_cluster(scenario.cluster)
     rng = np.random.default_rng([scenario.seed, 1])
@@ -93,7 +98,7 @@ def refuse_unsupported(scenario: Scenario) -> None:
     """Name what the scenario asks for that this version does not simulate, before anything runs. Raises BadInput."""
     serving = scenario.serving
     if serving is None:
-        raise BadInput("training is not simulated yet", where="training", mend="give `serving` instead")
+        raise BadInput("only `moesim simulate` takes a training run", where="training", mend="give `serving` instead")
     refused = {
         "serving.roles": serving.roles is not None,
         "serving.speculative": serving.speculative is not None,

@@ -110,6 +110,21 @@ class PipelineSpec(Spec):
 
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = Field(default=1, gt=0)
+    layers: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        default=None, description="layers of each chunk (pp x virtual_stages of them); none = as even as can be"
+    )
+
+
+class OptimizerSpec(Spec):
+    """Adam in mixed precision, and how gradients and parameters travel."""
+
+    distributed: bool = Field(default=True, description="optimizer states divided over the data-parallel ranks")
+    gradients: Literal["fp32", "bf16"] = Field(default="fp32", description="type gradients are kept and reduced in")
+    overlap_gradients: bool = Field(default=False, description="reduce them during the last backward pass")
+    overlap_parameters: bool = Field(default=False, description="gather parameters during the first forward pass")
+
+
+RecomputeModule = Literal["core_attn", "layernorm", "moe_act", "moe", "mlp"]
 
 
 class TrainingSpec(Spec):
@@ -119,8 +134,13 @@ class TrainingSpec(Spec):
     micro_batch: int = Field(default=1, gt=0)
     global_batch: int = Field(gt=0)
     recompute: Literal["none", "selective", "full"] = "selective"
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        default=("core_attn",), min_length=1, description="what `recompute: selective` computes again"
+    )
     pipeline: PipelineSpec = PipelineSpec()
     router: Literal["trace", "balanced"] = "trace"
+    optimizer: OptimizerSpec = OptimizerSpec()
+    memory: MemorySpec = MemorySpec()
 
 
 class SloSpec(Spec):

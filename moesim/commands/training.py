@@ -1,0 +1,32 @@
+"""`simulate` of a scenario that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moesim.spec.scenario import Scenario
+
+
+def simulate_training_command(
+    spec: Scenario, *, json_: bool, timeline: Path | None, report: Path | None, fidelity: str, draws: int
+) -> None:
+    """Run, print and write what was asked for. Raises BadInput for what training runs do not have."""
+    from moesim.engine.training import simulate_training
+    from moesim.errors import BadInput
+    from moesim.output.console import print_json, progress_bar
+    from moesim.output.training_metrics import training_json
+    from moesim.output.training_page import print_training, write_training_report
+
+    if fidelity == "des":
+        raise BadInput("training runs on maxplus alone", where="--fidelity", mend="leave it out")
+    if timeline is not None:
+        raise BadInput("training runs write no timeline yet", where="--timeline", mend="leave it out")
+    with progress_bar("simulating") as progress:
+        run = simulate_training(spec, draws=draws, progress=progress)
+    result = training_json(run)
+    if report is not None:
+        write_training_report(report, spec, result)
+    if json_:
+        print_json(result)
+    else:
+        print_training(result)
