@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -131,8 +132,10 @@ class PoliciesSpec(Spec):
     gate: str = "model"
     capacity: CapacitySpec = CapacitySpec()
     dispatch: DispatchSpec = DispatchSpec()
-    schedule: Literal["sequential", "two_batch"] = "sequential"
-    storage: Literal["resident"] = "resident"
+    schedule: Schedule = "sequential"
+    overlap: OverlapSpec = OverlapSpec()
+    storage: Storage = "resident"
+    expert_cache: ExpertCacheSpec | None = Field(default=None, description="of storage `cached`, which needs it")
 
 
 class ObjectiveSpec(Spec):
