@@ -31,9 +31,7 @@ def check_keys(scenario: Scenario) -> None:
         )
     if (policies.expert_cache is not None) != (policies.storage == "cached"):
         mend = "leave it out, or use storage cached" if policies.expert_cache else "say how many experts stay"
-        raise BadInput(
-            "expert_cache and storage cached go together", where="policies.expert_cache", mend=mend
-        )
+        raise BadInput("expert_cache and storage cached go together", where="policies.expert_cache", mend=mend)
     if policies.schedule == "forward_backward" and scenario.serving is not None:
         raise BadInput(
             "forward_backward sets a backward pass beside a forward pass, and serving has none",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Families of cost parameters that err together; see Estimate.family. LATER are drawn from a stream of their own, so that
-# the draws of the first are what they were before there were others.
+# Families of cost parameters that err together; see Estimate.family. LATER are drawn from a stream of their own: the
+# draws of the first are what they were before there were others.
 FAMILIES = ("attention", "collective", "dispatch", "experts", "gemm", "memory_bound", "overhead")
 LATER = ("host_copy",)
 LEVEL = 0.9

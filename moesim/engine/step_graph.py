@@ -34,7 +34,7 @@ def step_graph(
 
 
 def best_step(setup: LayerSetup, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
-    """The graph of the option whose steps take least in the mean, and its micro-batches; the only one if there is one."""
+    """The graph of the option whose steps take least in the mean, and its micro-batches."""
     found = [(step_graph(setup, one), one) for one in options(priced)]
     if len(found) == 1:
         return found[0]
@@ -49,7 +49,5 @@ def step_seconds(
     collapsed: bool = False,
 ) -> NDArray[np.float64]:
     """Seconds of each step, each at the number of chunks that is best for it: [steps]."""
-    found = [
-        maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)
-    ]
+    found = [maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)]
     return np.asarray(np.min(found, axis=0))

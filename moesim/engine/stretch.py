@@ -1,9 +1,8 @@
 """Slows down the tasks of a graph for as long as computing and communicating overlap, before any executor runs it.
 
-A task that takes `alone` seconds by itself, `slowdown` times as long beside the other kind, and shares `beside` seconds
-of its run with it, takes alone + beside x (1 - 1 / slowdown): what it gets done while it is slowed is made up for.
-`beside` depends on the times themselves, so it is read from a run of the graph, a few times over; where it has not
-settled by then, durations lie between those of the last two passes. Both executors get the same durations.
+While a task of the other kind runs on its rank, a task progresses at 1 / slowdown of its pace, else at its full pace.
+When the other kind runs depends on the durations themselves, so it is read from a run of the graph, a few times over,
+each time with the durations found before. Both executors then get the same durations.
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ def stretched(graph: TaskGraph, slowdown: Slowdown) -> TaskGraph:
     kind = np.array([_kind(task.stream, task.operation) for task in graph.tasks], dtype=np.int64)
     shape = (graph.steps, graph.ranks)
     alone_s = np.stack([np.broadcast_to(task.duration_s, shape) for task in graph.tasks])
-    lost = (1.0 - 1.0 / factor)[:, None, None]
     found = graph
     for _ in range(PASSES):
         times = maxplus.run(found, timeline=True)
         assert times.start_s is not None and times.end_s is not None
-        duration_s = alone_s + lost * _beside(kind, times.start_s, times.end_s)
+        duration_s = _durations(kind, factor, alone_s, times.start_s, times.end_s)
         tasks = [replace(task, duration_s=duration_s[index]) for index, task in enumerate(graph.tasks)]
         found = TaskGraph(graph.steps, graph.ranks, tuple(tasks))
     return found
@@ -61,25 +59,29 @@ def _kind(stream: Stream, operation: str) -> int:
 
 
 @njit(cache=True)
-def _beside(kind: NDArray[np.int64], start_s: Floats, end_s: Floats) -> Floats:
-    """Seconds of each task during which a task of the other kind runs on its rank: [tasks, steps, ranks]."""
-    tasks, steps, ranks = start_s.shape
-    found = np.zeros(start_s.shape)
-    mine = np.flatnonzero(kind == 0)
-    theirs = np.flatnonzero(kind == 1)
-    for step in range(steps):
-        for rank in range(ranks):
-            first = 0  # both lists run in order of time: each is one stream
-            for one in mine:
-                begin, end = start_s[one, step, rank], end_s[one, step, rank]
-                while first < theirs.size and end_s[theirs[first], step, rank] <= begin:
-                    first += 1
-                place = first
-                while place < theirs.size and start_s[theirs[place], step, rank] < end:
-                    other = theirs[place]
-                    shared = min(end, end_s[other, step, rank]) - max(begin, start_s[other, step, rank])
-                    if shared > 0.0:
-                        found[one, step, rank] += shared
-                        found[other, step, rank] += shared
-                    place += 1
+def _durations(kind: NDArray[np.int64], factor: Floats, alone_s: Floats, start_s: Floats, end_s: Floats) -> Floats:
+    """What each task takes if it starts at `start_s` and the other kind runs as it did: [tasks, steps, ranks]."""
+    _, steps, ranks = start_s.shape
+    found = alone_s.copy()
+    for own in range(2):
+        mine, theirs = np.flatnonzero(kind == own), np.flatnonzero(kind == 1 - own)
+        for step in range(steps):
+            for rank in range(ranks):
+                first = 0  # both lists run in order of time: each is one stream
+                for task in mine:
+                    begin = start_s[task, step, rank]
+                    while first < theirs.size and end_s[theirs[first], step, rank] <= begin:
+                        first += 1
+                    now, left, place = begin, alone_s[task, step, rank], first
+                    while place < theirs.size and start_s[theirs[place], step, rank] < now + left:
+                        meets = max(now, start_s[theirs[place], step, rank])
+                        parts = max(meets, end_s[theirs[place], step, rank])
+                        left -= meets - now
+                        slowed = min(left * factor[task], parts - meets)
+                        left = max(left - slowed / factor[task], 0.0)
+                        now = meets + slowed
+                        place += 1
+                    # Differences of late times round: keep within what can be.
+                    took = max(now + left - begin, alone_s[task, step, rank])
+                    found[task, step, rank] = min(took, alone_s[task, step, rank] * factor[task])
     return found

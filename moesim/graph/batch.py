@@ -57,7 +57,6 @@ class StepBatch:
             padded_tokens=self.padded_tokens / 2,
         )
 
-
     def chunk(self, parts: int) -> StepBatch:
         """One of `parts` equal chunks of the step's tokens inside the MoE layer, for what depends on tokens alone.
 

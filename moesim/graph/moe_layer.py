@@ -1,9 +1,9 @@
 """How each schedule lays out the tasks of one MoE layer. Streams run their tasks in the order added here.
 
-docs/explanation/schedules.md draws each. Sources: `pipeline`: Tutel (arXiv:2206.03382, adaptive pipelining) and FasterMoE
-(PPoPP 2022, smart scheduling). `shared_overlap`: Megatron-Core, `moe_shared_expert_overlap` (its shared expert runs up
-to the activation beside the dispatch, and down beside the combine). `shortcut`: ScMoE (arXiv:2404.05019). `whole_graph`
-changes what the host does and when it can, not the layer.
+docs/explanation/schedules.md draws each. Sources: `pipeline`: Tutel (arXiv:2206.03382, adaptive pipelining) and
+FasterMoE (PPoPP 2022, smart scheduling). `shared_overlap`: Megatron-Core, `moe_shared_expert_overlap` (its shared
+expert runs up to the activation beside the dispatch, and down beside the combine). `shortcut`: ScMoE
+(arXiv:2404.05019). `whole_graph` changes what the host does and when it can, not the layer.
 """
 
 from __future__ import annotations

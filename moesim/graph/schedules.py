@@ -43,13 +43,14 @@ def two_batch(a: Sequence[Task], b: Sequence[Task], steps: int, ranks: int, *, d
 
 
 def forward_backward(forward: Sequence[Task], backward: Sequence[Task], steps: int, ranks: int) -> TaskGraph:
-    """The forward pass of one micro-batch beside the backward pass of another, stage by stage, forward first.
+    """The forward pass of one micro-batch beside the backward pass of another, stage by stage, backward first.
 
-    While one communicates the other computes. The two lists share nothing but the streams; weight-gradient products
-    may stand in `backward` wherever they are to fill a gap. Names get a prefix "f:" or "b:". Raises BadInput where a
-    task depends on a later one of its list.
+    A backward pass begins with a transfer (of the combine's gradients), beside which the forward pass computes, and so
+    on in turn. The two lists share nothing but the streams; weight-gradient products may stand in `backward` wherever
+    they are to fill a gap. Names get a prefix "f:" or "b:". Raises BadInput where a task depends on a later one of its
+    list.
     """
-    return _alternate({"f": forward, "b": backward}, steps, ranks, 0)
+    return _alternate({"b": backward, "f": forward}, steps, ranks, 0)
 
 
 def _alternate(lists: dict[str, Sequence[Task]], steps: int, ranks: int, delay: int) -> TaskGraph:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from moesim.spec.base import Spec
 
@@ -21,13 +21,24 @@ class SlowdownSpec(Spec):
     communication: float = Field(default=1.0, ge=1, le=10, description="communication beside compute, over alone")
 
 
+def _figures_or_name(value: Any) -> str:
+    """Which kind of slowdown is meant, so that an error speaks of that kind alone."""
+    return "figures" if isinstance(value, dict | SlowdownSpec) else "name"
+
+
+SlowdownChoice = Annotated[
+    Annotated[Literal["none", "multiprocessors", "measured"], Tag("name")] | Annotated[SlowdownSpec, Tag("figures")],
+    Discriminator(_figures_or_name),
+]
+
+
 class OverlapSpec(Spec):
     """How a schedule cuts a layer, and what running two kinds of work at once costs."""
 
     chunks: Literal["auto"] | int = Field(
         default="auto", description="of `pipeline`: a number from 2 to 16, or the best of 1, 2, 4 and 8 at each step"
     )
-    slowdown: Literal["none", "multiprocessors", "measured"] | SlowdownSpec = "none"
+    slowdown: SlowdownChoice = "none"
 
 
 class ExpertCacheSpec(Spec):
