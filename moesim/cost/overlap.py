@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 from moesim.cost.estimate import Tag
 
 # Multiprocessors that DeepEP's normal kernels take unless told otherwise (deepseek-ai/DeepEP, deep_ep/buffer.py,
-# `Buffer.num_sms = 20`). Its low-latency kernels take none while data travels: the receive is a hook that is called
-# after the overlap (README, "hook-based communication-computation overlapping method").
+# `Buffer.num_sms = 20`). Its low-latency kernels take none while data travels: what receives is a hook that is called
+# after the overlap (README, low-latency kernels with a receiving hook).
 DEEPEP_NORMAL_MULTIPROCESSORS = 20
 
 

@@ -42,7 +42,7 @@ def stream_overlap(
     if asked == "multiprocessors":
         taken = by_multiprocessors(DEEPEP_NORMAL_MULTIPROCESSORS, cluster.gpu.multiprocessors)
         return StreamOverlap({"normal": taken})
-    work = MEASURED_AS[policies.dispatch.backend]
+    work = MEASURED_AS.get(policies.dispatch.backend, policies.dispatch.backend)
     nodes = -(-parallel.gpus // cluster.gpus_per_node)
     found = costs.overlap(work, parallel.gpus, nodes) if isinstance(costs, MeasuresOverlap) else None
     if found is None:

@@ -21,11 +21,8 @@ def plain(build: StepBuilder, row: int) -> None:
     build.gate(row)
     if build.has("shared"):
         build.compute("shared expert", "shared_expert", "shared")
-    if build.has("dispatch"):
-        build.exchange("dispatch", row)
-    build.experts(row, after=build.last)
-    if build.has("combine"):
-        build.exchange("combine", row)
+    experts = build.experts(row, after=build.dispatch(row))
+    build.combine(row, experts)
     _gather(build)
 
 
@@ -38,13 +35,11 @@ def pipelined(build: StepBuilder, row: int) -> None:
     build.gate(row)
     if build.has("shared"):
         build.compute("shared expert", "shared_expert", "shared")
-    ready = build.last
-    chunks = build.priced.chunks
-    sent = [(build.exchange("dispatch", row, after=ready),) if build.has("dispatch") else ready for _ in range(chunks)]
+    ready, chunks = build.last, build.priced.chunks
+    sent = [build.dispatch(row, after=ready) for _ in range(chunks)]
     done = [build.experts(row, after=of, final=chunk == chunks - 1) for chunk, of in enumerate(sent)]
-    if build.has("combine"):
-        for experts in done:
-            build.exchange("combine", row, after=(experts,))
+    for experts in done:
+        build.combine(row, experts)
     _gather(build)
 
 
@@ -52,13 +47,12 @@ def shared_beside(build: StepBuilder, row: int) -> None:
     """The shared expert computes while tokens travel: up beside the dispatch, down beside the combine."""
     build.attend()
     gate = build.gate(row)
-    dispatch = build.exchange("dispatch", row) if build.has("dispatch") else gate
+    arrived = build.dispatch(row)
     up_s, down_s = build.shared_halves()
     up = build.compute("shared expert up", "shared_expert", up_s, after=(gate,))
-    experts = build.experts(row, after=(dispatch,))
-    combine = build.exchange("combine", row) if build.has("combine") else experts
+    combined = build.combine(row, build.experts(row, after=arrived))
     down = build.compute("shared expert down", "shared_expert", down_s, after=(up,))
-    build.last = (combine, down)
+    build.last = (*combined, down)
     _gather(build)
 
 
@@ -68,17 +62,15 @@ def shortcut(build: StepBuilder, row: int) -> None:
     The shared expert, which reads this layer's attention, runs beside the combine.
     """
     before = build.last
-    gate = build.gate(row)
-    dispatch = build.exchange("dispatch", row) if build.has("dispatch") else gate
+    build.gate(row)
+    arrived = build.dispatch(row)
     build.last = before
     build.attend()
-    attention = build.last
-    experts = build.experts(row, after=(dispatch,))
-    combine = build.exchange("combine", row) if build.has("combine") else experts
-    beside = attention
+    beside = build.last
+    combined = build.combine(row, build.experts(row, after=arrived))
     if build.has("shared"):
-        beside = (build.compute("shared expert", "shared_expert", "shared", after=attention),)
-    build.last = (combine, *beside)
+        beside = (build.compute("shared expert", "shared_expert", "shared", after=beside),)
+    build.last = (*combined, *beside)
     _gather(build)
 
 

@@ -14,8 +14,8 @@ from moesim.graph.pricing import Part, PricedStep, Pricer
 # Numbers of chunks that an adaptive pipeline chooses from, as Tutel's search does (arXiv:2206.03382, adaptive
 # pipelining). The first is the layer in one piece.
 CHOICES = (1, 2, 4, 8)
-# DeepEP's low-latency buffers hold the results of two kernels at a time (README, "you can not hold more than 2
-# low-latency kernels' result tensors at a single moment").
+# DeepEP's low-latency kernels use two buffers in turn and return views of them, so the results of only two can be alive
+# (deepseek-ai/DeepEP, deep_ep/buffer.py, the warning of `low_latency_dispatch`).
 LOW_LATENCY_CHUNKS = 2
 
 

@@ -59,6 +59,18 @@ class StepBuilder:
         seconds = self.seconds(part, row) if isinstance(part, str) else part
         return self._add(name, operation, Stream.COMPUTE, seconds, after)
 
+    def dispatch(self, row: int, *, after: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Add the dispatch of MoE layer `row`, where there is one; what its experts then wait for."""
+        if not self.has("dispatch"):
+            return self.last if after is None else after
+        return (self.exchange("dispatch", row, after=after),)
+
+    def combine(self, row: int, experts: int) -> tuple[int, ...]:
+        """Add the combine of MoE layer `row` after its experts, where there is one; what then is over."""
+        if not self.has("combine"):
+            return (experts,)
+        return (self.exchange("combine", row, after=(experts,)),)
+
     def exchange(self, part: str, row: int, *, after: tuple[int, ...] | None = None) -> int:
         """Add a dispatch or combine of MoE layer `row`, where all ranks meet."""
         seconds = self.seconds(part, row)
