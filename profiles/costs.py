@@ -29,6 +29,7 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
+from moesim.cost.overlap import Slowdown
 from moesim.cost.roofline import Roofline, family_of
 from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
@@ -60,6 +61,7 @@ from profiles.lookup import (
 from profiles.nearest import nearest
 from profiles.record import DEEPEP, MEASURED_ENGINE, PUBLISHED
 from profiles.refusal import describe, mend, point_of
+from profiles.slowdowns import slowdown_of
 from profiles.store import DESCRIPTION, Profile, open_profile
 
 if TYPE_CHECKING:
@@ -159,6 +161,16 @@ class StoreCosts:
         if outside.any():
             seconds, tags = self._carry_on(operation, found[0], seconds, tags)
         return Estimate(seconds, tags, family_of(operation), sigma, source)
+
+    def overlap(self, work: str, gpus: int, nodes: int) -> Slowdown | None:
+        """What a transfer and a product beside it were measured to cost each other; implements MeasuresOverlap.
+
+        work: a collective's kind. The profile named first that holds such rows answers.
+        """
+        rows = self._rows("overlap", work=work, gpus=gpus, nodes=nodes)
+        if rows.is_empty():
+            return None
+        return slowdown_of(rows.filter(rows[PROFILE] == rows[PROFILE].min()), work)
 
     # What is prepared once for a kernel and shape, newest version first.
 

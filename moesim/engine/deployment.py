@@ -9,8 +9,11 @@ import numpy as np
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
+from moesim.engine.combinations import check_combination, check_keys
+from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.rules import EngineRules, engine_rules
+from moesim.engine.stream_overlap import stream_overlap
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
 from moesim.routing.capacity.rule import capacity_rule
@@ -108,6 +111,7 @@ def refuse_unsupported(scenario: Scenario) -> None:
     for key, asked in refused.items():
         if asked:
             raise BadInput("this is not simulated yet", where=key, mend="leave it out")
+    check_keys(scenario)
     gate_spec(scenario.policies.gate)
 
 
@@ -130,6 +134,8 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     check_parallel(parallel, model, cluster, scenario.policies)
     check_low_latency(scenario, parallel)
     capacity_rule(scenario.policies, model.moe.top_k)
+    check_combination(scenario, model)
+    stream_overlap(scenario.policies, cluster, parallel, ground.costs)
     slots = model.moe.experts + scenario.placement.redundant_experts
     if slots % parallel.ep:
         short = -(-slots // parallel.ep) * parallel.ep - model.moe.experts
@@ -187,6 +193,10 @@ def resolve(
         step_overhead_s=rules.step_overhead_s,
         eager_layer_s=rules.eager_layer_s,
         overhead_rel_sigma=rules.overhead_rel_sigma,
+        storage=expert_storage(
+            scenario, ground.model, cluster, parallel, placement, fit=ground.fit, judge=ground.judge
+        ),
+        overlap=stream_overlap(scenario.policies, cluster, parallel, ground.costs),
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Families of cost parameters that err together; see Estimate.family.
+# Families of cost parameters that err together; see Estimate.family. LATER are drawn from a stream of their own: the
+# draws of the first are what they were before there were others.
 FAMILIES = ("attention", "collective", "dispatch", "experts", "gemm", "memory_bound", "overhead")
+LATER = ("host_copy",)
 LEVEL = 0.9
 
 
@@ -32,9 +34,11 @@ def joint_draws(count: int, weights: NDArray[np.float64], seed: int) -> list[Dra
     """
     chances = len(weights) * weights / weights.sum()
     rng = np.random.default_rng([seed, 3])
+    later = np.random.default_rng([seed, 10])
     found = []
     for _ in range(count):
         normal = {name: float(rng.standard_normal()) for name in FAMILIES}
+        normal |= {name: float(later.standard_normal()) for name in LATER}
         found.append(Draw(normal, rng.dirichlet(chances)))
     return found
 

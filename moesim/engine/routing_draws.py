@@ -20,6 +20,7 @@ class RoutingDraws:
 
     def __init__(self, loads: Sequence[RoutingCounts], top_k: int, dispersion: Dispersion | None = None) -> None:
         self.loads = tuple(loads)
+        self.top_k = top_k
         self.dispersion = dispersion or dispersion_of(loads, top_k=top_k)
         weights = np.asarray([load.weight for load in loads])
         self.weights: NDArray[np.float64] = weights / weights.sum()

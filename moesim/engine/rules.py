@@ -20,6 +20,7 @@ class EngineRules:
     low_latency_tokens: DeepEP low-latency dispatch limit per GPU as the engine sets it.
     step_overhead_s: host time between steps that nothing hides; eager_layer_s: host time per layer that kernels do not
     hide when no graph was captured; overhead_rel_sigma: one standard deviation of their logarithm.
+    captures_prompts: a step that reads prompts can run in a captured graph, too (vLLM's cudagraph_mode FULL).
     """
 
     name: str
@@ -29,6 +30,7 @@ class EngineRules:
     step_overhead_s: float
     eager_layer_s: float
     overhead_rel_sigma: float
+    captures_prompts: bool = False
 
 
 # Capture sizes: SGLang server_args.py, default decode list without speculation, up to 512 on GPUs with 140 GB or more.
@@ -50,10 +52,10 @@ _RULES = {
         "sglang", False, _SGLANG_SIZES, _SGLANG_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
     ),
     "vllm": EngineRules(
-        "vllm", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
+        "vllm", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA, True
     ),
     "moesim": EngineRules(
-        "moesim", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
+        "moesim", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA, True
     ),
 }
 

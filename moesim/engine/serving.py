@@ -171,7 +171,7 @@ def serve(
             mend="raise max_batch_tokens_per_dp_rank above max_running_requests_per_dp_rank",
             reason="batch_limits",
         )
-    if load.arrival_s is not None and compiled and hasattr(step_time, "table"):
+    if load.arrival_s is not None and compiled and getattr(step_time, "compilable", False):
         return _compiled(load, limits, ranks, instances, step_time)
     run = _Run(load, limits, ranks, instances, step_time)
     if load.arrival_s is not None:

@@ -16,11 +16,12 @@ from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
-from moesim.graph.layer import build_step
-from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.graph.plan_pricer import PlanPricer
+from moesim.graph.pricing import Part, PricedStep
 from moesim.graph.task import StepTimes, TaskGraph
 
 Floats = NDArray[np.float64]
@@ -38,10 +39,11 @@ class StepModel:
     def __init__(self, deployment: Deployment, *, seed: int) -> None:
         self.deployment = deployment
         self.seed = seed
-        self.pricer = Pricer(deployment.setup, deployment.ground.costs)
+        self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = RoutingDraws(deployment.ground.judge, deployment.setup.model.moe.top_k)
         self.limits = batch_limits(deployment)
         self.graphs = graphs_of(deployment)
+        self.captures_prompts = captures_prompts(deployment)
         workload = deployment.serving.workload
         self.longest_context = float((workload.isl or 1) + (workload.osl or 1))
         self.grids: dict[str, PricedGrid] = {}
@@ -65,7 +67,7 @@ class StepModel:
             asked = GridAsked(
                 phase=kind,
                 mode=exchange_mode(self.deployment, kind),
-                graphed=kind == "decode" and bool(self.graphs.sizes),
+                graphed=(kind == "decode" or self.captures_prompts) and bool(self.graphs.sizes),
                 tokens=tokens,
                 hot=hot,
                 most_tokens=most,
@@ -131,10 +133,12 @@ class TimedModel:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
                 seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
                 attention_s[rank] += self.prompt_s(seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
-            return table.step_s(mean, largest / mean, float(attention_s.max()))
+            if not self.model.captures_prompts:
+                return table.step_s(mean, largest / mean, float(attention_s.max()))
         graphs = self.model.graphs
         rows = float(graphs.padded(int(largest)))
-        slowest = float(attention_s.max()) + max(0.0, table.before(rows) - table.before(mean))
+        priced = largest if reading else mean  # the rows that the grid's point was priced with
+        slowest = float(attention_s.max()) + max(0.0, table.before(rows) - table.before(priced))
         if graphs.sizes and not graphs.holds(int(largest)):
             slowest += self._eager_layer_s  # the grid is priced with graphs; every layer starts with this
         return table.step_s(mean, largest / mean, slowest)
@@ -152,6 +156,11 @@ class TimedModel:
             part = self.model.prefill_attention(seqs, tokens / seqs, prefix)
             self._prompts_s[key] = float(part.seconds(self.normal)[0, 0])
         return self._prompts_s[key]
+
+    @property
+    def compilable(self) -> bool:
+        """Whether `compiled` times steps as this model does: it knows no captured prompts."""
+        return not self.model.captures_prompts
 
     def attention(self) -> DecodeAttention:
         """Decode attention of one layer."""
@@ -188,6 +197,7 @@ class ExactModel:
         setup = model.deployment.setup
         mode = exchange_mode(model.deployment, kind)
         graphed = kind == "decode" and model.graphs.holds(int(batch.decode_seqs.max()))
+        graphed |= model.captures_prompts and model.graphs.holds(int(batch.tokens.max()))
         loads = model.routing.for_phase(kind)
         weights = model.routing.weights[loads] / model.routing.weights[loads].sum()
         parts = [batch.half(), batch.half()] if setup.policies.schedule == "two_batch" else [batch]
@@ -196,7 +206,7 @@ class ExactModel:
             load = int(self.rng.choice(loads, p=weights))
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
-        return build_step(setup, priced), priced
+        return best_step(setup, priced)
 
 
 # A light step: enough tokens on each rank for the smallest measured exchange.
@@ -207,7 +217,7 @@ def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
     """Price a light decode step and the reading of a prompt by each rank, evenly routed. Raises OutsideProfile."""
     setup = deployment.setup
     workload = deployment.serving.workload
-    pricer = Pricer(setup, deployment.ground.costs)
+    pricer = PlanPricer(setup, deployment.ground.costs)
     prompt = float(min(workload.isl or 1, batch_limits(deployment).max_tokens))
     ranks = setup.parallel.attention_dp
     batches = {
@@ -230,6 +240,8 @@ def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     padded = None
     if not plan.prefill_tokens.any():
         padded = np.full((1, ranks), float(model.graphs.padded(int(decode.max()))))
+    elif model.captures_prompts:
+        padded = np.full((1, ranks), float(model.graphs.padded(int((decode + plan.prefill_tokens).max()))))
     return step_batch(
         ranks=ranks,
         decode_seqs=decode[None, :],
@@ -259,6 +271,13 @@ def graphs_of(deployment: Deployment) -> CapturedGraphs:
         deployment.rules,
         mode=exchange_mode(deployment, "decode"),
     )
+
+
+def captures_prompts(deployment: Deployment) -> bool:
+    """Whether steps that read prompts run in the captured graphs, too: under `whole_graph`, where the exchange can."""
+    setup = deployment.setup
+    waits = setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "prefill") == "normal"
+    return setup.policies.schedule == "whole_graph" and not waits
 
 
 def batch_limits(deployment: Deployment) -> Limits:

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag, estimate
-from moesim.engine import maxplus
 from moesim.engine.lookups import interpolated, trilinear
 from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.step_graph import step_seconds
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
-from moesim.graph.layer import build_step
 from moesim.graph.pricing import Part, PricedStep, Pricer
 
 Floats = NDArray[np.float64]
@@ -28,7 +27,8 @@ Floats = NDArray[np.float64]
 # Independent steps drawn per grid point and load, whose mean is the table's value: prompts bring many tokens, whose
 # counts scatter little.
 DRAWS_PER_POINT = {"decode": 3, "prefill": 1}
-# Attention times of the grid, as shares of the longest: two points are exact for a sequential schedule (linear).
+# Attention times of the grid, as shares of the longest: two points are exact where nothing overlaps (linear).
+LINEAR = ("sequential", "whole_graph")
 _SHARES_SEQUENTIAL = (0.0, 1.0)
 _SHARES_OVERLAPPED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -172,17 +172,21 @@ def time_grid(
     load_weights: Floats,
 ) -> StepTable:
     """Time a priced grid under one draw: normals as in `Part.seconds`, weights over all judged loads (sum 1)."""
-    overlapped = pricer.setup.policies.schedule == "two_batch"
+    setup = pricer.setup
+    overlapped = setup.policies.schedule not in LINEAR or setup.storage is not None
     shares = np.asarray(_SHARES_OVERLAPPED if overlapped else _SHARES_SEQUENTIAL)
     attention_s = shares * max(longest_attention_s, 1e-9)
     times = len(shares)
     collapsed = _collapse(grid.priced, times)
     steps = collapsed.batch.steps
     kernel = estimate(np.tile(attention_s, steps // times)[:, None], Tag.INTERPOLATED, "grid", 0.0, "grid axis")
-    collapsed = replace(collapsed, attention=Part((kernel,)))
-    micro = [collapsed, collapsed] if overlapped else [collapsed]
-    graph = build_step(pricer.setup, micro, normal=normal, collapsed=True)
-    seconds = maxplus.run(graph).step_s
+    collapsed = replace(
+        collapsed,
+        attention=Part((kernel,)),
+        others=tuple(replace(one, attention=Part((kernel,))) for one in collapsed.others),
+    )
+    micro = [collapsed, collapsed] if setup.policies.schedule == "two_batch" else [collapsed]
+    seconds = step_seconds(setup, micro, normal=normal, collapsed=True)
     shaped = seconds.reshape(len(grid.loads), grid.draws, len(grid.tokens), len(grid.hot), times)
     weights = load_weights[grid.loads]
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1.0 / len(weights))
@@ -212,7 +216,7 @@ def _collapse(priced: PricedStep, times: int) -> PricedStep:
     parts: dict[str, Any] = {name: of(getattr(priced, name)) for name in names}
     batch = priced.batch
     one = StepBatch(*(np.repeat(axis.max(axis=1, keepdims=True), times, axis=0) for axis in vars(batch).values()))
-    return replace(priced, batch=one, **parts)
+    return replace(priced, batch=one, others=tuple(_collapse(other, times) for other in priced.others), **parts)
 
 
 def _slowest(one: Estimate, times: int) -> Estimate:

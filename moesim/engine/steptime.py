@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine import maxplus
 from moesim.engine.deployment import Deployment, Groundwork, resolve
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.step_graph import step_seconds
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
-from moesim.graph.layer import build_step
+from moesim.graph.plan_pricer import PlanPricer
 from moesim.graph.pricing import PricedStep, Pricer
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
@@ -101,7 +101,7 @@ def _timed(
         for truth in truths:
             normal = None if truth is None else truth.normal
             micro = [priced[name]] * (2 if one.setup.policies.schedule == "two_batch" else 1)
-            times = maxplus.run(build_step(one.setup, micro, normal=normal)).step_s
+            times = step_seconds(one.setup, micro, normal=normal)
             by_load = times.reshape(len(loads), STEPS_PER_LOAD).mean(axis=1)
             weights = (routing.weights if truth is None else truth.load_weights)[loads]
             found.append(float(by_load @ weights / weights.sum()))
@@ -123,7 +123,7 @@ def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
     counts = _counts(routing, float(micro.tokens[0].sum()), seed)
-    return Pricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=graphs.holds(tokens))
+    return PlanPricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=graphs.holds(tokens))
 
 
 def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:

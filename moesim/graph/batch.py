@@ -57,6 +57,20 @@ class StepBatch:
             padded_tokens=self.padded_tokens / 2,
         )
 
+    def chunk(self, parts: int) -> StepBatch:
+        """One of `parts` equal chunks of the step's tokens inside the MoE layer, for what depends on tokens alone.
+
+        Each chunk holds the same share of every sequence's tokens, so its attention means nothing.
+        """
+        return StepBatch(
+            decode_seqs=self.decode_seqs / parts,
+            decode_kv=self.decode_kv,
+            prefill_seqs=self.prefill_seqs,
+            prefill_new=self.prefill_new / parts,
+            prefill_prefix=self.prefill_prefix,
+            padded_tokens=self.padded_tokens / parts,
+        )
+
 
 def step_batch(
     *,

@@ -20,7 +20,9 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
+from moesim.cost.overlap import StreamOverlap
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.storage import ExpertStorage
 from moesim.network.replicas import replica_shares
 from moesim.network.traffic import equivalent_tokens
 from moesim.routing.capacity.on_counts import cap_counts
@@ -68,6 +70,7 @@ class LayerSetup:
     placement: of the MoE layers over the instance's EP ranks. nodes: nodes that the instance spans.
     gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_layer_s: extra host
     time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`.
+    storage: where expert weights wait, None = all on the GPU. overlap: what streams cost each other, None = nothing.
     """
 
     model: ModelSpec
@@ -80,6 +83,8 @@ class LayerSetup:
     step_overhead_s: float
     eager_layer_s: float
     overhead_rel_sigma: float
+    storage: ExpertStorage | None = None
+    overlap: StreamOverlap | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ class PricedStep:
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
     whole group [steps, 1]: attention_sync, dense_sync, gather, overhead, eager (of one layer);
-    by layer: dispatch, combine [steps, layers, 1], experts [steps, layers, ep].
+    by layer: dispatch, combine [steps, layers, 1], experts, fetch (of weights from the host) [steps, layers, ep].
+    chunks: how many equal parts the MoE layer's tokens travel in; dispatch, experts and combine are then one part's.
+    others: the same steps with other numbers of chunks, for a schedule that chooses.
     """
 
     batch: StepBatch
@@ -108,6 +115,9 @@ class PricedStep:
     tail: Part = field(default_factory=Part)
     overhead: Part = field(default_factory=Part)
     eager: Part = field(default_factory=Part)
+    fetch: Part = field(default_factory=Part)
+    chunks: int = 1
+    others: tuple[PricedStep, ...] = ()
 
 
 class Pricer:

@@ -7,6 +7,12 @@ the operations of a layer are cut into stages, and the stages of the two halves 
 stages behind. SGLang cuts prefill where dispatch and combine have been launched and uses no delay; it cuts decode finer
 (five or six stages a layer) with a delay of two. Here a stage ends with its communication, so no delay gives prefill's
 order.
+
+`forward_backward` alternates the stages of one micro-batch's forward pass with those of another's backward pass, as
+DualPipe does (DeepSeek-V3 technical report, arXiv:2412.19437, section 3.2.1) and Megatron-Core's
+`overlap_moe_expert_parallel_comm` under 1F1B.
+
+The schedules that rearrange a layer itself are in `moesim.graph.moe_layer`; docs/explanation/schedules.md draws all.
 """
 
 from __future__ import annotations
@@ -33,15 +39,31 @@ def two_batch(a: Sequence[Task], b: Sequence[Task], steps: int, ranks: int, *, d
     """
     if delay < 0:
         raise BadInput(f"a delay of {delay} stages", mend="give 0 or more")
+    return _alternate({"a": a, "b": b}, steps, ranks, delay)
+
+
+def forward_backward(forward: Sequence[Task], backward: Sequence[Task], steps: int, ranks: int) -> TaskGraph:
+    """The forward pass of one micro-batch beside the backward pass of another, stage by stage, backward first.
+
+    A backward pass begins with a transfer (of the combine's gradients), beside which the forward pass computes, and so
+    on in turn. The two lists share nothing but the streams; weight-gradient products may stand in `backward` wherever
+    they are to fill a gap. Names get a prefix "f:" or "b:". Raises BadInput where a task depends on a later one of its
+    list.
+    """
+    return _alternate({"b": backward, "f": forward}, steps, ranks, 0)
+
+
+def _alternate(lists: dict[str, Sequence[Task]], steps: int, ranks: int, delay: int) -> TaskGraph:
+    """The stages of two lists in turn, the second list's `delay` stages behind."""
+    (first, a), (second, b) = lists.items()
     stages_a, stages_b = stages(a), stages(b)
     order: list[tuple[str, int]] = []
     for turn in range(max(len(stages_a), len(stages_b) + delay)):
         if turn < len(stages_a):
-            order.extend(("a", index) for index in stages_a[turn])
+            order.extend((first, index) for index in stages_a[turn])
         if 0 <= turn - delay < len(stages_b):
-            order.extend(("b", index) for index in stages_b[turn - delay])
+            order.extend((second, index) for index in stages_b[turn - delay])
     place = {which: position for position, which in enumerate(order)}
-    lists = {"a": a, "b": b}
     tasks = []
     for half, index in order:
         task = lists[half][index]

@@ -94,9 +94,10 @@ def step_seconds(
         "eager": model.layers,
         "gate": model.moe_layers,
         "shared": model.moe_layers,
-        "dispatch": model.moe_layers,
-        "experts": model.moe_layers,
-        "combine": model.moe_layers,
+        "dispatch": model.moe_layers * priced.chunks,
+        "experts": model.moe_layers * priced.chunks,
+        "combine": model.moe_layers * priced.chunks,
+        "fetch": model.moe_layers,
         "gather": model.moe_layers,
         "dense": model.dense_layers,
         "dense_sync": model.dense_layers,
@@ -164,6 +165,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "solver": setup.placement.solver,
             "redundant_experts": setup.placement.redundant,
             "schedule": setup.policies.schedule,
+            **beside(setup),
             "dispatch": setup.policies.dispatch.model_dump(mode="json"),
             "max_running_requests_per_dp_rank": simulation.model.limits.max_running,
         },
@@ -178,6 +180,31 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "fidelity": simulation.fidelity,
         },
     }
+
+
+def beside(setup: LayerSetup) -> dict[str, Any]:
+    """What a plan's storage and the overlap of its streams rest on; nothing where both are plain."""
+    found: dict[str, Any] = {}
+    if setup.storage is not None:
+        found["storage"] = {"kind": setup.storage.kind, "expert_bytes": setup.storage.expert_bytes}
+        hits = setup.storage.hits
+        if hits is not None:
+            rates = [float(rate) for rate in hits.hits.mean(axis=(1, 2))]
+            found["storage"]["hit_rate"] = [
+                {"tokens": float(tokens), "mean": rate} for tokens, rate in zip(hits.tokens, rates, strict=True)
+            ]
+    if setup.overlap is not None:
+        found["overlap"] = {
+            mode: {
+                "compute": one.compute,
+                "communication": one.communication,
+                "multiprocessors": one.multiprocessors,
+                "tag": one.tag.label,
+                "source": one.source,
+            }
+            for mode, one in setup.overlap.by_mode.items()
+        }
+    return found
 
 
 def _memory(simulation: Simulation) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.gate import GateSpec
+from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -135,8 +136,10 @@ class PoliciesSpec(Spec):
     gate: str | GateSpec = "model"
     capacity: CapacitySpec = CapacitySpec()
     dispatch: DispatchSpec = DispatchSpec()
-    schedule: Literal["sequential", "two_batch"] = "sequential"
-    storage: Literal["resident"] = "resident"
+    schedule: Schedule = "sequential"
+    overlap: OverlapSpec = OverlapSpec()
+    storage: Storage = "resident"
+    expert_cache: ExpertCacheSpec | None = Field(default=None, description="of storage `cached`, which needs it")
 
 
 class ObjectiveSpec(Spec):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesim.errors import BadInput
+from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
@@ -13,6 +13,9 @@ from placement.export.instance import instances_of
 
 ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
 FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
+# The schedules that each engine can be told to run; the flags are in its own module.
+OVERLAPS = ("sequential", "two_batch")
+SCHEDULES = {"vllm": (*OVERLAPS, "whole_graph")}
 LAUNCH_FILE = "launch.txt"
 INCOMPLETE = "incomplete: a map knows neither the model nor the nodes; export the plan.yaml of a run for all flags"
 
@@ -39,9 +42,11 @@ def export_placement(
     """Write the engine's map (where it loads one) and `launch.txt` into `folder`; returns the files written.
 
     Everything is rendered and checked before the first file is written. Raises BadInput for an unknown engine,
-    Infeasible where the engine cannot load the placement.
+    Infeasible where the engine cannot load the placement or lacks the plan's schedule or storage.
     """
     folder = Path(folder)
+    if scenario is not None:
+        check_schedule(engine, scenario)
     note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
     if engine == "sglang":
         lines = sglang.launch(placement, scenario)
@@ -67,6 +72,25 @@ def export_placement(
     if engine == "megatron":
         return [write_launch(folder, megatron.launch(placement, scenario))]
     raise BadInput(f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}")
+
+
+def check_schedule(engine: str, scenario: Scenario) -> None:
+    """Whether the engine has the plan's schedule and storage. Raises Infeasible."""
+    policies = scenario.policies
+    if policies.schedule not in SCHEDULES.get(engine, OVERLAPS):
+        raise Infeasible(
+            f"{engine} has no schedule {policies.schedule}",
+            where="policies.schedule",
+            mend=f"plan with {' or '.join(SCHEDULES.get(engine, OVERLAPS))}",
+            reason="engine_lacks_schedule",
+        )
+    if policies.storage != "resident":
+        raise Infeasible(
+            f"{engine} has no flags for expert weights under storage {policies.storage}",
+            where="policies.storage",
+            mend="plan with storage resident",
+            reason="engine_lacks_storage",
+        )
 
 
 def write_launch(folder: Path, lines: list[str], *, note: str = "") -> Path:

@@ -60,6 +60,8 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         lines.append(f"--all2all-backend {BACKENDS[scenario.policies.dispatch.mode]}")
     if scenario is not None and scenario.policies.schedule == "two_batch":
         lines.append("--enable-dbo")
+    if scenario is not None and scenario.policies.schedule == "whole_graph":
+        lines.append(f"--compilation-config '{json.dumps({'cudagraph_mode': 'FULL'})}'")
     if placement.redundant:
         config = {
             "window_size": WINDOW_SIZE,

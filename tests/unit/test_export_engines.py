@@ -200,6 +200,30 @@ def test_trtllm_refuses_a_layout_that_it_does_not_have(placement: ExpertPlacemen
     assert not (tmp_path / "trtllm").exists()
 
 
+@pytest.mark.parametrize(
+    ("engine", "policies", "said"),
+    [
+        ("sglang", {"schedule": "pipeline"}, "sglang has no schedule pipeline.*plan with sequential or two_batch"),
+        ("sglang", {"schedule": "whole_graph"}, "sglang has no schedule whole_graph"),
+        ("vllm", {"schedule": "shortcut"}, "vllm has no schedule shortcut"),
+        ("vllm", {"storage": "offload"}, "vllm has no flags.*storage offload"),
+    ],
+)
+def test_a_schedule_or_storage_that_an_engine_lacks_is_refused(
+    placement: ExpertPlacement, tmp_path: Path, engine: str, policies: dict[str, str], said: str
+) -> None:
+    with pytest.raises(Infeasible, match=said):
+        export_placement(placement, engine, tmp_path / "out", scenario(policies=policies))
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_captures_whole_steps(placement: ExpertPlacement) -> None:
+    policies = {"schedule": "whole_graph", "dispatch": {"backend": "allgather_reducescatter"}}
+    lines = vllm.launch(placement, scenario(policies=policies))
+    (line,) = [line for line in lines if line.startswith("--compilation-config")]
+    assert json.loads(line.split("'")[1]) == {"cudagraph_mode": "FULL"}
+
+
 def test_megatron_flags() -> None:
     plain = ExpertPlacement(np.arange(4)[None, :], np.arange(1), experts=4, ranks=2, absolute_layers=1)
     training = {"sequence_length": 4096, "micro_batch": 1, "global_batch": 64}

@@ -1,0 +1,53 @@
+"""The task graph that a step really runs: at its best number of chunks, with what its streams cost each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine import maxplus
+from moesim.engine.stretch import stretched
+from moesim.graph.layer import build_step
+from moesim.graph.pricing import LayerSetup, PricedStep
+from moesim.graph.task import TaskGraph
+
+
+def options(priced: Sequence[PricedStep]) -> Iterator[list[PricedStep]]:
+    """The micro-batches of a step at each number of chunks that its schedule may choose."""
+    yield list(priced)
+    for others in zip(*(one.others for one in priced), strict=True):
+        yield list(others)
+
+
+def step_graph(
+    setup: LayerSetup,
+    priced: Sequence[PricedStep],
+    *,
+    normal: Mapping[str, float] | None = None,
+    collapsed: bool = False,
+) -> TaskGraph:
+    """The graph of priced micro-batches at their own number of chunks, see `build_step`; overlapping work slowed."""
+    graph = build_step(setup, priced, normal=normal, collapsed=collapsed)
+    return graph if setup.overlap is None else stretched(graph, setup.overlap.of(priced[0].mode))
+
+
+def best_step(setup: LayerSetup, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
+    """The graph of the option whose steps take least in the mean, and its micro-batches."""
+    found = [(step_graph(setup, one), one) for one in options(priced)]
+    if len(found) == 1:
+        return found[0]
+    return min(found, key=lambda option: float(maxplus.run(option[0]).step_s.mean()))
+
+
+def step_seconds(
+    setup: LayerSetup,
+    priced: Sequence[PricedStep],
+    *,
+    normal: Mapping[str, float] | None = None,
+    collapsed: bool = False,
+) -> NDArray[np.float64]:
+    """Seconds of each step, each at the number of chunks that is best for it: [steps]."""
+    found = [maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)]
+    return np.asarray(np.min(found, axis=0))

@@ -1,0 +1,77 @@
+"""Priced steps with durations written down, for schedules that are checked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moesim.cost.estimate import Estimate, Tag, estimate
+from moesim.graph.batch import step_batch
+from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.storage import ExpertStorage
+from moesim.spec.hf import load_model
+from moesim.spec.model import ModelSpec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import PoliciesSpec, PrecisionSpec
+
+EXPERTS = 8
+
+
+def one(seconds: Any, family: str = "gemm") -> Estimate:
+    return estimate(np.asarray(seconds, dtype=np.float64), Tag.ASSUMED, family, 0.0, "by hand")
+
+
+def part(seconds: Any) -> Part:
+    """A part of one estimate; a number stands for [1, 1]."""
+    return Part((one(np.atleast_2d(seconds)),))
+
+
+def setup(
+    layers: int,
+    policies: Mapping[str, Any],
+    *,
+    ranks: int = 2,
+    nodes: int = 1,
+    storage: ExpertStorage | None = None,
+) -> LayerSetup:
+    """A setup of `layers` MoE layers over attention DP and EP ranks; nothing about the model but its layers matters."""
+    model = tiny(layers)
+    slots = np.tile(np.arange(EXPERTS), (layers, 1))
+    return LayerSetup(
+        model=model,
+        parallel=ParallelSpec(attention_dp=ranks, ep=ranks),
+        precision=PrecisionSpec(),
+        policies=PoliciesSpec.read(dict(policies), where="test"),
+        placement=ExpertPlacement(slots, np.arange(layers), EXPERTS, ranks, layers),
+        nodes=nodes,
+        gpus_per_node=8,
+        step_overhead_s=0.0,
+        eager_layer_s=0.0,
+        overhead_rel_sigma=0.0,
+        storage=storage,
+    )
+
+
+def tiny(layers: int) -> ModelSpec:
+    """DeepSeek-V3 with other numbers of layers and experts."""
+    whole = load_model("deepseek-ai/DeepSeek-V3")
+    moe = whole.moe.model_copy(update={"layer_ids": tuple(range(layers)), "experts": EXPERTS, "groups": 1})
+    return whole.model_copy(update={"layers": layers, "moe": moe})
+
+
+def by_hand(**changes: Any) -> PricedStep:
+    """One step: attention 2, gate 1, shared expert 2 up and 1 down, dispatch 4, experts 6, combine 4 seconds."""
+    parts: dict[str, Any] = {
+        "projections": part(1.0),
+        "attention": part(1.0),
+        "gate": part(1.0),
+        "shared": Part((one([[1.5]]), one([[0.5]], "memory_bound"), one([[1.0]]))),
+        "dispatch": part(4.0),
+        "experts": part(6.0),
+        "combine": part(4.0),
+    }
+    batch = step_batch(ranks=2, decode_seqs=np.full((1, 2), 4.0), decode_kv=10.0)
+    return PricedStep(batch=batch, mode="normal", **(parts | changes))
