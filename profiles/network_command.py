@@ -30,13 +30,18 @@ def fit_network(
     from moesim.spec.presets import load_cluster
     from moesim.spec.scenario import ClusterChoice
     from profiles.alpha_beta import fit_levels, groups_of, measured_cluster
+    from profiles.importers.gathered import UNKNOWN
     from profiles.store import open_profile
 
     base = load_cluster(cluster_file if cluster_file is not None else ClusterChoice(system=system, nodes=nodes))
     opened = open_profile(profile, system)
-    groups = groups_of(opened.table("collective"), path)
+    table = opened.table("collective")
+    groups = groups_of(table, path)
     if not groups:
         raise BadInput(f"no collectives over {path}", where=f"profile {opened.folder.name}", mend="use another --path")
+    ran = sorted(set(table.filter(table["path"] == path)["device"]) - {UNKNOWN})
+    if ran and base.gpu.name not in ran:
+        echo(f"note: measured on {', '.join(ran)}, and {base.name} has {base.gpu.name}", err=True)
     fitted = fit_levels(groups, base)
     found = [_told(one) for one in fitted]
     if out is not None:

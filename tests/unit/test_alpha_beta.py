@@ -132,7 +132,9 @@ def test_the_command_writes_a_cluster_that_loads(tmp_path: Path, capsys: pytest.
     folder, out = profile_of(tmp_path / "ours", [*inside(), *across()]), tmp_path / "c.yaml"
     asked = ["profile", "fit-network", str(folder), "--nodes", "4", "--out", str(out)]
     assert run(asked) == 0
-    told = capsys.readouterr().out
+    said = capsys.readouterr()
+    told = said.out
+    assert said.err == ""
     assert "nic: launch 5" in told and "45 GB/s" in told and f"wrote {out}" in told
     cluster = load_cluster(out)
     assert (cluster.nodes, cluster.gpus) == (4, 32)
@@ -144,6 +146,8 @@ def test_the_command_writes_a_cluster_that_loads(tmp_path: Path, capsys: pytest.
     assert [level["level"] for level in found["levels"]] == ["nvlink", "nic"]
     assert load_cluster(again).nic_bytes_per_s == cluster.nic_bytes_per_s
     assert load_cluster(again).measured.keys() == cluster.measured.keys()
+    assert run(["profile", "fit-network", str(folder), "--system", "h100_sxm"]) == 0
+    assert "note: measured on NVIDIA H200, and h100_sxm has NVIDIA H100 80GB HBM3" in capsys.readouterr().err
     assert run(["profile", "fit-network", str(folder), "--path", "gloo"]) == 2
     assert "no collectives over gloo" in capsys.readouterr().err
 
