@@ -9,10 +9,13 @@ import numpy as np
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
+from moesim.cost.roofline import REACHED
+from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.rules import EngineRules, engine_rules
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
+from moesim.network.instance import instance_network
 from moesim.routing.holdout import split
 from moesim.routing.resolve import resolve_routing
 from moesim.routing.trace import RoutingCounts, stack_profiles
@@ -176,6 +179,7 @@ def resolve(
         step_overhead_s=rules.step_overhead_s,
         eager_layer_s=rules.eager_layer_s,
         overhead_rel_sigma=rules.overhead_rel_sigma,
+        network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
 
@@ -234,6 +238,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
             mend="choose an expert_tp that divides it",
             reason="expert_not_divisible",
         )
+    check_dispatch(parallel, cluster, policies.dispatch)
     backend = policies.dispatch.backend
     if backend in ("deepep", "alltoall") and (parallel.ep == 1 or parallel.expert_tp > 1):
         raise Infeasible(

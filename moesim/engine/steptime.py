@@ -139,6 +139,6 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
     found = {}
     for name, one in deployments.items():
         counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
-        shares = Pricer(one.setup, one.ground.costs).shares
-        found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts, shares)).mean())
+        replicas = Pricer(one.setup, one.ground.costs).replicas
+        found[name] = float(max_over_mean(replicas.rank_loads(counts)).mean())
     return found

@@ -65,7 +65,7 @@ class _Builder:
         sync, gather, dense_sync = (
             self._whole(part) for part in (priced.attention_sync, priced.gather, priced.dense_sync)
         )
-        eager = self._whole(priced.eager)
+        eager, choice = self._whole(priced.eager), self._whole(priced.replica_choice)
         experts = self._by_layer(priced.experts, self.ep_rank)
         dispatch, combine = (self._by_layer(part, None) for part in (priced.dispatch, priced.combine))
         self._compute("step overhead", "engine_overhead", self._whole(priced.overhead))
@@ -87,6 +87,8 @@ class _Builder:
             self._compute("gate", "gate", of["gate"], layer)
             if priced.shared.estimates:
                 self._compute("shared expert", "shared_expert", of["shared"], layer)
+            if priced.replica_choice.estimates:
+                self._meet("replica choice", "replica_choice", choice, layer, self.everyone, self.exchange_links)
             if priced.dispatch.estimates:
                 self._meet("dispatch", "dispatch", _row(dispatch, row), layer, self.everyone, self.exchange_links)
             self._compute("experts", "experts", _row(experts, row), layer)

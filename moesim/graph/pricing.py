@@ -21,7 +21,10 @@ from moesim.cost.ops import (
     Operation,
 )
 from moesim.graph.batch import Floats, StepBatch
-from moesim.network.replicas import replica_shares
+from moesim.graph.exchanges import ALL_TO_ALLS, PairPrice, Step, asked_formula, element_bytes, flat_exchange, packing
+from moesim.network.choice import Replicas
+from moesim.network.choice import prepare as prepare_replicas
+from moesim.network.instance import InstanceNetwork
 from moesim.network.traffic import equivalent_tokens
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -65,7 +68,8 @@ class LayerSetup:
 
     placement: of the MoE layers over the instance's EP ranks. nodes: nodes that the instance spans.
     gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_layer_s: extra host
-    time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`.
+    time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`. network: the instance's
+    links, for exchanges that no table holds and for the bytes on each link.
     """
 
     model: ModelSpec
@@ -78,6 +82,7 @@ class LayerSetup:
     step_overhead_s: float
     eager_layer_s: float
     overhead_rel_sigma: float
+    network: InstanceNetwork | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class PricedStep:
     """The parts of a step by name. Shapes: see Part; rank axes are attention-DP ranks or EP ranks as named.
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
-    whole group [steps, 1]: attention_sync, dense_sync, gather, overhead, eager (of one layer);
+    whole group [steps, 1]: attention_sync, dense_sync, gather, replica_choice, overhead, eager (of one layer);
     by layer: dispatch, combine [steps, layers, 1], experts [steps, layers, ep].
     """
 
@@ -97,6 +102,7 @@ class PricedStep:
     attention_sync: Part = field(default_factory=Part)
     gate: Part = field(default_factory=Part)
     shared: Part = field(default_factory=Part)
+    replica_choice: Part = field(default_factory=Part)
     dispatch: Part = field(default_factory=Part)
     experts: Part = field(default_factory=Part)
     combine: Part = field(default_factory=Part)
@@ -115,7 +121,7 @@ class Pricer:
         self.setup = setup
         self.costs = costs
         nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # TP over nodes is one EP rank
-        self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
+        self.replicas: Replicas = prepare_replicas(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
 
     def price(
         self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool, attention: bool = True
@@ -129,9 +135,10 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
-        slots = setup.placement.slot_loads(counts, self.shares)
+        slots = self.replicas.slot_loads(counts)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
-        exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)
+        arriving = local.sum(axis=-1)
+        exchange = self._balanced_tokens(batch, counts, arriving, mode)
         return PricedStep(
             batch=batch,
             mode=mode,
@@ -141,9 +148,10 @@ class Pricer:
             attention_sync=self._tensor_parallel_sync(rows),
             gate=self._gate(rows),
             shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
-            dispatch=self._exchange("dispatch", batch, exchange, mode),
+            replica_choice=self._replica_choice(batch),
+            dispatch=self._exchange("dispatch", batch, exchange, arriving, mode),
             experts=self._experts(local, mode),
-            combine=self._exchange("combine", batch, exchange, mode),
+            combine=self._exchange("combine", batch, exchange, arriving, mode),
             gather=self._gather(rows),
             dense=self._dense(rows),
             dense_sync=self._dense_sync(rows),
@@ -159,11 +167,11 @@ class Pricer:
     @property
     def _scattered(self) -> bool:
         """Whether the tokens of a TP group are scattered over its ranks for the MoE layer (DeepEP under TP)."""
-        return self.setup.policies.dispatch.backend == "deepep" and self.setup.parallel.tp > 1
+        return self.setup.policies.dispatch.scatters and self.setup.parallel.tp > 1
 
     @property
     def _shared_split(self) -> int:
-        return 1 if self.setup.policies.dispatch.backend == "deepep" else self.setup.parallel.tp
+        return 1 if self.setup.policies.dispatch.scatters else self.setup.parallel.tp
 
     def _local_rows(self, rows: Floats) -> Floats:
         return rows / self.setup.parallel.tp if self._scattered else rows
@@ -292,8 +300,9 @@ class Pricer:
         return self._collective("reduce_scatter" if self._scattered else "all_reduce", size, tp)
 
     def _gather(self, rows: Floats) -> Part:
-        """After the MoE layer: the TP group's tokens come together again (DeepEP under TP)."""
-        if not self._scattered:
+        """After the MoE layer: the TP group's tokens come together again where each rank sent a part of them."""
+        parted = self._scattered or (self.setup.policies.dispatch.backend == "alltoall" and self.setup.parallel.tp > 1)
+        if not parted:
             return Part()
         size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
         return self._collective("all_gather", size, self.setup.parallel.tp)
@@ -304,7 +313,8 @@ class Pricer:
         if tp == 1 or not self.setup.model.dense_layers:
             return Part()
         size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
-        return self._gather(rows) + self._collective("all_reduce", size, tp)
+        gather = self._gather(rows) if self._scattered else Part()
+        return gather + self._collective("all_reduce", size, tp)
 
     def _gate(self, rows: Floats) -> Part:
         model = self.setup.model
@@ -352,14 +362,15 @@ class Pricer:
     ) -> Floats | None:
         """Tokens per GPU of the balanced exchange that loads its busiest endpoint as this one does: [steps, layers]."""
         setup = self.setup
-        if setup.policies.dispatch.backend not in ("deepep", "alltoall"):
+        backend, split = setup.policies.dispatch.backend, setup.parallel.expert_tp
+        if backend not in ("deepep", "alltoall", "tp_dedup"):
             return None
         tp, moe = setup.parallel.tp, setup.model.moe
-        by_expert = mode == "low_latency" or setup.policies.dispatch.backend == "alltoall"
+        by_expert = mode == "low_latency" or backend in ALL_TO_ALLS
         return equivalent_tokens(
             mode="low_latency" if by_expert else "normal",
-            tokens=np.repeat(batch.tokens / tp, tp, axis=1),
-            rank_loads=arriving,
+            tokens=np.repeat(batch.tokens / tp, tp // split, axis=1),  # of one place in each rank's group of experts
+            rank_loads=arriving / split,
             placement=setup.placement,
             counts=counts,
             top_k=moe.top_k,
@@ -368,10 +379,12 @@ class Pricer:
             nodes=setup.nodes,
         )
 
-    def _exchange(self, step: str, batch: StepBatch, balanced: Floats | None, mode: str) -> Part:
+    def _exchange(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats, mode: str) -> Part:
         setup = self.setup
         backend = setup.policies.dispatch.backend
         model, parallel = setup.model, setup.parallel
+        if backend in ALL_TO_ALLS:
+            return self._all_to_all(step, batch, balanced, arriving)
         if balanced is None:
             size = batch.padded_tokens.max(axis=1, keepdims=True) * model.hidden * self._activation_bytes
             if backend == "allreduce":
@@ -380,11 +393,8 @@ class Pricer:
             kind = "all_gather" if step == "dispatch" else "reduce_scatter"
             return self._by_layer(self._collective(kind, size * parallel.attention_dp, parallel.gpus))
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
-        if backend == "alltoall":
-            size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[dtype]
-            return self._collective("all_to_all", size[..., None], parallel.gpus)
         operation = MoeExchange(
-            step="dispatch" if step == "dispatch" else "combine",
+            step=step,
             mode="low_latency" if mode == "low_latency" else "normal",
             tokens=balanced[..., None],
             hidden=model.hidden,
@@ -395,6 +405,54 @@ class Pricer:
             dtype=dtype,
         )
         return self._one(operation)
+
+    def _all_to_all(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats) -> Part:
+        """A plain all-to-all with what goes with it: packing, and the parts of split experts brought together."""
+        setup, parallel, hidden = self.setup, self.setup.parallel, self.setup.model.hidden
+        dispatch, network = setup.policies.dispatch, setup.network
+        row_bytes = hidden * element_bytes(step, dispatch, setup.precision)
+        tokens = np.repeat(batch.tokens / parallel.tp, parallel.tp, axis=1)
+        priced = PairPrice(network, parallel, step, tokens, arriving, row_bytes)
+        found: tuple[Estimate, ...]
+        if balanced is None:
+            assert network is not None  # `resolve` gives every deployment one
+            found = (asked_formula(priced("two_level"), network, dispatch.backend),)
+        else:
+            size = (balanced * setup.model.moe.top_k * row_bytes)[..., None]
+            whole = Collective(kind="all_to_all", bytes=size, gpus=parallel.ep, nodes=setup.nodes)
+            found = (flat_exchange(self.costs, network, whole, priced),)
+        each = arriving.max(axis=-1, keepdims=True) / parallel.expert_tp
+        sent = tokens.max(axis=-1, keepdims=True)[:, None, :]
+        picks = sent * setup.model.moe.top_k
+        rows = (sent * hidden, each * hidden) if step == "dispatch" else (each * hidden, picks * hidden)
+        found += packing(self.costs, step, dispatch, setup.precision, rows)
+        if parallel.expert_tp == 1:
+            return Part(found)
+        size = each * parallel.expert_tp * hidden * self._activation_bytes
+        kind = "all_gather" if step == "dispatch" else "reduce_scatter"
+        return Part(found) + self._collective(kind, size, parallel.expert_tp)
+
+    def _replica_choice(self, batch: StepBatch) -> Part:
+        """A choice that looks at the batch: every rank learns all counts, solves the same problem, looks slots up."""
+        setup, choice = self.setup, self.replicas.choice
+        if not choice.exchanges_counts:
+            return Part()
+        moe, dispatch = setup.model.moe, setup.policies.dispatch
+        counts = np.full((1, 1), moe.experts * BYTES_PER_ELEMENT["fp32"])
+        exchanged = self._collective("all_reduce", counts, setup.parallel.gpus)
+        own = dispatch.replica_solve_s is not None
+        seconds = dispatch.replica_solve_s if own else self.replicas.solve_s()
+        solved = estimate(
+            np.full((1, 1), seconds),
+            Tag.ASSUMED,
+            "overhead",
+            setup.overhead_rel_sigma,
+            "policies.dispatch.replica_solve_s" if own else "replica choice on one CPU core, measured by the benches",
+        )
+        picks = self._local_rows(batch.padded_tokens).max(axis=1, keepdims=True) * moe.top_k
+        table = setup.placement.slots * setup.placement.ranks * BYTES_PER_ELEMENT["fp32"]
+        looked_up = self._memory(picks * 2 * BYTES_PER_ELEMENT["fp32"] + 2 * table, "replica map")
+        return exchanged + Part((solved,)) + looked_up
 
     @staticmethod
     def _by_layer(part: Part) -> Part:

@@ -117,12 +117,34 @@ class CapacitySpec(Spec):
     pad: bool | None = None
 
 
+class CompressionSpec(Spec):
+    """Fewer bytes for each element that travels, in a dispatch and in a combine: exactly one of `dtype`, `factor`."""
+
+    dtype: Dtype | None = Field(default=None, description="element type on the wire, its scales included")
+    factor: float | None = Field(default=None, gt=1, description="how many times fewer bytes than the activations'")
+
+    @model_validator(mode="after")
+    def _one(self) -> CompressionSpec:
+        if (self.dtype is None) == (self.factor is None):
+            raise ValueError("give exactly one of dtype and factor")
+        return self
+
+
 class DispatchSpec(Spec):
     """How tokens travel to their experts, and to which replica."""
 
-    backend: Literal["deepep", "allreduce", "allgather_reducescatter", "alltoall"] = "deepep"
+    backend: Literal["deepep", "allreduce", "allgather_reducescatter", "alltoall", "two_level", "tp_dedup"] = "deepep"
     mode: Literal["auto", "normal", "low_latency"] = "auto"
-    replica: Literal["local_first", "equal"] = "local_first"
+    replica: Literal["local_first", "equal", "round_robin", "fewest_activated", "lp"] = "local_first"
+    replica_solve_s: float | None = Field(
+        default=None, ge=0, description="time of one layer's replica choice; none = as measured on a CPU core"
+    )
+    compression: CompressionSpec | None = None
+
+    @property
+    def scatters(self) -> bool:
+        """Whether the tokens of a TP group lie scattered over its ranks around the experts."""
+        return self.backend in ("deepep", "tp_dedup")
 
 
 class PoliciesSpec(Spec):

@@ -133,5 +133,5 @@ def test_averages_are_those_of_very_many_tokens() -> None:
 
 
 def test_choices_that_there_are_not_are_refused() -> None:
-    with pytest.raises(BadInput, match="nearest.*round_robin"):
+    with pytest.raises(BadInput, match=r"nearest.*round_robin"):
         prepare(one_layer([0, 1], ranks=2), policy="nearest", nodes=1)
