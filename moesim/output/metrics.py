@@ -168,7 +168,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "solver": setup.placement.solver,
             "redundant_experts": setup.placement.redundant,
             "schedule": setup.policies.schedule,
-            "dispatch": setup.policies.dispatch.model_dump(mode="json"),
+            "dispatch": setup.policies.dispatch.model_dump(mode="json", exclude_none=True),
             "max_running_requests_per_dp_rank": simulation.model.limits.max_running,
         },
         "run": {
