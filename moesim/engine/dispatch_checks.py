@@ -49,6 +49,24 @@ def check_dispatch(parallel: ParallelSpec, cluster: ClusterSpec, dispatch: Dispa
         )
 
 
+def check_background(cluster: ClusterSpec, *, fidelity: str, draws: int) -> None:
+    """Whether a run sees the traffic of other jobs that the cluster names. Raises BadInput."""
+    if not cluster.background:
+        return
+    if fidelity != "des":
+        raise BadInput(
+            "traffic of other jobs slows links, which only the executor `des` has",
+            where="cluster.background",
+            mend="use `moesim simulate --fidelity des --draws 0`, or leave it out",
+        )
+    if draws:
+        raise BadInput(
+            "intervals come from step tables, which no other job slows",
+            where="cluster.background",
+            mend="use --draws 0",
+        )
+
+
 def _check_two_level(parallel: ParallelSpec, cluster: ClusterSpec) -> None:
     if parallel.ep == 1 or parallel.expert_tp > 1:
         raise Infeasible(

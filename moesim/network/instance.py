@@ -35,9 +35,15 @@ def instance_network(
 
     reached: by link rate, the share of a datasheet's figure that exchanges reach; measured figures stand as they are.
     """
-    changes: dict[str, float] = {
-        name: getattr(cluster, name) * (1.0 if name in cluster.measured else share) for name, share in reached.items()
-    }
-    changes["nodes"] = max(1, gpus // cluster.gpus_per_node)
-    changes["gpus_per_node"] = min(gpus, cluster.gpus_per_node)
-    return InstanceNetwork(cluster.model_copy(update=changes), formula)
+    size = {"nodes": max(1, gpus // cluster.gpus_per_node), "gpus_per_node": min(gpus, cluster.gpus_per_node)}
+    return InstanceNetwork(at_reached_rates(cluster, reached).model_copy(update={**size, "background": ()}), formula)
+
+
+def at_reached_rates(cluster: ClusterSpec, reached: Mapping[LinkFigure, float]) -> ClusterSpec:
+    """A cluster with links as fast as exchanges find them; `reached` as in `instance_network`."""
+    return cluster.model_copy(
+        update={
+            name: getattr(cluster, name) * (1.0 if name in cluster.measured else share)
+            for name, share in reached.items()
+        }
+    )

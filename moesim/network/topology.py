@@ -154,6 +154,10 @@ class Topology:
         """The vertex of a GPU's NIC, whether the graph has a network or not."""
         return f"nic{self._node(gpu) * self.cluster.nics_per_node + self.nic(gpu)}"
 
+    def way_to_nic(self, gpu: int) -> list[str]:
+        """Vertices from a GPU to its NIC, both included."""
+        return self._up(gpu)
+
     def relay(self, gpu: int, nic: int) -> int:
         """The first GPU of `gpu`'s node that uses NIC `nic`."""
         return self._node(gpu) * self.cluster.gpus_per_node + self.cluster.gpu_nic.index(nic)

@@ -12,7 +12,7 @@ from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.draws import LEVEL, interval
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
-from moesim.engine.stepmodel import ExactModel
+from moesim.engine.stepmodel import ExactModel, Fidelity
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.output.network import of_simulation
@@ -125,7 +125,8 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
     served = simulation.served
     metrics = serving_metrics(served, cluster.gpus)
     batch = typical_decode(simulation)
-    _, times = ExactModel(simulation.model, "maxplus").run(batch, "decode")
+    fidelity: Fidelity = "des" if cluster.background else "maxplus"
+    _, times = ExactModel(simulation.model, fidelity).run(batch, "decode")
     network = of_simulation(simulation, batch)
     profiles, weights = stack_profiles(deployment.ground.judge)
     replicas = simulation.model.pricer.replicas

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.cluster import BackgroundSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -24,6 +25,7 @@ class ClusterChoice(Spec):
     system: str
     nodes: int = Field(default=1, gt=0)
     gpus_per_node: int | None = Field(default=None, gt=0)
+    background: tuple[BackgroundSpec, ...] = Field(default=(), description="traffic of other jobs; `des` alone sees it")
 
 
 class EngineSpec(Spec):

@@ -263,3 +263,27 @@ def test_two_level_saves_messages_and_pays_a_second_hop():
     many = [seconds(priced(one, 4096.0).dispatch) for one in (flat, two)]
     assert few[1] < few[0]
     assert many[1] > many[0]
+
+
+def test_another_jobs_traffic_is_seen_by_des_alone(tmp_path, capsys):
+    data = plan("alltoall")
+    data["serving"]["workload"]["requests"] = 8
+    quiet = write(tmp_path, data, "quiet.yaml")
+    stream = {"kind": "stream", "gpus": [0, 1, 2, 3], "to": [4, 5, 6, 7], "bytes_per_s": 5e10}
+    data["cluster"]["background"] = [stream]
+    busy = write(tmp_path, data, "busy.yaml")
+    for options, said in ((["--draws", "0"], "--fidelity des"), (["--fidelity", "des"], "--draws 0")):
+        assert run(["simulate", str(busy), *options]) == 2
+        error = capsys.readouterr().err
+        assert "cluster.background" in error and said in error
+    found = {}
+    for path in (quiet, busy):
+        assert run(["simulate", str(path), "--json", "--draws", "0", "--fidelity", "des"]) == 0
+        found[path] = json.loads(capsys.readouterr().out)
+    assert found[busy]["metrics"]["tpot_s"]["p50"] > found[quiet]["metrics"]["tpot_s"]["p50"]
+    assert found[busy]["metrics"]["ttft_s"]["p50"] > found[quiet]["metrics"]["ttft_s"]["p50"] * 1.01
+    with pytest.raises(BadInput, match="GPU 7 of a cluster of 4"):
+        small = plan("alltoall")
+        small["cluster"] = {"system": "h200_sxm", "gpus_per_node": 4, "background": [stream]}
+        small["parallel"] = {"attention_dp": 4, "ep": 4}
+        resolve(groundwork(Scenario.read(small, where="small")))
