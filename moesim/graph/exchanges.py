@@ -18,6 +18,7 @@ A measured table of all-to-alls prices the flat exchange. What no table holds is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from moesim.graph.batch import Floats
 from moesim.network.exchange import Scheme
 from moesim.network.instance import InstanceNetwork
 from moesim.network.traffic import SCALE_BLOCK, SCALE_BYTES, pair_copies
+from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import DispatchSpec, PrecisionSpec
 from moesim.units import BYTES_PER_ELEMENT
@@ -68,6 +70,52 @@ def pair_bytes(tokens: Floats, arriving: Floats, parallel: ParallelSpec, row_byt
         one = pair_copies(by_place[:, None, :, place], arriving / split)
         found[..., place::split, place::split] = one * row_bytes
     return found
+
+
+@dataclass(frozen=True)
+class AllToAll:
+    """The plain all-to-alls of a setup; fields as in `LayerSetup`."""
+
+    model: ModelSpec
+    parallel: ParallelSpec
+    dispatch: DispatchSpec
+    precision: PrecisionSpec
+    network: InstanceNetwork | None
+    nodes: int
+    gpus_per_node: int
+
+    def estimates(
+        self, costs: CostModel, step: Step, sent: Floats, arriving: Floats, balanced: Floats | None
+    ) -> tuple[Estimate, ...]:
+        """One exchange of each layer with what goes with it: packing, and the parts of split experts brought together.
+
+        sent: [steps, gpus], tokens that each GPU sends; arriving: [steps, layers, ep], copies that each EP rank gets;
+        balanced: [steps, layers], tokens of the balanced exchange that is as busy, for one that a table may hold. All
+        estimates are [steps, layers, 1]. Raises OutsideProfile.
+        """
+        hidden, split = self.model.hidden, self.parallel.expert_tp
+        row_bytes = hidden * element_bytes(step, self.dispatch, self.precision)
+        priced = PairPrice(self.network, self.parallel, step, sent, arriving, row_bytes)
+        if balanced is None:
+            assert self.network is not None  # `resolve` gives every deployment one
+            exchanged = asked_formula(priced("two_level"), self.network, self.dispatch.backend)
+        else:
+            size = (balanced * self.model.moe.top_k * row_bytes)[..., None]
+            whole = Collective(kind="all_to_all", bytes=size, gpus=self.parallel.ep, nodes=self.nodes)
+            exchanged = flat_exchange(costs, self.network, whole, priced)
+        each = arriving.max(axis=-1, keepdims=True) / split * hidden
+        most = sent.max(axis=-1, keepdims=True)[:, None, :] * hidden
+        rows = (most, each) if step == "dispatch" else (each, most * self.model.moe.top_k)
+        found = (exchanged, *packing(costs, step, self.dispatch, self.precision, rows))
+        if split == 1:
+            return found
+        gathered = Collective(
+            kind="all_gather" if step == "dispatch" else "reduce_scatter",
+            bytes=each * split * BYTES_PER_ELEMENT[self.precision.activations],
+            gpus=split,
+            nodes=-(-split // self.gpus_per_node),
+        )
+        return (*found, costs.estimate(gathered))
 
 
 def flat_exchange(costs: CostModel, network: InstanceNetwork | None, op: Collective, priced: PairPrice) -> Estimate:

@@ -21,7 +21,8 @@ from moesim.cost.ops import (
     Operation,
 )
 from moesim.graph.batch import Floats, StepBatch
-from moesim.graph.exchanges import ALL_TO_ALLS, PairPrice, Step, asked_formula, element_bytes, flat_exchange, packing
+from moesim.graph.exchanges import ALL_TO_ALLS, AllToAll, Step
+from moesim.graph.replica_choice import choice_estimates
 from moesim.network.choice import Replicas
 from moesim.network.choice import prepare as prepare_replicas
 from moesim.network.instance import InstanceNetwork
@@ -407,52 +408,32 @@ class Pricer:
         return self._one(operation)
 
     def _all_to_all(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats) -> Part:
-        """A plain all-to-all with what goes with it: packing, and the parts of split experts brought together."""
-        setup, parallel, hidden = self.setup, self.setup.parallel, self.setup.model.hidden
-        dispatch, network = setup.policies.dispatch, setup.network
-        row_bytes = hidden * element_bytes(step, dispatch, setup.precision)
-        tokens = np.repeat(batch.tokens / parallel.tp, parallel.tp, axis=1)
-        priced = PairPrice(network, parallel, step, tokens, arriving, row_bytes)
-        found: tuple[Estimate, ...]
-        if balanced is None:
-            assert network is not None  # `resolve` gives every deployment one
-            found = (asked_formula(priced("two_level"), network, dispatch.backend),)
-        else:
-            size = (balanced * setup.model.moe.top_k * row_bytes)[..., None]
-            whole = Collective(kind="all_to_all", bytes=size, gpus=parallel.ep, nodes=setup.nodes)
-            found = (flat_exchange(self.costs, network, whole, priced),)
-        each = arriving.max(axis=-1, keepdims=True) / parallel.expert_tp
-        sent = tokens.max(axis=-1, keepdims=True)[:, None, :]
-        picks = sent * setup.model.moe.top_k
-        rows = (sent * hidden, each * hidden) if step == "dispatch" else (each * hidden, picks * hidden)
-        found += packing(self.costs, step, dispatch, setup.precision, rows)
-        if parallel.expert_tp == 1:
-            return Part(found)
-        size = each * parallel.expert_tp * hidden * self._activation_bytes
-        kind = "all_gather" if step == "dispatch" else "reduce_scatter"
-        return Part(found) + self._collective(kind, size, parallel.expert_tp)
+        setup, tp = self.setup, self.setup.parallel.tp
+        over = AllToAll(
+            model=setup.model,
+            parallel=setup.parallel,
+            dispatch=setup.policies.dispatch,
+            precision=setup.precision,
+            network=setup.network,
+            nodes=setup.nodes,
+            gpus_per_node=setup.gpus_per_node,
+        )
+        sent = np.repeat(batch.tokens / tp, tp, axis=1)
+        return Part(over.estimates(self.costs, step, sent, arriving, balanced))
 
     def _replica_choice(self, batch: StepBatch) -> Part:
-        """A choice that looks at the batch: every rank learns all counts, solves the same problem, looks slots up."""
-        setup, choice = self.setup, self.replicas.choice
-        if not choice.exchanges_counts:
-            return Part()
-        moe, dispatch = setup.model.moe, setup.policies.dispatch
-        counts = np.full((1, 1), moe.experts * BYTES_PER_ELEMENT["fp32"])
-        exchanged = self._collective("all_reduce", counts, setup.parallel.gpus)
-        own = dispatch.replica_solve_s is not None
-        seconds = dispatch.replica_solve_s if own else self.replicas.solve_s()
-        solved = estimate(
-            np.full((1, 1), seconds),
-            Tag.ASSUMED,
-            "overhead",
-            setup.overhead_rel_sigma,
-            "policies.dispatch.replica_solve_s" if own else "replica choice on one CPU core, measured by the benches",
+        setup = self.setup
+        rows = self._local_rows(batch.padded_tokens).max(axis=1, keepdims=True)
+        return Part(
+            choice_estimates(
+                self.costs,
+                self.replicas,
+                picks=rows * setup.model.moe.top_k,
+                solve_s=setup.policies.dispatch.replica_solve_s,
+                host_rel_sigma=setup.overhead_rel_sigma,
+                gpus=(setup.parallel.gpus, setup.gpus_per_node),
+            )
         )
-        picks = self._local_rows(batch.padded_tokens).max(axis=1, keepdims=True) * moe.top_k
-        table = setup.placement.slots * setup.placement.ranks * BYTES_PER_ELEMENT["fp32"]
-        looked_up = self._memory(picks * 2 * BYTES_PER_ELEMENT["fp32"] + 2 * table, "replica map")
-        return exchanged + Part((solved,)) + looked_up
 
     @staticmethod
     def _by_layer(part: Part) -> Part:
