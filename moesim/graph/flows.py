@@ -66,7 +66,7 @@ def _all_to_all(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, coun
     setup = pricer.setup
     parallel, dispatch = setup.parallel, setup.policies.dispatch
     exchange = network.exchange(_SCHEMES.get(dispatch.backend, "flat"))
-    arriving = pricer.replicas.rank_loads(counts)
+    arriving = pricer.rank_loads(batch, counts)
     found = []
     for step in STEPS:
         row_bytes = setup.model.hidden * element_bytes(step, dispatch, setup.precision)
@@ -91,7 +91,7 @@ def _deepep(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: 
     setup = pricer.setup
     moe, precision = setup.model.moe, setup.precision
     exchange = network.exchange("deepep_low_latency" if mode == "low_latency" else "deepep_normal")
-    sent, arriving = _sent(pricer, batch)[:, None, :], pricer.replicas.rank_loads(counts)
+    sent, arriving = _sent(pricer, batch)[:, None, :], pricer.rank_loads(batch, counts)
     copies = pair_bytes(sent[:, 0], arriving, setup.parallel, 1.0)
     to_node = None
     if mode == "normal":

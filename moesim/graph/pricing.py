@@ -136,7 +136,7 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
-        slots = self.replicas.slot_loads(counts)
+        slots = self.slot_loads(batch, counts)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
         arriving = local.sum(axis=-1)
         exchange = self._balanced_tokens(batch, counts, arriving, mode)
@@ -160,6 +160,16 @@ class Pricer:
             overhead=self._overhead(setup.step_overhead_s),
             eager=Part() if graphed else self._overhead(setup.eager_layer_s),
         )
+
+    def slot_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
+        """Rows that each slot computes [steps, layers, slots] where a batch's tokens want counts [.., experts]."""
+        return self.replicas.slot_loads(counts)
+
+    def rank_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
+        """Rows that each EP rank computes [steps, layers, ep]; arguments as in `slot_loads`."""
+        plan = self.setup.placement
+        slots = self.slot_loads(batch, counts)
+        return np.asarray(slots.reshape(*slots.shape[:-1], plan.ranks, plan.slots_per_rank).sum(axis=-1))
 
     @property
     def _activation_bytes(self) -> float:

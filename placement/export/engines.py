@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesim.errors import BadInput
+from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
+from moesim.network.choice import CHOICES
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import Scenario
+from moesim.spec.scenario import DispatchSpec, Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
 from placement.export.instance import instances_of
 
@@ -42,6 +43,8 @@ def export_placement(
     Infeasible where the engine cannot load the placement.
     """
     folder = Path(folder)
+    if scenario is not None:
+        refuse_dispatch(engine, scenario.policies.dispatch)
     note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
     if engine == "sglang":
         lines = sglang.launch(placement, scenario)
@@ -67,6 +70,27 @@ def export_placement(
     if engine == "megatron":
         return [write_launch(folder, megatron.launch(placement, scenario))]
     raise BadInput(f"unknown engine {engine!r}", where="--engine", mend=f"use one of: {', '.join(ENGINES)}")
+
+
+def refuse_dispatch(engine: str, dispatch: DispatchSpec) -> None:
+    """Whether an engine has the dispatch that a plan was judged with. Raises Infeasible for one that no flag sets.
+
+    Megatron-Core's all-to-all dispatcher is TP-deduplicated: it sends each TP rank's part of the tokens and gathers
+    inside the expert's group (megatron/core/transformer/moe/token_dispatcher.py).
+    """
+    lacking = []
+    if dispatch.backend == "two_level" or (dispatch.backend == "tp_dedup" and engine != "megatron"):
+        lacking.append(f"backend {dispatch.backend}")
+    if not CHOICES[dispatch.replica].fixed:
+        lacking.append(f"replica {dispatch.replica}")
+    if dispatch.compression is not None:
+        lacking.append("compression")
+    if lacking:
+        raise Infeasible(
+            f"{engine} has no flag for {' and '.join(lacking)}",
+            where="policies.dispatch",
+            mend="export a plan that was judged without it",
+        )
 
 
 def write_launch(folder: Path, lines: list[str], *, note: str = "") -> Path:

@@ -23,6 +23,7 @@ from moesim.network.choice import CHOICES
 from moesim.network.collectives import all_to_all_flat
 from moesim.spec.cluster import MeasuredFigure
 from moesim.spec.scenario import CompressionSpec, Scenario
+from placement.export.engines import export_placement, refuse_dispatch
 from tests.dispatch_plans import PLANS, plan
 from tests.scenarios import write
 
@@ -287,3 +288,18 @@ def test_another_jobs_traffic_is_seen_by_des_alone(tmp_path, capsys):
         small["cluster"] = {"system": "h200_sxm", "gpus_per_node": 4, "background": [stream]}
         small["parallel"] = {"attention_dp": 4, "ep": 4}
         resolve(groundwork(Scenario.read(small, where="small")))
+
+
+def test_engines_refuse_a_dispatch_that_they_have_no_flag_for(tmp_path):
+    for name, dispatch, said in (
+        ("two_level", {}, "backend two_level"),
+        ("tp_dedup", {}, "backend tp_dedup"),
+        ("deepep", {"replica": "lp"}, "replica lp"),
+        ("alltoall", {"compression": {"factor": 2}}, "compression"),
+    ):
+        scenario = Scenario.read(plan(name, **dispatch), where=name)
+        placement = resolve(groundwork(scenario)).setup.placement
+        with pytest.raises(Infeasible, match=f"sglang has no flag for {said}"):
+            export_placement(placement, "sglang", tmp_path, scenario)
+        assert not list(tmp_path.iterdir())
+    refuse_dispatch("megatron", Scenario.read(plan("tp_dedup"), where="megatron").policies.dispatch)
