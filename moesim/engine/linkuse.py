@@ -131,7 +131,12 @@ def _job_pairs(job: BackgroundSpec, gpus: int) -> Floats:
 
 def _near(topology: Topology, rank: int, number: dict[Edge, int]) -> Ints:
     """Links of a GPU inside its domain, out and in."""
-    others = [vertex for vertex in topology.graph.successors(f"gpu{rank}") if not vertex.startswith("nic")]
+    fast = bool(topology.cluster.nvlink_bytes_per_s)
+    others = [
+        vertex
+        for vertex in topology.graph.successors(f"gpu{rank}")
+        if (vertex.startswith("nvswitch") if fast else not vertex.startswith("nic"))
+    ]
     return _both_ways([(f"gpu{rank}", other) for other in others], number)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.engine.simulate import Simulation
 from moesim.engine.stepmodel import exchange_mode
+from moesim.errors import BadInput
 from moesim.graph.batch import Floats, StepBatch
 from moesim.graph.flows import STEPS, PhaseBytes, phase_bytes
 from moesim.graph.pricing import Pricer
@@ -24,11 +25,18 @@ def network_json(pricer: Pricer, batch: StepBatch, counts: Floats, mode: str) ->
 
 
 def of_simulation(simulation: Simulation, batch: StepBatch) -> dict[str, Any]:
-    """`network_json` of a decode batch under the routing of the heaviest judged load, drawn."""
+    """`network_json` of a decode batch under the routing of the heaviest judged load, drawn.
+
+    A cluster that is no topology (NVLink domains that split nodes) has no bytes, and the reason why.
+    """
     routing = simulation.model.routing
     load = max(routing.for_phase("decode"), key=lambda one: float(routing.weights[one]))
     counts = routing.counts(load, batch.tokens.sum(axis=1), np.random.default_rng([simulation.seed, 9]))
-    return network_json(simulation.model.pricer, batch, counts, exchange_mode(simulation.deployment, "decode"))
+    mode = exchange_mode(simulation.deployment, "decode")
+    try:
+        return network_json(simulation.model.pricer, batch, counts, mode)
+    except BadInput as error:
+        return {**{step: {"bytes": None} for step in STEPS}, "reason": str(error)}
 
 
 def _one(phases: list[PhaseBytes]) -> dict[str, Any]:

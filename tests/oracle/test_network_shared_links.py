@@ -137,6 +137,20 @@ def test_a_prefetch_of_one_rank_slows_the_exchange_of_all():
     assert des.run(host, network=link_use(host, topology, {})).step_s.tolist() == [9.0]  # not the NIC's
 
 
+def test_links_of_a_rank_are_those_of_their_kind():
+    """With PCIe switches drawn, NVLink is the way to the NVSwitch alone, and the NIC is reached over PCIe."""
+    spec = cluster(2, 2, node=NodeLayout(gpu_switch=(0, 1), nic_switch=(0, 1), switch_socket=(0, 0)))
+    topology = build(spec)
+    graph = TaskGraph(1, 4, ())
+    use = link_use(graph, topology, {})
+    edges = [*topology.graph.edges]
+    near = {edges[link] for link in use.own[Link.NVLINK][1]}
+    assert near == {("gpu1", "nvswitch0"), ("nvswitch0", "gpu1")}
+    way = {edges[link] for link in use.own[Link.NIC][1]}
+    assert {("gpu1", "pcie1"), ("pcie1", "nic1"), ("nic1", "leaf1"), ("leaf1", "nic1")} <= way and len(way) == 6
+    assert [link.tolist() for link in use.own[Link.PCIE]] == [[len(edges) + rank] for rank in range(4)]
+
+
 def fluid(seconds, loads, capacity, streams):
     """The time of one collective, step by step: rates by `max_min`, until the next flow is over."""
     link = np.flatnonzero(loads)

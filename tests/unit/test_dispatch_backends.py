@@ -22,7 +22,8 @@ from moesim.graph.pricing import Pricer
 from moesim.network.choice import CHOICES
 from moesim.network.collectives import all_to_all_flat
 from moesim.spec.cluster import MeasuredFigure
-from moesim.spec.scenario import CompressionSpec, Scenario
+from moesim.spec.presets import load_cluster
+from moesim.spec.scenario import ClusterChoice, CompressionSpec, Scenario
 from placement.export.engines import export_placement, refuse_dispatch
 from tests.dispatch_plans import PLANS, plan
 from tests.scenarios import write
@@ -255,6 +256,16 @@ def test_a_run_tells_its_bytes(tmp_path, capsys):
         assert network["bytes"] == pytest.approx(pairs.sum()) == sum(row["bytes"] for row in network["by_phase"])
         nics = [row["bytes"] for row in network["by_link"] if row["from"].startswith("gpu") and row["to"][:3] == "nic"]
         assert sum(nics) == pytest.approx(network["by_phase"][1]["bytes"])
+
+
+def test_a_cluster_that_is_no_topology_still_runs_and_says_why_it_has_no_bytes(tmp_path, capsys):
+    data = plan("deepep")
+    data["serving"]["workload"]["requests"] = 4
+    spec = load_cluster(ClusterChoice(system="h200_sxm", nodes=2, gpus_per_node=4)).model_dump(mode="json")
+    data["cluster"] = str(write(tmp_path, spec | {"nvlink_domain_gpus": 2}, "cluster.yaml"))
+    assert run(["simulate", str(write(tmp_path, data)), "--json", "--draws", "0"]) == 0
+    network = json.loads(capsys.readouterr().out)["network"]
+    assert network["dispatch"] == {"bytes": None} and "split nodes" in network["reason"]
 
 
 def test_two_level_saves_messages_and_pays_a_second_hop():
