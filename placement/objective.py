@@ -111,9 +111,7 @@ def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np
     gpus = deployment.ground.cluster.gpus
     metrics = flatten(serving_metrics(served, gpus))
     profiles, _ = stack_profiles(deployment.ground.judge)
-    balance = max_over_mean(deployment.setup.placement.rank_loads(profiles, simulation.model.pricer.shares)).mean(
-        axis=1
-    )
+    balance = max_over_mean(simulation.model.pricer.replicas.average_rank_loads(profiles)).mean(axis=1)
     metrics["rank_load_max_over_mean"] = float(balance @ load_weights)
     metrics["memory_peak_bytes"] = (
         deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token

@@ -24,7 +24,7 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
-from moesim.spec.cluster import ClusterSpec
+from moesim.spec.cluster import ClusterSpec, LinkFigure
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
 from moesim.units import BYTES_PER_ELEMENT
@@ -41,6 +41,12 @@ ATTENTION_FRACTION = 0.6
 NVLINK_FRACTION = 370.0 / 450.0
 # A NIC: DeepEP's README reports 43 to 47 GB/s of the 50 GB/s of ConnectX-7 in normal mode, EP16 to EP64.
 NIC_FRACTION = 0.9
+# What exchanges reach of a datasheet's link rates.
+REACHED: dict[LinkFigure, float] = {
+    "nvlink_bytes_per_s": NVLINK_FRACTION,
+    "pcie_bytes_per_s": NVLINK_FRACTION,
+    "nic_bytes_per_s": NIC_FRACTION,
+}
 # A kernel that does nothing takes this long inside a captured graph: `mem_empirical_constant_latency` in
 # aiconfigurator-core 0.12.0, systems/h200_sxm.yaml (a correction by its authors, "from observations").
 LAUNCH_S = 3e-6

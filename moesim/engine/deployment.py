@@ -9,13 +9,16 @@ import numpy as np
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
+from moesim.cost.roofline import REACHED
 from moesim.engine.combinations import check_combination, check_keys
+from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.rules import EngineRules, engine_rules
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
+from moesim.network.instance import instance_network
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.routing.gates.choice import gate_spec
 from moesim.routing.gates.loads import gate_loads
@@ -197,6 +200,7 @@ def resolve(
             scenario, ground.model, cluster, parallel, placement, fit=ground.fit, judge=ground.judge
         ),
         overlap=stream_overlap(scenario.policies, cluster, parallel, ground.costs),
+        network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
 
@@ -255,6 +259,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
             mend="choose an expert_tp that divides it",
             reason="expert_not_divisible",
         )
+    check_dispatch(parallel, cluster, policies.dispatch)
     backend = policies.dispatch.backend
     if backend in ("deepep", "alltoall") and (parallel.ep == 1 or parallel.expert_tp > 1):
         raise Infeasible(

@@ -24,6 +24,8 @@ import simpy
 from numpy.typing import NDArray
 
 from moesim.engine.fabric import Activity, Fabric
+from moesim.engine.links import SharedLinks
+from moesim.engine.linkuse import LinkUse, RankFlows, contended_flows, operation
 from moesim.errors import BadInput
 from moesim.graph.task import Link, StepTimes, Stream, TaskGraph
 
@@ -31,22 +33,30 @@ Floats = NDArray[np.float64]
 NOT_YET = -1.0
 
 
-def run(graph: TaskGraph, *, step: int | None = None, sharing: bool = True, timeline: bool = False) -> StepTimes:
+def run(
+    graph: TaskGraph,
+    *,
+    step: int | None = None,
+    sharing: bool = True,
+    timeline: bool = False,
+    network: LinkUse | None = None,
+) -> StepTimes:
     """Simulate the steps of `graph` one by one, or only `step` (the arrays then hold that one step: [1, ranks]).
 
-    sharing: whether tasks slow each other down on links that they share; busy_s holds the times so stretched.
-    Raises BadInput for a step that the graph does not have, and for a duration that does not broadcast, or is negative
-    or not finite.
+    sharing: whether tasks slow each other down on links that they share; busy_s holds the times so stretched. network:
+    the cluster's links, shared by the tasks of this step and by other jobs; without it, tasks share the links of their
+    own rank alone. Raises BadInput for a step that the graph does not have, and for a duration that does not broadcast,
+    or is negative or not finite.
     """
     if step is not None and not 0 <= step < graph.steps:
         raise BadInput(f"step {step} of a graph of {graph.steps} steps", mend="count steps from 0")
     chosen = range(graph.steps) if step is None else range(step, step + 1)
-    plan = _plan(graph, sharing)
+    plan = _plan(graph, sharing and network is None)
     durations = [_durations(graph, index) for index in chosen]
     shape = (len(graph.tasks), len(chosen), graph.ranks)
     start_s, end_s, busy_s, wait_s = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for index, alone_s in enumerate(durations):
-        found = _Step(graph, plan, alone_s).run()
+        found = _Step(graph, plan, alone_s, network if sharing else None).run()
         start_s[:, index], end_s[:, index], busy_s[:, index], wait_s[:, index] = found
     rank_end_s = end_s.max(axis=0, initial=0.0)
     operations: dict[str, list[int]] = defaultdict(list)
@@ -142,7 +152,7 @@ class _Meeting:
 class _Step:
     """One step in an environment of its own; times by slot = task x ranks + rank."""
 
-    def __init__(self, graph: TaskGraph, plan: _Plan, alone_s: Floats) -> None:
+    def __init__(self, graph: TaskGraph, plan: _Plan, alone_s: Floats, network: LinkUse | None) -> None:
         self.plan = plan
         self.ranks = graph.ranks
         self.alone_s = alone_s
@@ -150,6 +160,10 @@ class _Step:
         self.same: list[bool] = (alone_s == alone_s[:, :1]).all(axis=1).tolist()
         self.environment: Any = simpy.Environment()
         self.fabric = Fabric(self.environment, graph.ranks)
+        self.flows: dict[int, list[RankFlows]] = {}
+        if network is not None:
+            self.flows = contended_flows(graph, alone_s, network)
+            self.links = SharedLinks(self.environment, network.capacity, network.streams)
         slots = len(graph.tasks) * graph.ranks
         self.ready = [NOT_YET] * slots
         self.start = [NOT_YET] * slots
@@ -187,7 +201,7 @@ class _Step:
             ready[slot] = environment.now
             if plan.group[task] is not None:
                 yield from self._collective(rank, task)
-            elif plan.links[task]:
+            elif plan.links[task] or task in self.flows:
                 start[slot] = environment.now
                 done = environment.event()
                 self._occupy(task, {rank: done})
@@ -220,7 +234,7 @@ class _Step:
             for member in members:
                 self.start[task * self.ranks + member] = self.environment.now
         alone_s = self.alone[task * self.ranks + rank]
-        if self.plan.links[task]:
+        if self.plan.links[task] or task in self.flows:
             meeting.done[rank] = self.environment.event()
             if last:
                 self._occupy(task, meeting.done)
@@ -247,4 +261,7 @@ class _Step:
                 self.stretched[task * self.ranks + rank] = slowed_s
             done[rank].succeed()
 
-        self.fabric.start(Activity(alone_s, self.plan.links[task], finish))
+        if task not in self.flows:
+            self.fabric.start(Activity(alone_s, self.plan.links[task], finish))
+            return
+        self.links.start(operation(self.flows[task], alone_s, finish))

@@ -202,7 +202,7 @@ def weights(
     attention = (replicated + sharded / parallel.tp) * dense
     if model.attention.kind == "mla":
         attention += _absorbed_parameters(model) / parallel.tp * plain
-    shared_split = 1 if policies.dispatch.backend == "deepep" else parallel.tp
+    shared_split = 1 if policies.dispatch.scatters else parallel.tp
     expert = model.expert_parameters() / parallel.expert_tp * WEIGHT_BYTES_PER_ELEMENT[precision.experts]
     shared = 3 * model.hidden * model.moe.shared_intermediate / shared_split * dense
     gate = model.hidden * model.moe.experts * plain

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.engine.arrivals import poisson
 from moesim.engine.deployment import Deployment
+from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.serving import Load, Served, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
@@ -61,7 +62,8 @@ def simulate(
     fidelity: Fidelity = "table",
     progress: Callable[[float], None] | None = None,
 ) -> Simulation:
-    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile and Infeasible."""
+    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput."""
+    check_background(deployment.ground.cluster, fidelity=fidelity, draws=draws)
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     model = StepModel(deployment, seed=seed)

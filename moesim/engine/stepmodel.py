@@ -9,11 +9,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.roofline import REACHED
 from moesim.engine import des, maxplus
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
+from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.step_graph import best_step
@@ -23,6 +25,7 @@ from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
 from moesim.graph.pricing import Part, PricedStep
 from moesim.graph.task import StepTimes, TaskGraph
+from moesim.network.instance import at_reached_rates
 
 Floats = NDArray[np.float64]
 Fidelity = Literal["table", "maxplus", "des"]
@@ -178,6 +181,7 @@ class ExactModel:
         self.model = model
         self.fidelity = fidelity
         self.rng = np.random.default_rng([model.seed, 5])
+        self._micro: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step. Raises OutsideProfile."""
@@ -188,7 +192,7 @@ class ExactModel:
         """Draw routing for the steps of a batch, build their graph and run it."""
         graph, _ = self.build(batch, kind)
         if self.fidelity == "des":
-            return graph, des.run(graph, step=0, sharing=True, timeline=timeline)
+            return graph, des.run(graph, step=0, sharing=True, timeline=timeline, network=self._network(graph, kind))
         return graph, maxplus.run(graph, timeline=timeline)
 
     def build(self, batch: StepBatch, kind: str) -> tuple[TaskGraph, list[PricedStep]]:
@@ -202,11 +206,23 @@ class ExactModel:
         weights = model.routing.weights[loads] / model.routing.weights[loads].sum()
         parts = [batch.half(), batch.half()] if setup.policies.schedule == "two_batch" else [batch]
         priced = []
+        self._micro = []
         for part in parts:
             load = int(self.rng.choice(loads, p=weights))
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
+            self._micro.append((part, counts))
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
         return best_step(setup, priced)
+
+    def _network(self, graph: TaskGraph, kind: str) -> LinkUse | None:
+        """The cluster's links, where other jobs are on them; None where a step meets only itself."""
+        deployment = self.model.deployment
+        if not deployment.ground.cluster.background:
+            return None
+        cluster = at_reached_rates(deployment.ground.cluster, REACHED)
+        mode = exchange_mode(deployment, kind)
+        topology, exchanges = exchange_links(self.model.pricer, self._micro, mode, cluster)
+        return link_use(graph, topology, exchanges, streams_of(cluster, topology))
 
 
 # A light step: enough tokens on each rank for the smallest measured exchange.

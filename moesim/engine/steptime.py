@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.deployment import Deployment, Groundwork, resolve
+from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
@@ -55,6 +56,7 @@ def timed_placements(
     of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal.
     Raises BadInput, Infeasible and OutsideProfile.
     """
+    check_background(ground.cluster, fidelity="maxplus", draws=draws)
     deployments = {
         name: resolve(ground, variant_for(ground.scenario, placement), placement)
         for name, placement in placements.items()
@@ -139,6 +141,6 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
     found = {}
     for name, one in deployments.items():
         counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
-        shares = Pricer(one.setup, one.ground.costs).shares
-        found[name] = float(max_over_mean(one.setup.placement.rank_loads(counts, shares)).mean())
+        replicas = Pricer(one.setup, one.ground.costs).replicas
+        found[name] = float(max_over_mean(replicas.rank_loads(counts)).mean())
     return found

@@ -33,7 +33,7 @@ class PlanPricer(Pricer):
         whole = super().price(batch, counts, mode=mode, graphed=graphed, attention=attention)
         storage, placement = self.setup.storage, self.setup.placement
         if storage is not None:
-            slots = placement.slot_loads(counts, self.shares)
+            slots = self.slot_loads(batch, counts)
             by_rank = slots.reshape(*slots.shape[:-1], placement.ranks, placement.slots_per_rank)
             whole = replace(whole, fetch=Part((storage.fetch(by_rank, batch.tokens.sum(axis=1)),)))
         if self.setup.policies.schedule != "pipeline":

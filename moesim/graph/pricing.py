@@ -22,8 +22,12 @@ from moesim.cost.ops import (
 )
 from moesim.cost.overlap import StreamOverlap
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.exchanges import ALL_TO_ALLS, AllToAll, Step
+from moesim.graph.replica_choice import choice_estimates
 from moesim.graph.storage import ExpertStorage
-from moesim.network.replicas import replica_shares
+from moesim.network.choice import Replicas
+from moesim.network.choice import prepare as prepare_replicas
+from moesim.network.instance import InstanceNetwork
 from moesim.network.traffic import equivalent_tokens
 from moesim.routing.capacity.on_counts import cap_counts
 from moesim.routing.capacity.rule import capacity_rule
@@ -71,6 +75,7 @@ class LayerSetup:
     gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_layer_s: extra host
     time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`.
     storage: where expert weights wait, None = all on the GPU. overlap: what streams cost each other, None = nothing.
+    network: the instance's links, for exchanges that no table holds and for the bytes on each link.
     """
 
     model: ModelSpec
@@ -85,6 +90,7 @@ class LayerSetup:
     overhead_rel_sigma: float
     storage: ExpertStorage | None = None
     overlap: StreamOverlap | None = None
+    network: InstanceNetwork | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class PricedStep:
     """The parts of a step by name. Shapes: see Part; rank axes are attention-DP ranks or EP ranks as named.
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
-    whole group [steps, 1]: attention_sync, dense_sync, gather, overhead, eager (of one layer);
+    whole group [steps, 1]: attention_sync, dense_sync, gather, replica_choice, overhead, eager (of one layer);
     by layer: dispatch, combine [steps, layers, 1], experts, fetch (of weights from the host) [steps, layers, ep].
     chunks: how many equal parts the MoE layer's tokens travel in; dispatch, experts and combine are then one part's.
     others: the same steps with other numbers of chunks, for a schedule that chooses.
@@ -106,6 +112,7 @@ class PricedStep:
     attention_sync: Part = field(default_factory=Part)
     gate: Part = field(default_factory=Part)
     shared: Part = field(default_factory=Part)
+    replica_choice: Part = field(default_factory=Part)
     dispatch: Part = field(default_factory=Part)
     experts: Part = field(default_factory=Part)
     combine: Part = field(default_factory=Part)
@@ -128,7 +135,7 @@ class Pricer:
         self.costs = costs
         nodes = setup.nodes if setup.placement.ranks % setup.nodes == 0 else 1  # TP over nodes is one EP rank
         self.capacity = capacity_rule(setup.policies, setup.model.moe.top_k)
-        self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
+        self.replicas: Replicas = prepare_replicas(setup.placement, policy=setup.policies.dispatch.replica, nodes=nodes)
 
     def price(
         self, batch: StepBatch, counts: NDArray[np.float64], *, mode: str, graphed: bool, attention: bool = True
@@ -143,11 +150,10 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
-        if not self.capacity.dropless:
-            counts = cap_counts(counts, batch.tokens, self.capacity, top_k=setup.model.moe.top_k).rows
-        slots = setup.placement.slot_loads(counts, self.shares)
+        slots = self.slot_loads(batch, counts)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
-        exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)
+        arriving = local.sum(axis=-1)
+        exchange = self._balanced_tokens(batch, counts, arriving, mode)
         return PricedStep(
             batch=batch,
             mode=mode,
@@ -157,9 +163,10 @@ class Pricer:
             attention_sync=self._tensor_parallel_sync(rows),
             gate=self._gate(rows),
             shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
-            dispatch=self._exchange("dispatch", batch, exchange, mode),
+            replica_choice=self._replica_choice(batch),
+            dispatch=self._exchange("dispatch", batch, exchange, arriving, mode),
             experts=self._experts(local, mode),
-            combine=self._exchange("combine", batch, exchange, mode),
+            combine=self._exchange("combine", batch, exchange, arriving, mode),
             gather=self._gather(rows),
             dense=self._dense(rows),
             dense_sync=self._dense_sync(rows),
@@ -168,6 +175,18 @@ class Pricer:
             eager=Part() if graphed else self._overhead(setup.eager_layer_s),
         )
 
+    def slot_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
+        """Rows that each slot computes [steps, layers, slots] where a batch's tokens want counts [.., experts]."""
+        if not self.capacity.dropless:
+            counts = cap_counts(counts, batch.tokens, self.capacity, top_k=self.setup.model.moe.top_k).rows
+        return self.replicas.slot_loads(counts)
+
+    def rank_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
+        """Rows that each EP rank computes [steps, layers, ep]; arguments as in `slot_loads`."""
+        plan = self.setup.placement
+        slots = self.slot_loads(batch, counts)
+        return np.asarray(slots.reshape(*slots.shape[:-1], plan.ranks, plan.slots_per_rank).sum(axis=-1))
+
     @property
     def _activation_bytes(self) -> float:
         return BYTES_PER_ELEMENT[self.setup.precision.activations]
@@ -175,11 +194,11 @@ class Pricer:
     @property
     def _scattered(self) -> bool:
         """Whether the tokens of a TP group are scattered over its ranks for the MoE layer (DeepEP under TP)."""
-        return self.setup.policies.dispatch.backend == "deepep" and self.setup.parallel.tp > 1
+        return self.setup.policies.dispatch.scatters and self.setup.parallel.tp > 1
 
     @property
     def _shared_split(self) -> int:
-        return 1 if self.setup.policies.dispatch.backend == "deepep" else self.setup.parallel.tp
+        return 1 if self.setup.policies.dispatch.scatters else self.setup.parallel.tp
 
     def _local_rows(self, rows: Floats) -> Floats:
         return rows / self.setup.parallel.tp if self._scattered else rows
@@ -308,8 +327,9 @@ class Pricer:
         return self._collective("reduce_scatter" if self._scattered else "all_reduce", size, tp)
 
     def _gather(self, rows: Floats) -> Part:
-        """After the MoE layer: the TP group's tokens come together again (DeepEP under TP)."""
-        if not self._scattered:
+        """After the MoE layer: the TP group's tokens come together again where each rank sent a part of them."""
+        parted = self._scattered or (self.setup.policies.dispatch.backend == "alltoall" and self.setup.parallel.tp > 1)
+        if not parted:
             return Part()
         size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
         return self._collective("all_gather", size, self.setup.parallel.tp)
@@ -320,7 +340,8 @@ class Pricer:
         if tp == 1 or not self.setup.model.dense_layers:
             return Part()
         size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
-        return self._gather(rows) + self._collective("all_reduce", size, tp)
+        gather = self._gather(rows) if self._scattered else Part()
+        return gather + self._collective("all_reduce", size, tp)
 
     def _gate(self, rows: Floats) -> Part:
         model = self.setup.model
@@ -368,14 +389,15 @@ class Pricer:
     ) -> Floats | None:
         """Tokens per GPU of the balanced exchange that loads its busiest endpoint as this one does: [steps, layers]."""
         setup = self.setup
-        if setup.policies.dispatch.backend not in ("deepep", "alltoall"):
+        backend, split = setup.policies.dispatch.backend, setup.parallel.expert_tp
+        if backend not in ("deepep", "alltoall", "tp_dedup"):
             return None
         tp, moe = setup.parallel.tp, setup.model.moe
-        by_expert = mode == "low_latency" or setup.policies.dispatch.backend == "alltoall"
+        by_expert = mode == "low_latency" or backend in ALL_TO_ALLS
         return equivalent_tokens(
             mode="low_latency" if by_expert else "normal",
-            tokens=np.repeat(batch.tokens / tp, tp, axis=1),
-            rank_loads=arriving,
+            tokens=np.repeat(batch.tokens / tp, tp // split, axis=1),  # of one place in each rank's group of experts
+            rank_loads=arriving / split,
             placement=setup.placement,
             counts=counts,
             top_k=moe.top_k,
@@ -384,10 +406,12 @@ class Pricer:
             nodes=setup.nodes,
         )
 
-    def _exchange(self, step: str, batch: StepBatch, balanced: Floats | None, mode: str) -> Part:
+    def _exchange(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats, mode: str) -> Part:
         setup = self.setup
         backend = setup.policies.dispatch.backend
         model, parallel = setup.model, setup.parallel
+        if backend in ALL_TO_ALLS:
+            return self._all_to_all(step, batch, balanced, arriving)
         if balanced is None:
             size = batch.padded_tokens.max(axis=1, keepdims=True) * model.hidden * self._activation_bytes
             if backend == "allreduce":
@@ -396,11 +420,8 @@ class Pricer:
             kind = "all_gather" if step == "dispatch" else "reduce_scatter"
             return self._by_layer(self._collective(kind, size * parallel.attention_dp, parallel.gpus))
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
-        if backend == "alltoall":
-            size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[dtype]
-            return self._collective("all_to_all", size[..., None], parallel.gpus)
         operation = MoeExchange(
-            step="dispatch" if step == "dispatch" else "combine",
+            step=step,
             mode="low_latency" if mode == "low_latency" else "normal",
             tokens=balanced[..., None],
             hidden=model.hidden,
@@ -411,6 +432,34 @@ class Pricer:
             dtype=dtype,
         )
         return self._one(operation)
+
+    def _all_to_all(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats) -> Part:
+        setup, tp = self.setup, self.setup.parallel.tp
+        over = AllToAll(
+            model=setup.model,
+            parallel=setup.parallel,
+            dispatch=setup.policies.dispatch,
+            precision=setup.precision,
+            network=setup.network,
+            nodes=setup.nodes,
+            gpus_per_node=setup.gpus_per_node,
+        )
+        sent = np.repeat(batch.tokens / tp, tp, axis=1)
+        return Part(over.estimates(self.costs, step, sent, arriving, balanced))
+
+    def _replica_choice(self, batch: StepBatch) -> Part:
+        setup = self.setup
+        rows = self._local_rows(batch.padded_tokens).max(axis=1, keepdims=True)
+        return Part(
+            choice_estimates(
+                self.costs,
+                self.replicas,
+                picks=rows * setup.model.moe.top_k,
+                solve_s=setup.policies.dispatch.replica_solve_s,
+                host_rel_sigma=setup.overhead_rel_sigma,
+                gpus=(setup.parallel.gpus, setup.gpus_per_node),
+            )
+        )
 
     @staticmethod
     def _by_layer(part: Part) -> Part:

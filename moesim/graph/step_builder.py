@@ -14,7 +14,7 @@ from moesim.graph.task import Link, Stream, Task
 
 # Parts with one figure for each attention-DP rank, and with one for the whole group; all others are by layer.
 BY_DP_RANK = ("head", "projections", "attention", "gate", "shared", "dense", "tail")
-BY_GROUP = ("attention_sync", "dense_sync", "gather", "overhead", "eager")
+BY_GROUP = ("attention_sync", "dense_sync", "gather", "replica_choice", "overhead", "eager")
 
 
 class StepBuilder:
@@ -73,8 +73,11 @@ class StepBuilder:
 
     def exchange(self, part: str, row: int, *, after: tuple[int, ...] | None = None) -> int:
         """Add a dispatch or combine of MoE layer `row`, where all ranks meet."""
-        seconds = self.seconds(part, row)
-        return self._add(part, part, Stream.COMMUNICATION, seconds, after, self.everyone, self.exchange_links)
+        return self._meet(part, part, self.seconds(part, row), after)
+
+    def _meet(self, name: str, operation: str, seconds: Floats, after: tuple[int, ...] | None) -> int:
+        """Add what all ranks meet in, over the links of an exchange."""
+        return self._add(name, operation, Stream.COMMUNICATION, seconds, after, self.everyone, self.exchange_links)
 
     def meet_tp(self, name: str, part: str, *, after: tuple[int, ...] | None = None) -> int:
         """Add a collective of each tensor-parallel group."""
@@ -94,6 +97,8 @@ class StepBuilder:
         gate = self.compute("gate", "gate", "gate")
         if self.fetches is not None:
             self.fetches.gated(row, gate)
+        if self.has("replica_choice"):
+            self._meet("replica choice", "replica_choice", self.seconds("replica_choice", row), None)
         return gate
 
     def experts(self, row: int, *, after: tuple[int, ...], final: bool = True) -> int:

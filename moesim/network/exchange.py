@@ -35,6 +35,7 @@ Order = Literal["one_after_another", "at_once", "pipeline"]
 ORDER_TWO_LEVEL: Order = "one_after_another"
 ORDER_DEEPEP_NORMAL: Order = "pipeline"
 ORDER_STRAIGHT: Order = "at_once"
+_ORDERS: dict[Scheme, Order] = {"two_level": ORDER_TWO_LEVEL, "deepep_normal": ORDER_DEEPEP_NORMAL}
 # A phase before it is priced: its name, level and bytes [..., gpus, gpus].
 Load = tuple[str, Level, Floats]
 # By how much bytes to a domain may exceed the sum over its GPUs: rounding only.
@@ -84,22 +85,30 @@ class Exchange:
         a combine, whose bytes run against these. Raises BadInput for another shape, for values that are negative or not
         finite, and for more bytes to a domain than to its GPUs together.
         """
-        pairs = self._checked(pair_bytes)
-        if self.scheme == "two_level":
-            loads, order = self._two_level(pairs), ORDER_TWO_LEVEL
-        elif self.scheme == "deepep_normal":
-            loads, order = self._deepep_normal(pairs, node_bytes), ORDER_DEEPEP_NORMAL
-        else:
-            loads, order = self._straight(pairs), ORDER_STRAIGHT
-        moved = [_without_own(load) for _, _, load in loads]
-        if backwards:
-            moved = [np.swapaxes(load, -1, -2) for load in moved]
-        phases = tuple(self._phase(name, level, load) for (name, level, _), load in zip(loads, moved, strict=True))
+        loads = self.loads(pair_bytes, node_bytes, backwards=backwards)
+        order = _ORDERS.get(self.scheme, ORDER_STRAIGHT)
+        phases = tuple(self._phase(name, level, load) for name, level, load in loads)
+        moved = [load for _, _, load in loads]
         seconds = _seconds(phases, order)
         if order != "one_after_another":  # phases that share a link (PCIe to GPUs and to the NIC) wait for each other
             seconds = np.maximum(seconds, self.topology.busiest_s(np.sum(moved, axis=0)))
         tags = [phase.tag for phase in phases if phase.seconds.any()]
         return ExchangeTime(seconds, phases, order, max(tags, default=Tag.FORMULA))
+
+    def loads(self, pair_bytes: Floats, node_bytes: Floats | None = None, *, backwards: bool = False) -> list[Load]:
+        """The same bytes phase by phase: name, level and what travels between two GPUs [..., gpus, gpus], diagonal 0.
+
+        Arguments and errors as in `time`.
+        """
+        pairs = self._checked(pair_bytes)
+        if self.scheme == "two_level":
+            loads = self._two_level(pairs)
+        elif self.scheme == "deepep_normal":
+            loads = self._deepep_normal(pairs, node_bytes)
+        else:
+            loads = self._straight(pairs)
+        moved = [(name, level, _without_own(load)) for name, level, load in loads]
+        return [(name, level, np.swapaxes(load, -1, -2)) for name, level, load in moved] if backwards else moved
 
     def _straight(self, pairs: Floats) -> list[Load]:
         """Each copy on its own way: the near ones and the far ones at once."""

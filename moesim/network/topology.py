@@ -114,6 +114,16 @@ class Topology:
         seconds = (crossed @ flat.T) / rates[:, None]
         return np.asarray(seconds.max(axis=0).reshape(pair_bytes.shape[:-2]))
 
+    def link_loads(self, pair_bytes: Floats) -> tuple[list[Edge], Floats]:
+        """All links, and the bytes on each [..., links], of many loads [..., gpus, gpus] at once; as `link_bytes`."""
+        crossed, _ = self._incidence()
+        flat = pair_bytes.reshape(-1, self.cluster.gpus**2)
+        return list(self.graph.edges), np.asarray((crossed @ flat.T).T.reshape(*pair_bytes.shape[:-2], -1))
+
+    def rates(self) -> Floats:
+        """Bytes/s of all links, in the order of `link_loads`: [links]."""
+        return np.asarray([self._rate(edge) for edge in self.graph.edges])
+
     def _incidence(self) -> tuple[Any, Floats]:
         """Which links each pair of GPUs crosses, sparse [links, gpus x gpus], and the links' rates; built once."""
         if "incidence" not in self._kept:
@@ -143,6 +153,10 @@ class Topology:
     def nic_vertex(self, gpu: int) -> str:
         """The vertex of a GPU's NIC, whether the graph has a network or not."""
         return f"nic{self._node(gpu) * self.cluster.nics_per_node + self.nic(gpu)}"
+
+    def way_to_nic(self, gpu: int) -> list[str]:
+        """Vertices from a GPU to its NIC, both included."""
+        return self._up(gpu)
 
     def relay(self, gpu: int, nic: int) -> int:
         """The first GPU of `gpu`'s node that uses NIC `nic`."""

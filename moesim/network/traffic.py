@@ -156,6 +156,28 @@ def visit_chances(
     return 1.0 - _miss(mass, limits), 1.0 - _miss(_by_node(mass, nodes), limits)
 
 
+def step_visits(
+    loads: Floats,
+    counts: Floats,
+    placement: ExpertPlacement,
+    *,
+    top_k: int,
+    groups: int = 1,
+    top_groups: int = 1,
+    nodes: int = 1,
+) -> tuple[Floats, Floats]:
+    """Chance that a token visits each rank [steps, layers, ranks] and each node [steps, layers, nodes] in each step.
+
+    loads: [steps, layers, ranks], copies that arrive; counts: [steps, layers, experts]. The steps' mean counts give the
+    chances of `visit_chances`; a step's own follow from its loads by 1 - (1 - visit)^(load / mean load).
+    """
+    mean = np.asarray(counts, dtype=np.float64).mean(axis=0)
+    whole = np.where(mean.sum(-1, keepdims=True) > 0, mean, 1.0)
+    by_rank, by_node = visit_chances(whole, placement, top_k=top_k, groups=groups, top_groups=top_groups, nodes=nodes)
+    node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
+    return _scaled(by_rank, loads), _scaled(by_node, node_loads)
+
+
 def balanced_visits(
     *, ranks: int, nodes: int, experts: int, top_k: int, groups: int = 1, top_groups: int = 1
 ) -> tuple[float, float]:
@@ -203,12 +225,10 @@ def equivalent_tokens(
         busiest = _busiest_low_latency(senders, np.ascontiguousarray(loads), per_node)
     else:
         gate = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "nodes": nodes}
-        mean = np.asarray(counts, dtype=np.float64).mean(axis=0)
-        by_rank, by_node = visit_chances(np.where(mean.sum(-1, keepdims=True) > 0, mean, 1.0), placement, **gate)
-        node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
+        by_rank, by_node = step_visits(loads, counts, placement, **gate)
         rank, node = balanced_visits(ranks=ranks, experts=placement.experts, **gate)
         one = normal_copies(np.ones(ranks), np.full(ranks, rank), np.full(nodes, node))
-        busiest = _busiest_normal(senders, _scaled(by_rank, loads), _scaled(by_node, node_loads), per_node)
+        busiest = _busiest_normal(senders, by_rank, by_node, per_node)
     units = np.asarray([one.nic_out.max(), one.nic_in.max(), one.nvlink_out.max(), one.nvlink_in.max()])
     used = units > 0.0
     return np.asarray((busiest[..., used] / units[used]).max(axis=-1, initial=0.0))

@@ -12,9 +12,10 @@ from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.draws import LEVEL, interval
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
-from moesim.engine.stepmodel import ExactModel
+from moesim.engine.stepmodel import ExactModel, Fidelity
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.output.network import of_simulation
 from moesim.output.routing_report import routing_json
 from moesim.output.steady import steadiness
 from moesim.routing.trace import stack_profiles
@@ -94,6 +95,7 @@ def step_seconds(
         "eager": model.layers,
         "gate": model.moe_layers,
         "shared": model.moe_layers,
+        "replica_choice": model.moe_layers,
         "dispatch": model.moe_layers * priced.chunks,
         "experts": model.moe_layers * priced.chunks,
         "combine": model.moe_layers * priced.chunks,
@@ -125,17 +127,19 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
     served = simulation.served
     metrics = serving_metrics(served, cluster.gpus)
     batch = typical_decode(simulation)
-    _, times = ExactModel(simulation.model, "maxplus").run(batch, "decode")
+    fidelity: Fidelity = "des" if cluster.background else "maxplus"
+    _, times = ExactModel(simulation.model, fidelity).run(batch, "decode")
+    network = of_simulation(simulation, batch)
     profiles, weights = stack_profiles(deployment.ground.judge)
-    shares = simulation.model.pricer.shares
-    loads = setup.placement.rank_loads(np.tensordot(weights, profiles, axes=1), shares)
+    replicas = simulation.model.pricer.replicas
+    loads = replicas.average_rank_loads(np.tensordot(weights, profiles, axes=1))
     routing = simulation.model.routing
     rng = np.random.default_rng([simulation.seed, 7])
     decoding = routing.for_phase("decode")
     per_step = []
     for load in decoding:
         counts = routing.counts(load, np.full(8, batch.tokens.sum()), rng)
-        per_step.append(max_over_mean(setup.placement.rank_loads(counts, shares)).mean())
+        per_step.append(max_over_mean(replicas.rank_loads(counts)).mean())
     return {
         "schema_version": SCHEMA_VERSION,
         "metrics": metrics,
@@ -144,6 +148,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "tokens_per_dp_rank": float(batch.tokens.mean()),
             "step_s": float(times.step_s.mean()),
             "by_operation_s": {name: float(value.mean()) for name, value in sorted(times.busy_s.items())},
+            "communication_bytes": {name: network[name]["bytes"] for name in ("dispatch", "combine")},
             "exposed_communication_s": float(times.exposed_communication_s().mean()),
             "by_rank_s": [float(value) for value in times.compute_busy_s.mean(axis=0)],
         },
@@ -155,6 +160,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "judged_on": [load.name for load in deployment.ground.judge],
             "judged_on_fit": deployment.ground.judged_on_fit,
         },
+        "network": network,
         "memory": _memory(simulation),
         "slo": slo_report(metrics, deployment.scenario.objective.slo.limits()),
         "load": steadiness(simulation).to_json(),
@@ -166,7 +172,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "redundant_experts": setup.placement.redundant,
             "schedule": setup.policies.schedule,
             **beside(setup),
-            "dispatch": setup.policies.dispatch.model_dump(mode="json"),
+            "dispatch": setup.policies.dispatch.model_dump(mode="json", exclude_none=True),
             "max_running_requests_per_dp_rank": simulation.model.limits.max_running,
         },
         "run": {

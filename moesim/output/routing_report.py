@@ -105,7 +105,7 @@ def _kernel_padding(simulation: Simulation, kind: str, flow: CountFlow, weights:
     contiguous = setup.policies.dispatch.backend == "deepep" and exchange_mode(simulation.deployment, kind) == "normal"
     if not contiguous:
         return 0.0
-    slots = setup.placement.slot_loads(flow.rows, simulation.model.pricer.shares)
+    slots = simulation.model.pricer.replicas.slot_loads(flow.rows)
     rows = aligned_rows(slots)
     return _share(rows - slots, rows, weights)
 

@@ -155,7 +155,7 @@ class PlanFigures(Stored):
     solver: str
     redundant_experts: int
     schedule: str
-    dispatch: dict[str, str]
+    dispatch: dict[str, Any]
     max_running_requests_per_dp_rank: int
 
 

@@ -23,8 +23,8 @@ def simulation_series(simulation: Simulation) -> dict[str, Any]:
     deployment, served = simulation.deployment, simulation.served
     placement = deployment.setup.placement
     profiles, weights = stack_profiles(deployment.ground.judge)
-    shares = simulation.model.pricer.shares
-    loads = placement.rank_loads(np.tensordot(weights, profiles, axes=1), shares) * placement.ranks
+    replicas = simulation.model.pricer.replicas
+    loads = replicas.average_rank_loads(np.tensordot(weights, profiles, axes=1)) * placement.ranks
     later = served.osl > 1
     curves = {
         "ttft_s": served.first_token_s - served.arrival_s,

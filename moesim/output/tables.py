@@ -35,6 +35,12 @@ _REASONS = {
     "more_ranks_than_experts": "more ranks than experts",
     "backend_needs_ep": "this dispatch needs whole experts spread over ranks",
     "backend_needs_same_tokens": "all-reduce combines experts only where all ranks hold the same tokens",
+    "backend_needs_tp_1": "this dispatch takes each token from one rank, and a TP group holds it on several",
+    "backend_needs_tp": "there is no TP group whose ranks could send the same token twice",
+    "backend_needs_domains": "a two-level exchange needs more than one NVLink domain",
+    "domains_not_filled": "an instance does not fill whole NVLink domains",
+    "tp_spans_nodes": "TP groups do not lie inside nodes",
+    "replica_choice_needs_ep": "with one expert-parallel rank there is no replica to choose",
 }
 
 

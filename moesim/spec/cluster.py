@@ -63,6 +63,33 @@ class MeasuredFigure(Spec):
     source: str = ""
 
 
+class BackgroundSpec(Spec):
+    """Traffic of another job, steady for as long as a step takes; what it does not get is not made up for later.
+
+    all_to_all: each of its GPUs sends `bytes_per_s`, spread evenly over the others. stream: each GPU of `gpus` sends
+    `bytes_per_s` to the GPU at the same place of `to` (a transfer of KV cache from prefill to decode, for one).
+    """
+
+    kind: Literal["all_to_all", "stream"]
+    gpus: tuple[int, ...] = Field(min_length=1, description="GPUs of the cluster, from 0, that send")
+    to: tuple[int, ...] = Field(default=(), description="stream: the GPU that each of them sends to")
+    bytes_per_s: float = Field(gt=0, description="what each GPU would send if nothing stood in the way")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(gpu < 0 for gpu in (*self.gpus, *self.to)):
+            raise ValueError("GPUs count from 0")
+        if self.kind == "stream" and len(self.to) != len(self.gpus):
+            raise ValueError(f"a stream needs one receiver for each sender: {len(self.to)} for {len(self.gpus)}")
+        if self.kind == "stream" and any(one == other for one, other in zip(self.gpus, self.to, strict=True)):
+            raise ValueError("a stream goes from one GPU to another")
+        if self.kind == "all_to_all" and self.to:
+            raise ValueError("an all_to_all goes to all its gpus: leave `to` out")
+        if self.kind == "all_to_all" and (len(self.gpus) < 2 or len(set(self.gpus)) < len(self.gpus)):
+            raise ValueError("an all_to_all needs two gpus or more, each once")
+        return self
+
+
 class ClusterSpec(Spec):
     """A homogeneous cluster. Link rates are for one GPU and one direction."""
 
@@ -82,6 +109,7 @@ class ClusterSpec(Spec):
     rails: bool = Field(default=True, description="NIC i of every node on leaf switch i; else a node's NICs on its own")
     nodes_per_leaf: int = Field(default=0, ge=0, description="0 = all nodes with rails, one without")
     oversubscription: float = Field(default=1, ge=1, description="what a leaf's NICs send over its uplink's rate")
+    background: tuple[BackgroundSpec, ...] = Field(default=(), description="traffic of other jobs; `des` alone sees it")
     measured: dict[LinkFigure, MeasuredFigure] = Field(
         default_factory=dict, description="link figures that were measured; all others are assumed"
     )
@@ -95,9 +123,16 @@ class ClusterSpec(Spec):
             listed = len(getattr(self.node, name))
             if listed and listed != self.gpus_per_node:
                 raise ValueError(f"node.{name} lists {listed} GPUs of {self.gpus_per_node}")
+        self.check_background()
         if self.node.nic_switch and len(self.node.nic_switch) <= max(self.gpu_nic):
             raise ValueError(f"node.nic_switch lists {len(self.node.nic_switch)} NICs of {max(self.gpu_nic) + 1}")
         return self
+
+    def check_background(self) -> None:
+        """Whether the background's GPUs are the cluster's. Raises ValueError."""
+        highest = max((gpu for job in self.background for gpu in (*job.gpus, *job.to)), default=0)
+        if highest >= self.gpus:
+            raise ValueError(f"background names GPU {highest} of a cluster of {self.gpus}")
 
     @property
     def gpus(self) -> int:

@@ -60,7 +60,12 @@ def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
                 mend=f"use at most {preset.gpus_per_node} and more nodes, or give a cluster file",
             )
         update["gpus_per_node"] = choice.gpus_per_node
-    return preset.model_copy(update=update)
+    found = preset.model_copy(update={**update, "background": choice.background})
+    try:
+        found.check_background()
+    except ValueError as error:
+        raise BadInput(str(error), where="cluster.background", mend=f"count GPUs from 0 to {found.gpus - 1}") from None
+    return found
 
 
 def _load_file(path: Path) -> ClusterSpec:

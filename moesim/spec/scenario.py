@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.cluster import BackgroundSpec
 from moesim.spec.gate import GateSpec
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
@@ -26,6 +27,7 @@ class ClusterChoice(Spec):
     system: str
     nodes: int = Field(default=1, gt=0)
     gpus_per_node: int | None = Field(default=None, gt=0)
+    background: tuple[BackgroundSpec, ...] = Field(default=(), description="traffic of other jobs; `des` alone sees it")
 
 
 class EngineSpec(Spec):
@@ -122,12 +124,34 @@ class CapacitySpec(Spec):
     max_capacity: int | None = Field(default=None, ge=0, description="survey; none = no cap")
 
 
+class CompressionSpec(Spec):
+    """Fewer bytes for each element that travels, in a dispatch and in a combine: exactly one of `dtype`, `factor`."""
+
+    dtype: Dtype | None = Field(default=None, description="element type on the wire, its scales included")
+    factor: float | None = Field(default=None, gt=1, description="how many times fewer bytes than the activations'")
+
+    @model_validator(mode="after")
+    def _one(self) -> CompressionSpec:
+        if (self.dtype is None) == (self.factor is None):
+            raise ValueError("give exactly one of dtype and factor")
+        return self
+
+
 class DispatchSpec(Spec):
     """How tokens travel to their experts, and to which replica."""
 
-    backend: Literal["deepep", "allreduce", "allgather_reducescatter", "alltoall"] = "deepep"
+    backend: Literal["deepep", "allreduce", "allgather_reducescatter", "alltoall", "two_level", "tp_dedup"] = "deepep"
     mode: Literal["auto", "normal", "low_latency"] = "auto"
-    replica: Literal["local_first", "equal"] = "local_first"
+    replica: Literal["local_first", "equal", "round_robin", "fewest_activated", "lp"] = "local_first"
+    replica_solve_s: float | None = Field(
+        default=None, ge=0, description="time of one layer's replica choice; none = as measured on a CPU core"
+    )
+    compression: CompressionSpec | None = None
+
+    @property
+    def scatters(self) -> bool:
+        """Whether the tokens of a TP group lie scattered over its ranks around the experts."""
+        return self.backend in ("deepep", "tp_dedup")
 
 
 class PoliciesSpec(Spec):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
+from moesim.network.choice import CHOICES
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import Scenario
+from moesim.spec.scenario import DispatchSpec, Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
 from placement.export.instance import instances_of
 
@@ -47,6 +48,7 @@ def export_placement(
     folder = Path(folder)
     if scenario is not None:
         check_schedule(engine, scenario)
+        refuse_dispatch(engine, scenario.policies.dispatch)
     note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
     if engine == "sglang":
         lines = sglang.launch(placement, scenario)
@@ -90,6 +92,27 @@ def check_schedule(engine: str, scenario: Scenario) -> None:
             where="policies.storage",
             mend="plan with storage resident",
             reason="engine_lacks_storage",
+        )
+
+
+def refuse_dispatch(engine: str, dispatch: DispatchSpec) -> None:
+    """Whether an engine has the dispatch that a plan was judged with. Raises Infeasible for one that no flag sets.
+
+    Megatron-Core's all-to-all dispatcher is TP-deduplicated: it sends each TP rank's part of the tokens and gathers
+    inside the expert's group (megatron/core/transformer/moe/token_dispatcher.py).
+    """
+    lacking = []
+    if dispatch.backend == "two_level" or (dispatch.backend == "tp_dedup" and engine != "megatron"):
+        lacking.append(f"backend {dispatch.backend}")
+    if not CHOICES[dispatch.replica].fixed:
+        lacking.append(f"replica {dispatch.replica}")
+    if dispatch.compression is not None:
+        lacking.append("compression")
+    if lacking:
+        raise Infeasible(
+            f"{engine} has no flag for {' and '.join(lacking)}",
+            where="policies.dispatch",
+            mend="export a plan that was judged without it",
         )
 
 

@@ -103,7 +103,7 @@ def _widths(
     """Widths that tensor parallelism cuts, and the blocks of their scales."""
     moe, attention = model.moe, model.attention
     # DeepEP keeps shared experts whole on every rank.
-    shared_split = 1 if policies.dispatch.backend == "deepep" else parallel.tp
+    shared_split = 1 if policies.dispatch.scatters else parallel.tp
     values = attention.heads * attention.value_head_dim
     yield from _cut("expert", moe.intermediate, parallel.expert_tp, "expert_tp", precision.experts, always=True)
     yield from _cut("dense layer", model.dense_intermediate, parallel.tp, "tp", precision.dense)

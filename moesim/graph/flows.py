@@ -1,0 +1,147 @@
+"""Bytes of a step's dispatches and combines: between which GPUs, over which level, phase by phase.
+
+What a backend sends follows its own rule: DeepEP's copies and messages are in `network.traffic`, those of plain
+all-to-alls in `graph.exchanges`. All-gather, reduce-scatter and all-reduce ignore routing; their bytes are those of
+rings, one for each GPU of a domain, each of which leaves the domain over another GPU's NIC (NCCL's channels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.errors import BadInput
+from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.exchanges import ALL_TO_ALLS, Step, element_bytes, pair_bytes
+from moesim.graph.pricing import Pricer
+from moesim.network.exchange import Exchange, Level, Scheme
+from moesim.network.instance import InstanceNetwork
+from moesim.network.traffic import Mode, message_bytes, step_visits
+from moesim.units import BYTES_PER_ELEMENT
+
+STEPS: tuple[Step, ...] = ("dispatch", "combine")
+_SCHEMES: dict[str, Scheme] = {"two_level": "two_level"}  # the other plain all-to-alls go straight
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseBytes:
+    """One phase of a dispatch or combine: bytes between GPUs [steps, layers, gpus, gpus], the diagonal 0.
+
+    exchange: whose topology they travel over.
+    """
+
+    step: Step
+    name: str
+    level: Level
+    pairs: Floats
+    exchange: Exchange
+
+
+def phase_bytes(pricer: Pricer, batch: StepBatch, counts: Floats, mode: str) -> list[PhaseBytes]:
+    """Every phase of the dispatches and combines of steps; nothing where nothing is exchanged.
+
+    counts: [steps, layers, experts]; mode: as in `Pricer.price`. Raises BadInput without a network.
+    """
+    network = pricer.setup.network
+    if network is None:
+        raise BadInput("the setup names no network", mend="give LayerSetup.network")
+    if pricer.setup.parallel.gpus == 1:
+        return []
+    backend = pricer.setup.policies.dispatch.backend
+    if backend in ALL_TO_ALLS:
+        return _all_to_all(pricer, network, batch, counts)
+    if backend == "deepep":
+        return _deepep(pricer, network, batch, counts, "low_latency" if mode == "low_latency" else "normal")
+    return _rings(pricer, network, batch, len(counts))
+
+
+def _sent(pricer: Pricer, batch: StepBatch) -> Floats:
+    """Tokens that each GPU sends: [steps, gpus]."""
+    tp = pricer.setup.parallel.tp
+    return np.repeat(batch.tokens / tp, tp, axis=1)
+
+
+def _all_to_all(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: Floats) -> list[PhaseBytes]:
+    setup = pricer.setup
+    parallel, dispatch = setup.parallel, setup.policies.dispatch
+    exchange = network.exchange(_SCHEMES.get(dispatch.backend, "flat"))
+    arriving = pricer.rank_loads(batch, counts)
+    found = []
+    for step in STEPS:
+        row_bytes = setup.model.hidden * element_bytes(step, dispatch, setup.precision)
+        pairs = pair_bytes(_sent(pricer, batch), arriving, parallel, row_bytes)
+        loads = exchange.loads(pairs, backwards=step == "combine")
+        found += [PhaseBytes(step, name, level, load, exchange) for name, level, load in loads]
+        if parallel.expert_tp > 1:
+            # A ring in the expert's group carries all parts but one over each of its links.
+            width = BYTES_PER_ELEMENT[setup.precision.activations] * setup.model.hidden
+            whole = arriving * width * (parallel.expert_tp - 1) / parallel.expert_tp
+            rank = np.arange(parallel.gpus)
+            following = rank // parallel.expert_tp * parallel.expert_tp + (rank + 1) % parallel.expert_tp
+            ring = np.zeros_like(pairs)
+            ring[..., rank, following] = whole[..., rank // parallel.expert_tp]
+            name = "gather of an expert's parts" if step == "dispatch" else "scatter of an expert's parts"
+            near: Level = "nvlink" if network.cluster.nvlink_bytes_per_s else "pcie"
+            found.append(PhaseBytes(step, name, near, ring, exchange))
+    return found
+
+
+def _deepep(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: Floats, mode: Mode) -> list[PhaseBytes]:
+    setup = pricer.setup
+    moe, precision = setup.model.moe, setup.precision
+    exchange = network.exchange("deepep_low_latency" if mode == "low_latency" else "deepep_normal")
+    sent, arriving = _sent(pricer, batch)[:, None, :], pricer.rank_loads(batch, counts)
+    copies = pair_bytes(sent[:, 0], arriving, setup.parallel, 1.0)
+    to_node = None
+    if mode == "normal":
+        each = min(network.cluster.domain_gpus, network.cluster.gpus)
+        gate = {"top_k": moe.top_k, "groups": moe.groups, "top_groups": moe.top_groups}
+        by_rank, by_node = step_visits(arriving, counts, setup.placement, **gate, nodes=network.cluster.gpus // each)
+        copies = sent[..., :, None] * by_rank[..., None, :]
+        # Both chances are modelled; a token that visits a node visits one of its ranks.
+        most = by_rank.reshape(*by_rank.shape[:-1], -1, each).sum(axis=-1)
+        to_node = sent[..., :, None] * np.minimum(by_node, most)[..., None, :]
+    found = []
+    for step in STEPS:
+        dtype = precision.dispatch if step == "dispatch" else precision.combine
+        size = message_bytes(step, mode, hidden=setup.model.hidden, dtype=dtype, top_k=moe.top_k)
+        loads = exchange.loads(copies * size, None if to_node is None else to_node * size, backwards=step == "combine")
+        found += [PhaseBytes(step, name, level, load, exchange) for name, level, load in loads]
+    return found
+
+
+def _rings(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, steps: int) -> list[PhaseBytes]:
+    """Rings over all GPUs: a reduction goes round twice, a gather or scatter once."""
+    setup = pricer.setup
+    parallel, exchange = setup.parallel, network.exchange("flat")
+    rows = batch.padded_tokens.max(axis=1) * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
+    reduces = setup.policies.dispatch.backend == "allreduce"
+    once = np.broadcast_to(rows * (1 if reduces else parallel.attention_dp), (steps,))
+    pairs = _ring_pairs(parallel.gpus, min(network.cluster.domain_gpus, parallel.gpus))
+    size = once * (parallel.gpus - 1) / parallel.gpus * (2.0 if reduces else 1.0)
+    loads = np.broadcast_to(
+        size[:, None, None, None] * pairs, (steps, setup.model.moe_layers, parallel.gpus, parallel.gpus)
+    )
+    names: dict[Step, str] = {"combine": "ring all-reduce"}
+    if not reduces:
+        names = {"dispatch": "ring all-gather", "combine": "ring reduce-scatter"}
+    return [
+        PhaseBytes(step, f"{name}, {part}", level, load, exchange)
+        for step, name in names.items()
+        for part, level, load in exchange.loads(loads)
+    ]
+
+
+def _ring_pairs(gpus: int, domain: int) -> Floats:
+    """Share of the rings that goes from one GPU to another: [gpus, gpus]; one ring for each GPU of a domain."""
+    found = np.zeros((gpus, gpus))
+    gpu = np.arange(gpus)
+    first = gpu // domain * domain
+    domains = gpus // domain
+    inside = 1.0 if domains == 1 else (domain - 1) / domain
+    if domain > 1:
+        found[gpu, first + (gpu - first + 1) % domain] += inside
+    if domains > 1:
+        found[gpu, (gpu + domain) % gpus] += 1.0 / domain
+    return found
