@@ -94,15 +94,17 @@ def prompts(limits: Limits, isl: int) -> Iterator[tuple[int, float, float]]:
         requests, ranks = new_requests(lengths, np.ones(count, dtype=np.int64)), new_ranks(1, limits.max_running)
         for request in range(count):
             enqueue(requests, ranks, 0, request)
+            ranks.requests_in[0] += 1
         plan = new_plan(1, limits.max_running)
-        ended, gaps = np.zeros(count + limits.max_running, dtype=np.int64), np.zeros(count)
+        ended, gaps_s = np.zeros(count + limits.max_running, dtype=np.int64), np.zeros(count + 1)
+        gaps_n = np.zeros(count + 1, dtype=np.int64)
         for _ in range(MOST_PROMPT_STEPS):
             if not plan_step(requests, ranks, limits, plan):
                 break
             seqs = int(plan.prefill_seqs[0])
             if seqs:
                 yield seqs, float(plan.prefill_tokens[0]) / seqs, float(plan.prefill_prefix[0]) / seqs
-            finish_step(requests, ranks, plan, 0.0, gaps, 0, ended)
+            finish_step(requests, ranks, limits, plan, 0.0, gaps_s, gaps_n, 1, ended)
 
 
 @dataclass
