@@ -61,7 +61,5 @@ def balancer(name: str, *, where: str = "serving.balance") -> Callable[[RouterVi
     if name == CENTRAL_QUEUE:
         return shortest_queue
     if name not in BALANCERS:
-        raise BadInput(
-            f"unknown balancing {name!r}", where=where, mend=f"use {', '.join((*BALANCERS, CENTRAL_QUEUE))}"
-        )
+        raise BadInput(f"unknown balancing {name!r}", where=where, mend=f"use {', '.join((*BALANCERS, CENTRAL_QUEUE))}")
     return BALANCERS[name]

@@ -83,7 +83,8 @@ class Plan(NamedTuple):
     """The step that was formed: arrays over ranks; `picked`, `chunk` [ranks, max_running] are the prompts read.
 
     decode_seqs: decoding sequences, each with `draft_tokens` + 1 tokens; decode_kv: their summed context.
-    prefill_prefix: summed context before the chunks.
+    prefill_prefix: summed context before the chunks. totals: decoding sequences and prompt tokens of all ranks, and the
+    KV tokens of the fullest.
     """
 
     decode_seqs: Ints
@@ -93,6 +94,7 @@ class Plan(NamedTuple):
     prefill_prefix: Floats
     picked: Ints
     chunk: Ints
+    totals: Ints
 
 
 def new_requests(isl: Ints, osl: Ints) -> Requests:
@@ -147,4 +149,5 @@ def new_plan(ranks: int, max_running: int) -> Plan:
         prefill_prefix=np.zeros(ranks),
         picked=np.full((ranks, max_running), NONE, np.int64),
         chunk=np.zeros((ranks, max_running), np.int64),
+        totals=np.zeros(3, np.int64),
     )

@@ -23,7 +23,7 @@ from moesim.engine.batch_state import (
 )
 from moesim.engine.kv_memory import (
     admit,
-    enqueue,
+    arrive,
     expected_output,
     give_back,
     grow_running,
@@ -40,7 +40,7 @@ __all__ = [
     "Plan",
     "Ranks",
     "Requests",
-    "enqueue",
+    "arrive",
     "finish_step",
     "new_plan",
     "new_ranks",
@@ -112,7 +112,7 @@ def _plan_rank(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, ran
 @njit(cache=True)
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
-    total = 0
+    decodes = prompts = fullest = 0
     for rank in range(len(ranks.head)):
         plan.decode_seqs[rank] = 0
         plan.decode_kv[rank] = 0.0
@@ -121,7 +121,9 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
         plan.prefill_prefix[rank] = 0.0
         if ranks.requests_in[rank] == 0:
             continue
-        _plan_rank(requests, ranks, limits, plan, rank)
+        # Calls between compiled functions count references of every array: ranks that only decode are spared them.
+        if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
+            _plan_rank(requests, ranks, limits, plan, rank)
         if limits.mixes or plan.prefill_seqs[rank] == 0:
             plan.decode_seqs[rank] = ranks.running_seqs[rank]
             context = 0
@@ -129,8 +131,11 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
                 request = ranks.running[rank, place]
                 context += requests.isl[request] + requests.generated[request]
             plan.decode_kv[rank] = context
-        total += plan.decode_seqs[rank] * (1 + limits.draft_tokens) + plan.prefill_tokens[rank]
-    return total
+        decodes += plan.decode_seqs[rank]
+        prompts += plan.prefill_tokens[rank]
+        fullest = max(fullest, ranks.kv_tokens[rank])
+    plan.totals[:] = decodes, prompts, fullest
+    return decodes * (1 + limits.draft_tokens) + prompts
 
 
 @njit(cache=True)

@@ -11,6 +11,7 @@ from moesim import plugins
 from moesim.cost.estimate import CostModel
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.rules import EngineRules, engine_rules
+from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
 from moesim.routing.holdout import split
@@ -93,12 +94,16 @@ def refuse_unsupported(scenario: Scenario) -> None:
     refused = {
         "serving.roles": serving.roles is not None,
         "serving.speculative": serving.speculative is not None,
-        "serving.workload.file": serving.workload.file is not None,
-        "serving.batching.prefix_cache": serving.batching.prefix_cache,
     }
     for key, asked in refused.items():
         if asked:
             raise BadInput("this is not simulated yet", where=key, mend="leave it out")
+    if serving.batching.prefix_cache and serving.workload.file is None:
+        raise BadInput(
+            "prompts of fixed lengths share nothing",
+            where="serving.batching.prefix_cache",
+            mend="give a trace with block hashes as serving.workload.file, or leave it out",
+        )
     if scenario.policies.gate != "model":
         raise BadInput("only the model's own gate is simulated yet", where="policies.gate", mend="write `gate: model`")
     if scenario.policies.capacity.rule != "dropless":
@@ -129,7 +134,6 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
             mend=f"use {short}",
             reason="slots_not_divisible",
         )
-    workload = scenario.serving.workload
     counted = ledger(
         model,
         cluster,
@@ -139,7 +143,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         batching=scenario.serving.batching,
         memory=scenario.serving.memory,
         policies=scenario.policies,
-        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+        max_context_tokens=lengths(scenario.serving.workload).longest_context,
         low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
     )
     return parallel, counted

@@ -21,6 +21,14 @@ def enqueue(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
 
 
 @njit(cache=True)
+def arrive(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
+    """A request comes to a rank and waits there."""
+    ranks.requests_in[rank] += 1
+    ranks.tokens_in[rank] += requests.isl[request] + requests.generated[request]
+    enqueue(requests, ranks, rank, request)
+
+
+@njit(cache=True)
 def _put_first(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     requests.following[request] = ranks.head[rank]
     if ranks.head[rank] == NONE:
@@ -30,7 +38,7 @@ def _put_first(requests: Requests, ranks: Ranks, rank: int, request: int) -> Non
 
 @njit(cache=True)
 def take(requests: Requests, ranks: Ranks, limits: Limits, rank: int, request: int, tokens: int) -> bool:
-    """Let a request hold `tokens` of context in all, in whole pages; False, and nothing taken, where they do not fit."""
+    """Let a request hold `tokens` of context in all, in whole pages; False, nothing taken, where they do not fit."""
     page = limits.rule.page_tokens
     in_cache = ranks.cache.shared[request] * ranks.cache.tokens if ranks.cache.tokens > 0 else 0
     more = -(-tokens // page) * page - in_cache - requests.held[request]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Requests, new_plan, new_ranks, new_requests
-from moesim.engine.batcher import enqueue, finish_step, plan_step
+from moesim.engine.batcher import arrive, finish_step, plan_step
 from moesim.engine.memory_rules import CONTEXT
 from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.errors import BadInput, Infeasible
@@ -156,19 +156,14 @@ class Pool:
                 self.chosen,
             )
             position = self.choose(view)
-            if self.balance == CENTRAL_QUEUE and (
-                self.held or view.requests_in[position] >= self.limits.max_running
-            ):
+            if self.balance == CENTRAL_QUEUE and (self.held or view.requests_in[position] >= self.limits.max_running):
                 self.held.append(request)
                 return
         self._enqueue(request, position % self.instances, position // self.instances)
 
     def _enqueue(self, request: int, instance: int, rank: int) -> None:
         self.chosen += 1
-        group = self.groups[instance]
-        group.requests_in[rank] += 1
-        group.tokens_in[rank] += self.requests.isl[request] + self.requests.generated[request]
-        enqueue(self.requests, group, rank, request)
+        arrive(self.requests, self.groups[instance], rank, request)
         if not self.waking[instance].triggered:
             self.waking[instance].succeed()
 
@@ -192,10 +187,10 @@ class Pool:
                 yield self.waking[instance]
                 yield environment.timeout(0.0)  # requests of the same instant join the step
                 continue
-            self.peak_kv_tokens = max(self.peak_kv_tokens, int(group.kv_tokens.max()))
-            start_s = environment.now
+            decodes, prompts, fullest = plan.totals.tolist()
+            self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
             step_s = self.step_time(plan)
-            self.log.add(start_s, step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum(), instance)
+            self.log.add(environment.now, step_s, decodes, prompts, instance)
             yield environment.timeout(step_s)
             self.events += 1
             if self.gaps + most > len(self.gap_s):

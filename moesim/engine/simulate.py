@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.arrivals import poisson
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.serving import Load, Served, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.workload import lengths
+from moesim.engine.workload import make_load as load_of
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
 
@@ -42,15 +43,8 @@ class Simulation:
 
 def make_load(deployment: Deployment, seed: int) -> Load:
     """The scenario's requests: the same for every plan and draw."""
-    workload = deployment.serving.workload
-    assert workload.isl and workload.osl and workload.requests and workload.arrivals
-    count = workload.requests
-    isl = np.full(count, workload.isl, dtype=np.int64)
-    osl = np.full(count, workload.osl, dtype=np.int64)
-    if workload.arrivals.poisson is not None:
-        rng = np.random.default_rng([seed, 6])
-        return Load(isl, osl, arrival_s=poisson(workload.arrivals.poisson.requests_per_s, count, rng))
-    return Load(isl, osl, concurrency=workload.arrivals.concurrency)
+    serving = deployment.serving
+    return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
 
 
 def simulate(
@@ -70,7 +64,14 @@ def simulate(
     def run(draw: Draw | None) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
-        return serve(load, model.limits, ranks=ranks, instances=deployment.instances, step_time=timed)
+        return serve(
+            load,
+            model.limits,
+            ranks=ranks,
+            instances=deployment.instances,
+            step_time=timed,
+            balance=deployment.serving.balance,
+        )
 
     served = run(None)
     drawn, outside = [], 0
@@ -103,8 +104,8 @@ def typical_decode(simulation: Simulation) -> StepBatch:
     seqs = weighted_mean(served.step_decode_seqs[chosen], served.step_s[chosen])
     ranks = simulation.deployment.setup.parallel.attention_dp
     per_rank = max(1, round(seqs / ranks))
-    workload = simulation.deployment.serving.workload
-    context = float((workload.isl or 1) + (workload.osl or 1) / 2)
+    asked = lengths(simulation.deployment.serving.workload)
+    context = asked.mean_isl + asked.mean_osl / 2
     padded = float(simulation.model.graphs.padded(per_rank))
     return step_batch(ranks=ranks, decode_seqs=float(per_rank), decode_kv=context, padded_tokens=padded)
 

@@ -15,8 +15,10 @@ from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
+from moesim.engine.memory_rules import memory_rule
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
+from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.layer import build_step
@@ -42,8 +44,7 @@ class StepModel:
         self.routing = RoutingDraws(deployment.ground.judge, deployment.setup.model.moe.top_k)
         self.limits = batch_limits(deployment)
         self.graphs = graphs_of(deployment)
-        workload = deployment.serving.workload
-        self.longest_context = float((workload.isl or 1) + (workload.osl or 1))
+        self.longest_context = float(lengths(deployment.serving.workload).longest_context)
         self.grids: dict[str, PricedGrid] = {}
         self._kernel_decode = self._price_decode_attention()
         self._prefill_parts: dict[tuple[int, float, float], Part] = {}
@@ -206,12 +207,12 @@ _LIGHT_TOKENS = 8.0
 def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
     """Price a light decode step and the reading of a prompt by each rank, evenly routed. Raises OutsideProfile."""
     setup = deployment.setup
-    workload = deployment.serving.workload
+    asked = lengths(deployment.serving.workload)
     pricer = Pricer(setup, deployment.ground.costs)
-    prompt = float(min(workload.isl or 1, batch_limits(deployment).max_tokens))
+    prompt = min(asked.mean_isl, float(batch_limits(deployment).max_tokens))
     ranks = setup.parallel.attention_dp
     batches = {
-        "decode": step_batch(ranks=ranks, decode_seqs=[[_LIGHT_TOKENS]], decode_kv=float(workload.isl or 1)),
+        "decode": step_batch(ranks=ranks, decode_seqs=[[_LIGHT_TOKENS]], decode_kv=asked.mean_isl),
         "prefill": step_batch(ranks=ranks, prefill_seqs=[[1.0]], prefill_new=prompt),
     }
     found = {}
@@ -268,7 +269,8 @@ def batch_limits(deployment: Deployment) -> Limits:
     setup = deployment.setup
     if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
         running = min(running, deployment.rules.low_latency_tokens * setup.parallel.tp)
-    if batching.max_batch_tokens_per_dp_rank <= running and deployment.rules.mixes:
+    mixes = deployment.rules.mixes if batching.mixed_chunk is None else batching.mixed_chunk
+    if batching.max_batch_tokens_per_dp_rank <= running and mixes:
         raise BadInput(
             f"{batching.max_batch_tokens_per_dp_rank} batch tokens leave no room for prompts beside {running} requests",
             where="serving.batching.max_batch_tokens_per_dp_rank",
@@ -279,7 +281,8 @@ def batch_limits(deployment: Deployment) -> Limits:
         max_running=running,
         kv_tokens=deployment.memory.kv_capacity_tokens,
         chunked=batching.chunked_prefill,
-        mixes=deployment.rules.mixes,
+        mixes=mixes,
+        rule=memory_rule(deployment.serving.memory.admission, deployment.rules.name),
     )
 
 
