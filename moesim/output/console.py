@@ -90,6 +90,14 @@ def print_simulation(result: dict[str, Any]) -> None:
         f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
         f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
     )
+    serving = result["serving"]
+    if serving["preemptions"]:
+        out.print(
+            f"KV memory ran out: {serving['preemptions']} preemptions, {serving['recomputed_tokens']} tokens computed "
+            "again."
+        )
+    if serving["prefix_hit_rate"] is not None:
+        out.print(f"Prefix cache: {serving['prefix_hit_rate']:.1%} of prompt tokens found.")
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the step times come from: {shares}.")
     load = result["load"]
