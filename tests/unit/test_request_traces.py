@@ -128,7 +128,9 @@ def test_a_part_of_a_trace_faster_and_with_other_times(tmp_path: Path) -> None:
     assert faster.arrival_s is not None
     assert faster.arrival_s.tolist() == [0.0, 13.741]
     assert faster.blocks is None
-    closed = make_load(WorkloadSpec.model_validate({"file": path, "arrivals": {"concurrency": 1}}), 0, prefix_cache=True)
+    closed = make_load(
+        WorkloadSpec.model_validate({"file": path, "arrivals": {"concurrency": 1}}), 0, prefix_cache=True
+    )
     assert closed.concurrency == 1
     assert closed.blocks is not None
     with pytest.raises(BadInput, match="has 2 requests, not 3"):
