@@ -59,8 +59,8 @@ def test_sglang_expects_a_share_of_the_output() -> None:
 
 def test_sglang_retracts_who_made_least_and_lets_it_wait_last() -> None:
     # A rule that expects nothing of running requests, so that memory does run out. 40 tokens hold two requests of 10
-    # and 12 prompt tokens for nine decode steps (19 + 21); the tenth does not fit. Both have made 10 by then: the longer
-    # prompt is retracted, asks for 22 + 2 + 1 tokens of 20, and reads its 22 tokens again when the first has ended.
+    # and 12 prompt tokens for nine decode steps (19 + 21); the tenth does not fit. Both have made 10: the longer prompt
+    # is retracted, asks for 22 + 2 + 1 tokens of 20, and reads its 22 tokens again when the first has ended.
     rule = SGLANG._replace(first_ratio=0.0, last_ratio=0.0)
     seen: list[tuple[int, int]] = []
     load = Load(np.asarray([10, 12]), np.asarray([12, 12]), arrival_s=np.asarray([0.0, 0.5]))
