@@ -24,6 +24,7 @@ from moesim.engine.batch_state import (
 from moesim.engine.kv_memory import (
     admit,
     arrive,
+    computed,
     expected_output,
     give_back,
     grow_running,
@@ -62,13 +63,23 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
             request = ranks.head[rank]
             if request == NONE or ranks.full[rank] or ranks.running_seqs[rank] + seqs >= limits.max_running:
                 break
-            if not limits.chunked and requests.target[request] > budget:
+            ready = computed(requests, request)
+            if not limits.chunked and requests.target[request] > budget and not ready:
                 break
             alone = ranks.running_seqs[rank] + seqs == 0
             following = requests.following[request]
             if not admit(requests, ranks, limits, rank, request, expected, alone):
                 break
             ranks.head[rank] = following
+            if ready:
+                context = requests.isl[request] + requests.generated[request] + limits.draft_tokens
+                if code != CONTEXT and not take(requests, ranks, limits, rank, request, context):
+                    preempt(requests, ranks, rank, request, code == GROW)
+                    break
+                ranks.running[rank, ranks.running_seqs[rank]] = request
+                ranks.running_seqs[rank] += 1
+                budget -= 1 + limits.draft_tokens if limits.mixes else 0
+                continue
         left = requests.target[request] - requests.read[request]
         tokens = min(left, budget) if limits.chunked else left
         if code != CONTEXT and not take(requests, ranks, limits, rank, request, requests.read[request] + tokens):

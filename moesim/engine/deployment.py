@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
 from moesim.engine.memory import MemoryLedger, ledger
+from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, engine_rules
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
@@ -49,7 +50,10 @@ class Groundwork:
 
 @dataclass(frozen=True)
 class Deployment:
-    """One plan on its cluster, checked and ready: `instances` copies of `setup`, side by side."""
+    """One plan on its cluster, checked and ready: `instances` copies of `setup`, side by side.
+
+    prefill: the prefill role where there are roles; the rest is the decode role then.
+    """
 
     ground: Groundwork
     scenario: Scenario
@@ -57,6 +61,7 @@ class Deployment:
     rules: EngineRules
     memory: MemoryLedger
     instances: int
+    prefill: Deployment | None = None
 
     @property
     def serving(self) -> ServingSpec:
@@ -92,7 +97,6 @@ def refuse_unsupported(scenario: Scenario) -> None:
     if serving is None:
         raise BadInput("training is not simulated yet", where="training", mend="give `serving` instead")
     refused = {
-        "serving.roles": serving.roles is not None,
         "serving.speculative": serving.speculative is not None,
     }
     for key, asked in refused.items():
@@ -158,6 +162,8 @@ def resolve(
     Raises BadInput or Infeasible (with its counted reason) in one line.
     """
     scenario = scenario or ground.scenario
+    if scenario.serving is not None and scenario.serving.roles is not None:
+        return _resolve_roles(ground, scenario, placement)
     if placement is None and scenario.placement.file is not None:
         placement = read_placement(scenario.placement.file)
     if placement is not None:
@@ -182,6 +188,18 @@ def resolve(
         overhead_rel_sigma=rules.overhead_rel_sigma,
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
+
+
+def _resolve_roles(ground: Groundwork, scenario: Scenario, placement: ExpertPlacement | None) -> Deployment:
+    if placement is not None:
+        raise BadInput(
+            "placements and plans are not compared by role yet", where="serving.roles", mend="leave the roles out"
+        )
+    found = {}
+    for name, (part, cluster) in role_scenarios(scenario, ground.cluster).items():
+        one = resolve(replace(ground, cluster=cluster), part)
+        found[name] = replace(one, ground=ground)
+    return replace(found["decode"], prefill=found["prefill"])
 
 
 def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec, policies: PoliciesSpec) -> None:

@@ -189,6 +189,12 @@ def expected_output(requests: Requests, ranks: Ranks, limits: Limits, rank: int)
 
 
 @njit(cache=True)
+def computed(requests: Requests, request: int) -> bool:
+    """Whether a waiting request's context was computed elsewhere and came with it (decode role)."""
+    return bool(requests.generated[request] > 0 and requests.read[request] >= requests.target[request])
+
+
+@njit(cache=True)
 def admit(
     requests: Requests, ranks: Ranks, limits: Limits, rank: int, request: int, expected: float, alone: bool
 ) -> bool:
@@ -218,7 +224,8 @@ def admit(
         if requests.preempted[request] == 0:
             ranks.cache.asked_tokens[rank] += requests.isl[request]
             ranks.cache.found_tokens[rank] += found * block
-    requests.read[request] = found * block
+    if not computed(requests, request):
+        requests.read[request] = found * block
     if limits.rule.code == CONTEXT:
         context = requests.isl[request] + requests.osl[request] + limits.draft_tokens
         take(requests, ranks, limits, rank, request, context)

@@ -79,11 +79,25 @@ class Served:
     recomputed_tokens: int = 0
     prefix_asked_tokens: int = 0
     prefix_found_tokens: int = 0
+    prefill: PrefillSide | None = None
 
     @property
     def gaps_s(self) -> Floats:
         """All inter-token latencies, equal ones side by side; as long as there are generated tokens but the first."""
         return np.repeat(self.gap_s, self.gap_n)
+
+
+@dataclass(frozen=True)
+class PrefillSide:
+    """What the prefill pool did where there are roles; `Served` then tells of the decode pool's steps.
+
+    served: of the pool, its requests ending with their first token. transfer_s [requests]: from the first token to the
+    whole KV cache being at the decode rank. transfer_bytes: of all requests, by all GPUs.
+    """
+
+    served: Served
+    transfer_s: Floats
+    transfer_bytes: float
 
 
 class StepLog:
@@ -140,29 +154,39 @@ class Pool:
         self.waking = [self.environment.event() for _ in range(self.instances)]
         self.choose = balancer(self.balance)
         self.chosen = 0
+        self.position = np.zeros(count, np.int64)  # where each request was sent
         self.held: deque[int] = deque()  # at the router, where it keeps a queue of its own
         self.log = StepLog()
+        self.last_step_s = [0.0] * self.instances
         for instance in range(self.instances):
             self.environment.process(self._engine(instance))
 
     def send(self, request: int) -> None:
         """Send a request to a rank, or hold it until one has room where the router keeps the queue."""
-        if self.balance == "round_robin":
-            position = self.chosen % (self.instances * self.ranks)
-        else:
-            view = RouterView(
-                np.stack([group.requests_in for group in self.groups], axis=1).ravel(),
-                np.stack([group.tokens_in for group in self.groups], axis=1).ravel(),
-                self.chosen,
-            )
-            position = self.choose(view)
-            if self.balance == CENTRAL_QUEUE and (self.held or view.requests_in[position] >= self.limits.max_running):
+        position = self.pick()
+        if self.balance == CENTRAL_QUEUE:
+            instance, rank = position % self.instances, position // self.instances
+            if self.held or self.groups[instance].requests_in[rank] >= self.limits.max_running:
                 self.held.append(request)
                 return
-        self._enqueue(request, position % self.instances, position // self.instances)
-
-    def _enqueue(self, request: int, instance: int, rank: int) -> None:
         self.chosen += 1
+        self.put(request, position)
+
+    def pick(self) -> int:
+        """The position that the balancing chooses now: rank x instances + instance."""
+        if self.balance == "round_robin":
+            return self.chosen % (self.instances * self.ranks)
+        view = RouterView(
+            np.stack([group.requests_in for group in self.groups], axis=1).ravel(),
+            np.stack([group.tokens_in for group in self.groups], axis=1).ravel(),
+            self.chosen,
+        )
+        return self.choose(view)
+
+    def put(self, request: int, position: int) -> None:
+        """Let a request wait at a rank, and wake its instance."""
+        instance, rank = position % self.instances, position // self.instances
+        self.position[request] = position
         arrive(self.requests, self.groups[instance], rank, request)
         if not self.waking[instance].triggered:
             self.waking[instance].succeed()
@@ -171,7 +195,8 @@ class Pool:
         """Take held requests in while a rank of the instance has room."""
         inside = self.groups[instance].requests_in
         while self.held and inside.min() < self.limits.max_running:
-            self._enqueue(self.held.popleft(), instance, int(inside.argmin()))
+            self.chosen += 1
+            self.put(self.held.popleft(), int(inside.argmin()) * self.instances + instance)
 
     def _engine(self, instance: int) -> Generator[Any, Any, None]:
         """One lockstep group: form a step, let its time pass, hand out the tokens, until nothing is left to wake it."""
@@ -190,6 +215,7 @@ class Pool:
             decodes, prompts, fullest = plan.totals.tolist()
             self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
             step_s = self.step_time(plan)
+            self.last_step_s[instance] = step_s
             self.log.add(environment.now, step_s, decodes, prompts, instance)
             yield environment.timeout(step_s)
             self.events += 1

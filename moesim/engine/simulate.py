@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw, joint_draws
-from moesim.engine.serving import Load, Served, serve
+from moesim.engine.roles import RolePool, Transfer, serve_roles
+from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of
@@ -39,12 +40,36 @@ class Simulation:
     seed: int
     wall_s: float
     cpu_s: float
+    prefill_model: StepModel | None = None
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
     """The scenario's requests: the same for every plan and draw."""
-    serving = deployment.serving
+    serving = (deployment.prefill or deployment).serving
     return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
+
+
+def _pool(model: StepModel, timed: StepTime) -> RolePool:
+    deployment = model.deployment
+    return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
+
+
+def kv_transfer(deployment: Deployment) -> Transfer:
+    """How KV cache moves to the decode role: each GPU of a prefill rank sends what it holds through its NIC.
+
+    The rate is the cluster's NIC, shared where GPUs share it; `formula`, and `assumed` to reach the NIC's rate.
+    """
+    prefill, cluster = deployment.prefill, deployment.ground.cluster
+    assert prefill is not None
+    roles = deployment.ground.scenario.serving.roles if deployment.ground.scenario.serving else None
+    return Transfer(
+        bytes_per_token=prefill.memory.kv_bytes_per_token,
+        gpus=prefill.setup.parallel.tp,
+        bytes_per_s=cluster.shared_nic_bytes_per_s,
+        latency_s=cluster.nic_latency_s,
+        layers=prefill.setup.model.layers,
+        by_layer=roles is not None and roles.transfer == "by_layer",
+    )
 
 
 def simulate(
@@ -59,11 +84,21 @@ def simulate(
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     model = StepModel(deployment, seed=seed)
+    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
     load = make_load(deployment, seed)
 
     def run(draw: Draw | None) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
+        if reading is not None:
+            first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
+            return serve_roles(
+                load,
+                _pool(reading, first),
+                _pool(model, timed),
+                kv_transfer(deployment),
+                balance=deployment.serving.balance,
+            )
         return serve(
             load,
             model.limits,
@@ -85,6 +120,7 @@ def simulate(
     return Simulation(
         deployment=deployment,
         model=model,
+        prefill_model=reading,
         load=load,
         served=served,
         drawn=() if outside else tuple(drawn),

@@ -64,7 +64,7 @@ def serving_metrics(served: Served, gpus: int) -> dict[str, Any]:
     rates["total_tokens_per_s"] = sum(rates.values())
     later = done & (served.osl > 1)
     tpot = (served.finish_s - served.first_token_s)[later] / (served.osl[later] - 1)
-    return {
+    found = {
         "requests_completed": int(done.sum()),
         "duration_s": seconds,
         **rates,
@@ -74,13 +74,46 @@ def serving_metrics(served: Served, gpus: int) -> dict[str, Any]:
         "itl_s": latency_of_runs(served.gap_s, served.gap_n),
         "e2e_s": latency((served.finish_s - served.arrival_s)[done]),
     }
+    return found if served.prefill is None else {**found, "roles": role_metrics(served)}
+
+
+def role_metrics(served: Served) -> dict[str, Any]:
+    """By role: prefill's time to a read prompt and how busy it is, the transfer, decode's token times."""
+    side = served.prefill
+    assert side is not None
+    read = side.served
+    moved = side.transfer_s[np.isfinite(side.transfer_s)]
+    later = served.osl > 1
+    tpot = (served.finish_s - served.first_token_s)[later] / (served.osl[later] - 1)
+    return {
+        "prefill": {
+            "ttft_s": latency(read.first_token_s - read.arrival_s),
+            "input_tokens_per_s": float(served.isl.sum()) / served.duration_s,
+            "busy": busy_share(read, served.duration_s),
+        },
+        "decode": {
+            "tpot_s": latency(tpot),
+            "itl_s": latency_of_runs(served.gap_s, served.gap_n),
+            "output_tokens_per_s": float(served.osl.sum()) / served.duration_s,
+            "busy": busy_share(served, served.duration_s),
+        },
+        "transfer": {"transfer_s": latency(moved), "bytes_per_s": side.transfer_bytes / served.duration_s},
+    }
+
+
+def busy_share(served: Served, duration_s: float) -> float:
+    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any."""
+    instances = len(np.unique(served.step_instance))
+    return float(served.step_s.sum()) / duration_s / instances if instances else 0.0
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
     """Dotted names: `tpot_s.p99`; a latency's bare name is its mean."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "mean" not in value:
+            found.update({f"{name}.{key}": number for key, number in flatten(value).items()})
+        elif isinstance(value, dict):
             found[name] = value["mean"]
             found.update({f"{name}.{key}": float(number) for key, number in value.items()})
         else:
@@ -235,7 +268,27 @@ def outside_share(simulation: Simulation) -> float:
 
 
 def cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
-    """(Cost family, tag) -> share of the simulated step time, at the grid points nearest to the run's mean steps."""
+    """(Cost family, tag) -> share of the simulated step time, over both roles where there are roles."""
+    side = simulation.served.prefill
+    if side is None:
+        return _pool_cost_shares(simulation)
+    assert simulation.deployment.prefill is not None
+    assert simulation.prefill_model is not None
+    reading = replace(
+        simulation, deployment=simulation.deployment.prefill, model=simulation.prefill_model, served=side.served
+    )
+    found: dict[tuple[str, str], float] = {}
+    whole = float(side.served.step_s.sum() + simulation.served.step_s.sum())
+    for one in (reading, replace(simulation, served=replace(simulation.served, prefill=None))):
+        if one.served.steps == 0:
+            continue
+        for key, share in _pool_cost_shares(one).items():
+            found[key] = found.get(key, 0.0) + share * float(one.served.step_s.sum()) / whole
+    return found
+
+
+def _pool_cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
+    """Cost shares of one pool's steps, at the grid points nearest to the run's mean steps."""
     setup, served = simulation.deployment.setup, simulation.served
     reading = served.step_prefill_tokens > 0
     ranks = setup.parallel.attention_dp

@@ -1,17 +1,27 @@
-"""What the serving loop did beside making tokens: memory that ran out, prefixes found, requests left out."""
+"""What the serving loop did beside making tokens: memory that ran out, prefixes found, requests left out, roles."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from moesim.engine.deployment import Deployment
+from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation
 from moesim.engine.workload import failed_requests
 
 
 def serving_report(simulation: Simulation) -> dict[str, Any]:
-    """JSON-ready. prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache."""
-    served, serving = simulation.served, simulation.deployment.serving
+    """JSON-ready.
+
+    prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache. roles: each pool's
+    plan and memory; None without roles.
+    """
+    served, deployment = simulation.served, simulation.deployment
+    serving = deployment.serving
     asked = served.prefix_asked_tokens
+    roles = None
+    if served.prefill is not None and deployment.prefill is not None:
+        roles = {"prefill": _pool(deployment.prefill, served.prefill.served), "decode": _pool(deployment, served)}
     return {
         "admission": serving.memory.admission,
         "balance": serving.balance,
@@ -19,4 +29,17 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
         "recomputed_tokens": served.recomputed_tokens,
         "prefix_hit_rate": served.prefix_found_tokens / asked if asked else None,
         "failed_requests_left_out": failed_requests(serving.workload),
+        "roles": roles,
+    }
+
+
+def _pool(deployment: Deployment, served: Served) -> dict[str, Any]:
+    counted = deployment.memory
+    return {
+        "gpus": deployment.setup.parallel.gpus * deployment.instances,
+        "instances": deployment.instances,
+        "parallel": deployment.setup.parallel.model_dump(mode="json"),
+        "steps": served.steps,
+        "peak_bytes": counted.fixed_bytes + served.peak_kv_tokens * counted.kv_bytes_per_token,
+        "limit_bytes": counted.limit_bytes,
     }

@@ -99,7 +99,7 @@ class MemorySpec(Spec):
 class RoleSpec(Spec):
     """A pool of instances for one phase; what it leaves out comes from the scenario."""
 
-    gpus: int = Field(gt=0)
+    gpus: int = Field(gt=0, description="of one replica")
     replicas: int = Field(default=1, gt=0)
     parallel: ParallelSpec | None = None
     placement: dict[str, Any] | None = None
@@ -113,6 +113,9 @@ class RolesSpec(Spec):
 
     prefill: RoleSpec
     decode: RoleSpec
+    transfer: Literal["after", "by_layer"] = Field(
+        default="after", description="KV cache leaves when the prompt is read, or layer by layer while it is"
+    )
 
 
 class ServingSpec(Spec):
