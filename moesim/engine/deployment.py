@@ -190,11 +190,17 @@ def resolve(
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
 
 
-def _resolve_roles(ground: Groundwork, scenario: Scenario, placement: ExpertPlacement | None) -> Deployment:
-    if placement is not None:
+def refuse_roles(scenario: Scenario) -> None:
+    """For what compares plans or placements, which it does not by role. Raises BadInput."""
+    if scenario.serving is not None and scenario.serving.roles is not None:
         raise BadInput(
             "placements and plans are not compared by role yet", where="serving.roles", mend="leave the roles out"
         )
+
+
+def _resolve_roles(ground: Groundwork, scenario: Scenario, placement: ExpertPlacement | None) -> Deployment:
+    if placement is not None:
+        refuse_roles(scenario)
     found = {}
     for name, (part, cluster) in role_scenarios(scenario, ground.cluster).items():
         one = resolve(replace(ground, cluster=cluster), part)

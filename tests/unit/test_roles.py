@@ -167,5 +167,7 @@ def test_roles_that_cannot_be_are_refused(
 
 
 def test_other_commands_do_not_compare_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", str(write(tmp_path, roles())), "--trials", "2", "--out", str(tmp_path / "out")]) == 2
-    assert "serving.roles" in capsys.readouterr().err
+    path, out = str(write(tmp_path, roles())), str(tmp_path / "out")
+    for asked in (["tune", path, "--trials", "2", "--out", out], ["place", path, "--gpus", "8", "--slots", "72"]):
+        assert run(asked) == 2
+        assert "serving.roles" in capsys.readouterr().err
