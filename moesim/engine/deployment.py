@@ -12,6 +12,7 @@ from moesim.cost.estimate import CostModel
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, engine_rules
+from moesim.engine.speculative import draft_tokens, refuse_drafts
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
@@ -75,6 +76,8 @@ def groundwork(scenario: Scenario) -> Groundwork:
     scenario = apply_system(scenario)
     refuse_unsupported(scenario)
     model = load_model(scenario.model)
+    if scenario.serving is not None:
+        refuse_drafts(scenario.serving, model)
     cluster = load_cluster(scenario.cluster)
     rng = np.random.default_rng([scenario.seed, 1])
     loads = resolve_routing(scenario.routing, model, rng)
@@ -96,12 +99,6 @@ def refuse_unsupported(scenario: Scenario) -> None:
     serving = scenario.serving
     if serving is None:
         raise BadInput("training is not simulated yet", where="training", mend="give `serving` instead")
-    refused = {
-        "serving.speculative": serving.speculative is not None,
-    }
-    for key, asked in refused.items():
-        if asked:
-            raise BadInput("this is not simulated yet", where=key, mend="leave it out")
     if serving.batching.prefix_cache and serving.workload.file is None:
         raise BadInput(
             "prompts of fixed lengths share nothing",
@@ -147,7 +144,8 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         batching=scenario.serving.batching,
         memory=scenario.serving.memory,
         policies=scenario.policies,
-        max_context_tokens=lengths(scenario.serving.workload).longest_context,
+        max_context_tokens=lengths(scenario.serving.workload).longest_context + draft_tokens(scenario.serving),
+        mtp=draft_tokens(scenario.serving) > 0,
         low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
     )
     return parallel, counted

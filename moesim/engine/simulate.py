@@ -139,7 +139,7 @@ def typical_decode(simulation: Simulation) -> StepBatch:
     chosen = decode if decode.any() else served.step_decode_seqs >= 0
     seqs = weighted_mean(served.step_decode_seqs[chosen], served.step_s[chosen])
     ranks = simulation.deployment.setup.parallel.attention_dp
-    per_rank = max(1, round(seqs / ranks))
+    per_rank = max(1, round(seqs / ranks)) * (1 + simulation.model.drafts)  # every token that is verified
     asked = lengths(simulation.deployment.serving.workload)
     context = asked.mean_isl + asked.mean_osl / 2
     padded = float(simulation.model.graphs.padded(per_rank))

@@ -298,7 +298,7 @@ def _pool_cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
         if weight == 0.0:
             continue
         grid = simulation.model.grid(kind)
-        tokens = (served.step_decode_seqs + served.step_prefill_tokens)[chosen]
+        tokens = (served.step_decode_seqs * (1 + simulation.model.drafts) + served.step_prefill_tokens)[chosen]
         mean = max(weighted_mean(tokens, served.step_s[chosen]) / ranks, 1.0)
         longest = min(float(simulation.load.isl.mean()), simulation.model.limits.max_tokens)
         near = grid.steps_near(mean, longest / mean if kind == "prefill" else 1.0)

@@ -13,12 +13,12 @@ from moesim.engine.workload import failed_requests
 def serving_report(simulation: Simulation) -> dict[str, Any]:
     """JSON-ready.
 
-    prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache. roles: each pool's
-    plan and memory; None without roles.
+    prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache.
+    tokens_per_decode_step: of a sequence, above 1 with speculation. roles: each pool's plan and memory; None without.
     """
     served, deployment = simulation.served, simulation.deployment
     serving = deployment.serving
-    asked = served.prefix_asked_tokens
+    asked, decoded = served.prefix_asked_tokens, int(served.step_decode_seqs.sum())
     roles = None
     if served.prefill is not None and deployment.prefill is not None:
         roles = {"prefill": _pool(deployment.prefill, served.prefill.served), "decode": _pool(deployment, served)}
@@ -29,6 +29,7 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
         "recomputed_tokens": served.recomputed_tokens,
         "prefix_hit_rate": served.prefix_found_tokens / asked if asked else None,
         "failed_requests_left_out": failed_requests(serving.workload),
+        "tokens_per_decode_step": float(served.gap_n.sum()) / decoded if decoded else None,
         "roles": roles,
     }
 
