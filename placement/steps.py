@@ -61,7 +61,7 @@ def judge_steps(
 
     8 to 512 tokens per rank are sizes of decode steps, so where a decode load is held out, it alone judges.
     """
-    from moesim.engine.deployment import groundwork
+    from moesim.engine.deployment import groundwork, refuse_roles
     from moesim.engine.steptime import TimedPlacements, timed_placements
 
     def decodes(split: Split) -> list[RoutingCounts]:
@@ -70,6 +70,7 @@ def judge_steps(
     split = next((found for found in splits if decodes(found)), splits[0])
     judge = decodes(split) or list(split.judge)
     found = contenders(refit(request, split.fit), solver)
+    refuse_roles(scenario)
     ground = groundwork(scenario)
     timed: dict[int, TimedPlacements] = {}
     unpriced: dict[int, str] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moesim.engine.deployment import Groundwork, groundwork
+from moesim.engine.deployment import Groundwork, groundwork, refuse_roles
 from moesim.engine.draws import LEVEL
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
@@ -72,6 +72,7 @@ def tune(
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
     folder = out or Path("runs") / scenario.stem
+    refuse_roles(spec)
     ground = groundwork(spec)
     spec = ground.scenario
     space = enumerate_space(ground, spec)

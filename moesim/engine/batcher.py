@@ -1,147 +1,96 @@
 """Continuous batching of one lockstep group, compiled: which request gets which tokens in the next step.
 
-The state is a set of plain arrays over requests and ranks; `plan` forms a step, `finish` carries it out. Requests of a
-rank wait in arrival order. A request is admitted when its whole context (prompt and output) fits the rank's KV memory,
-so that a running request is never preempted.
+`plan_step` forms a step, `finish_step` carries it out. Requests of a rank wait in arrival order; who is admitted and
+who gives way when memory ends is the engine's rule (see memory_rules.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from moesim.engine.batch_state import (
+    NONE,
+    Floats,
+    Ints,
+    Limits,
+    Plan,
+    Ranks,
+    Requests,
+    new_plan,
+    new_ranks,
+    new_requests,
+)
+from moesim.engine.kv_memory import (
+    admit,
+    arrive,
+    computed,
+    expected_output,
+    give_back,
+    grow_running,
+    keep_decoding,
+    keep_prompt,
+    preempt,
+    remove_running,
+    take,
+)
+from moesim.engine.memory_rules import CONTEXT, ESTIMATE, GROW
 
-NONE = -1
-
-
-class Requests(NamedTuple):
-    """All requests of a run, by request id: lengths in tokens, times in seconds (NaN until known)."""
-
-    isl: Ints
-    osl: Ints
-    arrival_s: Floats
-    read: Ints
-    generated: Ints
-    first_token_s: Floats
-    last_token_s: Floats
-    finish_s: Floats
-    following: Ints  # the next request in the same rank's queue
-
-
-class Ranks(NamedTuple):
-    """The attention-DP ranks of one instance."""
-
-    head: Ints  # [ranks], first waiting request
-    tail: Ints
-    reading: Ints  # [ranks], the request whose prompt is partly read
-    running: Ints  # [ranks, max_running]
-    running_seqs: Ints  # [ranks]
-    kv_tokens: Ints  # [ranks], reserved
-
-
-class Limits(NamedTuple):
-    """Batch limits of one attention-DP rank, and the engine's rule on mixing."""
-
-    max_tokens: int
-    max_running: int
-    kv_tokens: int
-    chunked: bool
-    mixes: bool
-
-
-class Plan(NamedTuple):
-    """The step that was formed: arrays over ranks; `picked`, `chunk` [ranks, max_running] are the prompts read."""
-
-    decode_seqs: Ints
-    decode_kv: Floats  # summed context of the decoding sequences
-    prefill_seqs: Ints
-    prefill_tokens: Ints
-    prefill_prefix: Floats  # summed context before the chunks
-    picked: Ints
-    chunk: Ints
-
-
-def new_requests(isl: Ints, osl: Ints) -> Requests:
-    """Requests that have not arrived yet."""
-    n = len(isl)
-    nan = np.full(n, np.nan)
-    return Requests(
-        isl=isl.astype(np.int64),
-        osl=osl.astype(np.int64),
-        arrival_s=nan.copy(),
-        read=np.zeros(n, np.int64),
-        generated=np.zeros(n, np.int64),
-        first_token_s=nan.copy(),
-        last_token_s=nan.copy(),
-        finish_s=nan.copy(),
-        following=np.full(n, NONE, np.int64),
-    )
-
-
-def new_ranks(ranks: int, max_running: int) -> Ranks:
-    """Empty ranks."""
-    empty = np.full(ranks, NONE, np.int64)
-    return Ranks(
-        head=empty.copy(),
-        tail=empty.copy(),
-        reading=empty.copy(),
-        running=np.full((ranks, max_running), NONE, np.int64),
-        running_seqs=np.zeros(ranks, np.int64),
-        kv_tokens=np.zeros(ranks, np.int64),
-    )
-
-
-def new_plan(ranks: int, max_running: int) -> Plan:
-    """A reusable buffer for `plan`."""
-    return Plan(
-        decode_seqs=np.zeros(ranks, np.int64),
-        decode_kv=np.zeros(ranks),
-        prefill_seqs=np.zeros(ranks, np.int64),
-        prefill_tokens=np.zeros(ranks, np.int64),
-        prefill_prefix=np.zeros(ranks),
-        picked=np.full((ranks, max_running), NONE, np.int64),
-        chunk=np.zeros((ranks, max_running), np.int64),
-    )
-
-
-@njit(cache=True)
-def enqueue(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
-    """Put a request at the end of a rank's queue."""
-    if ranks.head[rank] == NONE:
-        ranks.head[rank] = request
-    else:
-        requests.following[ranks.tail[rank]] = request
-    ranks.tail[rank] = request
+__all__ = [
+    "Limits",
+    "Plan",
+    "Ranks",
+    "Requests",
+    "arrive",
+    "finish_step",
+    "new_plan",
+    "new_ranks",
+    "new_requests",
+    "plan_step",
+]
 
 
 @njit(cache=True)
 def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, rank: int, budget: int) -> None:
     """Give prompt tokens to the request in progress, then to waiting ones, up to the budget."""
-    seqs = 0
+    seqs, code = 0, limits.rule.code
+    expected = 0.0
+    if code == ESTIMATE and ranks.head[rank] != NONE and not ranks.full[rank]:
+        expected = expected_output(requests, ranks, limits, rank)
     while budget > 0:
         request = ranks.reading[rank]
         if request == NONE:
             request = ranks.head[rank]
-            if request == NONE or ranks.running_seqs[rank] + seqs >= limits.max_running:
+            if request == NONE or ranks.full[rank] or ranks.running_seqs[rank] + seqs >= limits.max_running:
                 break
-            context = requests.isl[request] + requests.osl[request]
-            if ranks.kv_tokens[rank] + context > limits.kv_tokens:
+            ready = computed(requests, request)
+            if not limits.chunked and requests.target[request] > budget and not ready:
                 break
-            if not limits.chunked and requests.isl[request] > budget:
+            alone = ranks.running_seqs[rank] + seqs == 0
+            following = requests.following[request]
+            if not admit(requests, ranks, limits, rank, request, expected, alone):
                 break
-            ranks.head[rank] = requests.following[request]
-            ranks.kv_tokens[rank] += context
-        left = requests.isl[request] - requests.read[request]
+            ranks.head[rank] = following
+            if ready:
+                context = requests.isl[request] + requests.generated[request] + limits.draft_tokens
+                if code != CONTEXT and not take(requests, ranks, limits, rank, request, context):
+                    preempt(requests, ranks, rank, request, code == GROW)
+                    break
+                ranks.running[rank, ranks.running_seqs[rank]] = request
+                ranks.running_seqs[rank] += 1
+                budget -= 1 + limits.draft_tokens if limits.mixes else 0
+                continue
+        left = requests.target[request] - requests.read[request]
         tokens = min(left, budget) if limits.chunked else left
+        if code != CONTEXT and not take(requests, ranks, limits, rank, request, requests.read[request] + tokens):
+            ranks.reading[rank] = NONE
+            preempt(requests, ranks, rank, request, code == GROW)
+            break
         plan.picked[rank, seqs] = request
         plan.chunk[rank, seqs] = tokens
         plan.prefill_tokens[rank] += tokens
         plan.prefill_prefix[rank] += requests.read[request]
+        expected += min(requests.osl[request] - requests.generated[request], limits.rule.most_output)
         seqs += 1
         budget -= tokens
         ranks.reading[rank] = request if tokens < left else NONE
@@ -151,19 +100,41 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
 
 
 @njit(cache=True)
+def _plan_rank(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, rank: int) -> None:
+    """Who gets tokens of one rank, memory included; `decode_seqs` is left to the caller."""
+    code, budget, admits = limits.rule.code, limits.max_tokens, True
+    if code == GROW and (limits.mixes or ranks.reading[rank] == NONE):
+        admits = grow_running(requests, ranks, limits, rank)
+    elif code == ESTIMATE:
+        if limits.mixes:
+            keep_decoding(requests, ranks, limits, rank)
+        if ranks.running_seqs[rank] == 0:
+            ranks.full[rank] = False
+            if ranks.head[rank] == NONE and ranks.reading[rank] == NONE:
+                ranks.output_share[rank] = limits.rule.first_ratio
+    if limits.mixes:
+        budget -= ranks.running_seqs[rank] * (1 + limits.draft_tokens)
+    if admits:
+        _read_prompts(requests, ranks, limits, plan, rank, budget)
+    if code == ESTIMATE and not limits.mixes and plan.prefill_seqs[rank] == 0:
+        keep_decoding(requests, ranks, limits, rank)
+
+
+@njit(cache=True)
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
-    total = 0
+    decodes = prompts = fullest = 0
     for rank in range(len(ranks.head)):
         plan.decode_seqs[rank] = 0
         plan.decode_kv[rank] = 0.0
         plan.prefill_seqs[rank] = 0
         plan.prefill_tokens[rank] = 0
         plan.prefill_prefix[rank] = 0.0
-        budget = limits.max_tokens
-        if limits.mixes:
-            budget -= ranks.running_seqs[rank]
-        _read_prompts(requests, ranks, limits, plan, rank, budget)
+        if ranks.requests_in[rank] == 0:
+            continue
+        # Calls between compiled functions count references of every array: ranks that only decode are spared them.
+        if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
+            _plan_rank(requests, ranks, limits, plan, rank)
         if limits.mixes or plan.prefill_seqs[rank] == 0:
             plan.decode_seqs[rank] = ranks.running_seqs[rank]
             context = 0
@@ -171,55 +142,114 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
                 request = ranks.running[rank, place]
                 context += requests.isl[request] + requests.generated[request]
             plan.decode_kv[rank] = context
-        total += plan.decode_seqs[rank] + plan.prefill_tokens[rank]
-    return total
+        decodes += plan.decode_seqs[rank]
+        prompts += plan.prefill_tokens[rank]
+        fullest = max(fullest, ranks.kv_tokens[rank])
+    plan.totals[:] = decodes, prompts, fullest
+    return decodes * (1 + limits.draft_tokens) + prompts
+
+
+@njit(cache=True)
+def accepted_tokens(limits: Limits, request: int, generated: int) -> int:
+    """Draft tokens accepted in a row: each with the acceptance rate, drawn from the request and its place alone.
+
+    The uniform is splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) of (seed, request, place), so that two
+    plans see the same luck.
+    """
+    mixed = np.uint64(limits.draft_seed) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= np.uint64(request) * np.uint64(0xD1B54A32D192ED03)
+    mixed += np.uint64(generated + 1) * np.uint64(0x8CB92BA72F3D8DD7)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    uniform = float(mixed >> np.uint64(11)) / 9007199254740992.0
+    found, chance = 0, limits.acceptance
+    while found < limits.draft_tokens and uniform < chance:
+        found += 1
+        chance *= limits.acceptance
+    return found
+
+
+@njit(cache=True)
+def _count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int) -> int:
+    """Count inter-token latencies, runs of equal ones together; place 0 counts tokens of the same step."""
+    if gap_s == 0.0:
+        gaps_n[0] += count
+        return used
+    if used > 1 and gaps_s[used - 1] == gap_s:
+        gaps_n[used - 1] += count
+        return used
+    gaps_s[used] = gap_s
+    gaps_n[used] = count
+    return used + 1
+
+
+@njit(cache=True)
+def _end(requests: Requests, ranks: Ranks, rank: int, request: int, now_s: float) -> None:
+    requests.finish_s[request] = now_s
+    ranks.requests_in[rank] -= 1
+    ranks.tokens_in[rank] -= requests.isl[request] + requests.generated[request]
+    give_back(requests, ranks, rank, request)
 
 
 @njit(cache=True)
 def finish_step(
-    requests: Requests, ranks: Ranks, plan: Plan, now_s: float, gaps_s: Floats, gaps: int, ended: Ints
+    requests: Requests,
+    ranks: Ranks,
+    limits: Limits,
+    plan: Plan,
+    now_s: float,
+    gaps_s: Floats,
+    gaps_n: Ints,
+    used: int,
+    ended: Ints,
 ) -> tuple[int, int]:
     """Hand out the tokens of a planned step that ends at `now_s`.
 
-    gaps_s: filled with inter-token latencies from index `gaps` on. ended: filled with the ids of finished requests.
-    Returns the new number of gaps and the number of finished requests.
+    gaps_s, gaps_n: filled with inter-token latencies and how often, from index `used` on (place 0 is for zeros).
+    ended: filled with the ids of finished requests. Returns the new `used` and the number of finished requests.
     """
     done = 0
     for rank in range(len(ranks.head)):
-        place = 0
-        left = plan.decode_seqs[rank]
+        place, left = 0, plan.decode_seqs[rank]
         while left > 0:
             request = ranks.running[rank, place]
-            gaps_s[gaps] = now_s - requests.last_token_s[request]
-            gaps += 1
+            made = 1
+            if limits.draft_tokens > 0:
+                made += accepted_tokens(limits, request, requests.generated[request])
+                made = min(made, requests.osl[request] - requests.generated[request])
+            used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
+            gaps_n[0] += made - 1
             requests.last_token_s[request] = now_s
-            requests.generated[request] += 1
+            requests.generated[request] += made
+            ranks.tokens_in[rank] += made
             left -= 1
             if requests.generated[request] >= requests.osl[request]:
-                requests.finish_s[request] = now_s
                 ended[done] = request
                 done += 1
-                ranks.kv_tokens[rank] -= requests.isl[request] + requests.osl[request]
+                _end(requests, ranks, rank, request, now_s)
                 # Close the gap in order, so that the sequences still to be served in this step stay in place.
-                for later in range(place, ranks.running_seqs[rank] - 1):
-                    ranks.running[rank, later] = ranks.running[rank, later + 1]
-                ranks.running_seqs[rank] -= 1
+                remove_running(ranks, rank, place)
             else:
                 place += 1
         for chosen in range(plan.prefill_seqs[rank]):
             request = plan.picked[rank, chosen]
             requests.read[request] += plan.chunk[rank, chosen]
-            if requests.read[request] < requests.isl[request]:
+            if requests.read[request] < requests.target[request]:
                 continue
-            requests.first_token_s[request] = now_s
+            keep_prompt(requests, ranks, rank, request)
+            if requests.generated[request] == 0:
+                requests.first_token_s[request] = now_s
+            else:
+                used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
             requests.last_token_s[request] = now_s
-            requests.generated[request] = 1
-            if requests.osl[request] == 1:
-                requests.finish_s[request] = now_s
+            requests.generated[request] += 1
+            ranks.tokens_in[rank] += 1
+            if requests.generated[request] >= requests.osl[request]:
                 ended[done] = request
                 done += 1
-                ranks.kv_tokens[rank] -= requests.isl[request] + requests.osl[request]
+                _end(requests, ranks, rank, request, now_s)
             else:
                 ranks.running[rank, ranks.running_seqs[rank]] = request
                 ranks.running_seqs[rank] += 1
-    return gaps, done
+    return used, done

@@ -13,25 +13,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moesim.engine.batcher import (
-    Limits,
-    Plan,
-    Ranks,
-    Requests,
-    enqueue,
-    finish_step,
-    new_plan,
-    new_ranks,
-    plan_step,
-)
+from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks
+from moesim.engine.batcher import arrive, finish_step, plan_step
 from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_rank, interpolated, sizes_of, trilinear
+from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.engine.steptable import StepTable
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Why the loop came back to Python.
-DONE, NEED_DECODE, NEED_PREFILL, NEED_PROMPT, TOO_SMALL, TOO_LARGE, LOG_FULL = range(7)
+DONE, NEED_DECODE, NEED_PREFILL, NEED_PROMPT, TOO_SMALL, TOO_LARGE, LOG_FULL, GAPS_FULL = range(8)
 # Places in `counters`: the next of the instance's requests, whether a step is planned, ...
 NEXT, PLANNED, GAPS, STEPS, ENDED, PEAK_KV, ASKED_SEQS, ASKED_TOKENS = range(8)
 # ... and in `clock`.
@@ -151,7 +143,7 @@ def _step_s(
 def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
-    counters: Ints, clock: Floats, gaps_s: Floats, log: Floats, ended: Ints,
+    counters: Ints, clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints,
 ) -> int:  # fmt: skip
     """Run one instance until it is done or needs something; returns why it stopped."""
     ranks = len(group.head)
@@ -164,7 +156,7 @@ def _advance(
                 if late > 0.0 or (late == 0.0 and scheduled_s[request] > clock[STARTED]):
                     break
                 requests.arrival_s[request] = admitted_s[request]
-                enqueue(requests, group, (request // instances) % ranks, request)
+                arrive(requests, group, (request // instances) % ranks, request)
                 counters[NEXT] += 1
             if plan_step(requests, group, limits, plan) == 0:
                 if counters[NEXT] == len(mine):
@@ -172,19 +164,21 @@ def _advance(
                 clock[NOW] = admitted_s[mine[counters[NEXT]]]
                 clock[STARTED] = np.inf  # idle: all requests of that instant are taken
                 continue
-            counters[PEAK_KV] = max(counters[PEAK_KV], group.kv_tokens.max())
+            counters[PEAK_KV] = max(counters[PEAK_KV], plan.totals[2])
             counters[PLANNED] = 1
         if counters[STEPS] == len(log):
             return LOG_FULL
+        if counters[GAPS] + len(ended) > len(gap_s):
+            return GAPS_FULL
         why, step_s = _step_s(plan, decode, prefill, attention, graphs, prompts, counters, clock)
         if why != DONE:
             return int(why)
         row = log[counters[STEPS]]
-        row[0], row[1], row[2], row[3] = clock[NOW], step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum()
+        row[0], row[1], row[2], row[3] = clock[NOW], step_s, plan.totals[0], plan.totals[1]
         counters[STEPS] += 1
         clock[STARTED] = clock[NOW]
         clock[NOW] += step_s
-        gaps, done = finish_step(requests, group, plan, clock[NOW], gaps_s, counters[GAPS], ended)
+        gaps, done = finish_step(requests, group, limits, plan, clock[NOW], gap_s, gap_n, counters[GAPS], ended)
         counters[GAPS] = gaps
         counters[ENDED] += done
         counters[PLANNED] = 0
@@ -210,8 +204,9 @@ class Instances:
         self.requests, self.limits, self.ranks, self.instances, self.timed = requests, limits, ranks, instances, timed
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
-        self.gaps_s = np.zeros(int(requests.osl.sum()))
-        self.gaps = 0
+        self.gap_s, self.gap_n = np.zeros(FIRST_STEPS), np.zeros(FIRST_STEPS, np.int64)
+        self.gaps = 1  # place 0 counts tokens of the same step
+        self.groups: list[Ranks] = []
         self.peak_kv_tokens = 0
         self.tables: dict[str, StepTable] = {}
         self.decode, self.prefill = _UNKNOWN, _UNKNOWN
@@ -229,7 +224,11 @@ class Instances:
 
     def _one(self, instance: int) -> Floats:
         mine = np.arange(instance, len(self.admitted_s), self.instances)
-        group, plan = new_ranks(self.ranks, self.limits.max_running), new_plan(self.ranks, self.limits.max_running)
+        none = np.zeros(0, np.int64)
+        cache = new_prefix_cache(len(self.admitted_s), self.ranks, 0, none, none)
+        group = new_ranks(self.ranks, self.limits.max_running, rule=self.limits.rule, cache=cache)
+        self.groups.append(group)
+        plan = new_plan(self.ranks, self.limits.max_running)
         ended = np.zeros(group.running.size + self.ranks * self.limits.max_running, np.int64)
         counters, clock = np.zeros(8, np.int64), np.zeros(3)
         counters[GAPS] = self.gaps
@@ -238,12 +237,16 @@ class Instances:
         while True:
             why = _advance(
                 self.requests, group, self.limits, plan, mine, self.instances, self.admitted_s, self.scheduled_s,
-                self.decode, self.prefill, attention, graphs, self.prompts, counters, clock, self.gaps_s, log, ended,
+                self.decode, self.prefill, attention, graphs, self.prompts, counters, clock, self.gap_s, self.gap_n,
+                log, ended,
             )  # fmt: skip
             if why == DONE:
                 break
             if why == LOG_FULL:
                 log = np.concatenate([log, np.zeros_like(log)])
+            elif why == GAPS_FULL:
+                self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + len(ended))])
+                self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + len(ended), np.int64)])
             elif why == NEED_PROMPT:
                 self._price(int(counters[ASKED_SEQS]), int(counters[ASKED_TOKENS]), float(clock[ASKED_PREFIX]))
             else:

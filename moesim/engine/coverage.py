@@ -19,9 +19,10 @@ from moesim import plugins
 from moesim.cost.estimate import CostModel, Estimate, Tag
 from moesim.cost.ops import ExpertGemm, Operation
 from moesim.cost.roofline import Roofline
-from moesim.engine.batcher import Limits, enqueue, finish_step, new_plan, new_ranks, new_requests, plan_step
+from moesim.engine.batcher import Limits, arrive, finish_step, new_plan, new_ranks, new_requests, plan_step
 from moesim.engine.deployment import Deployment
 from moesim.engine.stepmodel import StepModel
+from moesim.engine.workload import lengths
 from moesim.errors import OutsideProfile
 
 Floats = NDArray[np.float64]
@@ -77,8 +78,7 @@ def coverage(deployment: Deployment) -> list[Coverage]:
     model.grid("decode")
     recorder.phase = "prefill"
     model.grid("prefill")
-    workload = deployment.serving.workload
-    for seqs, new, prefix in sorted(set(prompts(model.limits, int(workload.isl or 1)))):
+    for seqs, new, prefix in sorted(set(prompts(model.limits, round(lengths(deployment.serving.workload).mean_isl)))):
         model.prefill_attention(seqs, new, prefix)
     return recorder.rows()
 
@@ -93,16 +93,17 @@ def prompts(limits: Limits, isl: int) -> Iterator[tuple[int, float, float]]:
         # One output token each: prompts end when they are read, so that the burst is of prompts alone.
         requests, ranks = new_requests(lengths, np.ones(count, dtype=np.int64)), new_ranks(1, limits.max_running)
         for request in range(count):
-            enqueue(requests, ranks, 0, request)
+            arrive(requests, ranks, 0, request)
         plan = new_plan(1, limits.max_running)
-        ended, gaps = np.zeros(count + limits.max_running, dtype=np.int64), np.zeros(count)
+        ended, gaps_s = np.zeros(count + limits.max_running, dtype=np.int64), np.zeros(count + 1)
+        gaps_n = np.zeros(count + 1, dtype=np.int64)
         for _ in range(MOST_PROMPT_STEPS):
             if not plan_step(requests, ranks, limits, plan):
                 break
             seqs = int(plan.prefill_seqs[0])
             if seqs:
                 yield seqs, float(plan.prefill_tokens[0]) / seqs, float(plan.prefill_prefix[0]) / seqs
-            finish_step(requests, ranks, plan, 0.0, gaps, 0, ended)
+            finish_step(requests, ranks, limits, plan, 0.0, gaps_s, gaps_n, 1, ended)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from moesim.engine.combinations import check_combination, check_keys
 from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
+from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, engine_rules
+from moesim.engine.speculative import draft_tokens, refuse_drafts
 from moesim.engine.stream_overlap import stream_overlap
+from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
 from moesim.network.instance import instance_network
@@ -57,7 +60,10 @@ class Groundwork:
 
 @dataclass(frozen=True)
 class Deployment:
-    """One plan on its cluster, checked and ready: `instances` copies of `setup`, side by side."""
+    """One plan on its cluster, checked and ready: `instances` copies of `setup`, side by side.
+
+    prefill: the prefill role where there are roles; the rest is the decode role then.
+    """
 
     ground: Groundwork
     scenario: Scenario
@@ -65,6 +71,7 @@ class Deployment:
     rules: EngineRules
     memory: MemoryLedger
     instances: int
+    prefill: Deployment | None = None
 
     @property
     def serving(self) -> ServingSpec:
@@ -83,6 +90,8 @@ def groundwork(scenario: Scenario) -> Groundwork:
 def lay_groundwork(scenario: Scenario) -> Groundwork:
     """`groundwork` of a scenario that has been checked: serving or training, its system applied."""
     model = load_model(scenario.model)
+    if scenario.serving is not None:
+        refuse_drafts(scenario.serving, model)
     cluster = load_cluster(scenario.cluster)
     rng = np.random.default_rng([scenario.seed, 1])
     loads = resolve_routing(scenario.routing, model, rng)
@@ -105,15 +114,12 @@ def refuse_unsupported(scenario: Scenario) -> None:
     serving = scenario.serving
     if serving is None:
         raise BadInput("only `moesim simulate` takes a training run", where="training", mend="give `serving` instead")
-    refused = {
-        "serving.roles": serving.roles is not None,
-        "serving.speculative": serving.speculative is not None,
-        "serving.workload.file": serving.workload.file is not None,
-        "serving.batching.prefix_cache": serving.batching.prefix_cache,
-    }
-    for key, asked in refused.items():
-        if asked:
-            raise BadInput("this is not simulated yet", where=key, mend="leave it out")
+    if serving.batching.prefix_cache and serving.workload.file is None:
+        raise BadInput(
+            "prompts of fixed lengths share nothing",
+            where="serving.batching.prefix_cache",
+            mend="give a trace with block hashes as serving.workload.file, or leave it out",
+        )
     check_keys(scenario)
     gate_spec(scenario.policies.gate)
 
@@ -149,7 +155,6 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
             mend=f"use {short}",
             reason="slots_not_divisible",
         )
-    workload = scenario.serving.workload
     counted = ledger(
         model,
         cluster,
@@ -159,7 +164,8 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         batching=scenario.serving.batching,
         memory=scenario.serving.memory,
         policies=scenario.policies,
-        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+        max_context_tokens=lengths(scenario.serving.workload).longest_context + draft_tokens(scenario.serving),
+        mtp=draft_tokens(scenario.serving) > 0,
         low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
     )
     return parallel, counted
@@ -174,6 +180,8 @@ def resolve(
     Raises BadInput or Infeasible (with its counted reason) in one line.
     """
     scenario = scenario or ground.scenario
+    if scenario.serving is not None and scenario.serving.roles is not None:
+        return _resolve_roles(ground, scenario, placement)
     if placement is None and scenario.placement.file is not None:
         placement = read_placement(scenario.placement.file)
     if placement is not None:
@@ -203,6 +211,24 @@ def resolve(
         network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
+
+
+def refuse_roles(scenario: Scenario) -> None:
+    """For what compares plans or placements, which it does not by role. Raises BadInput."""
+    if scenario.serving is not None and scenario.serving.roles is not None:
+        raise BadInput(
+            "placements and plans are not compared by role yet", where="serving.roles", mend="leave the roles out"
+        )
+
+
+def _resolve_roles(ground: Groundwork, scenario: Scenario, placement: ExpertPlacement | None) -> Deployment:
+    if placement is not None:
+        refuse_roles(scenario)
+    found = {}
+    for name, (part, cluster) in role_scenarios(scenario, ground.cluster).items():
+        one = resolve(replace(ground, cluster=cluster), part)
+        found[name] = replace(one, ground=ground)
+    return replace(found["decode"], prefill=found["prefill"])
 
 
 def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec, policies: PoliciesSpec) -> None:

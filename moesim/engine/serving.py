@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from moesim.engine.batcher import (
-    Limits,
-    Plan,
-    Requests,
-    enqueue,
-    finish_step,
-    new_plan,
-    new_ranks,
-    new_requests,
-    plan_step,
-)
+from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
+from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
+from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.memory_rules import CONTEXT
+from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.errors import BadInput, Infeasible
 
 Floats = NDArray[np.float64]
@@ -29,13 +24,26 @@ StepTime = Callable[[Plan], float]
 
 
 @dataclass(frozen=True)
+class PromptBlocks:
+    """Hashes of the prompt blocks of requests: request i has hashes[offsets[i]:offsets[i + 1]], `tokens` each."""
+
+    tokens: int
+    offsets: Ints
+    hashes: Ints
+
+
+@dataclass(frozen=True)
 class Load:
-    """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, or concurrency."""
+    """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, or concurrency.
+
+    blocks: what prompts share, where it is known.
+    """
 
     isl: Ints
     osl: Ints
     arrival_s: Floats | None = None
     concurrency: int | None = None
+    blocks: PromptBlocks | None = None
 
     def __post_init__(self) -> None:
         if (self.arrival_s is None) == (self.concurrency is None):
@@ -44,9 +52,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """What happened: times in seconds by request [requests]; gaps_s: all inter-token latencies; step_*: by step.
+    """What happened: times in seconds by request [requests]; step_*: by step.
 
-    peak_kv_tokens: most tokens of context that one attention-DP rank had reserved.
+    gap_s, gap_n: inter-token latencies and how many of each. peak_kv_tokens: most tokens of context that one
+    attention-DP rank held for its requests. preemptions and recomputed_tokens: over all ranks. prefix_asked_tokens,
+    prefix_found_tokens: prompt tokens admitted, and those of them that a prefix cache held.
     """
 
     arrival_s: Floats
@@ -54,7 +64,8 @@ class Served:
     finish_s: Floats
     isl: Ints
     osl: Ints
-    gaps_s: Floats
+    gap_s: Floats
+    gap_n: Ints
     duration_s: float
     steps: int
     events: int
@@ -64,146 +75,270 @@ class Served:
     step_prefill_tokens: Ints
     step_instance: Ints
     peak_kv_tokens: int
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    prefix_asked_tokens: int = 0
+    prefix_found_tokens: int = 0
+    prefill: PrefillSide | None = None
+
+    @property
+    def gaps_s(self) -> Floats:
+        """All inter-token latencies, equal ones side by side; as long as there are generated tokens but the first."""
+        return np.repeat(self.gap_s, self.gap_n)
 
 
-class _Log:
-    """Grows by doubling; four values a step."""
+@dataclass(frozen=True)
+class PrefillSide:
+    """What the prefill pool did where there are roles; `Served` then tells of the decode pool's steps.
+
+    served: of the pool, its requests ending with their first token. transfer_s [requests]: from the first token to the
+    whole KV cache being at the decode rank. transfer_bytes: of all requests, by all GPUs.
+    """
+
+    served: Served
+    transfer_s: Floats
+    transfer_bytes: float
+
+
+class StepLog:
+    """Grows by doubling; five values a step: start, seconds, decoding sequences, prompt tokens, instance."""
 
     def __init__(self) -> None:
         self.rows = np.zeros((1024, 5))
         self.used = 0
 
     def add(self, *values: float) -> None:
+        """Append a step."""
         if self.used == len(self.rows):
             self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
         self.rows[self.used] = values
         self.used += 1
 
 
-class _Run:
-    """State shared by the processes of one run."""
+@dataclass
+class Pool:
+    """Lockstep groups of one kind, side by side, and the requests that were sent to them.
 
-    def __init__(self, load: Load, limits: Limits, ranks: int, instances: int, step_time: StepTime) -> None:
-        self.load, self.limits, self.step_time = load, limits, step_time
-        self.environment = simpy.Environment()
-        self.requests = new_requests(load.isl, load.osl)
-        self.groups = [new_ranks(ranks, limits.max_running) for _ in range(instances)]
-        self.plans = [new_plan(ranks, limits.max_running) for _ in range(instances)]
-        self.waking = [self.environment.event() for _ in range(instances)]
-        self.gaps_s = np.zeros(int(load.osl.sum()))
-        self.gaps = 0
-        self.arrived = 0
-        self.ended = 0
-        self.events = 0
-        self.peak_kv_tokens = 0
-        self.log = _Log()
+    limits: of one attention-DP rank. step_time: seconds of a planned step. balance: see balance.py. on_end: told the
+    ids of requests whose last token has come.
+    """
 
-    def admit(self) -> None:
-        """Send the next request to the next instance and rank in turn."""
-        request = self.arrived
-        self.arrived += 1
-        instance = request % len(self.groups)
-        group = self.groups[instance]
-        rank = (request // len(self.groups)) % len(group.head)
-        self.requests.arrival_s[request] = self.environment.now
-        enqueue(self.requests, group, rank, request)
+    environment: simpy.Environment
+    requests: Requests
+    limits: Limits
+    ranks: int
+    instances: int
+    step_time: StepTime
+    balance: str = "round_robin"
+    blocks: PromptBlocks | None = None
+    on_end: Callable[[Ints], None] = lambda ended: None
+    gap_s: Floats = field(default_factory=lambda: np.zeros(1024))
+    gap_n: Ints = field(default_factory=lambda: np.zeros(1024, np.int64))
+    gaps: int = 1
+    events: int = 0
+    peak_kv_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        blocks, count = self.blocks, len(self.requests.isl)
+        none = np.zeros(0, np.int64)
+        cache = (0, none, none) if blocks is None else (blocks.tokens, blocks.offsets, blocks.hashes)
+        self.groups = [
+            new_ranks(
+                self.ranks,
+                self.limits.max_running,
+                rule=self.limits.rule,
+                cache=new_prefix_cache(count, self.ranks, *cache),
+            )
+            for _ in range(self.instances)
+        ]
+        self.waking = [self.environment.event() for _ in range(self.instances)]
+        self.choose = balancer(self.balance)
+        self.chosen = 0
+        self.position = np.zeros(count, np.int64)  # where each request was sent
+        self.held: deque[int] = deque()  # at the router, where it keeps a queue of its own
+        self.log = StepLog()
+        self.last_step_s = [0.0] * self.instances
+        for instance in range(self.instances):
+            self.environment.process(self._engine(instance))
+
+    def send(self, request: int) -> None:
+        """Send a request to a rank, or hold it until one has room where the router keeps the queue."""
+        position = self.pick()
+        if self.balance == CENTRAL_QUEUE:
+            instance, rank = position % self.instances, position // self.instances
+            if self.held or self.groups[instance].requests_in[rank] >= self.limits.max_running:
+                self.held.append(request)
+                return
+        self.chosen += 1
+        self.put(request, position)
+
+    def pick(self) -> int:
+        """The position that the balancing chooses now: rank x instances + instance."""
+        if self.balance == "round_robin":
+            return self.chosen % (self.instances * self.ranks)
+        view = RouterView(
+            np.stack([group.requests_in for group in self.groups], axis=1).ravel(),
+            np.stack([group.tokens_in for group in self.groups], axis=1).ravel(),
+            self.chosen,
+        )
+        return self.choose(view)
+
+    def put(self, request: int, position: int) -> None:
+        """Let a request wait at a rank, and wake its instance."""
+        instance, rank = position % self.instances, position // self.instances
+        self.position[request] = position
+        arrive(self.requests, self.groups[instance], rank, request)
         if not self.waking[instance].triggered:
             self.waking[instance].succeed()
-        self.events += 1
 
-    def arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
-        for time_s in times_s:
-            if time_s > self.environment.now:
-                yield self.environment.timeout(float(time_s) - self.environment.now)
-            self.admit()
+    def _pull(self, instance: int) -> None:
+        """Take held requests in while a rank of the instance has room."""
+        inside = self.groups[instance].requests_in
+        while self.held and inside.min() < self.limits.max_running:
+            self.chosen += 1
+            self.put(self.held.popleft(), int(inside.argmin()) * self.instances + instance)
 
-    def engine(self, instance: int) -> Generator[Any, Any, None]:
-        """One lockstep group: form a step, let its time pass, hand out the tokens, forever."""
-        group, plan = self.groups[instance], self.plans[instance]
-        ended = np.zeros(group.running.size + len(group.head) * self.limits.max_running, np.int64)
-        total = len(self.load.isl)
-        while self.ended < total:
+    def _engine(self, instance: int) -> Generator[Any, Any, None]:
+        """One lockstep group: form a step, let its time pass, hand out the tokens, until nothing is left to wake it."""
+        group, environment = self.groups[instance], self.environment
+        plan = new_plan(self.ranks, self.limits.max_running)
+        most = group.running.size + self.ranks * self.limits.max_running
+        ended = np.zeros(most, np.int64)
+        while True:
+            if self.held:
+                self._pull(instance)
             if plan_step(self.requests, group, self.limits, plan) == 0:
-                self.waking[instance] = self.environment.event()
+                self.waking[instance] = environment.event()
                 yield self.waking[instance]
-                yield self.environment.timeout(0.0)  # requests of the same instant join the step
+                yield environment.timeout(0.0)  # requests of the same instant join the step
                 continue
-            self.peak_kv_tokens = max(self.peak_kv_tokens, int(group.kv_tokens.max()))
-            start_s = self.environment.now
+            decodes, prompts, fullest = plan.totals.tolist()
+            self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
             step_s = self.step_time(plan)
-            self.log.add(start_s, step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum(), instance)
-            yield self.environment.timeout(step_s)
+            self.last_step_s[instance] = step_s
+            self.log.add(environment.now, step_s, decodes, prompts, instance)
+            yield environment.timeout(step_s)
             self.events += 1
+            if self.gaps + most > len(self.gap_s):
+                self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + most)])
+                self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + most, np.int64)])
             self.gaps, done = finish_step(
-                self.requests, group, plan, self.environment.now, self.gaps_s, self.gaps, ended
+                self.requests, group, self.limits, plan, environment.now, self.gap_s, self.gap_n, self.gaps, ended
             )
-            self.ended += done
-            if self.load.concurrency is not None:
-                for _ in range(min(done, total - self.arrived)):
-                    self.admit()
+            if done:
+                self.on_end(ended[:done])
 
 
-def serve(
-    load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, compiled: bool = True
-) -> Served:
-    """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
-
-    step_time: seconds of a planned step. Requests go to instances and ranks in turn. compiled: an open loop whose steps
-    are timed by table runs in `compiled`, which gives the same times. Raises Infeasible when a request
-    can never be admitted.
-    """
-    context = int((load.isl + load.osl).max())
-    if context > limits.kv_tokens:
+def check_limits(load: Load, limits: Limits) -> None:
+    """Whether every request can be served at all. Raises Infeasible with its counted reason."""
+    context = int((load.isl + load.osl).max()) + limits.draft_tokens
+    page = limits.rule.page_tokens
+    if -(-context // page) * page > limits.kv_tokens:
         raise Infeasible(
             f"a request of {context} tokens does not fit the {limits.kv_tokens} tokens of KV cache of a rank",
             mend="use more GPUs, fewer redundant experts or a smaller KV type",
             reason="kv_cache_too_small",
         )
-    if not limits.chunked and int(load.isl.max()) > limits.max_tokens:
+    # A preempted request reads its output so far as well.
+    longest = int(load.isl.max()) if limits.rule.code == CONTEXT else context
+    if not limits.chunked and longest > limits.max_tokens:
         raise Infeasible(
-            f"a prompt of {int(load.isl.max())} tokens exceeds max_batch_tokens_per_dp_rank {limits.max_tokens}",
+            f"a prompt of {longest} tokens exceeds max_batch_tokens_per_dp_rank {limits.max_tokens}",
             mend="turn chunked_prefill on or raise the limit",
             reason="prompt_too_long",
         )
-    if limits.mixes and limits.max_running >= limits.max_tokens:
+    if limits.mixes and limits.max_running * (1 + limits.draft_tokens) >= limits.max_tokens:
         raise Infeasible(
             "the running requests alone fill the batch, so that no prompt could be read",
             mend="raise max_batch_tokens_per_dp_rank above max_running_requests_per_dp_rank",
             reason="batch_limits",
         )
-    if load.arrival_s is not None and compiled and getattr(step_time, "compilable", False):
-        return _compiled(load, limits, ranks, instances, step_time)
-    run = _Run(load, limits, ranks, instances, step_time)
-    if load.arrival_s is not None:
-        run.environment.process(run.arrivals(load.arrival_s))
-    else:
-        for _ in range(min(int(load.concurrency or 0), len(load.isl))):
-            run.admit()
-    for instance in range(instances):
-        run.environment.process(run.engine(instance))
-    run.environment.run()
-    log = run.log.rows[: run.log.used]
-    return _served(run.requests, log, run.gaps_s[: run.gaps], run.events, run.peak_kv_tokens)
 
 
-def _compiled(load: Load, limits: Limits, ranks: int, instances: int, timed: Any) -> Served:
+class Source:
+    """Sends the requests of a load to a pool: at their times, or one for each that ends."""
+
+    def __init__(self, load: Load, pool: Pool) -> None:
+        self.load, self.pool, self.arrived = load, pool, 0
+
+    def start(self) -> None:
+        """Begin: the arrival process, or the first requests of a closed loop."""
+        if self.load.arrival_s is not None:
+            self.pool.environment.process(self._arrivals(self.load.arrival_s))
+        else:
+            self.follow(int(self.load.concurrency or 0))
+
+    def follow(self, count: int) -> None:
+        """Send `count` more requests of a closed loop, as far as there are any."""
+        for _ in range(min(count, len(self.load.isl) - self.arrived)):
+            self._arrive()
+
+    def _arrive(self) -> None:
+        self.pool.requests.arrival_s[self.arrived] = self.pool.environment.now
+        self.pool.send(self.arrived)
+        self.arrived += 1
+
+    def _arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
+        environment = self.pool.environment
+        for time_s in times_s:
+            if time_s > environment.now:
+                yield environment.timeout(float(time_s) - environment.now)
+            self._arrive()
+
+
+def serve(
+    load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, balance: str = "round_robin",
+    compiled: bool = True,
+) -> Served:  # fmt: skip
+    """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
+
+    step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: an open loop
+    in turn whose steps are timed by table runs in `compiled`, which gives the same times. Raises Infeasible when a
+    request can never be admitted.
+    """
+    check_limits(load, limits)
+    requests = new_requests(load.isl, load.osl)
+    in_turn = load.arrival_s is not None and load.blocks is None and balance == "round_robin"
+    if compiled and in_turn and getattr(step_time, "compilable", False):
+        return _compiled(load, requests, limits, ranks, instances, step_time)
+    environment = simpy.Environment()
+    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks)
+    source = Source(load, pool)
+    if load.concurrency is not None:
+        pool.on_end = lambda ended: source.follow(len(ended))
+    source.start()
+    environment.run()
+    return served_of(pool, source.arrived)
+
+
+def _compiled(load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any) -> Served:
     from moesim.engine.compiled import Instances
 
-    requests = new_requests(load.isl, load.osl)
     assert load.arrival_s is not None
     run = Instances(requests, load.arrival_s, limits, ranks, instances, timed)
     log = run.run()
-    return _served(requests, log, run.gaps_s[: run.gaps], len(log) + len(load.isl), run.peak_kv_tokens)
+    gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
+    return _record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups)
 
 
-def _served(requests: Requests, log: Floats, gaps_s: Floats, events: int, peak_kv_tokens: int) -> Served:
+def served_of(pool: Pool, arrived: int) -> Served:
+    """What one pool did with its requests."""
+    gaps = pool.gap_s[: pool.gaps].copy(), pool.gap_n[: pool.gaps].copy()
+    log = pool.log.rows[: pool.log.used]
+    return _record(pool.requests, log, gaps, pool.events + arrived, pool.peak_kv_tokens, pool.groups)
+
+
+def _record(
+    requests: Requests, log: Floats, gaps: tuple[Floats, Ints], events: int, peak_kv_tokens: int, groups: list[Ranks]
+) -> Served:
     return Served(
         arrival_s=requests.arrival_s,
         first_token_s=requests.first_token_s,
         finish_s=requests.finish_s,
         isl=requests.isl,
         osl=requests.osl,
-        gaps_s=gaps_s,
+        gap_s=gaps[0],
+        gap_n=gaps[1],
         duration_s=float(np.nanmax(requests.finish_s)),
         steps=len(log),
         events=events,
@@ -213,4 +348,8 @@ def _served(requests: Requests, log: Floats, gaps_s: Floats, events: int, peak_k
         step_prefill_tokens=log[:, 3].astype(np.int64),
         step_instance=log[:, 4].astype(np.int64),
         peak_kv_tokens=peak_kv_tokens,
+        preemptions=sum(int(group.preemptions.sum()) for group in groups),
+        recomputed_tokens=sum(int(group.recomputed_tokens.sum()) for group in groups),
+        prefix_asked_tokens=sum(int(group.cache.asked_tokens.sum()) for group in groups),
+        prefix_found_tokens=sum(int(group.cache.found_tokens.sum()) for group in groups),
     )

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.arrivals import poisson
 from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
-from moesim.engine.serving import Load, Served, serve
+from moesim.engine.roles import RolePool, Transfer, serve_roles
+from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.workload import lengths
+from moesim.engine.workload import make_load as load_of
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
 
@@ -39,19 +41,36 @@ class Simulation:
     seed: int
     wall_s: float
     cpu_s: float
+    prefill_model: StepModel | None = None
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
     """The scenario's requests: the same for every plan and draw."""
-    workload = deployment.serving.workload
-    assert workload.isl and workload.osl and workload.requests and workload.arrivals
-    count = workload.requests
-    isl = np.full(count, workload.isl, dtype=np.int64)
-    osl = np.full(count, workload.osl, dtype=np.int64)
-    if workload.arrivals.poisson is not None:
-        rng = np.random.default_rng([seed, 6])
-        return Load(isl, osl, arrival_s=poisson(workload.arrivals.poisson.requests_per_s, count, rng))
-    return Load(isl, osl, concurrency=workload.arrivals.concurrency)
+    serving = (deployment.prefill or deployment).serving
+    return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
+
+
+def _pool(model: StepModel, timed: StepTime) -> RolePool:
+    deployment = model.deployment
+    return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
+
+
+def kv_transfer(deployment: Deployment) -> Transfer:
+    """How KV cache moves to the decode role: each GPU of a prefill rank sends what it holds through its NIC.
+
+    The rate is the cluster's NIC, shared where GPUs share it; `formula`, and `assumed` to reach the NIC's rate.
+    """
+    prefill, cluster = deployment.prefill, deployment.ground.cluster
+    assert prefill is not None
+    roles = deployment.ground.scenario.serving.roles if deployment.ground.scenario.serving else None
+    return Transfer(
+        bytes_per_token=prefill.memory.kv_bytes_per_token,
+        gpus=prefill.setup.parallel.tp,
+        bytes_per_s=cluster.shared_nic_bytes_per_s,
+        latency_s=cluster.nic_latency_s,
+        layers=prefill.setup.model.layers,
+        by_layer=roles is not None and roles.transfer == "by_layer",
+    )
 
 
 def simulate(
@@ -67,12 +86,29 @@ def simulate(
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     model = StepModel(deployment, seed=seed)
+    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
     load = make_load(deployment, seed)
 
     def run(draw: Draw | None) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
-        return serve(load, model.limits, ranks=ranks, instances=deployment.instances, step_time=timed)
+        if reading is not None:
+            first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
+            return serve_roles(
+                load,
+                _pool(reading, first),
+                _pool(model, timed),
+                kv_transfer(deployment),
+                balance=deployment.serving.balance,
+            )
+        return serve(
+            load,
+            model.limits,
+            ranks=ranks,
+            instances=deployment.instances,
+            step_time=timed,
+            balance=deployment.serving.balance,
+        )
 
     served = run(None)
     drawn, outside = [], 0
@@ -86,6 +122,7 @@ def simulate(
     return Simulation(
         deployment=deployment,
         model=model,
+        prefill_model=reading,
         load=load,
         served=served,
         drawn=() if outside else tuple(drawn),
@@ -104,9 +141,9 @@ def typical_decode(simulation: Simulation) -> StepBatch:
     chosen = decode if decode.any() else served.step_decode_seqs >= 0
     seqs = weighted_mean(served.step_decode_seqs[chosen], served.step_s[chosen])
     ranks = simulation.deployment.setup.parallel.attention_dp
-    per_rank = max(1, round(seqs / ranks))
-    workload = simulation.deployment.serving.workload
-    context = float((workload.isl or 1) + (workload.osl or 1) / 2)
+    per_rank = max(1, round(seqs / ranks)) * (1 + simulation.model.drafts)  # every token that is verified
+    asked = lengths(simulation.deployment.serving.workload)
+    context = asked.mean_isl + asked.mean_osl / 2
     padded = float(simulation.model.graphs.padded(per_rank))
     return step_batch(ranks=ranks, decode_seqs=float(per_rank), decode_kv=context, padded_tokens=padded)
 

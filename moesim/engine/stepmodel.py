@@ -17,9 +17,12 @@ from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
+from moesim.engine.memory_rules import memory_rule
 from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
+from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
@@ -47,8 +50,8 @@ class StepModel:
         self.limits = batch_limits(deployment)
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
-        workload = deployment.serving.workload
-        self.longest_context = float((workload.isl or 1) + (workload.osl or 1))
+        self.drafts = draft_tokens(deployment.serving)
+        self.longest_context = float(lengths(deployment.serving.workload).longest_context)
         self.grids: dict[str, PricedGrid] = {}
         self._kernel_decode = self._price_decode_attention()
         self._prefill_parts: dict[tuple[int, float, float], Part] = {}
@@ -61,7 +64,7 @@ class StepModel:
     def grid(self, kind: str) -> PricedGrid:
         """The priced grid of decode or prefill steps; priced once."""
         if kind not in self.grids:
-            most = float(self.limits.max_running if kind == "decode" else self.limits.max_tokens)
+            most = float(self.limits.max_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
             ranks = self.deployment.setup.parallel.attention_dp
             tokens = _axis(most, midpoints=kind == "decode")
             if kind == "decode":  # a lightly loaded group, down to one sequence in all
@@ -82,7 +85,7 @@ class StepModel:
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
         """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
-        most_seqs = float(self.limits.max_running)
+        most_seqs = float(self.limits.max_running * (1 + self.drafts))
         seqs = np.asarray([x for x in _SEQS if x < most_seqs] + [most_seqs])
         shares = 2.0 ** np.arange(0.0, math.log2(max(2.0, self.longest_context / _FEWEST_KV)), 1.0)
         kv = np.unique(np.append(_FEWEST_KV * shares, self.longest_context))
@@ -113,6 +116,8 @@ class TimedModel:
         self._attention = DecodeAttention(seqs, kv, np.ascontiguousarray(part.seconds(self.normal)), self.share)
         self._prompts_s: dict[tuple[int, int, float], float] = {}
         self._tables: dict[str, StepTable] = {}
+        self._dp = model.deployment.setup.parallel.attention_dp
+        self._drafting: tuple[Floats, Floats] | None = None  # logits and projection of a draft, by the grid's tokens
 
     def table(self, kind: str) -> StepTable:
         """The timed table of decode or prefill steps; built when first asked for."""
@@ -127,7 +132,43 @@ class TimedModel:
         return self._tables[kind]
 
     def __call__(self, plan: Plan) -> float:
-        """Seconds of a planned step, by table. Raises OutsideProfile."""
+        """Seconds of a planned step, by table, drafting included. Raises OutsideProfile."""
+        drafts = self.model.drafts
+        if drafts == 0:
+            return self._step_s(plan)
+        step_s = self._step_s(verified(plan, drafts))
+        layers = self.model.deployment.setup.model.layers
+        found = step_s
+        if plan.prefill_tokens.any():  # the prompt fills the cache of the drafting layer too
+            found += (step_s - self._step_overhead_s) / layers
+        if plan.decode_seqs.any():
+            alone = plan._replace(prefill_seqs=plan.prefill_seqs * 0, prefill_tokens=plan.prefill_tokens * 0)
+            rows = float(plan.decode_seqs.max())
+            one = pass_seconds(self._step_s(alone), self._step_overhead_s, self._logits_s(rows), layers)
+            found += drafts * (one + self._projection_s(rows))
+        return found
+
+    @property
+    def _step_overhead_s(self) -> float:
+        rules = self.model.deployment.rules
+        error = 0.0 if self.normal is None else self.normal["overhead"]
+        return float(rules.step_overhead_s * np.exp(rules.overhead_rel_sigma * error))
+
+    def _logits_s(self, rows: float) -> float:
+        grid = self.model.grid("decode")
+        if self._drafting is None:
+            points = len(grid.tokens)
+            logits = np.broadcast_to(grid.priced.tail.seconds(self.normal), (grid.priced.batch.steps, self._dp))
+            setup, costs = self.model.deployment.setup, self.model.deployment.ground.costs
+            joined = projection(setup, costs, np.maximum(grid.tokens, 1.0)[:, None]).seconds(self.normal)
+            self._drafting = (logits[:points].max(axis=1) / self.share, np.ascontiguousarray(joined[:, 0]))
+        return float(np.interp(rows, grid.tokens, self._drafting[0]))
+
+    def _projection_s(self, rows: float) -> float:
+        assert self._drafting is not None
+        return float(np.interp(rows, self.model.grid("decode").tokens, self._drafting[1]))
+
+    def _step_s(self, plan: Plan) -> float:
         total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
         table = self.table("prefill" if reading else "decode")
@@ -162,8 +203,8 @@ class TimedModel:
 
     @property
     def compilable(self) -> bool:
-        """Whether `compiled` times steps as this model does: it knows no captured prompts."""
-        return not self.model.captures_prompts
+        """Whether `compiled` times steps as this model does: it knows no captured prompts and no drafts."""
+        return not self.model.captures_prompts and self.model.drafts == 0
 
     def attention(self) -> DecodeAttention:
         """Decode attention of one layer."""
@@ -184,9 +225,25 @@ class ExactModel:
         self._micro: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
 
     def __call__(self, plan: Plan) -> float:
-        """Seconds of a planned step. Raises OutsideProfile."""
-        _, times = self.run(batch_of_plan(self.model, plan), "prefill" if plan.prefill_tokens.any() else "decode")
-        return float(times.step_s[0])
+        """Seconds of a planned step, drafting included. Raises OutsideProfile."""
+        drafts, reading = self.model.drafts, bool(plan.prefill_tokens.any())
+        _, times = self.run(batch_of_plan(self.model, verified(plan, drafts)), "prefill" if reading else "decode")
+        step_s = float(times.step_s[0])
+        return step_s if drafts == 0 else step_s + self._drafting_s(plan, step_s, reading)
+
+    def _drafting_s(self, plan: Plan, step_s: float, reading: bool) -> float:
+        setup, overhead_s = self.model.deployment.setup, self.model.deployment.rules.step_overhead_s
+        found = (step_s - overhead_s) / setup.model.layers if reading else 0.0
+        if plan.decode_seqs.any():
+            alone = plan._replace(prefill_seqs=plan.prefill_seqs * 0, prefill_tokens=plan.prefill_tokens * 0)
+            graph, priced = self.build(batch_of_plan(self.model, alone), "decode")
+            logits_s = sum(float(part.tail.seconds().max()) for part in priced)
+            times = des.run(graph, step=0, sharing=True) if self.fidelity == "des" else maxplus.run(graph)
+            one = pass_seconds(float(times.step_s[0]), overhead_s, logits_s, setup.model.layers)
+            rows = np.full((1, 1), float(plan.decode_seqs.max()))
+            joined = projection(setup, self.model.deployment.ground.costs, rows).seconds()
+            found += self.model.drafts * (one + float(joined[0, 0]))
+        return found
 
     def run(self, batch: StepBatch, kind: str, *, timeline: bool = False) -> tuple[TaskGraph, StepTimes]:
         """Draw routing for the steps of a batch, build their graph and run it."""
@@ -232,12 +289,12 @@ _LIGHT_TOKENS = 8.0
 def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
     """Price a light decode step and the reading of a prompt by each rank, evenly routed. Raises OutsideProfile."""
     setup = deployment.setup
-    workload = deployment.serving.workload
+    asked = lengths(deployment.serving.workload)
     pricer = PlanPricer(setup, deployment.ground.costs)
-    prompt = float(min(workload.isl or 1, batch_limits(deployment).max_tokens))
+    prompt = min(asked.mean_isl, float(batch_limits(deployment).max_tokens))
     ranks = setup.parallel.attention_dp
     batches = {
-        "decode": step_batch(ranks=ranks, decode_seqs=[[_LIGHT_TOKENS]], decode_kv=float(workload.isl or 1)),
+        "decode": step_batch(ranks=ranks, decode_seqs=[[_LIGHT_TOKENS]], decode_kv=asked.mean_isl),
         "prefill": step_batch(ranks=ranks, prefill_seqs=[[1.0]], prefill_new=prompt),
     }
     found = {}
@@ -281,12 +338,14 @@ def exchange_mode(deployment: Deployment, kind: str) -> str:
 
 def graphs_of(deployment: Deployment) -> CapturedGraphs:
     """The captured graphs of a deployment's decode steps."""
-    return captured_graphs(
+    found = captured_graphs(
         deployment.serving.batching,
         deployment.setup.policies,
         deployment.rules,
         mode=exchange_mode(deployment, "decode"),
     )
+    queries = 1 + draft_tokens(deployment.serving)  # sizes are in sequences, each with its tokens to verify
+    return CapturedGraphs(tuple(size * queries for size in found.sizes))
 
 
 def captures_prompts(deployment: Deployment) -> bool:
@@ -300,10 +359,19 @@ def batch_limits(deployment: Deployment) -> Limits:
     """Batch limits of an attention-DP rank, after DeepEP's low-latency dispatch limit. Raises BadInput."""
     batching = deployment.serving.batching
     running = batching.max_running_requests_per_dp_rank
+    speculative = deployment.serving.speculative
+    queries = 1 + draft_tokens(deployment.serving)
     setup = deployment.setup
     if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
-        running = min(running, deployment.rules.low_latency_tokens * setup.parallel.tp)
-    if batching.max_batch_tokens_per_dp_rank <= running and deployment.rules.mixes:
+        running = min(running, deployment.rules.low_latency_tokens * setup.parallel.tp // queries)
+        if running == 0:
+            raise BadInput(
+                f"low-latency dispatch takes fewer tokens than the {queries} that one sequence verifies",
+                where="serving.speculative.draft_tokens",
+                mend="draft fewer, or use policies.dispatch.mode normal",
+            )
+    mixes = deployment.rules.mixes if batching.mixed_chunk is None else batching.mixed_chunk
+    if batching.max_batch_tokens_per_dp_rank <= running * queries and mixes:
         raise BadInput(
             f"{batching.max_batch_tokens_per_dp_rank} batch tokens leave no room for prompts beside {running} requests",
             where="serving.batching.max_batch_tokens_per_dp_rank",
@@ -314,7 +382,11 @@ def batch_limits(deployment: Deployment) -> Limits:
         max_running=running,
         kv_tokens=deployment.memory.kv_capacity_tokens,
         chunked=batching.chunked_prefill,
-        mixes=deployment.rules.mixes,
+        mixes=mixes,
+        rule=memory_rule(deployment.serving.memory.admission, deployment.rules.name),
+        draft_tokens=queries - 1,
+        acceptance=0.0 if speculative is None else speculative.acceptance,
+        draft_seed=deployment.scenario.seed,
     )
 
 

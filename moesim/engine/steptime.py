@@ -14,6 +14,7 @@ from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.step_graph import step_seconds
+from moesim.engine.workload import lengths
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.plan_pricer import PlanPricer
@@ -113,8 +114,8 @@ def _timed(
 
 def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int) -> PricedStep:
     setup = deployment.setup
-    workload = deployment.serving.workload
-    context = float((workload.isl or 1) + (workload.osl or 1) / 2)
+    asked = lengths(deployment.serving.workload)
+    context = asked.mean_isl + asked.mean_osl / 2
     steps = len(routing.for_phase("decode")) * STEPS_PER_LOAD
     graphs = captured_graphs(deployment.serving.batching, setup.policies, deployment.rules, mode=mode)
     batch = step_batch(

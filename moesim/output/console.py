@@ -96,6 +96,14 @@ def print_simulation(result: dict[str, Any]) -> None:
             f"Capacity ({routed['capacity']['rule']}): {routed['dropped_fraction']:.2%} of the picks dropped, "
             f"{routed['rerouted_fraction']:.2%} rerouted; {routed['padded_fraction']:.2%} of the rows are empty."
         )
+    serving = result["serving"]
+    if serving["preemptions"]:
+        out.print(
+            f"KV memory ran out: {serving['preemptions']} preemptions, {serving['recomputed_tokens']} tokens computed "
+            "again."
+        )
+    if serving["prefix_hit_rate"] is not None:
+        out.print(f"Prefix cache: {serving['prefix_hit_rate']:.1%} of prompt tokens found.")
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the step times come from: {shares}.")
     load = result["load"]

@@ -17,6 +17,7 @@ from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.output.network import of_simulation
 from moesim.output.routing_report import routing_json
+from moesim.output.serving_report import serving_report
 from moesim.output.steady import steadiness
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
@@ -36,6 +37,24 @@ def latency(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(values.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
 
 
+def latency_of_runs(values: NDArray[np.float64], counts: NDArray[np.int64]) -> dict[str, float]:
+    """`latency` of values that came so often each: the same figures, without writing them all out."""
+    total = int(counts.sum())
+    if total == 0:
+        return dict.fromkeys(STATISTICS, 0.0)
+    order = np.argsort(values)
+    ordered, ends = values[order], np.cumsum(counts[order])
+    found = {"mean": float(values @ counts) / total}
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        place = share * (total - 1)
+        low, high = (
+            float(ordered[np.searchsorted(ends, index, side="right")])
+            for index in (int(place), min(int(place) + 1, total - 1))
+        )
+        found[name] = low + (high - low) * (place - int(place))
+    return found
+
+
 def serving_metrics(served: Served, gpus: int) -> dict[str, Any]:
     """Rates over the simulated time, all requests counted; TPOT leaves out the first token."""
     done = np.isfinite(served.finish_s)
@@ -47,23 +66,56 @@ def serving_metrics(served: Served, gpus: int) -> dict[str, Any]:
     rates["total_tokens_per_s"] = sum(rates.values())
     later = done & (served.osl > 1)
     tpot = (served.finish_s - served.first_token_s)[later] / (served.osl[later] - 1)
-    return {
+    found = {
         "requests_completed": int(done.sum()),
         "duration_s": seconds,
         **rates,
         **{f"{name}_per_gpu": value / gpus for name, value in rates.items()},
         "ttft_s": latency((served.first_token_s - served.arrival_s)[done]),
         "tpot_s": latency(tpot),
-        "itl_s": latency(served.gaps_s),
+        "itl_s": latency_of_runs(served.gap_s, served.gap_n),
         "e2e_s": latency((served.finish_s - served.arrival_s)[done]),
     }
+    return found if served.prefill is None else {**found, "roles": role_metrics(served)}
+
+
+def role_metrics(served: Served) -> dict[str, Any]:
+    """By role: prefill's time to a read prompt and how busy it is, the transfer, decode's token times."""
+    side = served.prefill
+    assert side is not None
+    read = side.served
+    moved = side.transfer_s[np.isfinite(side.transfer_s)]
+    later = served.osl > 1
+    tpot = (served.finish_s - served.first_token_s)[later] / (served.osl[later] - 1)
+    return {
+        "prefill": {
+            "ttft_s": latency(read.first_token_s - read.arrival_s),
+            "input_tokens_per_s": float(served.isl.sum()) / served.duration_s,
+            "busy": busy_share(read, served.duration_s),
+        },
+        "decode": {
+            "tpot_s": latency(tpot),
+            "itl_s": latency_of_runs(served.gap_s, served.gap_n),
+            "output_tokens_per_s": float(served.osl.sum()) / served.duration_s,
+            "busy": busy_share(served, served.duration_s),
+        },
+        "transfer": {"transfer_s": latency(moved), "bytes_per_s": side.transfer_bytes / served.duration_s},
+    }
+
+
+def busy_share(served: Served, duration_s: float) -> float:
+    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any."""
+    instances = len(np.unique(served.step_instance))
+    return float(served.step_s.sum()) / duration_s / instances if instances else 0.0
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
     """Dotted names: `tpot_s.p99`; a latency's bare name is its mean."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "mean" not in value:
+            found.update({f"{name}.{key}": number for key, number in flatten(value).items()})
+        elif isinstance(value, dict):
             found[name] = value["mean"]
             found.update({f"{name}.{key}": float(number) for key, number in value.items()})
         else:
@@ -164,6 +216,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "memory": _memory(simulation),
         "slo": slo_report(metrics, deployment.scenario.objective.slo.limits()),
         "load": steadiness(simulation).to_json(),
+        "serving": serving_report(simulation),
         "provenance": provenance(simulation),
         "plan": {
             "parallel": setup.parallel.model_dump(mode="json"),
@@ -249,7 +302,27 @@ def outside_share(simulation: Simulation) -> float:
 
 
 def cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
-    """(Cost family, tag) -> share of the simulated step time, at the grid points nearest to the run's mean steps."""
+    """(Cost family, tag) -> share of the simulated step time, over both roles where there are roles."""
+    side = simulation.served.prefill
+    if side is None:
+        return _pool_cost_shares(simulation)
+    assert simulation.deployment.prefill is not None
+    assert simulation.prefill_model is not None
+    reading = replace(
+        simulation, deployment=simulation.deployment.prefill, model=simulation.prefill_model, served=side.served
+    )
+    found: dict[tuple[str, str], float] = {}
+    whole = float(side.served.step_s.sum() + simulation.served.step_s.sum())
+    for one in (reading, replace(simulation, served=replace(simulation.served, prefill=None))):
+        if one.served.steps == 0:
+            continue
+        for key, share in _pool_cost_shares(one).items():
+            found[key] = found.get(key, 0.0) + share * float(one.served.step_s.sum()) / whole
+    return found
+
+
+def _pool_cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
+    """Cost shares of one pool's steps, at the grid points nearest to the run's mean steps."""
     setup, served = simulation.deployment.setup, simulation.served
     reading = served.step_prefill_tokens > 0
     ranks = setup.parallel.attention_dp
@@ -259,7 +332,7 @@ def cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
         if weight == 0.0:
             continue
         grid = simulation.model.grid(kind)
-        tokens = (served.step_decode_seqs + served.step_prefill_tokens)[chosen]
+        tokens = (served.step_decode_seqs * (1 + simulation.model.drafts) + served.step_prefill_tokens)[chosen]
         mean = max(weighted_mean(tokens, served.step_s[chosen]) / ranks, 1.0)
         longest = min(float(simulation.load.isl.mean()), simulation.model.limits.max_tokens)
         near = grid.steps_near(mean, longest / mean if kind == "prefill" else 1.0)

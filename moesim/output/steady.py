@@ -36,11 +36,21 @@ def steadiness(simulation: Simulation) -> Steadiness:
     """Judge an open-loop run; a closed loop offers what it serves."""
     served, gpus = simulation.served, simulation.deployment.ground.cluster.gpus
     rate = float(served.osl.sum()) / served.duration_s / gpus
-    arrivals = simulation.deployment.serving.workload.arrivals
-    if arrivals is None or arrivals.poisson is None:
+    requests_per_s = offered_rate(simulation)
+    if requests_per_s is None:
         return Steadiness(None, rate, None)
-    offered = arrivals.poisson.requests_per_s * float(served.osl.mean()) / gpus
-    return Steadiness(offered, rate, fault_of(served, arrivals.poisson.requests_per_s))
+    return Steadiness(requests_per_s * float(served.osl.mean()) / gpus, rate, fault_of(served, requests_per_s))
+
+
+def offered_rate(simulation: Simulation) -> float | None:
+    """Requests/s that come, whatever is served: as asked for, or the mean of a trace file; None in a closed loop."""
+    arrivals = simulation.deployment.serving.workload.arrivals
+    if arrivals is None:
+        times_s = simulation.served.arrival_s
+        span_s = float(times_s.max() - times_s.min())
+        return (len(times_s) - 1) / span_s if span_s > 0 else None
+    open_loop = arrivals.poisson or arrivals.gamma
+    return None if open_loop is None else open_loop.requests_per_s
 
 
 def fault_of(served: Served, requests_per_s: float) -> str | None:

@@ -17,34 +17,50 @@ class PoissonSpec(Spec):
     requests_per_s: float = Field(gt=0)
 
 
+class GammaSpec(Spec):
+    """Open-loop arrivals whose gaps are gamma distributed, as `vllm bench serve --burstiness` draws them."""
+
+    requests_per_s: float = Field(gt=0)
+    burstiness: float = Field(gt=0, description="shape of the gaps: 1 is Poisson, less is burstier, more is steadier")
+
+
 class ArrivalsSpec(Spec):
-    """Exactly one of `poisson` (open loop) and `concurrency` (closed loop)."""
+    """Exactly one of `poisson` and `gamma` (open loop) and `concurrency` (closed loop)."""
 
     poisson: PoissonSpec | None = None
+    gamma: GammaSpec | None = None
     concurrency: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _one(self) -> ArrivalsSpec:
-        if (self.poisson is None) == (self.concurrency is None):
-            raise ValueError("give exactly one of poisson and concurrency")
+        if sum(one is not None for one in (self.poisson, self.gamma, self.concurrency)) != 1:
+            raise ValueError("give exactly one of poisson, gamma and concurrency")
         return self
 
 
 class WorkloadSpec(Spec):
-    """The requests: fixed lengths with arrivals, or a trace file."""
+    """The requests: fixed lengths with arrivals, or a trace file.
+
+    With a file, `requests` takes only its first ones, `arrivals` replaces its times, `speed` plays it faster.
+    """
 
     isl: int | None = Field(default=None, gt=0, description="input tokens of a request")
     osl: int | None = Field(default=None, gt=0, description="output tokens of a request")
     requests: int | None = Field(default=None, gt=0)
     arrivals: ArrivalsSpec | None = None
     file: Path | None = None
+    speed: float | None = Field(default=None, gt=0, description="of a trace file: 2 halves the time between requests")
 
     @model_validator(mode="after")
     def _complete(self) -> WorkloadSpec:
         if self.file is not None:
             if self.isl is not None or self.osl is not None:
                 raise ValueError("a trace file brings its own isl and osl: leave them out")
+            if self.speed is not None and self.arrivals is not None:
+                raise ValueError("arrivals replace a trace file's times: leave speed out")
             return self
+        if self.speed is not None:
+            raise ValueError("speed is for a trace file: set the rate of the arrivals instead")
         missing = [name for name in ("isl", "osl", "requests", "arrivals") if getattr(self, name) is None]
         if missing:
             raise ValueError(f"without a trace file, {', '.join(missing)} must be given")
@@ -57,7 +73,8 @@ class BatchingSpec(Spec):
     max_batch_tokens_per_dp_rank: int = Field(default=16384, gt=0)
     max_running_requests_per_dp_rank: int = Field(default=256, gt=0)
     chunked_prefill: bool = True
-    prefix_cache: bool = False
+    mixed_chunk: bool | None = Field(default=None, description="prompts beside decoding; none = as the engine does it")
+    prefix_cache: bool = Field(default=False, description="needs a trace file with block hashes")
     cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 
@@ -74,12 +91,15 @@ class MemorySpec(Spec):
 
     fraction: float = Field(default=0.9, gt=0, le=1)
     reserved_bytes: float = Field(default=0.0, ge=0)
+    admission: Literal["reserve", "engine"] = Field(
+        default="reserve", description="reserve whole contexts, or as the engine does it, with preemption"
+    )
 
 
 class RoleSpec(Spec):
     """A pool of instances for one phase; what it leaves out comes from the scenario."""
 
-    gpus: int = Field(gt=0)
+    gpus: int = Field(gt=0, description="of one replica")
     replicas: int = Field(default=1, gt=0)
     parallel: ParallelSpec | None = None
     placement: dict[str, Any] | None = None
@@ -93,6 +113,9 @@ class RolesSpec(Spec):
 
     prefill: RoleSpec
     decode: RoleSpec
+    transfer: Literal["after", "by_layer"] = Field(
+        default="after", description="KV cache leaves when the prompt is read, or layer by layer while it is"
+    )
 
 
 class ServingSpec(Spec):
@@ -100,6 +123,7 @@ class ServingSpec(Spec):
 
     workload: WorkloadSpec
     batching: BatchingSpec = BatchingSpec()
+    balance: Literal["round_robin", "shortest_queue", "fewest_tokens", "central_queue"] = "round_robin"
     speculative: SpeculativeSpec | None = None
     memory: MemorySpec = MemorySpec()
     roles: RolesSpec | None = None

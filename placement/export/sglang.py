@@ -17,6 +17,7 @@ import numpy as np
 
 from moesim.engine.memory import ledger
 from moesim.engine.rules import engine_rules
+from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
 from moesim.spec.hf import load_model
@@ -108,7 +109,6 @@ def static_fraction(placement: ExpertPlacement, scenario: Scenario) -> float:
     The ledger's own activations, buffers and graphs are what is left out. Raises Infeasible where nothing fits.
     """
     assert scenario.serving is not None
-    workload = scenario.serving.workload
     counted = ledger(
         load_model(scenario.model),
         load_cluster(scenario.cluster),
@@ -118,7 +118,7 @@ def static_fraction(placement: ExpertPlacement, scenario: Scenario) -> float:
         batching=scenario.serving.batching,
         memory=scenario.serving.memory,
         policies=scenario.policies,
-        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+        max_context_tokens=lengths(scenario.serving.workload).longest_context,
     )
     return (counted.weight_bytes + counted.items["kv_cache"]) / counted.hbm_bytes
 

@@ -1,10 +1,13 @@
-"""The serving loop as a single server, against queueing theory.
+"""The serving loop as one server and as several, against queueing theory.
 
 One rank that runs one request at a time, each of one prompt token and one output token, is a single-server queue in
 order of arrival: a request's wait is the time from its arrival to the start of its only step.
 """
 
 from __future__ import annotations
+
+import heapq
+import math
 
 import numpy as np
 import pytest
@@ -60,3 +63,66 @@ def test_m_d_1():
     waits, arrival_s = queue(rho, services_s, seed)
     assert waits.mean() == pytest.approx(rho / (1 - rho) / 2, rel=0.03)
     np.testing.assert_allclose(waits, lindley(arrival_s, services_s), atol=1e-6)
+
+
+def many_servers(arrival_s, concurrency, services_s, servers):
+    """The loop as `servers` instances that serve one request at a time from one queue at the router."""
+    ones = np.ones(len(services_s), dtype=np.int64)
+    limits = Limits(max_tokens=1, max_running=1, kv_tokens=2, chunked=True, mixes=False)
+    following = iter(services_s.tolist())
+    return serve(
+        Load(ones, ones, arrival_s=arrival_s, concurrency=concurrency),
+        limits,
+        ranks=1,
+        instances=servers,
+        step_time=lambda plan: next(following),
+        balance="central_queue",
+    )
+
+
+def waits_by_recursion(arrival_s, services_s, servers):
+    """The exact waits of several servers in order of arrival (J. Kiefer and J. Wolfowitz, 1955)."""
+    free_s = [0.0] * servers
+    waits = np.zeros(len(arrival_s))
+    for request, (arrived, service) in enumerate(zip(arrival_s.tolist(), services_s.tolist(), strict=True)):
+        start = max(arrived, heapq.heappop(free_s))
+        waits[request] = start - arrived
+        heapq.heappush(free_s, start + service)
+    return waits
+
+
+def erlang_c(servers, offered):
+    """Chance that an arrival waits: A. K. Erlang, 1917; offered: mean service times that come in one."""
+    terms = [offered**n / math.factorial(n) for n in range(servers)]
+    last = offered**servers / math.factorial(servers) * servers / (servers - offered)
+    return last / (sum(terms) + last)
+
+
+def drawn(servers, offered, count, seed):
+    services_s = np.random.default_rng([seed, 1]).exponential(1.0, count)
+    return arrivals.poisson(offered, count, np.random.default_rng([seed, 0])), services_s
+
+
+@pytest.mark.parametrize("servers", [2, 4])
+def test_m_m_c(servers):
+    # The loop's waits are the recursion's, request by request; the recursion, which is cheaper, then shows the mean: of
+    # 100,000 arrivals it is itself random by 3 % (one standard deviation over seeds), of twenty times as many by 0.7 %.
+    offered = 0.6 * servers
+    arrival_s, services_s = drawn(servers, offered, 20_000, 0)
+    served = many_servers(arrival_s, None, services_s, servers)
+    waits = served.first_token_s - served.arrival_s - services_s
+    np.testing.assert_allclose(waits, waits_by_recursion(arrival_s, services_s, servers), atol=1e-6)
+    many = np.stack([waits_by_recursion(*drawn(servers, offered, 100_000, seed), servers) for seed in range(20)])
+    busy = erlang_c(servers, offered)
+    assert many.mean() == pytest.approx(busy / (servers - offered), rel=0.03)
+    assert (many > 1e-6).mean() == pytest.approx(busy, rel=0.03)
+
+
+def test_closed_loop():
+    # Nine requests go round through four servers without a pause: all four are always busy, so that requests leave at
+    # four times the rate of one server, and by Little's law each takes 9 / 4 of a mean service.
+    services_s = np.random.default_rng(0).exponential(1.0, 40_000)
+    served = many_servers(None, 9, services_s, 4)
+    assert served.duration_s == pytest.approx(services_s.sum() / 4, rel=1e-3)
+    inside_s = (served.finish_s - served.arrival_s)[100:-100]
+    assert inside_s.mean() == pytest.approx(9 / 4, rel=0.03)

@@ -46,8 +46,8 @@ def same(one: Served, other: Served) -> None:
     orders = [np.lexsort((run.step_instance, run.step_start_s)) for run in (one, other)]
     for field in dataclasses.fields(Served):
         values = [getattr(run, field.name) for run in (one, other)]
-        if field.name == "gaps_s":  # instance by instance here, by time there
-            values = [np.sort(value) for value in values]
+        if field.name in ("gap_s", "gap_n"):  # instance by instance here, by time there
+            values = [np.sort(run.gaps_s) for run in (one, other)]
         elif field.name.startswith("step_"):
             values = [value[order] for value, order in zip(values, orders, strict=True)]
         np.testing.assert_array_equal(*values, err_msg=field.name)

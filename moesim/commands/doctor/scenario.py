@@ -149,11 +149,11 @@ def _ledger(
     scenario: Scenario, model: ModelSpec, cluster: ClusterSpec, parallel: ParallelSpec, slots: int, tokens: int
 ) -> MemoryLedger:
     from moesim.engine.memory import ledger
+    from moesim.engine.workload import lengths
 
     serving = scenario.serving
     if serving is None:
         raise MissingPart("the memory of training is not counted yet", where="training", mend="give `serving` instead")
-    workload = serving.workload
     return ledger(
         model,
         cluster,
@@ -163,7 +163,7 @@ def _ledger(
         serving.batching,
         serving.memory,
         scenario.policies,
-        max_context_tokens=int(workload.isl or 0) + int(workload.osl or 0),
+        max_context_tokens=lengths(serving.workload).longest_context,
         low_latency_max_tokens=tokens,
     )
 

@@ -1,0 +1,139 @@
+"""Prefill and decode on pools of their own: prompts are read in one, their KV cache moves to the other over NICs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moesim.engine.batch_state import Limits, new_requests
+from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, served_of
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RolePool:
+    """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step."""
+
+    limits: Limits
+    ranks: int
+    instances: int
+    step_time: StepTime
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How KV cache moves from a prefill rank to a decode rank.
+
+    bytes_per_token: that one GPU sends, all GPUs of a rank side by side; gpus: of a rank. bytes_per_s, latency_s: of a
+    GPU's share of its NIC. layers: of the model. by_layer: a layer's cache leaves when it is computed, while the last
+    step of the prompt goes on; otherwise all of it leaves when the prompt is read.
+    """
+
+    bytes_per_token: float
+    gpus: int
+    bytes_per_s: float
+    latency_s: float
+    layers: int
+    by_layer: bool
+
+    def seconds(self, tokens: int) -> float:
+        """Time of the NIC for a prompt, without waiting."""
+        return self.latency_s + tokens * self.bytes_per_token / self.bytes_per_s
+
+
+class _Moves:
+    """Moves the cache of read prompts: a NIC sends, and receives, for one request at a time."""
+
+    def __init__(self, prefill: Pool, decode: Pool, transfer: Transfer, source: Source) -> None:
+        self.prefill, self.decode, self.transfer, self.source = prefill, decode, transfer, source
+        self.sending_s = np.zeros(prefill.ranks * prefill.instances)
+        self.receiving_s = np.zeros(decode.ranks * decode.instances)
+        self.taken_s = np.full(len(prefill.requests.isl), np.nan)
+
+    def start(self, ended: NDArray[np.int64]) -> None:
+        """Prompts were read: their caches leave, each when both NICs are free."""
+        for request in ended.tolist():
+            if self.decode.requests.osl[request] == 1:  # nothing is left to decode: the prefill rank answers
+                self._answer(request)
+                self._end(request)
+            else:
+                self.prefill.environment.process(self._move(request))
+
+    def _move(self, request: int) -> Generator[Any, Any, None]:
+        environment, transfer = self.prefill.environment, self.transfer
+        target = self.decode.pick()
+        self.decode.chosen += 1
+        sender = int(self.prefill.position[request])
+        seconds, now_s = transfer.seconds(int(self.prefill.requests.isl[request])), environment.now
+        last_step_s = self.prefill.last_step_s[sender % self.prefill.instances]
+        ready_s = now_s - last_step_s if transfer.by_layer else now_s
+        begin_s = max(ready_s, self.sending_s[sender], self.receiving_s[target])
+        end_s = begin_s + seconds
+        if transfer.by_layer:  # the last layer's share can leave only when the step has ended
+            end_s = max(end_s, now_s + transfer.latency_s + (seconds - transfer.latency_s) / transfer.layers)
+        self.sending_s[sender] = self.receiving_s[target] = end_s
+        yield environment.timeout(end_s - now_s)
+        self.taken_s[request] = end_s - now_s
+        self._answer(request)
+        self.decode.put(request, target)
+
+    def _answer(self, request: int) -> None:
+        """The first token reaches the user."""
+        requests = self.decode.requests
+        requests.arrival_s[request] = self.prefill.requests.arrival_s[request]
+        requests.first_token_s[request] = requests.last_token_s[request] = self.prefill.environment.now
+
+    def _end(self, request: int) -> None:
+        self.decode.requests.finish_s[request] = self.prefill.environment.now
+        if self.source.load.concurrency is not None:
+            self.source.follow(1)
+
+
+def serve_roles(
+    load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer, *, balance: str = "round_robin"
+) -> Served:
+    """Run all requests through a prefill pool and then a decode pool.
+
+    The first token is the user's when the cache has arrived, as the decode rank answers. A request preempted in the
+    decode pool is read again there. Raises Infeasible when a request can never be admitted in either.
+    """
+    count = len(load.isl)
+    prompts = replace(load, osl=np.ones(count, np.int64))
+    check_limits(prompts, prefill.limits)
+    check_limits(replace(load, blocks=None), decode.limits)
+    environment = simpy.Environment()
+    first = Pool(
+        environment, new_requests(load.isl, prompts.osl), prefill.limits, prefill.ranks, prefill.instances,
+        prefill.step_time, balance, load.blocks,
+    )  # fmt: skip
+    waiting = new_requests(load.isl, load.osl)
+    waiting.read[:] = load.isl
+    waiting.generated[:] = 1
+    second = Pool(
+        environment, waiting, decode.limits, decode.ranks, decode.instances, decode.step_time, balance
+    )  # fmt: skip
+    source = Source(load, first)
+    moves = _Moves(first, second, transfer, source)
+    first.on_end = moves.start
+    if load.concurrency is not None:
+        second.on_end = lambda ended: source.follow(len(ended))
+    source.start()
+    environment.run()
+    read, done = served_of(first, source.arrived), served_of(second, 0)
+    moved = np.isfinite(moves.taken_s)
+    sent = float(load.isl[moved].sum()) * transfer.bytes_per_token * transfer.gpus
+    return replace(
+        done,
+        events=done.events + read.events,
+        preemptions=done.preemptions + read.preemptions,
+        recomputed_tokens=done.recomputed_tokens + read.recomputed_tokens,
+        prefix_asked_tokens=read.prefix_asked_tokens,
+        prefix_found_tokens=read.prefix_found_tokens,
+        prefill=PrefillSide(read, moves.taken_s, sent),
+    )

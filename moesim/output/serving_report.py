@@ -1,0 +1,46 @@
+"""What the serving loop did beside making tokens: memory that ran out, prefixes found, requests left out, roles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesim.engine.deployment import Deployment
+from moesim.engine.serving import Served
+from moesim.engine.simulate import Simulation
+from moesim.engine.workload import failed_requests
+
+
+def serving_report(simulation: Simulation) -> dict[str, Any]:
+    """JSON-ready.
+
+    prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache.
+    tokens_per_decode_step: of a sequence, above 1 with speculation. roles: each pool's plan and memory; None without.
+    """
+    served, deployment = simulation.served, simulation.deployment
+    serving = deployment.serving
+    asked, decoded = served.prefix_asked_tokens, int(served.step_decode_seqs.sum())
+    roles = None
+    if served.prefill is not None and deployment.prefill is not None:
+        roles = {"prefill": _pool(deployment.prefill, served.prefill.served), "decode": _pool(deployment, served)}
+    return {
+        "admission": serving.memory.admission,
+        "balance": serving.balance,
+        "preemptions": served.preemptions,
+        "recomputed_tokens": served.recomputed_tokens,
+        "prefix_hit_rate": served.prefix_found_tokens / asked if asked else None,
+        "failed_requests_left_out": failed_requests(serving.workload),
+        "tokens_per_decode_step": float(served.gap_n.sum()) / decoded if decoded else None,
+        "roles": roles,
+    }
+
+
+def _pool(deployment: Deployment, served: Served) -> dict[str, Any]:
+    counted = deployment.memory
+    return {
+        "gpus": deployment.setup.parallel.gpus * deployment.instances,
+        "instances": deployment.instances,
+        "parallel": deployment.setup.parallel.model_dump(mode="json"),
+        "steps": served.steps,
+        "peak_bytes": counted.fixed_bytes + served.peak_kv_tokens * counted.kv_bytes_per_token,
+        "limit_bytes": counted.limit_bytes,
+    }
