@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,13 +17,14 @@ from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.moe_layer import LAYERS
 from moesim.graph.task import TaskGraph
-from moesim.spec.scenario import Scenario
+from moesim.spec.overlap import Storage
+from moesim.spec.scenario import DispatchSpec, Scenario
 from tests.property.test_executors_agree import assert_same
 
 CASES = 1000
 BLOCKS = 10
-BACKENDS = ("deepep", "alltoall", "allgather_reducescatter", "allreduce")
-STORAGES = ("resident", "offload", "pregated", "cached")
+BACKENDS = get_args(DispatchSpec.model_fields["backend"].annotation)
+STORAGES = get_args(Storage)
 # DeepSeek-V3's shape with few layers: one dense, three MoE layers of 16 experts in 4 groups and a shared expert.
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 4,
@@ -47,6 +48,7 @@ def drawn(rng: np.random.Generator, model: str) -> dict[str, Any]:
     gpus, tp, backend = int(rng.choice([4, 4, 8, 16])), int(rng.choice([1, 1, 2])), str(rng.choice(BACKENDS))
     dp = 1 if backend == "allreduce" else gpus // tp
     tp = gpus if backend == "allreduce" else tp
+    split = int(rng.choice([1, 1, 2])) if backend in ("allreduce", "allgather_reducescatter") else 1
     schedule, storage = str(rng.choice(sorted(LAYERS))), str(rng.choice(STORAGES))
     mode = str(rng.choice(["auto", "normal", "low_latency"]))
     slowdown: Any = {"compute": float(rng.uniform(1, 1.5)), "communication": float(rng.uniform(1, 1.5))}
@@ -71,7 +73,7 @@ def drawn(rng: np.random.Generator, model: str) -> dict[str, Any]:
         "engine": {"name": "vllm" if schedule == "whole_graph" else str(rng.choice(["sglang", "vllm"]))},
         "cost": {"source": "roofline"},
         "routing": {"synthetic": {"kind": "zipf", "exponent": 0.8, "workloads": 2}},
-        "parallel": {"tp": tp, "attention_dp": dp, "ep": tp * dp},
+        "parallel": {"tp": tp, "attention_dp": dp, "ep": tp * dp // split, "expert_tp": split},
         "placement": {"solver": "contiguous", "redundant_experts": 0 if rng.random() < 0.7 else 16},
         "policies": policies,
         "serving": {
