@@ -20,13 +20,14 @@ from moesim.spec.scenario import PoliciesSpec, PrecisionSpec
 EXPERTS = 8
 
 
-def one(seconds: Any, family: str = "gemm") -> Estimate:
-    return estimate(np.asarray(seconds, dtype=np.float64), Tag.ASSUMED, family, 0.0, "by hand")
+def one_price(seconds: Any, family: str = "gemm") -> Estimate:
+    """One estimate; a number stands for [1, 1]."""
+    return estimate(np.atleast_2d(np.asarray(seconds, dtype=np.float64)), Tag.ASSUMED, family, 0.0, "by hand")
 
 
 def part(seconds: Any) -> Part:
     """A part of one estimate; a number stands for [1, 1]."""
-    return Part((one(np.atleast_2d(seconds)),))
+    return Part((one_price(seconds),))
 
 
 def setup(
@@ -39,13 +40,14 @@ def setup(
 ) -> LayerSetup:
     """A setup of `layers` MoE layers over attention DP and EP ranks; nothing about the model but its layers matters."""
     model = tiny(layers)
-    slots = np.tile(np.arange(EXPERTS), (layers, 1))
+    experts = max(EXPERTS, ranks)
+    slots = np.tile(np.arange(experts), (layers, 1))
     return LayerSetup(
         model=model,
         parallel=ParallelSpec(attention_dp=ranks, ep=ranks),
         precision=PrecisionSpec(),
         policies=PoliciesSpec.read(dict(policies), where="test"),
-        placement=ExpertPlacement(slots, np.arange(layers), EXPERTS, ranks, layers),
+        placement=ExpertPlacement(slots, np.arange(layers), experts, ranks, layers),
         nodes=nodes,
         gpus_per_node=8,
         step_overhead_s=0.0,
@@ -62,16 +64,16 @@ def tiny(layers: int) -> ModelSpec:
     return whole.model_copy(update={"layers": layers, "moe": moe})
 
 
-def by_hand(**changes: Any) -> PricedStep:
+def by_hand(*, steps: int = 1, ranks: int = 2, **changes: Any) -> PricedStep:
     """One step: attention 2, gate 1, shared expert 2 up and 1 down, dispatch 4, experts 6, combine 4 seconds."""
     parts: dict[str, Any] = {
         "projections": part(1.0),
         "attention": part(1.0),
         "gate": part(1.0),
-        "shared": Part((one([[1.5]]), one([[0.5]], "memory_bound"), one([[1.0]]))),
+        "shared": Part((one_price([[1.5]]), one_price([[0.5]], "memory_bound"), one_price([[1.0]]))),
         "dispatch": part(4.0),
         "experts": part(6.0),
         "combine": part(4.0),
     }
-    batch = step_batch(ranks=2, decode_seqs=np.full((1, 2), 4.0), decode_kv=10.0)
+    batch = step_batch(ranks=ranks, decode_seqs=np.full((steps, ranks), 4.0), decode_kv=10.0)
     return PricedStep(batch=batch, mode="normal", **(parts | changes))

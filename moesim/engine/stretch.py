@@ -19,7 +19,9 @@ from moesim.graph.task import Stream, TaskGraph
 
 Floats = NDArray[np.float64]
 
-PASSES = 4
+# Runs that durations are found by: until no step moves by more than SETTLED of its time, and at most so many.
+PASSES = 8
+SETTLED = 1e-6
 # Time in which a GPU waits for its host is on the compute stream, but no kernel runs.
 HOST = "engine_overhead"
 
@@ -35,10 +37,13 @@ def stretched(graph: TaskGraph, slowdown: Slowdown) -> TaskGraph:
     kind = np.array([_kind(task.stream, task.operation) for task in graph.tasks], dtype=np.int64)
     shape = (graph.steps, graph.ranks)
     alone_s = np.stack([np.broadcast_to(task.duration_s, shape) for task in graph.tasks])
-    found = graph
+    found, step_s = graph, np.full(graph.steps, np.inf)
     for _ in range(PASSES):
         times = maxplus.run(found, timeline=True)
         assert times.start_s is not None and times.end_s is not None
+        if (np.abs(times.step_s - step_s) <= SETTLED * times.step_s).all():
+            break
+        step_s = times.step_s
         duration_s = _durations(kind, factor, alone_s, times.start_s, times.end_s)
         tasks = [replace(task, duration_s=duration_s[index]) for index, task in enumerate(graph.tasks)]
         found = TaskGraph(graph.steps, graph.ranks, tuple(tasks))

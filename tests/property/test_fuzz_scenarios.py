@@ -45,7 +45,7 @@ def mutate(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         elif action < 0.3 and isinstance(node, dict):
             node[f"{last}_"] = node.pop(last)
         else:
-            node[last] = rng.choice(JUNK)
+            node[last] = copy.deepcopy(rng.choice(JUNK))
         if not paths(data):
             break
     return data

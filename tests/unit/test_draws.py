@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.cost.estimate import Tag, estimate
+from moesim.engine import draws
 from moesim.engine.draws import joint_draws
 from moesim.graph.pricing import Part
 
@@ -23,6 +24,16 @@ def test_more_draws_begin_with_the_same_ones(seed: int) -> None:
     for one, other in zip(few, many, strict=False):
         assert one.normal == other.normal
         np.testing.assert_array_equal(one.load_weights, other.load_weights)
+
+
+def test_families_that_came_later_leave_the_others_draws_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.asarray([1.0, 2.0])
+    now = joint_draws(5, weights, 3)
+    monkeypatch.setattr(draws, "LATER", ())
+    for before, after in zip(joint_draws(5, weights, 3), now, strict=True):
+        np.testing.assert_array_equal(before.load_weights, after.load_weights)
+        assert before.normal == {name: after.normal[name] for name in draws.FAMILIES}
+        assert after.normal["host_copy"] != 0
 
 
 def test_each_price_errs_by_its_own_table_together_with_its_family() -> None:

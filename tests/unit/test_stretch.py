@@ -7,10 +7,11 @@ import pytest
 
 from moesim.cost.estimate import Tag
 from moesim.cost.overlap import NOTHING, Slowdown, StreamOverlap, by_multiprocessors
-from moesim.engine import des, maxplus
+from moesim.engine import des, maxplus, stretch
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.stretch import stretched
 from moesim.errors import Infeasible
+from moesim.graph.schedules import two_batch
 from moesim.graph.task import Stream, Task, TaskGraph
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.presets import load_cluster
@@ -82,6 +83,22 @@ def test_random_graphs_stay_within_bounds_and_both_executors_agree():
         assert (fast.step_s >= plain.step_s * (1 - 1e-12)).all()
         slower += bool((fast.step_s > plain.step_s * (1 + 1e-6)).any())
     assert slower > 20
+
+
+def test_the_step_settles():
+    """Two batches of chains that slow each other: one pass more moves the step by less than a thousandth."""
+    for seed in range(10):
+        rng = np.random.default_rng([8, seed])
+        a, b = (
+            [task(str(i), Stream(i % 2), rng.exponential(1.0), (i - 1,) if i else ()) for i in range(20)] for _ in "ab"
+        )
+        graph, cost = two_batch(a, b, 1, 1), slowdown(1.3, 1.2)
+        found = maxplus.run(stretched(graph, cost)).step_s[0]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(stretch, "PASSES", 40)
+            patched.setattr(stretch, "SETTLED", 0.0)
+            assert found == pytest.approx(maxplus.run(stretched(graph, cost)).step_s[0], rel=1e-3)
+        assert found > maxplus.run(graph).step_s[0]
 
 
 def test_multiprocessors_that_an_exchange_takes():
