@@ -12,7 +12,7 @@ from moesim.output.training_metrics import training_json
 from moesim.spec.hf import load_model
 from tests.published_training import PublishedRow, published_rows
 
-DRAWS = 10
+DRAWS = 20
 
 
 @pytest.fixture(scope="module")
