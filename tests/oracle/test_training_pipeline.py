@@ -10,7 +10,7 @@ import simpy
 
 from moesim.engine.training_pipeline import run
 from moesim.errors import BadInput
-from moesim.graph.pipeline import Pass, PipelineProgram, layers_of_chunks, program
+from moesim.graph.pipeline import SCHEDULES, Pass, PipelineProgram, layers_of_chunks, program
 
 SHAPES = [(1, 1), (1, 4), (2, 2), (2, 7), (4, 4), (4, 8), (8, 8), (8, 33), (16, 64)]
 
@@ -102,7 +102,7 @@ def simulated(made: PipelineProgram, seconds: np.ndarray, transfer_s: float) -> 
     return ends
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_every_pass_runs_once(schedule: str) -> None:
     virtual = 2 if schedule == "interleaved" else 1
     made = program(schedule, 4, 8, virtual)
