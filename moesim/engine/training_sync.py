@@ -31,7 +31,7 @@ class StageSync:
 
     reduce: gradients, dense then experts, and a tied embedding's. optimizer: Adam on this rank's share. gather:
     parameters; nothing where the optimizer is not distributed. Left out: the norm's
-    all-reduce of a few bytes, and that of the gates' gradients over TP (a thousandth of all gradients).
+    all-reduce of a few bytes, and that of the gates' gradients over TP (below a thousandth of all gradients).
     """
 
     reduce: Part

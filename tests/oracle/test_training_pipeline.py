@@ -42,10 +42,10 @@ def test_interleaved_bubble_is_exact(stages: int, micro: int, virtual: int) -> N
 
 @pytest.mark.parametrize(("stages", "micro"), [(1, 3), (2, 4), (3, 6), (4, 8), (8, 16), (8, 40), (16, 64)])
 def test_zero_bubble_h1_is_exact(stages: int, micro: int) -> None:
-    """(p - 1)(F + B - W) instead of (p - 1)(F + B + W), for equal F, B and W (arXiv:2401.10241, table 2)."""
-    for each in (1.0, 0.37):
-        times = run(program("zero_bubble", stages, micro), equal(stages, micro, each, each, each))
-        assert times.end_s.max() == pytest.approx(3 * each * micro + (stages - 1) * each, rel=1e-12)
+    """(p - 1)(F + B - W) instead of (p - 1)(F + B + W), for equal F, B and W and for W below B (arXiv:2401.10241)."""
+    for f, b, w in ((1.0, 1.0, 1.0), (0.37, 0.37, 0.37), (1.0, 1.2, 0.8), (1.0, 1.3, 0.7)):
+        times = run(program("zero_bubble", stages, micro), equal(stages, micro, f, b, w))
+        assert times.end_s.max() == pytest.approx(micro * (f + b + w) + (stages - 1) * (f + b - w), rel=1e-12)
 
 
 def test_zero_bubble_holds_no_more_than_1f1b_does() -> None:
