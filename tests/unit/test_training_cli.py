@@ -31,8 +31,14 @@ def simulated(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 
 
 def test_the_example_runs(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """notebooks/scenarios/training.yaml, on the shipped profile, with the default intervals."""
-    result = simulated(repo / "notebooks" / "scenarios" / "training.yaml", capsys)
+    """notebooks/scenarios/training.yaml with the default intervals; and on the shipped profile, whose tags it tells."""
+    example = repo / "notebooks" / "scenarios" / "training.yaml"
+    result = simulated(example, capsys)
+    store = ("--set", "cost.source=store", "--set", "cost.extrapolate=allow", "--draws", "0")
+    measured = simulated(example, capsys, *store)["provenance"]
+    assert result["provenance"] == {"formula": 1.0}
+    assert measured["measured"] > 0
+    assert measured["extrapolated"] > 0
     assert result["schema_version"] == 1
     for name in METRICS:
         found = result["intervals"][name]
