@@ -64,12 +64,12 @@ def _cluster_file(hardware: Path, gpu: str, folder: Path) -> Path:
             "hbm_bytes": float(facts["HBM_GB"]) * GIGA,
             "hbm_bytes_per_s": float(facts["HBM_TBps"]) * 1e12,
             "flops_per_s": {"bf16": float(facts["bf16_TF_dense"]) * 1e12, "fp8": float(facts["fp8_TF_dense"]) * 1e12},
-            "multiprocessors": 148,
+            "multiprocessors": 1,  # the table has none, and the roofline reads none
         },
         "nodes": 8,
         "nvlink_bytes_per_s": float(facts["NVLink_bidir_GBps"]) / 2 * GIGA,
         "nic_bytes_per_s": int(facts["NIC"].split("x")[0]) / 8 * 400 / 8 * GIGA,
-        "pcie_bytes_per_s": 128 * GIGA,
+        "pcie_bytes_per_s": 64 * GIGA,  # nothing here crosses PCIe: the presets' figure
     }
     path = folder / f"{gpu.lower()}.yaml"
     path.write_text(yaml.safe_dump(cluster))

@@ -19,11 +19,13 @@ def simulate_training_command(
 
     if fidelity == "des":
         raise BadInput("training runs on maxplus alone", where="--fidelity", mend="leave it out")
-    if timeline is not None:
-        raise BadInput("training runs write no timeline yet", where="--timeline", mend="leave it out")
     with progress_bar("simulating") as progress:
         run = simulate_training(spec, draws=draws, progress=progress)
     result = training_json(run)
+    if timeline is not None:
+        from moesim.output.training_timeline import write_pipeline_timeline
+
+        write_pipeline_timeline(timeline, run)
     if report is not None:
         write_training_report(report, spec, result)
     if json_:

@@ -53,13 +53,12 @@ class TrainingModel:
 class TrainedStep:
     """One step under one draw (or as best known).
 
-    stage_end_s, stage_busy_s: [instances, stages] of the pipeline. reduce_s, optimizer_s, gather_s: [stages], what is
-    exposed. assigned: [instances, micro-batches], the drawn routing that each met.
+    pipeline: when every pass of every instance ran. reduce_s, optimizer_s, gather_s: [stages], what is exposed.
+    assigned: [instances, micro-batches], the drawn routing that each met.
     """
 
     step_s: float
-    stage_end_s: Floats
-    stage_busy_s: Floats
+    pipeline: training_pipeline.PipelineTimes
     reduce_s: Floats
     optimizer_s: Floats
     gather_s: Floats
@@ -229,8 +228,7 @@ def _step(model: TrainingModel, table: Floats, draw: Draw | None, seed: int) -> 
     reduced = (times.end_s.max(axis=0) + reduce_s).max()
     return TrainedStep(
         step_s=float(reduced + (adam_s + gather_s).max()),
-        stage_end_s=times.end_s,
-        stage_busy_s=times.busy_s,
+        pipeline=times,
         reduce_s=reduce_s,
         optimizer_s=adam_s,
         gather_s=gather_s,

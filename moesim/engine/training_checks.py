@@ -12,6 +12,7 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import ObjectiveSpec, Scenario
 from moesim.spec.workload import TrainingSpec
 
+BACKENDS = ("deepep", "alltoall", "allgather_reducescatter")
 PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
 
 
@@ -29,10 +30,10 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
         ),
         (policies.storage != "resident", "policies.storage", "training keeps its weights resident", "leave it out"),
         (
-            policies.dispatch.backend == "allreduce",
+            policies.dispatch.backend not in BACKENDS,
             "policies.dispatch.backend",
-            "training has no allreduce dispatcher",
-            "use deepep, alltoall or allgather_reducescatter",
+            f"training has no {policies.dispatch.backend} dispatcher",
+            f"use one of: {', '.join(BACKENDS)}",
         ),
         (
             policies.dispatch.mode == "low_latency",

@@ -183,9 +183,10 @@ def activation_items(
     experts = 0.0 if full else float(np.quantile(hottest, HOT_QUANTILE)) * expert_row_bytes(setup)
     layers = [layer for chunk in mine for layer in chunk]
     working = 0.0
-    if full:
+    if full or "moe" in _again(setup):  # one layer at a time comes to life again
         widest = float(np.quantile(rows.max(axis=(1, 2)), HOT_QUANTILE)) * expert_row_bytes(setup, keep_all=True)
-        working = max(layer_bytes(setup, layer) + (widest if layer in index else 0.0) for layer in layers)
+        live = [(layer_bytes(setup, layer) if full else 0.0) + (widest if layer in index else 0.0) for layer in layers]
+        working = max(live)
     if model.layers - 1 in layers:  # logits in the activations' type and their softmax in float32
         columns = -(-model.vocabulary // setup.parallel.tp)
         size = BYTES_PER_ELEMENT[setup.precision.activations] + BYTES_PER_ELEMENT["fp32"]

@@ -18,12 +18,13 @@ Ints = NDArray[np.int64]
 class PipelineTimes:
     """When the stages are done.
 
-    end_s: [instances, stages]; busy_s: [instances, stages], time in passes; start_s: [instances, passes].
+    end_s: [instances, stages]; busy_s: [instances, stages], time in passes; start_s, duration_s: [instances, passes].
     """
 
     end_s: Floats
     busy_s: Floats
     start_s: Floats
+    duration_s: Floats
 
     @property
     def bubble_s(self) -> Floats:
@@ -46,7 +47,7 @@ def run(program: PipelineProgram, pass_s: Floats, transfer_s: float = 0.0) -> Pi
     end = np.zeros((len(duration), program.stages))
     busy = np.zeros((len(duration), program.stages))
     _sweep(duration, program.before, program.after, wait_s, program.stage, start, end, busy)
-    return PipelineTimes(end, busy, start)
+    return PipelineTimes(end, busy, start, duration)
 
 
 @njit(cache=True)

@@ -30,7 +30,8 @@ class StageSync:
     """The prices of one stage's end of step. buckets: into how many pieces each collective is cut, at least 1.
 
     reduce: gradients, dense then experts, and a tied embedding's. optimizer: Adam on this rank's share. gather:
-    parameters; nothing where the optimizer is not distributed. The norm's all-reduce of a few bytes is left out.
+    parameters; nothing where the optimizer is not distributed. Left out: the norm's
+    all-reduce of a few bytes, and that of the gates' gradients over TP (below a thousandth of all gradients).
     """
 
     reduce: Part

@@ -285,7 +285,7 @@ class LayerPieces:
     def _experts(self, loads: Floats) -> Piece:
         """Bringing rows into the experts' order, the grouped products, and back; loads: as `local_loads` gives them."""
         setup = self.setup
-        moe, deepep = setup.model.moe, setup.policies.dispatch.backend == "deepep"
+        moe, gathered = setup.model.moe, setup.policies.dispatch.backend == "allgather_reducescatter"
         width = moe.intermediate // setup.parallel.expert_tp
         products = ExpertGemm(
             tokens=loads,
@@ -294,7 +294,8 @@ class LayerPieces:
             experts=moe.experts,
             top_k=moe.top_k,
             dtype=setup.precision.experts,
-            grouping="deepep_normal" if deepep else "fused",
+            # Grouped products over the rows that came; the fused kernel is measured with all ranks' tokens gathered.
+            grouping="fused" if gathered else "deepep_normal",
         )
         rows = loads.sum(axis=-1)
         permute = MemoryBound(bytes=rows * setup.model.hidden * self.size * 4, name="permute")

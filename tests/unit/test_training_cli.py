@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,14 @@ def simulated(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 
 
 def test_the_example_runs(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """notebooks/scenarios/training.yaml, on the shipped profile, with the default intervals."""
-    result = simulated(repo / "notebooks" / "scenarios" / "training.yaml", capsys)
+    """notebooks/scenarios/training.yaml with the default intervals; and on the shipped profile, whose tags it tells."""
+    example = repo / "notebooks" / "scenarios" / "training.yaml"
+    result = simulated(example, capsys)
+    store = ("--set", "cost.source=store", "--set", "cost.extrapolate=allow", "--draws", "0")
+    measured = simulated(example, capsys, *store)["provenance"]
+    assert result["provenance"] == {"formula": 1.0}
+    assert measured["measured"] > 0
+    assert measured["extrapolated"] > 0
     assert result["schema_version"] == 1
     for name in METRICS:
         found = result["intervals"][name]
@@ -87,6 +95,24 @@ def test_tables_and_page_for_a_person(path: Path, tmp_path: Path, capsys: pytest
     assert "http" not in text.split("</style>")[1].split("<pre>")[0]
 
 
+def test_the_timeline_of_the_pipeline(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two stages, 8 micro-batches: a slice for each pass, none over another, the last one ends the step."""
+    trace = tmp_path / "trace.json.gz"
+    result = simulated(path, capsys, "--draws", "0", "--timeline", str(trace))
+    events = json.loads(gzip.decompress(trace.read_bytes()))
+    slices = [event for event in events["traceEvents"] if event["ph"] == "X"]
+    assert sum(event["name"].startswith(("forward", "backward")) for event in slices) == 2 * 2 * 8
+    by_stage: dict[int, list[tuple[float, float]]] = {}
+    for event in slices:
+        by_stage.setdefault(event["pid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert len(by_stage) == 2
+    for spans in by_stage.values():
+        spans.sort()
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    last = max(end for spans in by_stage.values() for _, end in spans)
+    assert last == pytest.approx(1e6 * result["metrics"]["step_s"], abs=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -98,7 +124,6 @@ def test_tables_and_page_for_a_person(path: Path, tmp_path: Path, capsys: pytest
         (["--set", "cost.source=store"], 2, "not measured"),
         (["--set", "training.memory.fraction=0.01"], 1, "needs"),
         (["--fidelity", "des"], 2, "--fidelity: training runs on maxplus alone"),
-        (["--timeline", "x.gz"], 2, "--timeline: training runs write no timeline yet"),
     ],
 )
 def test_refused_in_one_line(
@@ -109,6 +134,13 @@ def test_refused_in_one_line(
     assert captured.out == ""
     assert told in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_doctor_knows_training(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 micro-batches, 1f1b, 2 chunks" in printed
+    assert "in stage 0" in printed
 
 
 def test_other_commands_refuse_training_by_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

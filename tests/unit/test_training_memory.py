@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.engine.memory import attention_parameters
+from moesim.engine.memory import attention_parameters, weights
 from moesim.engine.training import training_model
 from moesim.engine.training_memory import (
     HOT_QUANTILE,
@@ -20,6 +20,7 @@ from moesim.errors import Infeasible
 from moesim.graph.pipeline import layers_of_chunks
 from moesim.spec.hf import bundled, bundled_model, load_model
 from moesim.spec.parallel import ParallelSpec
+from moesim.spec.scenario import PoliciesSpec, PrecisionSpec
 from tests.training_scenarios import asked
 
 PLANS = [
@@ -47,6 +48,25 @@ def test_parameter_bytes_are_what_the_config_implies(name: str, plan: ParallelSp
         total -= model.vocabulary * model.hidden
     assert 2 * total == pytest.approx(2 * facts.published_parameters, rel=0.03)
     assert total == pytest.approx(model.parameters(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_the_serving_ledger_holds_the_same_parameters(name: str) -> None:
+    """Serving weights of one GPU in bf16; latent attention's second up-projection, for absorbed decode, is in them."""
+    facts = bundled_model(name)
+    assert facts.published_parameters is not None
+    precision = PrecisionSpec(dense="bf16", experts="bf16")
+    items = weights(load_model(name), ParallelSpec(), precision, load_model(name).moe.experts, PoliciesSpec())
+    assert sum(items.values()) == pytest.approx(2 * facts.published_parameters, rel=0.03)
+
+
+def test_a_recomputed_layer_lives_once() -> None:
+    """What `moe` and `full` free comes back one layer at a time: the hottest rank's rows of one layer."""
+    for own in ({"recompute": "selective", "recompute_modules": ["moe"]}, {"recompute": "full"}):
+        model = training_model(asked(training=own), seed=0)
+        rows = model.setup.placement.rank_loads(model.pool.counts)
+        hot = np.quantile(rows.max(axis=(1, 2)), HOT_QUANTILE) * expert_row_bytes(model.setup, keep_all=True)
+        assert model.memory.stages[0]["working_set"] >= 1.25 * hot
 
 
 def test_bytes_a_parameter() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moesim import plugins
 from moesim.cost.estimate import Tag
 from moesim.cost.ops import (
     Attention,
@@ -259,3 +261,24 @@ def test_context_parallelism_divides_attention_evenly() -> None:
         assert ("keys and values" in pieces) == (model is halves)
     pairs = [float((k.new_tokens * (k.prefix_tokens + (k.new_tokens + 1) / 2)).max()) for k in kernels]  # type: ignore[union-attr]
     assert pairs[1] == pytest.approx(pairs[0] / 2)
+
+
+def test_experts_of_the_shipped_profile_as_the_docs_say(repo: Path) -> None:
+    """How far the kernels that stand in for training's are from the roofline."""
+    text = " ".join((repo / "docs" / "explanation" / "training.md").read_text(encoding="utf-8").split())
+    ratios = []
+    for name, dtype in (("Qwen/Qwen3-30B-A3B", "bf16"), ("deepseek-ai/DeepSeek-V3", "fp8_block")):
+        model = load_model(name)
+        scenario = asked(model=name, cost={"source": "store", "extrapolate": "allow"}, parallel=None)
+        operation = ExpertGemm(
+            tokens=np.full((1, 1, 1, 8), 1024.0), hidden=model.hidden, intermediate=model.moe.intermediate,
+            experts=model.moe.experts, top_k=8, dtype=dtype, grouping="deepep_normal",
+        )  # fmt: skip
+        store = plugins.load(plugins.COSTS, "store", where="cost")(scenario, model, h200(2)).estimate(operation)
+        pair = [float(one.seconds.max()) * 1e3 for one in (store, Roofline(h200(2)).estimate(operation))]
+        ratios.append(pair[0] / pair[1])
+        if dtype == "bf16":
+            assert f"({pair[0]:.3f} against {pair[1]:.3f} ms" in text
+    assert round(ratios[0]) == 8
+    assert "eight times slower than the roofline" in text
+    assert f"it is {ratios[1]:.1f} times" in text

@@ -58,6 +58,11 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     from moesim.systems.load import apply_system
 
     scenario = apply_system(load_scenario(path, overrides))
+    if scenario.training is not None:
+        from moesim.commands.doctor.training import training_findings
+
+        yield from training_findings(path, scenario)
+        return
     refuse_unsupported(scenario)
     yield Finding("scenario", "ok", str(path))
     model = load_model(scenario.model)
