@@ -167,10 +167,16 @@ class LoadFigures(Stored):
     fault: str | None
 
 
+# A figure, a latency by statistic, or figures by role: the roles of a run are its deepest mapping.
+_Latency = dict[str, Number]
+_Role = dict[str, Number | _Latency]
+Metrics = dict[str, Number | _Latency | dict[str, _Role]]
+
+
 class Figures(Stored):
     """What `moesim simulate --json` told."""
 
-    metrics: dict[str, Number | dict[str, Number]]
+    metrics: Metrics
     intervals: dict[str, Interval]
     step: Step
     routing: RoutingFigures

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import yaml
 
@@ -98,10 +99,15 @@ def simulation_tiles(figures: Figures) -> str:
 
 
 def _flat(figures: Figures) -> dict[str, float]:
+    return _flattened(figures.metrics)
+
+
+def _flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Figures by dotted name, those of roles too."""
     flat: dict[str, float] = {}
-    for name, value in figures.metrics.items():
+    for name, value in metrics.items():
         if isinstance(value, dict):
-            flat.update({f"{name}.{statistic}": one for statistic, one in value.items()})
+            flat.update({f"{name}.{inner}": one for inner, one in _flattened(value).items()})
         else:
             flat[name] = value
     return flat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 
 from moesim.engine.batch_state import Limits, Plan
-from moesim.engine.memory_rules import SGLANG, VLLM
+from moesim.engine.memory_rules import RESERVE, SGLANG, VLLM
 from moesim.engine.prefix_cache import evict, find, lock, new_prefix_cache, release, store
+from moesim.engine.request_traces import read_request_trace
 from moesim.engine.serving import Load, PromptBlocks, Served, serve
 
 BLOCK = 4
@@ -113,3 +115,30 @@ def test_all_rules_find_the_same_when_memory_is_ample() -> None:
         served = shared(Limits(100, 4, 1000, True, mixes, rule), [14, 14, 6, 14], chains, osl=3)
         assert served.prefix_found_tokens == 8 + 0 + 12
         assert served.preemptions == 0
+
+
+def test_a_published_trace_finds_what_was_ever_read_when_memory_is_ample(shared_data: Path) -> None:
+    """One request at a time on one rank that forgets nothing: the trace's own reuse, counted in plain Python."""
+    trace = read_request_trace(shared_data / "requests" / "mooncake_synthetic_trace.jsonl")
+    assert trace.blocks is not None
+    seen: set[int] = set()
+    found = 0
+    for request in range(len(trace.isl)):
+        chain = trace.blocks.hashes[trace.blocks.offsets[request] : trace.blocks.offsets[request + 1]].tolist()
+        length = int(trace.isl[request])
+        hits = 0
+        while hits < min(len(chain), (length - 1) // 512) and chain[hits] in seen:
+            hits += 1
+        found += hits * 512
+        seen.update(chain[: length // 512])
+    assert found > 0.1 * trace.isl.sum()
+
+    def step(plan: Plan) -> float:
+        return 1.0
+
+    limits = Limits(8192, 4, 10**9, True, False)
+    for rule in (RESERVE, SGLANG, VLLM):
+        load = Load(trace.isl, np.ones_like(trace.osl), concurrency=1, blocks=trace.blocks)
+        served = serve(load, limits._replace(rule=rule), ranks=1, instances=1, step_time=step)
+        assert served.prefix_found_tokens == found
+        assert served.step_prefill_tokens.sum() == trace.isl.sum() - found

@@ -146,6 +146,14 @@ def test_a_run_tells_of_each_role(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [found["serving"]["roles"][name]["gpus"] for name in ("prefill", "decode")] == [4, 4]
 
 
+def test_the_report_and_the_timeline_of_roles(tmp_path: Path) -> None:
+    page, trace = tmp_path / "page.html", tmp_path / "trace.json.gz"
+    asked = ["simulate", str(write(tmp_path, roles())), "--draws", "1", "--report", str(page), "--timeline", str(trace)]
+    assert run(asked) == 0
+    assert "roles.prefill.ttft_s.p99" in page.read_text()
+    assert trace.stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "told"),
     [
