@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
-from moesim.spec.gate import GateSpec
+from moesim.spec.gate import GateChosen
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -132,7 +132,7 @@ class DispatchSpec(Spec):
 class PoliciesSpec(Spec):
     """A choice on each policy axis."""
 
-    gate: str | GateSpec = "model"
+    gate: GateChosen = "model"
     capacity: CapacitySpec = CapacitySpec()
     dispatch: DispatchSpec = DispatchSpec()
     schedule: Literal["sequential", "two_batch"] = "sequential"
