@@ -103,11 +103,11 @@ def fan_out_table(tokens: int = TOKENS, seed: int = 0) -> Iterator[tuple[str, st
                 )
 
 
-def main() -> None:
+def main(tokens: int = TOKENS) -> None:
     """Print the table."""
     print("| routing | shares | placement | ranks, ids | ranks, model | error | nodes, ids | nodes, model | error |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for routing, skew, placement, found in fan_out_table():
+    for routing, skew, placement, found in fan_out_table(tokens):
         print(
             f"| {routing} | {skew} | {placement} | {found.ranks_ids:.3f} | {found.ranks_model:.3f} | "
             f"{found.rank_error:+.1%} | {found.nodes_ids:.3f} | {found.nodes_model:.3f} | {found.node_error:+.1%} |"

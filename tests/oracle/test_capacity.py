@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from moesim.errors import BadInput
+from moesim.routing.by_source import split_by_source
 from moesim.routing.capacity.formulas import FORMULAS, capacity
 from moesim.routing.capacity.on_counts import cap_counts, excess
 from moesim.routing.capacity.on_ids import keep_within
@@ -192,3 +193,20 @@ def test_one_source_is_exact() -> None:
     assert moved.processed.ravel().tolist() == pytest.approx([5.0, 5.0, 5.0, 5.0])
     assert moved.dropped.sum() == pytest.approx(0.0, abs=1e-9)
     assert moved.rerouted.ravel().tolist() == pytest.approx([5.0, 0.0, 0.0, 2.0])
+
+
+def test_a_split_by_source_drops_what_the_counts_tell() -> None:
+    rng = np.random.default_rng(2)
+    source, experts = np.asarray([[30, 10, 60, 0]]), 8
+    counts = np.tile(rng.integers(0, 100, (1, 1, experts)).astype(float), (4_000, 1, 1))
+    split = split_by_source(counts, np.repeat(source, 4_000, axis=0), rng)
+    assert np.array_equal(split.sum(axis=2), counts)
+    assert (split <= source[:, None, :, None]).all()
+    rule = CapacityRule("megatron", 1.0, "position")
+    limit = rule.capacity(source, experts, 4)
+    dropped = np.maximum(split - limit[:, None, :, None], 0).sum(axis=2)
+    told = cap_counts(counts[:1], source.astype(float), rule, top_k=4).dropped[0]
+    error = 4.5 * dropped.std(axis=0) / np.sqrt(4_000) + 1e-9
+    assert (np.abs(dropped.mean(axis=0) - told) < error).all()
+    with pytest.raises(BadInput, match="more tokens"):
+        split_by_source(np.full((1, 1, 2), 5.0), np.asarray([[1, 2]]), rng)

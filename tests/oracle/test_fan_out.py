@@ -39,7 +39,7 @@ def test_groups_keep_tokens_on_fewer_nodes() -> None:
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    main()
+    main(tokens=500)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 12
     assert all(line.count("|") == 10 for line in lines)

@@ -38,7 +38,8 @@ def gate_of(name: str) -> Any:
 
 
 def deployed(tmp_path: Path, **policies: Any) -> Deployment:
-    return resolve(groundwork(load_scenario(write(tmp_path, small(policies=policies)))))
+    routing = {"synthetic": {"kind": "lognormal", "sigma": 0.7, "workloads": 2}}
+    return resolve(groundwork(load_scenario(write(tmp_path, small(policies=policies, routing=routing)))))
 
 
 def simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str], **policies: Any) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def test_a_group_limited_model_keeps_its_shares_under_its_own_gate() -> None:
         return found.profile()
 
     same = under(GateSpec(name="group_limited"))
-    assert np.abs(same - profile).sum() < 0.01 * profile.sum()
+    # The fit follows the sample, whose own scatter would be 9 % of a mean expert.
+    assert np.abs(same - profile).sum() < 0.02 * profile.sum()
     assert np.corrcoef(same.ravel(), profile.ravel())[0, 1] > 0.999
     assert under(GateSpec(name="softmax_topk")).std() < profile.std() * 1.1
     assert under(GateSpec(name="bias_corrected")) == pytest.approx(1 / 256)
