@@ -43,8 +43,8 @@ def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> lis
         )
     if scenario.policies.capacity.rule != "dropless":
         found.append(
-            "Experts keep to a capacity: how many tokens of one rank an expert is asked for is modelled from the counts "
-            "of the whole step, and what dropped tokens do to the model's quality is not judged."
+            "Experts keep to a capacity: how many tokens of one rank an expert is asked for is modelled from the "
+            "counts of the whole step, and what dropped tokens do to the model's quality is not judged."
         )
     if scenario.cost.extrapolate == "allow":
         found.append("cost.extrapolate is `allow`: figures beyond the measured tables are estimates, tagged as such.")

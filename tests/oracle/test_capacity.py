@@ -206,7 +206,7 @@ def test_a_split_by_source_drops_what_the_counts_tell() -> None:
     limit = rule.capacity(source, experts, 4)
     dropped = np.maximum(split - limit[:, None, :, None], 0).sum(axis=2)
     told = cap_counts(counts[:1], source.astype(float), rule, top_k=4).dropped[0]
-    error = 4.5 * dropped.std(axis=0) / np.sqrt(4_000) + 1e-9
-    assert (np.abs(dropped.mean(axis=0) - told) < error).all()
+    spread = np.maximum(dropped.std(axis=0), np.sqrt(told))  # a rare drop may not be among the draws at all
+    assert (np.abs(dropped.mean(axis=0) - told) <= 4.5 * spread / np.sqrt(4_000)).all()
     with pytest.raises(BadInput, match="more tokens"):
         split_by_source(np.full((1, 1, 2), 5.0), np.asarray([[1, 2]]), rng)

@@ -13,6 +13,7 @@ import pytest
 from moesim.cli import run
 from moesim.cost.estimate import CostModel, Estimate
 from moesim.cost.ops import Collective, ExpertGemm, MoeExchange, Operation
+from moesim.engine.batcher import new_plan
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.stepmodel import ExactModel, StepModel
 from moesim.graph.batch import step_batch
@@ -55,7 +56,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], **policies: Any)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_gate_runs_and_the_table_follows_the_executor(name: str, tmp_path: Path) -> None:
+def test_a_gate_runs_and_both_executors_agree(name: str, tmp_path: Path) -> None:
     model = StepModel(deployed(tmp_path, gate=gate_of(name)), seed=0)
     top_k = model.deployment.setup.model.moe.top_k
     counts = model.routing.counts(0, np.full(5, 400), np.random.default_rng(0))
@@ -70,6 +71,25 @@ def test_a_gate_runs_and_the_table_follows_the_executor(name: str, tmp_path: Pat
         both.append(float(times.step_s[0]))
         assert graph.ranks == RANKS
     assert both[0] == pytest.approx(both[1], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {"gate": "gumbel_topk", "capacity": CAPPED},
+        {"gate": "expert_choice"},
+        {"gate": "top_p"},
+        {**ALLTOALL, "capacity": {**CAPPED, "pad": True}},
+        {"schedule": "two_batch", "capacity": {**CAPPED, "backup": "next_best"}},
+    ],
+    ids=str,
+)
+def test_the_table_follows_the_executor(policies: dict[str, Any], tmp_path: Path) -> None:
+    model = StepModel(deployed(tmp_path, **policies), seed=0)
+    plan = new_plan(RANKS, model.limits.max_running)
+    plan.decode_seqs[:], plan.decode_kv[:] = 24, 24 * 200.0
+    exact = ExactModel(model, "maxplus")
+    assert model.base(plan) == pytest.approx(float(np.mean([exact(plan) for _ in range(6)])), rel=0.03)
 
 
 def test_the_models_own_gate_by_another_name_changes_nothing(
