@@ -110,6 +110,15 @@ class PricedStep:
     eager: Part = field(default_factory=Part)
 
 
+def capacity_sources(setup: LayerSetup, tokens: Floats) -> Floats:
+    """Tokens [steps, sources] of each rank that keeps a capacity of its own, from those of attention-DP ranks.
+
+    Where tokens are exchanged, a TP group's are split over its GPUs and each GPU is a source; else the group is one.
+    """
+    tp = setup.parallel.tp if setup.policies.dispatch.backend not in ("allreduce", "allgather_reducescatter") else 1
+    return np.repeat(tokens / tp, tp, axis=1)
+
+
 class Pricer:
     """Prices the parts of a step for one setup and one cost model; pure, apart from the cost model's own caches."""
 
@@ -134,7 +143,8 @@ class Pricer:
         setup = self.setup
         rows = batch.padded_tokens
         if not self.capacity.dropless:
-            counts = cap_counts(counts, batch.tokens, self.capacity, top_k=setup.model.moe.top_k).rows
+            source = capacity_sources(setup, batch.tokens)
+            counts = cap_counts(counts, source, self.capacity, top_k=setup.model.moe.top_k).rows
         slots = setup.placement.slot_loads(counts, self.shares)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
         exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)

@@ -39,7 +39,7 @@ def test_ids_of_a_whole_step() -> None:
     start = time.process_time()
     gumbel_topk_ids(np.broadcast_to(np.log(weights[0]), (TOKENS, EXPERTS)), TOP_K, rng)
     print(f"Gumbel scores and a sort, for comparison: {(time.process_time() - start) * LAYERS * 1e3:.0f} ms CPU")
-    ids = np.concatenate([gumbel.step(TOKENS, rng) for _ in range(40)], axis=1)
+    ids = np.concatenate([gumbel.step(TOKENS, rng) for _ in range(20)], axis=1)
     drawn = np.stack([np.bincount(layer.ravel(), minlength=EXPERTS) for layer in ids]) / ids.shape[1]
     z = (drawn - exact) / np.sqrt(exact * (1 - exact) / ids.shape[1])
     # Over layers, experts of like chance average the scatter out: what is left is bias.

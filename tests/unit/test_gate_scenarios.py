@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from moesim.engine.batcher import new_plan
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.stepmodel import ExactModel, StepModel
 from moesim.graph.batch import step_batch
-from moesim.graph.pricing import Pricer
+from moesim.graph.pricing import Pricer, capacity_sources
 from moesim.routing.gates.loads import gate_loads, hashed_chances
 from moesim.routing.gates.registry import GATES
 from moesim.routing.synth import deepseek_like
@@ -183,6 +183,17 @@ def test_padding_sends_and_computes_the_whole_capacity(tmp_path: Path) -> None:
         assert costs.of(ExpertGemm).tokens.sum() == pytest.approx(16 * 64 * RANKS * 4)
     assert np.array_equal(first.of(ExpertGemm).tokens, second.of(ExpertGemm).tokens)
     assert first.of(Collective).bytes == pytest.approx(second.of(Collective).bytes)
+
+
+def test_each_gpu_that_sends_keeps_its_own_capacity(tmp_path: Path) -> None:
+    setup = deployed(tmp_path).setup
+    tokens = np.asarray([[8.0, 4.0]])
+    tensor = setup.parallel.model_copy(update={"tp": 4, "attention_dp": 2})
+    split = replace(setup, parallel=tensor)
+    assert capacity_sources(split, tokens).tolist() == [[2.0] * 4 + [1.0] * 4]
+    dispatch = setup.policies.dispatch.model_copy(update={"backend": "allgather_reducescatter"})
+    gathered = replace(split, policies=setup.policies.model_copy(update={"dispatch": dispatch}))
+    assert capacity_sources(gathered, tokens).tolist() == [[8.0, 4.0]]
 
 
 def test_a_run_tells_what_it_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
