@@ -142,12 +142,15 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
+        kept = None
         if not self.capacity.dropless:
+            wanted = counts.sum(axis=2)
             source = capacity_sources(setup, batch.tokens)
             counts = cap_counts(counts, source, self.capacity, top_k=setup.model.moe.top_k).rows
+            kept = counts.sum(axis=2) / np.where(wanted > 0, wanted, 1.0)
         slots = setup.placement.slot_loads(counts, self.shares)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
-        exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode)
+        exchange = self._balanced_tokens(batch, counts, local.sum(axis=-1), mode, kept)
         return PricedStep(
             batch=batch,
             mode=mode,
@@ -364,7 +367,7 @@ class Pricer:
         )
 
     def _balanced_tokens(
-        self, batch: StepBatch, counts: NDArray[np.float64], arriving: Floats, mode: str
+        self, batch: StepBatch, counts: NDArray[np.float64], arriving: Floats, mode: str, kept: Floats | None = None
     ) -> Floats | None:
         """Tokens per GPU of the balanced exchange that loads its busiest endpoint as this one does: [steps, layers]."""
         setup = self.setup
@@ -382,6 +385,7 @@ class Pricer:
             groups=moe.groups,
             top_groups=moe.top_groups,
             nodes=setup.nodes,
+            kept=kept,
         )
 
     def _exchange(self, step: str, batch: StepBatch, balanced: Floats | None, mode: str) -> Part:

@@ -181,6 +181,7 @@ def equivalent_tokens(
     groups: int = 1,
     top_groups: int = 1,
     nodes: int = 1,
+    kept: Floats | None = None,
 ) -> Floats:
     """Tokens per rank of the balanced exchange whose busiest endpoint carries as much as this one's: [steps, layers].
 
@@ -189,7 +190,8 @@ def equivalent_tokens(
     sending or receiving side of one leg; legs are compared each with itself, and the worst ratio counts, so the result
     errs on the slow side where another leg is the bottleneck. On one rank nothing travels: the mean tokens.
     In normal mode a rank's visits follow from its mean visits by 1 - (1 - visit)^(load / mean load), exact for many
-    independent picks.
+    independent picks. kept: [steps, layers], share of the top_k picks that is left where some were dropped (None: all); the
+    exponent shrinks with it.
     """
     tokens = np.asarray(tokens, dtype=np.float64)[:, None, :]
     loads = np.asarray(rank_loads, dtype=np.float64)
@@ -208,7 +210,7 @@ def equivalent_tokens(
         node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
         rank, node = balanced_visits(ranks=ranks, experts=placement.experts, **gate)
         one = normal_copies(np.ones(ranks), np.full(ranks, rank), np.full(nodes, node))
-        busiest = _busiest_normal(senders, _scaled(by_rank, loads), _scaled(by_node, node_loads), per_node)
+        busiest = _busiest_normal(senders, _scaled(by_rank, loads, kept), _scaled(by_node, node_loads, kept), per_node)
     units = np.asarray([one.nic_out.max(), one.nic_in.max(), one.nvlink_out.max(), one.nvlink_in.max()])
     used = units > 0.0
     return np.asarray((busiest[..., used] / units[used]).max(axis=-1, initial=0.0))
@@ -274,10 +276,12 @@ def _busiest_normal(tokens: Floats, rank_visits: Floats, node_visits: Floats, pe
     return out
 
 
-def _scaled(visits: Floats, loads: Floats) -> Floats:
+def _scaled(visits: Floats, loads: Floats, kept: Floats | None) -> Floats:
     """Visits of single steps [steps, layers, n] from the visits of all steps together [layers, n] and their loads."""
     usual = _part(loads.sum(axis=0))
     ratio = _part(loads) / np.where(usual > 0, usual, 1.0)
+    if kept is not None:
+        ratio = ratio * kept[..., None]
     return np.asarray(-np.expm1(np.log(np.maximum(1.0 - visits, LEAST_MISS)) * ratio))
 
 
