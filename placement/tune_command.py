@@ -189,7 +189,7 @@ def _result(
         baseline = plan_json(base_trial, base, levels)
     notes = []
     if scenario.search.capacity_factor is not None:
-        notes.append("search.capacity_factor has no effect: serving engines are dropless")
+        notes.append("search.capacity_factor has no effect: only policies.capacity sets the factor")
     return {
         "schema_version": 1,
         "best": plan_json(best.trial, best, levels),

@@ -127,6 +127,15 @@ class PricedStep:
     others: tuple[PricedStep, ...] = ()
 
 
+def capacity_sources(setup: LayerSetup, tokens: Floats) -> Floats:
+    """Tokens [steps, sources] of each rank that keeps a capacity of its own, from those of attention-DP ranks.
+
+    Where tokens are exchanged, a TP group's are split over its GPUs and each GPU is a source; else the group is one.
+    """
+    tp = setup.parallel.tp if setup.policies.dispatch.backend not in ("allreduce", "allgather_reducescatter") else 1
+    return np.repeat(tokens / tp, tp, axis=1)
+
+
 class Pricer:
     """Prices the parts of a step for one setup and one cost model; pure, apart from the cost model's own caches."""
 
@@ -150,10 +159,15 @@ class Pricer:
         """
         setup = self.setup
         rows = batch.padded_tokens
-        slots = self.slot_loads(batch, counts)
+        kept = None
+        if not self.capacity.dropless:
+            wanted = counts.sum(axis=2)
+            counts = self._capped(batch, counts)
+            kept = counts.sum(axis=2) / np.where(wanted > 0, wanted, 1.0)
+        slots = self.replicas.slot_loads(counts)
         local = slots.reshape(*slots.shape[:-1], setup.placement.ranks, setup.placement.slots_per_rank)
         arriving = local.sum(axis=-1)
-        exchange = self._balanced_tokens(batch, counts, arriving, mode)
+        exchange = self._balanced_tokens(batch, counts, arriving, mode, kept)
         return PricedStep(
             batch=batch,
             mode=mode,
@@ -177,9 +191,12 @@ class Pricer:
 
     def slot_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
         """Rows that each slot computes [steps, layers, slots] where a batch's tokens want counts [.., experts]."""
-        if not self.capacity.dropless:
-            counts = cap_counts(counts, batch.tokens, self.capacity, top_k=self.setup.model.moe.top_k).rows
-        return self.replicas.slot_loads(counts)
+        return self.replicas.slot_loads(counts if self.capacity.dropless else self._capped(batch, counts))
+
+    def _capped(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
+        """Counts that the experts' capacity leaves."""
+        source = capacity_sources(self.setup, batch.tokens)
+        return cap_counts(counts, source, self.capacity, top_k=self.setup.model.moe.top_k).rows
 
     def rank_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
         """Rows that each EP rank computes [steps, layers, ep]; arguments as in `slot_loads`."""
@@ -385,7 +402,7 @@ class Pricer:
         )
 
     def _balanced_tokens(
-        self, batch: StepBatch, counts: NDArray[np.float64], arriving: Floats, mode: str
+        self, batch: StepBatch, counts: NDArray[np.float64], arriving: Floats, mode: str, kept: Floats | None = None
     ) -> Floats | None:
         """Tokens per GPU of the balanced exchange that loads its busiest endpoint as this one does: [steps, layers]."""
         setup = self.setup
@@ -404,6 +421,7 @@ class Pricer:
             groups=moe.groups,
             top_groups=moe.top_groups,
             nodes=setup.nodes,
+            kept=kept,
         )
 
     def _exchange(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats, mode: str) -> Part:

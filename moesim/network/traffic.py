@@ -165,17 +165,19 @@ def step_visits(
     groups: int = 1,
     top_groups: int = 1,
     nodes: int = 1,
+    kept: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     """Chance that a token visits each rank [steps, layers, ranks] and each node [steps, layers, nodes] in each step.
 
     loads: [steps, layers, ranks], copies that arrive; counts: [steps, layers, experts]. The steps' mean counts give the
-    chances of `visit_chances`; a step's own follow from its loads by 1 - (1 - visit)^(load / mean load).
+    chances of `visit_chances`; a step's own follow from its loads by 1 - (1 - visit)^(load / mean load). kept: as
+    `equivalent_tokens` takes it.
     """
     mean = np.asarray(counts, dtype=np.float64).mean(axis=0)
     whole = np.where(mean.sum(-1, keepdims=True) > 0, mean, 1.0)
     by_rank, by_node = visit_chances(whole, placement, top_k=top_k, groups=groups, top_groups=top_groups, nodes=nodes)
     node_loads = loads.reshape(_grid(loads, nodes)).sum(axis=-1)
-    return _scaled(by_rank, loads), _scaled(by_node, node_loads)
+    return _scaled(by_rank, loads, kept), _scaled(by_node, node_loads, kept)
 
 
 def balanced_visits(
@@ -203,6 +205,7 @@ def equivalent_tokens(
     groups: int = 1,
     top_groups: int = 1,
     nodes: int = 1,
+    kept: Floats | None = None,
 ) -> Floats:
     """Tokens per rank of the balanced exchange whose busiest endpoint carries as much as this one's: [steps, layers].
 
@@ -211,7 +214,8 @@ def equivalent_tokens(
     sending or receiving side of one leg; legs are compared each with itself, and the worst ratio counts, so the result
     errs on the slow side where another leg is the bottleneck. On one rank nothing travels: the mean tokens.
     In normal mode a rank's visits follow from its mean visits by 1 - (1 - visit)^(load / mean load), exact for many
-    independent picks.
+    independent picks. kept: [steps, layers], share of the top_k picks that is left where some were dropped (None: all);
+    the exponent shrinks with it.
     """
     tokens = np.asarray(tokens, dtype=np.float64)[:, None, :]
     loads = np.asarray(rank_loads, dtype=np.float64)
@@ -225,7 +229,7 @@ def equivalent_tokens(
         busiest = _busiest_low_latency(senders, np.ascontiguousarray(loads), per_node)
     else:
         gate = {"top_k": top_k, "groups": groups, "top_groups": top_groups, "nodes": nodes}
-        by_rank, by_node = step_visits(loads, counts, placement, **gate)
+        by_rank, by_node = step_visits(loads, counts, placement, kept=kept, **gate)
         rank, node = balanced_visits(ranks=ranks, experts=placement.experts, **gate)
         one = normal_copies(np.ones(ranks), np.full(ranks, rank), np.full(nodes, node))
         busiest = _busiest_normal(senders, by_rank, by_node, per_node)
@@ -294,10 +298,12 @@ def _busiest_normal(tokens: Floats, rank_visits: Floats, node_visits: Floats, pe
     return out
 
 
-def _scaled(visits: Floats, loads: Floats) -> Floats:
+def _scaled(visits: Floats, loads: Floats, kept: Floats | None) -> Floats:
     """Visits of single steps [steps, layers, n] from the visits of all steps together [layers, n] and their loads."""
     usual = _part(loads.sum(axis=0))
     ratio = _part(loads) / np.where(usual > 0, usual, 1.0)
+    if kept is not None:
+        ratio = ratio * kept[..., None]
     return np.asarray(-np.expm1(np.log(np.maximum(1.0 - visits, LEAST_MISS)) * ratio))
 
 

@@ -36,6 +36,16 @@ def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> lis
             "How far single steps stray from the mean routing is assumed, from other models' public records: aggregate "
             "counts do not tell. A trace with steps or tokens replaces the assumption."
         )
+    if scenario.policies.gate != "model":
+        found.append(
+            "Another gate than the model's own is simulated: token scores behind the recorded counts are assumed "
+            "(preferences plus independent noise), and the model's quality under that gate is not judged."
+        )
+    if scenario.policies.capacity.rule != "dropless":
+        found.append(
+            "Experts keep to a capacity: how many tokens of one rank an expert is asked for is modelled from the "
+            "counts of the whole step, and what dropped tokens do to the model's quality is not judged."
+        )
     if scenario.cost.extrapolate == "allow":
         found.append("cost.extrapolate is `allow`: figures beyond the measured tables are estimates, tagged as such.")
     found.append(

@@ -9,6 +9,7 @@ import numpy as np
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import exchange_mode
 from moesim.graph.batch import StepBatch, step_batch
+from moesim.graph.pricing import capacity_sources
 from moesim.routing.capacity.kernel import aligned_rows
 from moesim.routing.capacity.on_counts import CountFlow, cap_counts
 from moesim.routing.gates.choice import gate_spec
@@ -63,7 +64,8 @@ def _phase(simulation: Simulation, kind: str) -> dict[str, Any]:
     weights = np.repeat(model.routing.weights[loads], STEPS)
     every = np.concatenate(counts)
     top_k = simulation.deployment.setup.model.moe.top_k
-    flow = cap_counts(every, np.repeat(rows, len(every), axis=0), model.pricer.capacity, top_k=top_k)
+    source = np.repeat(capacity_sources(simulation.deployment.setup, rows), len(every), axis=0)
+    flow = cap_counts(every, source, model.pricer.capacity, top_k=top_k)
     found = {
         "tokens_per_dp_rank": float(rows.mean()),
         "dropped_fraction": _share(flow.dropped, every, weights),

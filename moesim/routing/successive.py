@@ -23,8 +23,8 @@ from moesim.routing.sample import _alias
 
 Floats = NDArray[np.float64]
 
-# Nodes of the integral over the time at which an expert arrives: at 48 the chances of 256 experts sum to k within 1e-8.
-NODES = 48
+# Nodes of the integral over the time at which an expert arrives: at 64 the chances of 256 experts sum to k within 1e-8.
+NODES = 64
 # The fixed point that finds weights stops at this error of a chance.
 TOLERANCE = 1e-7
 MAX_ROUNDS = 60
@@ -127,7 +127,7 @@ def _inclusion(weights: Floats, top_k: int, nodes: Floats, areas: Floats, out: F
     experts = weights.shape[0]
     out[:] = 0.0
     # End: more than top_k + 12 sqrt(top_k) + 30 arrivals are expected, or nearly all experts have arrived.
-    wanted = min(top_k + 12.0 * np.sqrt(top_k) + 30.0, experts - 1e-3)
+    wanted = min(top_k + 12.0 * np.sqrt(top_k) + 30.0, experts - 1e-9)
     high = 1.0
     while (1.0 - np.exp(-weights * high)).sum() < wanted and high < 1e9:
         high *= 2.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from moesim.spec.base import Spec
 
@@ -28,3 +28,10 @@ class GateSpec(Spec):
     def given(self) -> dict[str, object]:
         """The parameters that were given, by name."""
         return {name: value for name, value in self.model_dump().items() if name != "name" and value is not None}
+
+
+# A name alone, or a mapping with parameters; told apart by type, so that an error speaks of the one that was meant.
+GateChosen = Annotated[
+    Annotated[str, Tag("name")] | Annotated[GateSpec, Tag("parameters")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "parameters"),
+]

@@ -12,7 +12,7 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
-from moesim.spec.gate import GateSpec
+from moesim.spec.gate import GateChosen
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
@@ -157,7 +157,7 @@ class DispatchSpec(Spec):
 class PoliciesSpec(Spec):
     """A choice on each policy axis."""
 
-    gate: str | GateSpec = "model"
+    gate: GateChosen = "model"
     capacity: CapacitySpec = CapacitySpec()
     dispatch: DispatchSpec = DispatchSpec()
     schedule: Schedule = "sequential"

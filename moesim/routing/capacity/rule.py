@@ -34,8 +34,8 @@ class CapacityRule:
 
     rule: "dropless" or one of FORMULAS. drop: "position", "probability" or "random": who loses its place. by_choice: by
     position, all first choices come before any second one (GShard, DeepSpeed top-2); else tokens in their order.
-    backup: where a pick that lost its place goes: None (dropped), "random" (one random expert, if it has room) or "next_best"
-    (down the token's own order). pad: experts work on their whole capacity.
+    backup: where a pick that lost its place goes: None (dropped), "random" (one random expert, if it has room) or
+    "next_best" (down the token's own order). pad: experts work on their whole capacity.
     """
 
     rule: str = DROPLESS

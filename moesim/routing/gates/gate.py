@@ -16,8 +16,8 @@ class GateChoice:
 
     top_k: experts of a token (mean, where that varies). groups, top_groups: of group- or device-limited gates and of
     two-level ones. scoring: "softmax" or "sigmoid". normalise: weights of a token sum to 1. noise: standard
-    deviation of Gaussian noise on a logit; temperature: of Gumbel noise. threshold, max_k: of top-p. locality: logits added to
-    experts on the token's own node. block: tokens assigned together by the balanced gate.
+    deviation of Gaussian noise on a logit; temperature: of Gumbel noise. threshold, max_k: of top-p. locality: added to
+    the logits of experts on the token's own node. block: tokens assigned together by the balanced gate.
     """
 
     top_k: int

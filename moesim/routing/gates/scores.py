@@ -43,13 +43,18 @@ def preferences(shares: Floats, moe: MoeSpec, odds: Floats, *, where: str = "rou
     if choice.groups == 1 or choice.top_groups >= choice.groups:
         return found
     wanted = chance * len(odds)
-    kept = grouped.BEST_OF_GROUP if gate is grouped.group_limited else 1
     for _ in range(ROUNDS):
-        got = limited_counts(
-            np.exp(found), odds, choice.groups, choice.top_groups, choice.top_k, kept, choice.scoring == "sigmoid"
-        )
+        got = counts_of_groups(gate is grouped.group_limited, found, odds, choice)
         found = found + STEP * np.log((wanted + 0.5) / (got + 0.5))
     return np.asarray(found - np.log(np.exp(found - found.max()).sum()) - found.max())
+
+
+def counts_of_groups(two_best: bool, preference: Floats, odds: Floats, choice: GateChoice) -> Floats:
+    """Counts [experts] that group_limited (two_best) or device_limited gives on the sample: the same, compiled."""
+    kept = grouped.BEST_OF_GROUP if two_best else 1
+    sigmoids = choice.scoring == "sigmoid"
+    counts = limited_counts(np.exp(preference), odds, choice.groups, choice.top_groups, choice.top_k, kept, sigmoids)
+    return np.asarray(counts)
 
 
 @njit(cache=True)
