@@ -10,10 +10,12 @@ import yaml
 
 from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
+from moesim.engine.explain import explain
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.explain import explanation_json
 from moesim.output.metrics import simulation_json
 from moesim.output.report import write_run_report
 from moesim.output.series import simulation_series
@@ -262,7 +264,8 @@ def _told(simulation: Simulation | None) -> dict[str, Any] | None:
     """A simulation's figures and the series behind its pictures."""
     if simulation is None:
         return None
-    return {"figures": simulation_json(simulation), "series": simulation_series(simulation)}
+    figures = {**simulation_json(simulation), "explain": explanation_json(explain(simulation))}
+    return {"figures": figures, "series": simulation_series(simulation)}
 
 
 def print_tune(result: dict[str, Any]) -> None:

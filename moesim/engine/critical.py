@@ -8,6 +8,7 @@ last rank of its group is ready; there the chain goes on that rank.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,10 @@ from moesim.graph.task import StepTimes, Stream, Task, TaskGraph
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bound = Literal["start", "dependency", "stream"]
+_NOT_THIS_GRAPH, _GIVE_THESE = (
+    "task {} starts at {} s, when nothing that it waits for ends",
+    "give the times of this graph",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class CriticalPath:
 class Waits:
     """Time that ranks waited for others before collectives.
 
-    for_operation_s: operation that the last rank of a group was still busy with -> [steps, ranks], the waits of each
-    rank. They sum to `StepTimes.wait_s`. for_rank_s: [steps, ranks], what all other ranks together waited for this one.
+    for_operation_s: what the last rank of a group was busy with, or itself waited for, while others stood ready:
+    operation -> [steps, ranks], the waits of each rank. They sum to `StepTimes.wait_s`. for_rank_s: [steps, ranks],
+    what all other ranks together waited for this one (ranks that come last together share it).
     """
 
     for_operation_s: dict[str, Floats]
@@ -76,10 +82,7 @@ def critical_path(graph: TaskGraph, times: StepTimes, *, step: int = 0) -> Criti
                 break
             held = _held_back(graph.tasks[task], before[task], end_s, start, rank)
             if held is None:
-                raise BadInput(
-                    f"task {graph.tasks[task].name} starts at {start} s, when nothing that it waits for ends",
-                    mend="give the times of this graph",
-                )
+                raise BadInput(_NOT_THIS_GRAPH.format(graph.tasks[task].name, start), mend=_GIVE_THESE)
             other, other_rank, bound = held
             found.append((task, rank, bound))
             task, rank = other, other_rank
@@ -96,29 +99,56 @@ def waits(graph: TaskGraph, times: StepTimes) -> Waits:
     before = _stream_predecessors(graph.tasks)
     by_operation: dict[str, Floats] = defaultdict(lambda: np.zeros((steps, ranks)))
     for_rank_s = np.zeros((steps, ranks))
-    every = np.arange(steps)
     for index, task in enumerate(graph.tasks):
         others = [*task.depends_on, *([before[index]] if before[index] >= 0 else [])]
         if task.groups is None or not others:
             continue
-        ends = end_s[others]  # [others, steps, ranks]
-        ready_s, last = ends.max(axis=0), ends.argmax(axis=0)
-        waited_s = start_s[index] - ready_s
+        ready_s = end_s[others].max(axis=0)  # [steps, ranks]
         for group in np.unique(task.groups):
             members = np.flatnonzero(task.groups == group)
-            latest = members[ready_s[:, members].argmax(axis=1)]  # [steps]
-            inside_s = waited_s[:, members]
-            for_rank_s[every, latest] += inside_s.sum(axis=1)
-            for place, other in enumerate(others):
-                steps_of = last[every, latest] == place
-                if steps_of.any():
-                    by_operation[graph.tasks[other].operation][np.ix_(steps_of, members)] += inside_s[steps_of]
-    return Waits({name: seconds for name, seconds in by_operation.items() if seconds.any()}, for_rank_s)
+            waited_s = start_s[index][:, members] - ready_s[:, members]
+            inside_s = ready_s[:, members]
+            latest = members[inside_s.argmax(axis=1)]  # [steps]
+            last = inside_s == inside_s.max(axis=1, keepdims=True)  # ranks that are last together share it
+            for_rank_s[:, members] += last * (waited_s.sum(axis=1) / last.sum(axis=1))[:, None]
+            for step in np.flatnonzero(waited_s.any(axis=1)):
+                late = (index, int(latest[step]))
+                spent = _meanwhile(graph, before, start_s[:, step], end_s[:, step], late, inside_s[step])
+                for operation, seconds in spent:
+                    by_operation[operation][step, members] += seconds
+    return Waits(dict(by_operation), for_rank_s)
 
 
-def _held_back(task: Task, before: int, end_s: Floats, start: float, rank: int) -> tuple[int, int, Bound] | None:
-    """The task and rank whose end is this start, and whether it is a dependency or the stream; None if there is none."""
-    ranks = [rank] if task.groups is None else np.flatnonzero(task.groups == task.groups[rank]).tolist()
+def _meanwhile(
+    graph: TaskGraph, before: list[int], start_s: Floats, end_s: Floats, last: tuple[int, int], ready: Floats
+) -> Iterator[tuple[str, Floats]]:
+    """What held back the last rank of a collective since the others were ready: operations, seconds of each [members].
+
+    last: the collective and its last rank; ready: [members], when each of the group was ready.
+    """
+    task, rank = last
+    start = float(start_s[task, rank])
+    alone = True  # the collective itself: only this rank's own causes, it is the last
+    while start > ready.min():
+        held = _held_back(graph.tasks[task], before[task], end_s, start, rank, alone=alone)
+        if held is None:
+            raise BadInput(_NOT_THIS_GRAPH.format(graph.tasks[task].name, start), mend=_GIVE_THESE)
+        task, rank, _ = held
+        alone = False
+        began, ended = float(start_s[task, rank]), float(end_s[task, rank])
+        yield graph.tasks[task].operation, np.maximum(ended - np.maximum(ready, began), 0.0)
+        start = began
+
+
+def _held_back(
+    task: Task, before: int, end_s: Floats, start: float, rank: int, *, alone: bool = False
+) -> tuple[int, int, Bound] | None:
+    """The task and rank whose end is this start, and whether a dependency or the stream; None if there is none.
+
+    alone: look on this rank only, where a collective could have waited for another of its group.
+    """
+    local = alone or task.groups is None
+    ranks = [rank] if local else np.flatnonzero(task.groups == task.groups[rank]).tolist()  # type: ignore[index]
     causes: list[tuple[int, Bound]] = [(other, "dependency") for other in task.depends_on]
     if before >= 0:
         causes.append((before, "stream"))
@@ -146,6 +176,6 @@ def _timeline(graph: TaskGraph, times: StepTimes) -> tuple[Floats, Floats]:
         raise BadInput(
             f"times of {times.start_s.shape[0]} tasks on {times.start_s.shape[2]} ranks for a graph of "
             f"{len(graph.tasks)} tasks on {graph.ranks} ranks",
-            mend="give the times of this graph",
+            mend=_GIVE_THESE,
         )
     return times.start_s, times.end_s

@@ -169,6 +169,7 @@ class ExactModel:
         self.model = model
         self.fidelity = fidelity
         self.rng = np.random.default_rng([model.seed, 5])
+        self.routed: list[Floats] = []  # counts of the last step built, by micro-batch
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step. Raises OutsideProfile."""
@@ -192,9 +193,11 @@ class ExactModel:
         weights = model.routing.weights[loads] / model.routing.weights[loads].sum()
         parts = [batch.half(), batch.half()] if setup.policies.schedule == "two_batch" else [batch]
         priced = []
+        self.routed = []
         for part in parts:
             load = int(self.rng.choice(loads, p=weights))
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
+            self.routed.append(counts)
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
         return build_step(setup, priced), priced
 

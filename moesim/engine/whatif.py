@@ -48,6 +48,21 @@ def balanced(graph: TaskGraph) -> TaskGraph:
     return _changed(graph, mean)
 
 
+def at_most(graph: TaskGraph, other: TaskGraph, operations: frozenset[str]) -> TaskGraph:
+    """The graph with tasks of these operations no longer than in `other`, a graph of the same tasks."""
+    shorter = iter(other.tasks)
+
+    def least(task: Task) -> Task:
+        twin = next(shorter)
+        if twin.name != task.name:
+            raise AssertionError(f"{twin.name} stands where {task.name} does")
+        if task.operation not in operations:
+            return task
+        return replace(task, duration_s=np.minimum(task.duration_s, twin.duration_s))
+
+    return _changed(graph, least)
+
+
 def overlapped(graph: TaskGraph) -> TaskGraph:
     """The graph without dependencies between streams: each rank's longest stream, and no schedule can do better."""
     streams = [task.stream for task in graph.tasks]

@@ -53,6 +53,23 @@ def test_the_waits_of_that_layer():
     assert found.for_rank_s.tolist() == [[1.0, 2.0]]
 
 
+def test_a_wait_is_told_by_all_that_the_late_rank_did_meanwhile():
+    # Rank 0 is ready at 2; rank 1 does the rest of its attention until 3, its gate until 7.
+    graph = TaskGraph(
+        1,
+        2,
+        (
+            task("attention", Stream.COMPUTE, (1.0, 3.0)),
+            task("gate", Stream.COMPUTE, (1.0, 4.0)),
+            task("dispatch", Stream.COMMUNICATION, (1.0,), (1,), TOGETHER),
+        ),
+    )
+    found = waits(graph, maxplus.run(graph, timeline=True))
+    assert found.for_operation_s["attention"].tolist() == [[1.0, 0.0]]
+    assert found.for_operation_s["gate"].tolist() == [[4.0, 0.0]]
+    assert found.for_rank_s.tolist() == [[0.0, 5.0]]
+
+
 @pytest.mark.parametrize(
     ("change", "seconds"),
     [
