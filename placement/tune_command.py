@@ -21,6 +21,7 @@ from moesim.output.report import write_run_report
 from moesim.output.series import simulation_series
 from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
+from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
@@ -73,6 +74,7 @@ def tune(
         raise MissingPart("searching on a Ray cluster is not built yet", where="--ray", mend="use --workers")
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
+    refuse_faults(spec.faults, "tune")
     folder = out or Path("runs") / scenario.stem
     ground = groundwork(spec)
     spec = ground.scenario

@@ -42,6 +42,10 @@ def simulate(
         from moesim.output.explain import explanation_json
 
         result["explain"] = explanation_json(explained(simulation))
+    if simulation.without_faults is not None:
+        from moesim.output.faults import faults_json
+
+        result["faults"] = faults_json(simulation)
     if timeline is not None:
         from moesim.output.steptrace import write_step_timeline
 
@@ -55,6 +59,10 @@ def simulate(
         print_json(result)
     else:
         print_simulation(result)
+        if "faults" in result:
+            from moesim.output.faults import print_faults
+
+            print_faults(result)
         if explain:
             from moesim.output.explain_console import print_explanation
 

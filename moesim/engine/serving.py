@@ -20,6 +20,7 @@ from moesim.engine.batcher import (
     new_requests,
     plan_step,
 )
+from moesim.engine.outages import FaultClock, drop_rank, empty_queue
 from moesim.errors import BadInput, Infeasible
 
 Floats = NDArray[np.float64]
@@ -82,8 +83,16 @@ class _Log:
 class _Run:
     """State shared by the processes of one run."""
 
-    def __init__(self, load: Load, limits: Limits, ranks: int, instances: int, step_time: StepTime) -> None:
-        self.load, self.limits, self.step_time = load, limits, step_time
+    def __init__(
+        self,
+        load: Load,
+        limits: Limits,
+        ranks: int,
+        instances: int,
+        step_time: StepTime,
+        faults: FaultClock | None,
+    ) -> None:
+        self.load, self.limits, self.step_time, self.faults = load, limits, step_time, faults
         self.environment = simpy.Environment()
         self.requests = new_requests(load.isl, load.osl)
         self.groups = [new_ranks(ranks, limits.max_running) for _ in range(instances)]
@@ -102,13 +111,18 @@ class _Run:
         request = self.arrived
         self.arrived += 1
         instance = request % len(self.groups)
-        group = self.groups[instance]
-        rank = (request // len(self.groups)) % len(group.head)
+        rank = (request // len(self.groups)) % len(self.groups[instance].head)
         self.requests.arrival_s[request] = self.environment.now
-        enqueue(self.requests, group, rank, request)
+        self.events += 1
+        self.send(request, instance, rank)
+
+    def send(self, request: int, instance: int, rank: int) -> None:
+        """Put a request into a rank's queue, or into another's where faults have taken it, and wake its instance."""
+        if self.faults is not None:
+            instance, rank = self.faults.route(instance, rank, self.environment.now)
+        enqueue(self.requests, self.groups[instance], rank, request)
         if not self.waking[instance].triggered:
             self.waking[instance].succeed()
-        self.events += 1
 
     def arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
         for time_s in times_s:
@@ -122,6 +136,12 @@ class _Run:
         ended = np.zeros(group.running.size + len(group.head) * self.limits.max_running, np.int64)
         total = len(self.load.isl)
         while self.ended < total:
+            if self.faults is not None:
+                self.suffer(instance, self.faults)
+                back_s = self.faults.down_until(instance, self.environment.now)
+                if back_s > self.environment.now:
+                    yield self.environment.timeout(back_s - self.environment.now)
+                    continue
             if plan_step(self.requests, group, self.limits, plan) == 0:
                 self.waking[instance] = self.environment.event()
                 yield self.waking[instance]
@@ -129,24 +149,46 @@ class _Run:
                 continue
             self.peak_kv_tokens = max(self.peak_kv_tokens, int(group.kv_tokens.max()))
             start_s = self.environment.now
-            step_s = self.step_time(plan)
+            step_s = self.step_time(plan) if self.faults is None else self.faults.step_s(plan, instance, start_s)
             self.log.add(start_s, step_s, plan.decode_seqs.sum(), plan.prefill_tokens.sum(), instance)
             yield self.environment.timeout(step_s)
             self.events += 1
             self.gaps, done = finish_step(
                 self.requests, group, plan, self.environment.now, self.gaps_s, self.gaps, ended
             )
-            self.ended += done
-            if self.load.concurrency is not None:
-                for _ in range(min(done, total - self.arrived)):
-                    self.admit()
+            self.end(done)
+
+    def end(self, done: int) -> None:
+        """Count requests that ended, or were lost; a closed loop sends as many more."""
+        self.ended += done
+        if self.load.concurrency is not None:
+            for _ in range(min(done, len(self.load.isl) - self.arrived)):
+                self.admit()
+
+    def suffer(self, instance: int, faults: FaultClock) -> None:
+        """Lose what faults have taken since the last step."""
+        for strike in faults.strike(instance, self.environment.now):
+            for rank in strike.ranks:
+                lost = drop_rank(self.requests, self.groups[instance], rank)
+                if strike.queues_move:
+                    for request in empty_queue(self.requests, self.groups[instance], rank):
+                        self.send(request, instance, rank)
+                self.end(len(lost))
 
 
-def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime) -> Served:
+def serve(
+    load: Load,
+    limits: Limits,
+    *,
+    ranks: int,
+    instances: int,
+    step_time: StepTime,
+    faults: FaultClock | None = None,
+) -> Served:
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. Requests go to instances and ranks in turn. Raises Infeasible when a request
-    can never be admitted.
+    can never be admitted. faults: which take over the time of steps; a request that they lose has no `finish_s`.
     """
     context = int((load.isl + load.osl).max())
     if context > limits.kv_tokens:
@@ -167,7 +209,7 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
             mend="raise max_batch_tokens_per_dp_rank above max_running_requests_per_dp_rank",
             reason="batch_limits",
         )
-    run = _Run(load, limits, ranks, instances, step_time)
+    run = _Run(load, limits, ranks, instances, step_time, faults)
     if load.arrival_s is not None:
         run.environment.process(run.arrivals(load.arrival_s))
     else:
@@ -184,7 +226,7 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
         isl=run.requests.isl,
         osl=run.requests.osl,
         gaps_s=run.gaps_s[: run.gaps],
-        duration_s=float(np.nanmax(run.requests.finish_s)),
+        duration_s=_last(run.requests.finish_s, run.environment.now),
         steps=run.log.used,
         events=run.events,
         step_start_s=log[:, 0],
@@ -194,3 +236,8 @@ def serve(load: Load, limits: Limits, *, ranks: int, instances: int, step_time: 
         step_instance=log[:, 4].astype(np.int64),
         peak_kv_tokens=run.peak_kv_tokens,
     )
+
+
+def _last(finish_s: Floats, now_s: float) -> float:
+    """The last end of a request; the end of the run where faults lost them all."""
+    return float(np.nanmax(finish_s)) if np.isfinite(finish_s).any() else now_s

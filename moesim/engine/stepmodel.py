@@ -108,6 +108,7 @@ class TimedModel:
         self.decode_seqs, self.decode_kv = seqs, kv
         self.decode_attention_s = np.ascontiguousarray(part.seconds(self.normal))
         self._prompts_s: dict[tuple[int, int, float], float] = {}
+        self.slowdown: Floats | None = None  # [attention-DP ranks], of computing on ranks that are slow
         self._tables: dict[str, StepTable] = {}
 
     def table(self, kind: str) -> StepTable:
@@ -138,6 +139,9 @@ class TimedModel:
         if reading:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
                 attention_s[rank] += self._prompt_attention(plan, int(rank))
+        if self.slowdown is not None:
+            attention_s = attention_s * self.slowdown
+        if reading:
             return table.step_s(mean, largest / mean, float(attention_s.max()))
         graphs = self.model.graphs
         rows = float(graphs.padded(int(largest)))

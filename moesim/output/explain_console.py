@@ -25,7 +25,7 @@ def print_explanation(found: dict[str, Any]) -> None:
         out.print(f"{title(step)}.")
         shown = Table()
         shown.add_column("critical path")
-        for name in ("time", "share", "if it cost nothing"):
+        for name in ("time", "share", "if free"):
             shown.add_column(name, justify="right")
         rows = sorted(step["critical_path_s"].items(), key=lambda item: -item[1])
         for name, seconds in rows:

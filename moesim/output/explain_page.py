@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from moesim.output.charts import BEST, INK, MUTED, OTHER, axis, figure, line, rect, text
+from moesim.output.charts import BEST, INK, MUTED, OTHER, axis, figure, line, on_top_of, rect, text
 from moesim.output.explain_words import FEW, WHAT_IFS, summary, title
 from moesim.output.page import details, exact, key, number, percent, section, table
 from moesim.output.pictures import OPERATIONS, named
@@ -40,7 +40,7 @@ _LEAD = (
     "The critical path is the chain of operations whose times sum to the step; what is not on it was hidden. Every "
     "what-if is the same step run again with other durations, so gains do not add up. Perfect balance: every rank does "
     "the mean rank's work, and exchanges are even. Infinite network: exchanges and collectives take no time. Perfect "
-    "overlap: streams never wait for each other."
+    "overlap: streams never wait for each other. Free: the operation takes no time."
 )
 
 
@@ -54,9 +54,9 @@ def _what_ifs(step: Explained) -> str:
     best = sorted(step.without_operation.items(), key=lambda item: item[1].step_s)[:_SHOWN_OPERATIONS]
     rows = [("as it is", step.step_s, 0.0)]
     rows += [(WHAT_IFS[name], one.step_s, one.saves) for name, one in step.what_if.items() if name in WHAT_IFS]
-    rows += [(f"if {named(name)} cost nothing", one.step_s, one.saves) for name, one in best]
-    left, width, upper, high = 196.0, 560.0, 8.0, 24.0
-    x = axis(0.0, step.step_s * 1e3, left, width - 16, ticks=5)
+    rows += [(f"free {named(name)}", one.step_s, one.saves) for name, one in best]
+    left, width, upper, high = 184.0, 560.0, 8.0, 24.0
+    x = axis(0.0, step.step_s * 1e3, left, width - 60, ticks=5)
     bottom = upper + len(rows) * high
     body = []
     for value, tick in x.ticks:
@@ -70,7 +70,7 @@ def _what_ifs(step: Explained) -> str:
         body.append(rect(left, y, x.at(seconds * 1e3) - left, high - 6, OTHER if index == 0 else BEST, told))
         if index:
             body.append(rect(x.at(seconds * 1e3), y, x.at(step.step_s * 1e3) - x.at(seconds * 1e3), high - 6, _SAVED))
-            body.append(text(x.at(step.step_s * 1e3) - 5, y + 13, f"−{percent(saves)}", anchor="end", fill=INK))
+            body.append(text(width - 8, y + 13, f"−{percent(saves)}", anchor="end", fill=INK))
     return figure(
         width, bottom + 42, f"What would help: {'; '.join(f'{n} {human_seconds(s)}' for n, s, _ in rows)}", body
     )
@@ -128,8 +128,6 @@ def _colour(name: str) -> str:
 
 
 def _ink(name: str) -> str:
-    from moesim.output.charts import on_top_of
-
     return on_top_of(_colour(name))
 
 

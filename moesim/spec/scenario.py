@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.faults import FaultSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
@@ -174,12 +175,15 @@ class Scenario(Spec):
     training: TrainingSpec | None = None
     objective: ObjectiveSpec = ObjectiveSpec()
     search: SearchSpec = SearchSpec()
+    faults: tuple[FaultSpec, ...] = ()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.faults and self.serving is None:
+            raise ValueError("faults are simulated for serving only")
         return self
 
 
