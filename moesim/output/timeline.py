@@ -128,7 +128,8 @@ def _write_tasks(
         if index not in marked:
             writer.slices(_task_template(task, told), values)
             continue
-        on_path = np.isin(np.arange(ranks), list(marked[index]))
+        on_path = np.zeros(ranks, dtype=bool)
+        on_path[list(marked[index])] = True
         writer.slices(_task_template(task, told), values[~on_path])
         writer.slices(_task_template(task, {**told, "critical": True}), values[on_path])
 
