@@ -31,7 +31,7 @@ def print_explanation(found: dict[str, Any]) -> None:
         for name, seconds in rows:
             if seconds >= SMALL * whole:
                 saves = step["without_operation"][name]["saves"]
-                shown.add_row(name, human_seconds(seconds), f"{seconds / whole:.0%}", f"-{saves:.0%}")
+                shown.add_row(name.replace("_", " "), human_seconds(seconds), f"{seconds / whole:.0%}", f"-{saves:.0%}")
         rest = sum(seconds for _, seconds in rows if seconds < SMALL * whole)
         if rest > 0:
             shown.add_row("other", human_seconds(rest), f"{rest / whole:.0%}", "")

@@ -46,7 +46,9 @@ def summary(step: Mapping[str, Any]) -> list[str]:
         ((name, _mean(by)) for name, by in step["waited_for_operation_s"].items()), key=lambda item: -item[1]
     )
     if waited > FEW * whole and sum(step["waited_for_rank_s"]) > 0:
-        named = ", ".join(f"{name} {seconds / waited:.0%}" for name, seconds in by_operation[:_WAITED_FOR])
+        named = ", ".join(
+            f"{name.replace('_', ' ')} {seconds / waited:.0%}" for name, seconds in by_operation[:_WAITED_FOR]
+        )
         lines.append(f"Waited for: {named}; {_late(step['waited_for_rank_s'])}.")
     if step["layers"]:
         hot = max(step["layers"], key=lambda layer: float(layer["slowest_over_mean"]))

@@ -99,6 +99,13 @@ def test_no_request_of_a_closed_loop_ends_earlier_under_a_fault(fault, fidelity,
     assert served.duration_s > without.duration_s
 
 
+def test_a_whole_run_under_faults_is_the_same_on_both_executors():
+    faults = [SLOW[0], SLOW[2], SLOW[3]]
+    fast, careful = (run(faults, fidelity)[0] for fidelity in ("maxplus", "des"))
+    np.testing.assert_allclose(careful.finish_s, fast.finish_s, rtol=1e-9)
+    np.testing.assert_allclose(careful.step_s, fast.step_s, rtol=1e-9)
+
+
 @pytest.mark.parametrize("schedule", ["sequential", "two_batch"])
 @pytest.mark.parametrize("fidelity", ["table", "maxplus"])
 def test_faults_of_factor_one_change_no_request(fidelity, schedule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from moesim.cli import run
 from moesim.engine.deployment import groundwork, resolve
-from moesim.engine.faults import orphans
+from moesim.engine.faults import check_faults, orphans
 from moesim.engine.simulate import simulate
+from moesim.errors import BadInput
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
+from tests.property.test_fuzz_scenarios import mutate
 from tests.scenarios import small, write
 
 LAYERS, EXPERTS, RANKS = 16, 64, 8
@@ -118,3 +121,25 @@ def test_a_person_sees_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "With and without the faults (1)" in printed
     assert "requests failed" in printed
+
+
+def test_mutated_faults_are_read_or_refused_in_one_line() -> None:
+    whole = {
+        "faults": [
+            {"kind": "slow_gpu", "gpu": 1, "factor": 2.0, "from_s": 1.0, "to_s": 2.0},
+            {"kind": "slow_link", "gpu": 2, "link": "nvlink", "factor": 3.0, "instance": 0},
+            {"kind": "dead_link", "gpu": 2, "link": "nvlink", "recovery_s": 4.0},
+            {"kind": "dead_rank", "gpu": 3, "recovery_s": 1.0},
+            {"kind": "jitter", "sigma": 0.2},
+        ]
+    }
+    deployment = resolve(groundwork(Scenario.read(small(), where="test")))
+    read = 0
+    for seed in range(300):
+        changed = mutate(whole, random.Random(seed))
+        try:
+            check_faults(deployment, Scenario.read({**small(), **changed}, where="test").faults)
+            read += 1
+        except BadInput as error:
+            assert "\n" not in error.line()
+    assert 10 < read < 290
