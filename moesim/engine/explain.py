@@ -280,9 +280,7 @@ def _paths(drawn: Sequence[_Drawn]) -> dict[str, float]:
 
 def _hot_layers(simulation: Simulation, drawn: Sequence[_Drawn]) -> tuple[HotLayer, ...]:
     placement = simulation.deployment.setup.placement
-    shares = simulation.model.pricer.shares
-    counts = np.concatenate([sum(one.counts[1:], one.counts[0]) for one in drawn])  # [steps, layers, experts]
-    loads = placement.rank_loads(counts, shares)
+    counts, loads = _counts(drawn), _rank_loads(simulation, drawn)
     replicas = placement.replica_counts()
     taken = np.mean([_expert_seconds(one, placement.layer_ids) for one in drawn], axis=0)  # [layers, ranks]
     found = []
@@ -316,11 +314,21 @@ def _expert_seconds(drawn: _Drawn, layer_ids: NDArray[np.int64]) -> Floats:
     return found
 
 
+def _counts(drawn: Sequence[_Drawn]) -> Floats:
+    """Tokens of each expert in the drawn steps, micro-batches together: [steps, layers, experts]."""
+    return np.concatenate([sum(one.counts[1:], one.counts[0]) for one in drawn])
+
+
+def _rank_loads(simulation: Simulation, drawn: Sequence[_Drawn]) -> Floats:
+    """Rows that each EP rank computes in the drawn steps: [steps, layers, ranks]."""
+    placement = simulation.deployment.setup.placement
+    return placement.rank_loads(_counts(drawn), simulation.model.pricer.shares)
+
+
 def _traffic(simulation: Simulation, drawn: Sequence[_Drawn], batch: StepBatch, mode: str) -> StepBytes | None:
     tp = simulation.deployment.setup.parallel.tp
-    counts = np.concatenate([sum(one.counts[1:], one.counts[0]) for one in drawn]).mean(axis=0)
-    shares = simulation.model.pricer.shares
-    return step_bytes(simulation.deployment, shares, np.repeat(batch.tokens[0] / tp, tp), counts, mode)
+    counts, loads = _counts(drawn).mean(axis=0), _rank_loads(simulation, drawn).mean(axis=0)
+    return step_bytes(simulation.deployment, np.repeat(batch.tokens[0] / tp, tp), counts, loads, mode)
 
 
 def _mean(values: Sequence[Floats]) -> float:

@@ -50,12 +50,13 @@ class StepBytes:
     tag: str
 
 
-def step_bytes(deployment: Deployment, shares: Floats, tokens: Floats, counts: Floats, mode: str) -> StepBytes | None:
+def step_bytes(
+    deployment: Deployment, tokens: Floats, counts: Floats, rank_loads: Floats, mode: str
+) -> StepBytes | None:
     """Bytes of one step of the first instance; None for a dispatch whose bytes do not follow the routing.
 
-    shares: [layers, slots], of its expert's tokens that each slot serves. tokens: [gpus], which each sends; counts:
-    [layers, experts]. In DeepEP's normal mode copies are modelled from the counts (tag "assumed"), see
-    `moesim.network.traffic`.
+    tokens: [gpus], which each sends; counts: [layers, experts]; rank_loads: [layers, ranks], rows that arrive on each.
+    In DeepEP's normal mode copies are modelled from the counts (tag "assumed"), see `moesim.network.traffic`.
     """
     setup = deployment.setup
     backend = setup.policies.dispatch.backend
@@ -63,7 +64,7 @@ def step_bytes(deployment: Deployment, shares: Floats, tokens: Floats, counts: F
         return None
     shape: Mode = "normal" if backend == "deepep" and mode == "normal" else "low_latency"
     sizes = {step: _copy_bytes(deployment, step, shape) for step in ("dispatch", "combine")}
-    pairs, legs = _copies(deployment, shares, tokens, counts, shape)
+    pairs, legs = _copies(deployment, tokens, counts, rank_loads, shape)
     crossing: Crossing = "receiver" if shape == "normal" else "spine"
     topology = build(deployment.ground.cluster, crossing=crossing)
     out = _by_link(topology, [copies * sizes["dispatch"] for copies in pairs])
@@ -95,15 +96,14 @@ def _copy_bytes(deployment: Deployment, step: str, shape: Mode) -> float:
 
 
 def _copies(
-    deployment: Deployment, shares: Floats, tokens: Floats, counts: Floats, shape: Mode
+    deployment: Deployment, tokens: Floats, counts: Floats, rank_loads: Floats, shape: Mode
 ) -> tuple[list[Floats], LegCopies]:
     """Copies of all layers together: between GPUs in one or two hops [gpus, gpus], and by leg [gpus]."""
     setup = deployment.setup
     placement, moe, nodes = setup.placement, setup.model.moe, setup.nodes
     if shape == "low_latency":
-        loads = placement.rank_loads(counts, shares)
-        legs = low_latency_copies(tokens, loads, nodes=nodes)
-        return [pair_copies(tokens, loads).sum(axis=0)], _summed(legs)
+        legs = low_latency_copies(tokens, rank_loads, nodes=nodes)
+        return [pair_copies(tokens, rank_loads).sum(axis=0)], _summed(legs)
     by_rank, by_node = visit_chances(
         counts, placement, top_k=moe.top_k, groups=moe.groups, top_groups=moe.top_groups, nodes=nodes
     )

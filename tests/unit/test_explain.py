@@ -100,7 +100,8 @@ def traffic_of(simulation: Simulation, mode: str) -> StepBytes:
     moe = setup.model.moe
     tokens = np.full(setup.parallel.gpus, 8.0)
     counts = np.full((setup.model.moe_layers, moe.experts), tokens.sum() * moe.top_k / moe.experts)
-    found = step_bytes(simulation.deployment, simulation.model.pricer.shares, tokens, counts, mode)
+    loads = setup.placement.rank_loads(counts, simulation.model.pricer.shares)
+    found = step_bytes(simulation.deployment, tokens, counts, loads, mode)
     assert found is not None
     return found
 

@@ -55,8 +55,10 @@ def test_the_experts_of_a_dead_rank_cost_the_others_more(tmp_path: Path) -> None
     data = twice_placed(tmp_path)
     data["serving"]["workload"] |= {"arrivals": {"concurrency": 64}, "isl": 1024}
     data["faults"] = [{"kind": "dead_rank", "gpu": 2}]
-    found = simulate(resolve(groundwork(Scenario.read(data, where="test"))), draws=0, fidelity="maxplus")
+    deployment = resolve(groundwork(Scenario.read(data, where="test")))
+    table, found = (simulate(deployment, draws=0, fidelity=fidelity) for fidelity in ("table", "maxplus"))  # type: ignore[arg-type]
     assert found.without_faults is not None
+    assert table.served.duration_s == pytest.approx(found.served.duration_s, rel=0.02)
     assert np.isfinite(found.served.finish_s).all()  # dead from the start: nothing had begun there
     assert found.served.duration_s > found.without_faults.duration_s
 
@@ -143,3 +145,34 @@ def test_mutated_faults_are_read_or_refused_in_one_line() -> None:
         except BadInput as error:
             assert "\n" not in error.line()
     assert 10 < read < 290
+
+
+def two_nodes(*faults: dict[str, Any]) -> dict[str, Any]:
+    data = small(
+        cluster={"system": "h200_sxm", "nodes": 2, "gpus_per_node": 8},
+        parallel={"attention_dp": 16, "ep": 16},
+        placement={"solver": "greedy", "redundant_experts": 16},
+        faults=list(faults),
+    )
+    data["serving"]["workload"] |= {"requests": 32, "arrivals": {"concurrency": 32}}
+    return data
+
+
+@pytest.mark.parametrize("fidelity", ["table", "maxplus"])
+def test_a_rerouted_nic_is_one_that_is_half_as_fast(fidelity: Any) -> None:
+    found = [
+        simulate(resolve(groundwork(Scenario.read(two_nodes(fault), where="test"))), draws=0, fidelity=fidelity)
+        for fault in (
+            {"kind": "dead_link", "gpu": 3, "link": "nic", "reroute": True},
+            {"kind": "slow_link", "gpu": 5, "link": "nic", "factor": 2},
+        )
+    ]
+    np.testing.assert_array_equal(found[0].served.finish_s, found[1].served.finish_s)
+    assert found[0].without_faults is not None
+    assert found[0].served.duration_s > 1.05 * found[0].without_faults.duration_s
+
+
+def test_over_nodes_exchanges_go_by_the_nics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fault = {"kind": "slow_link", "gpu": 3, "link": "nvlink", "factor": 2}
+    assert run(["simulate", str(write(tmp_path, two_nodes(fault)))]) == 2
+    assert "exchanges over nodes go by the NICs" in capsys.readouterr().err
