@@ -15,9 +15,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
 
 def _step(one: ExplainedStep) -> dict[str, Any]:
     def changed(found: dict[str, float]) -> dict[str, dict[str, float]]:
-        return {
-            name: {"step_s": seconds, "saves": max(0.0, 1.0 - seconds / one.step_s)} for name, seconds in found.items()
-        }
+        return {name: {"step_s": seconds, "saves": 1.0 - seconds / one.step_s} for name, seconds in found.items()}
 
     return {
         "kind": one.kind,

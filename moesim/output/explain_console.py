@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesim.output.console import console
-from moesim.output.explain_words import WHAT_IFS, summary, title
+from moesim.output.explain_words import WHAT_IFS, saved, summary, title
 from moesim.units import human_bytes, human_seconds
 
 # Operations below this share of a step are told together.
@@ -31,14 +31,14 @@ def print_explanation(found: dict[str, Any]) -> None:
         for name, seconds in rows:
             if seconds >= SMALL * whole:
                 saves = step["without_operation"][name]["saves"]
-                shown.add_row(name.replace("_", " "), human_seconds(seconds), f"{seconds / whole:.0%}", f"-{saves:.0%}")
+                shown.add_row(name.replace("_", " "), human_seconds(seconds), f"{seconds / whole:.0%}", saved(saves))
         rest = sum(seconds for _, seconds in rows if seconds < SMALL * whole)
         if rest > 0:
             shown.add_row("other", human_seconds(rest), f"{rest / whole:.0%}", "")
         shown.add_section()
         for name, label in WHAT_IFS.items():
             change = step["what_if"][name]
-            shown.add_row(label, human_seconds(change["step_s"]), "", f"-{change['saves']:.0%}")
+            shown.add_row(label, human_seconds(change["step_s"]), "", saved(change["saves"]))
         out.print(shown)
         for line in (*summary(step), *_links(step)):
             out.print(line)

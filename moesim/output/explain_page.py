@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from moesim.output.charts import BEST, INK, MUTED, OTHER, axis, figure, line, on_top_of, rect, text
-from moesim.output.explain_words import FEW, WHAT_IFS, summary, title
+from moesim.output.explain_words import FEW, WHAT_IFS, saved, summary, title
 from moesim.output.page import details, exact, key, number, percent, section, table
 from moesim.output.pictures import OPERATIONS, named
 from moesim.output.run_folder import Explained, Told
@@ -70,7 +70,7 @@ def _what_ifs(step: Explained) -> str:
         body.append(rect(left, y, x.at(seconds * 1e3) - left, high - 6, OTHER if index == 0 else BEST, told))
         if index:
             body.append(rect(x.at(seconds * 1e3), y, x.at(step.step_s * 1e3) - x.at(seconds * 1e3), high - 6, _SAVED))
-            body.append(text(width - 8, y + 13, f"−{percent(saves)}", anchor="end", fill=INK))
+            body.append(text(width - 8, y + 13, saved(saves), anchor="end", fill=INK))
     return figure(
         width, bottom + 42, f"What would help: {'; '.join(f'{n} {human_seconds(s)}' for n, s, _ in rows)}", body
     )

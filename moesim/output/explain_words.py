@@ -18,6 +18,7 @@ FEW = 0.005
 _WAITED_FOR = 3
 _ABOUT_AS_LATE = 0.9
 _NAMED_RANKS = 8
+_ONE_PERCENT = 0.005  # what rounds to 0 %
 
 
 def title(step: Mapping[str, Any]) -> str:
@@ -60,6 +61,11 @@ def summary(step: Mapping[str, Any]) -> list[str]:
             f"experts: layer {hot['layer']}, rank {hot['slowest_rank']}, {hot['slowest_over_mean']:.2f} times the mean."
         )
     return lines
+
+
+def saved(share: float) -> str:
+    """`−24 %`; `+3 %` for a change that costs more."""
+    return f"{'−' if share >= 0 else '+'}{'under 1' if 0 < abs(share) < _ONE_PERCENT else round(abs(share) * 100)} %"
 
 
 def _late(by_rank: Sequence[float]) -> str:

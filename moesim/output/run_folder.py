@@ -171,7 +171,7 @@ class Change(Stored):
     """A step under a what-if."""
 
     step_s: Number = Field(ge=0)
-    saves: Number = Field(ge=0, le=1)
+    saves: float = Field(ge=-_LARGEST, le=1)  # below 0 where contention makes a change cost more
 
 
 class LayerHeat(Stored):
