@@ -12,7 +12,7 @@ from moesim.engine.critical import critical_path, waits
 from moesim.graph.task import Stream
 from tests.property.test_executors_agree import random_graph
 
-GRAPHS = 300
+GRAPHS = 120
 
 
 def graphs(salt, count, **more):
@@ -49,7 +49,7 @@ def test_the_critical_path_is_a_chain_that_sums_to_the_step():
 
 
 def test_the_event_executor_gives_the_same_path_without_contention_and_a_chain_with_it():
-    for seed in range(60):
+    for seed in range(30):
         rng = np.random.default_rng([21, seed])
         graph = random_graph(rng, steps=1, links=True)
         alone = assert_a_chain(graph, des.run(graph, sharing=False, timeline=True), 0)

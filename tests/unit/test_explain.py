@@ -193,7 +193,7 @@ def test_json_console_and_page_tell_it(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_event_executor_explains_the_same_without_contention() -> None:
     data = small()
-    data["serving"]["workload"] |= {"requests": 8}
+    data["serving"]["workload"] |= {"requests": 8, "osl": 3}
     deployment = resolve(groundwork(Scenario.read(data, where="test")))
     fast, careful = (
         [step for step in explain(simulate(deployment, draws=0, fidelity=fidelity)).steps if step.kind == "prefill"]  # type: ignore[arg-type]
