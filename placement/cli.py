@@ -31,6 +31,7 @@ def place(
 ) -> None:
     """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
     from moesim.errors import BadInput
+    from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
     from placement import planning
     from placement.export.engines import FORMATS, write_map
@@ -40,8 +41,11 @@ def place(
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
     if form == "vllm":
         raise BadInput(GATE, where="--format vllm", mend="use sglang or trtllm; `moesim export` writes vLLM's flags")
+    spec = None if scenario is None else load_scenario(scenario, tuple(set_ or ()))
+    if spec is not None:
+        refuse_faults(spec.faults, "place")
     asked = planning.ask(
-        scenario=None if scenario is None else load_scenario(scenario, tuple(set_ or ())),
+        scenario=spec,
         load_files=loads or [],
         gpus=gpus,
         nodes=nodes,

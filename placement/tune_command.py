@@ -10,15 +10,18 @@ import yaml
 
 from moesim.engine.deployment import Groundwork, groundwork, refuse_roles
 from moesim.engine.draws import LEVEL
+from moesim.engine.explain import explain
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.explain import explanation_json
 from moesim.output.metrics import simulation_json
 from moesim.output.report import write_run_report
 from moesim.output.series import simulation_series
 from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
+from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
@@ -71,6 +74,7 @@ def tune(
         raise MissingPart("searching on a Ray cluster is not built yet", where="--ray", mend="use --workers")
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
+    refuse_faults(spec.faults, "tune")
     folder = out or Path("runs") / scenario.stem
     refuse_roles(spec)
     ground = groundwork(spec)
@@ -263,7 +267,8 @@ def _told(simulation: Simulation | None) -> dict[str, Any] | None:
     """A simulation's figures and the series behind its pictures."""
     if simulation is None:
         return None
-    return {"figures": simulation_json(simulation), "series": simulation_series(simulation)}
+    figures = {**simulation_json(simulation), "explain": explanation_json(explain(simulation))}
+    return {"figures": figures, "series": simulation_series(simulation)}
 
 
 def print_tune(result: dict[str, Any]) -> None:

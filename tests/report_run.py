@@ -43,6 +43,66 @@ def plan_row(label: str, scale: float = 1.0, **changes: Any) -> dict[str, Any]:
     return row | changes
 
 
+def explained(rng: np.random.Generator, kind: str) -> dict[str, Any]:
+    """An explained step whose ranks wait for rank 0."""
+    waited = np.r_[0.0, rng.uniform(0.001, 0.002, RANKS - 1)]
+    path = {"engine_overhead": 0.0005, "attention_projections": 0.003, "dispatch": 0.0025, "experts": 0.004}
+    return {
+        "kind": kind,
+        "which": "typical",
+        "mode": "normal",
+        "share_of_time": 0.5,
+        "tokens_per_dp_rank": 12.0,
+        "reading_ranks": 1 if kind == "prefill" else 0,
+        "drawn_steps": 8,
+        "step_s": 0.01,
+        "critical_path_s": path,
+        "busy_s": path,
+        "exposed_communication_s": [0.003] * RANKS,
+        "waited_s": waited.tolist(),
+        "waited_for_operation_s": {
+            "attention_projections": (waited * 0.7).tolist(),
+            "experts": (waited * 0.3).tolist(),
+        },
+        "waited_for_rank_s": [float(waited.mean()), *[0.0] * (RANKS - 1)],
+        "layers": [
+            {
+                "layer": 3 + row,
+                "rank": row,
+                "rank_over_mean": 1.2 + row / 10,
+                "slowest_rank": row,
+                "slowest_over_mean": 1.1,
+                "per_step_max_over_mean": 1.4,
+                "expert": 5,
+                "expert_over_mean": 7.5,
+                "replicas": 1 + row,
+            }
+            for row in range(LAYERS)
+        ],
+        "what_if": {
+            name: {"step_s": 0.01 * (1 - saves), "saves": saves}
+            for name, saves in (
+                ("perfect_balance", 0.3),
+                ("infinite_network", 0.25),
+                ("perfect_overlap", 0.2),
+                ("no_host_overhead", 0.05),
+            )
+        },
+        "without_operation": {
+            name: {"step_s": 0.01 - seconds, "saves": 100 * seconds} for name, seconds in path.items()
+        },
+        "exchange_evened": True,
+        "traffic": {
+            "tag": "formula",
+            "links": [
+                {"from": f"nic{rank}", "to": "leaf0", "dispatch_bytes": 1e8, "combine_bytes": 2e8, "full_rate_s": 0.006}
+                for rank in range(RANKS)
+            ],
+            "endpoint_bytes": {"nic_out": [3e8] * RANKS},
+        },
+    }
+
+
 def told(seed: int, spread: float) -> dict[str, Any]:
     """A simulation's figures and series."""
     rng = np.random.default_rng(seed)
@@ -100,6 +160,7 @@ def told(seed: int, spread: float) -> dict[str, Any]:
                 "dispatch": {"backend": "deepep", "mode": "auto", "replica": "local_first"},
                 "max_running_requests_per_dp_rank": 64,
             },
+            "explain": {"steps": [explained(rng, "decode"), explained(rng, "prefill")], "not_priced": {}},
             "run": {"seed": 0, "wall_s": 0.5, "cpu_s": 0.4, "steps": 40, "events": 90, "fidelity": "table"},
         },
         "series": {

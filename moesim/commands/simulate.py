@@ -17,6 +17,7 @@ def simulate(
     fidelity: Annotated[str, typer.Option(help="table, maxplus or des.")] = "table",
     draws: Annotated[int, typer.Option(min=0, help="Joint draws behind the intervals; 0 gives none.")] = 20,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; the scenario's if left out.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Tell why steps are slow and what would help.")] = False,
 ) -> None:
     """Simulate a scenario, serving or training: throughput, latencies or step time, memory, with intervals."""
     from moesim.engine.deployment import groundwork, resolve
@@ -35,6 +36,8 @@ def simulate(
     if spec.training is not None:
         from moesim.commands.training import simulate_training_command
 
+        if explain:
+            raise BadInput("training runs are not explained yet", where="--explain", mend="leave it out")
         simulate_training_command(
             spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws
         )  # fmt: skip
@@ -43,6 +46,15 @@ def simulate(
     with progress_bar("simulating") as progress:
         simulation = run(deployment, draws=draws, fidelity=FIDELITIES[fidelity], progress=progress)
     result = simulation_json(simulation)
+    if explain or report is not None:
+        from moesim.engine.explain import explain as explained
+        from moesim.output.explain import explanation_json
+
+        result["explain"] = explanation_json(explained(simulation))
+    if simulation.without_faults is not None:
+        from moesim.output.faults import faults_json
+
+        result["faults"] = faults_json(simulation)
     if timeline is not None:
         from moesim.output.steptrace import write_step_timeline
 
@@ -56,3 +68,11 @@ def simulate(
         print_json(result)
     else:
         print_simulation(result)
+        if "faults" in result:
+            from moesim.output.faults import print_faults
+
+            print_faults(result)
+        if explain:
+            from moesim.output.explain_console import print_explanation
+
+            print_explanation(result["explain"])

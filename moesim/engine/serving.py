@@ -15,6 +15,7 @@ from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
 from moesim.engine.batcher import arrive, finish_step, plan_step
 from moesim.engine.memory_rules import CONTEXT
+from moesim.engine.outages import FaultClock, drop_rank, empty_queue
 from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.errors import BadInput, Infeasible
 
@@ -120,7 +121,8 @@ class Pool:
     """Lockstep groups of one kind, side by side, and the requests that were sent to them.
 
     limits: of one attention-DP rank. step_time: seconds of a planned step. balance: see balance.py. on_end: told the
-    ids of requests whose last token has come.
+    ids of requests whose last token has come, or that faults have lost. faults: which take over the time of steps; for
+    requests sent in turn, memory kept for a whole request and no prefix cache.
     """
 
     environment: simpy.Environment
@@ -132,6 +134,7 @@ class Pool:
     balance: str = "round_robin"
     blocks: PromptBlocks | None = None
     on_end: Callable[[Ints], None] = lambda ended: None
+    faults: FaultClock | None = None
     gap_s: Floats = field(default_factory=lambda: np.zeros(1024))
     gap_n: Ints = field(default_factory=lambda: np.zeros(1024, np.int64))
     gaps: int = 1
@@ -184,9 +187,11 @@ class Pool:
         return self.choose(view)
 
     def put(self, request: int, position: int) -> None:
-        """Let a request wait at a rank, and wake its instance."""
+        """Let a request wait at a rank, or at another where faults have taken it, and wake the instance."""
         instance, rank = position % self.instances, position // self.instances
-        self.position[request] = position
+        if self.faults is not None:
+            instance, rank = self.faults.route(instance, rank, self.environment.now)
+        self.position[request] = rank * self.instances + instance
         arrive(self.requests, self.groups[instance], rank, request)
         if not self.waking[instance].triggered:
             self.waking[instance].succeed()
@@ -207,6 +212,12 @@ class Pool:
         while True:
             if self.held:
                 self._pull(instance)
+            if self.faults is not None:
+                self._suffer(instance, self.faults)
+                back_s = self.faults.down_until(instance, environment.now)
+                if back_s > environment.now:
+                    yield environment.timeout(back_s - environment.now)
+                    continue
             if plan_step(self.requests, group, self.limits, plan) == 0:
                 self.waking[instance] = environment.event()
                 yield self.waking[instance]
@@ -214,7 +225,7 @@ class Pool:
                 continue
             decodes, prompts, fullest = plan.totals.tolist()
             self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
-            step_s = self.step_time(plan)
+            step_s = self._step_s(plan, instance)
             self.last_step_s[instance] = step_s
             self.log.add(environment.now, step_s, decodes, prompts, instance)
             yield environment.timeout(step_s)
@@ -227,6 +238,23 @@ class Pool:
             )
             if done:
                 self.on_end(ended[:done])
+
+    def _step_s(self, plan: Plan, instance: int) -> float:
+        if self.faults is None:
+            return self.step_time(plan)
+        return self.faults.step_s(plan, instance, self.environment.now)
+
+    def _suffer(self, instance: int, faults: FaultClock) -> None:
+        """Lose what faults have taken since the last step; what only waited moves on where its rank is gone."""
+        group = self.groups[instance]
+        for strike in faults.strike(instance, self.environment.now):
+            for rank in strike.ranks:
+                lost = drop_rank(self.requests, group, rank)
+                if strike.queues_move:
+                    for request in empty_queue(self.requests, group, rank):
+                        self.put(request, rank * self.instances + instance)
+                if lost:
+                    self.on_end(np.asarray(lost, dtype=np.int64))
 
 
 def check_limits(load: Load, limits: Limits) -> None:
@@ -288,21 +316,21 @@ class Source:
 
 def serve(
     load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, balance: str = "round_robin",
-    compiled: bool = True,
+    compiled: bool = True, faults: FaultClock | None = None,
 ) -> Served:  # fmt: skip
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: an open loop
-    in turn whose steps are timed by table runs in `compiled`, which gives the same times. Raises Infeasible when a
-    request can never be admitted.
+    in turn whose steps are timed by table runs in `compiled`, which gives the same times. faults: see Pool; a request
+    that they lose has no `finish_s`. Raises Infeasible when a request can never be admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
     in_turn = load.arrival_s is not None and load.blocks is None and balance == "round_robin"
-    if compiled and in_turn and getattr(step_time, "compilable", False):
+    if compiled and in_turn and faults is None and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time)
     environment = simpy.Environment()
-    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks)
+    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults)
     source = Source(load, pool)
     if load.concurrency is not None:
         pool.on_end = lambda ended: source.follow(len(ended))
@@ -318,19 +346,22 @@ def _compiled(load: Load, requests: Requests, limits: Limits, ranks: int, instan
     run = Instances(requests, load.arrival_s, limits, ranks, instances, timed)
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
-    return _record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups)
+    return _record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
 
 
 def served_of(pool: Pool, arrived: int) -> Served:
     """What one pool did with its requests."""
     gaps = pool.gap_s[: pool.gaps].copy(), pool.gap_n[: pool.gaps].copy()
     log = pool.log.rows[: pool.log.used]
-    return _record(pool.requests, log, gaps, pool.events + arrived, pool.peak_kv_tokens, pool.groups)
+    events, now_s = pool.events + arrived, float(pool.environment.now)
+    return _record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
 
 
 def _record(
-    requests: Requests, log: Floats, gaps: tuple[Floats, Ints], events: int, peak_kv_tokens: int, groups: list[Ranks]
-) -> Served:
+    requests: Requests, log: Floats, gaps: tuple[Floats, Ints], events: int, peak_kv_tokens: int, groups: list[Ranks],
+    now_s: float,
+) -> Served:  # fmt: skip
+    """now_s: the end of the run, for one that faults left no request of."""
     return Served(
         arrival_s=requests.arrival_s,
         first_token_s=requests.first_token_s,
@@ -339,7 +370,7 @@ def _record(
         osl=requests.osl,
         gap_s=gaps[0],
         gap_n=gaps[1],
-        duration_s=float(np.nanmax(requests.finish_s)),
+        duration_s=_last(requests.finish_s, now_s),
         steps=len(log),
         events=events,
         step_start_s=log[:, 0],
@@ -353,3 +384,8 @@ def _record(
         prefix_asked_tokens=sum(int(group.cache.asked_tokens.sum()) for group in groups),
         prefix_found_tokens=sum(int(group.cache.found_tokens.sum()) for group in groups),
     )
+
+
+def _last(finish_s: Floats, now_s: float) -> float:
+    """The last end of a request; the end of the run where faults lost them all."""
+    return float(np.nanmax(finish_s)) if np.isfinite(finish_s).any() else now_s

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
+from moesim.engine.faults import check_faults
+from moesim.engine.outages import FaultClock
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
@@ -28,7 +30,8 @@ class Simulation:
     """A run as best known, the same run under each joint draw, and what they were made with.
 
     draws_outside: draws under which the run leaves the profile. Where there are any, `drawn` is empty: the rest would
-    be the cheaper part of what may be true, and no interval.
+    be the cheaper part of what may be true, and no interval. without_faults: the run as best known without the
+    scenario's faults, on the same arrivals; None where there are none.
     """
 
     deployment: Deployment
@@ -42,6 +45,7 @@ class Simulation:
     wall_s: float
     cpu_s: float
     prefill_model: StepModel | None = None
+    without_faults: Served | None = None
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -85,11 +89,13 @@ def simulate(
     check_background(deployment.ground.cluster, fidelity=fidelity, draws=draws)
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
+    faults = deployment.scenario.faults
+    check_faults(deployment, faults)
     model = StepModel(deployment, seed=seed)
     reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
     load = make_load(deployment, seed)
 
-    def run(draw: Draw | None) -> Served:
+    def run(draw: Draw | None, *, healthy: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
         if reading is not None:
@@ -101,6 +107,7 @@ def simulate(
                 kv_transfer(deployment),
                 balance=deployment.serving.balance,
             )
+        clock = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
         return serve(
             load,
             model.limits,
@@ -108,9 +115,11 @@ def simulate(
             instances=deployment.instances,
             step_time=timed,
             balance=deployment.serving.balance,
+            faults=clock,
         )
 
     served = run(None)
+    without_faults = run(None, healthy=True) if faults else None
     drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -131,6 +140,7 @@ def simulate(
         seed=seed,
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
+        without_faults=without_faults,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from moesim.engine.stretch import stretched
 from moesim.graph.layer import build_step
 from moesim.graph.pricing import LayerSetup, PricedStep
 from moesim.graph.task import TaskGraph
+
+Change = Callable[[TaskGraph], TaskGraph]
 
 
 def options(priced: Sequence[PricedStep]) -> Iterator[list[PricedStep]]:
@@ -27,15 +29,23 @@ def step_graph(
     *,
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
+    change: Change | None = None,
 ) -> TaskGraph:
-    """The graph of priced micro-batches at their own number of chunks, see `build_step`; overlapping work slowed."""
+    """The graph of priced micro-batches at their own number of chunks, see `build_step`; overlapping work slowed.
+
+    change: of durations, before what overlaps is slowed.
+    """
     graph = build_step(setup, priced, normal=normal, collapsed=collapsed)
+    if change is not None:
+        graph = change(graph)
     return graph if setup.overlap is None else stretched(graph, setup.overlap.of(priced[0].mode))
 
 
-def best_step(setup: LayerSetup, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
-    """The graph of the option whose steps take least in the mean, and its micro-batches."""
-    found = [(step_graph(setup, one), one) for one in options(priced)]
+def best_step(
+    setup: LayerSetup, priced: Sequence[PricedStep], change: Change | None = None
+) -> tuple[TaskGraph, list[PricedStep]]:
+    """The graph of the option whose steps take least in the mean, and its micro-batches. change: see `step_graph`."""
+    found = [(step_graph(setup, one, change=change), one) for one in options(priced)]
     if len(found) == 1:
         return found[0]
     return min(found, key=lambda option: float(maxplus.run(option[0]).step_s.mean()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -115,6 +115,7 @@ class TimedModel:
         seqs, kv, part = model._kernel_decode
         self._attention = DecodeAttention(seqs, kv, np.ascontiguousarray(part.seconds(self.normal)), self.share)
         self._prompts_s: dict[tuple[int, int, float], float] = {}
+        self.slowdown: Floats | None = None  # [attention-DP ranks], of computing on ranks that are slow
         self._tables: dict[str, StepTable] = {}
         self._dp = model.deployment.setup.parallel.attention_dp
         self._drafting: tuple[Floats, Floats] | None = None  # logits and projection of a draft, by the grid's tokens
@@ -177,8 +178,10 @@ class TimedModel:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
                 seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
                 attention_s[rank] += self.prompt_s(seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
-            if not self.model.captures_prompts:
-                return table.step_s(mean, largest / mean, float(attention_s.max()))
+        if self.slowdown is not None:
+            attention_s = attention_s * self.slowdown
+        if reading and not self.model.captures_prompts:
+            return table.step_s(mean, largest / mean, float(attention_s.max()))
         graphs = self.model.graphs
         rows = float(graphs.padded(int(largest)))
         priced = largest if reading else mean  # the rows that the grid's point was priced with
@@ -222,7 +225,7 @@ class ExactModel:
         self.model = model
         self.fidelity = fidelity
         self.rng = np.random.default_rng([model.seed, 5])
-        self._micro: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
+        self.routed: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, drafting included. Raises OutsideProfile."""
@@ -263,13 +266,17 @@ class ExactModel:
         weights = model.routing.weights[loads] / model.routing.weights[loads].sum()
         parts = [batch.half(), batch.half()] if setup.policies.schedule == "two_batch" else [batch]
         priced = []
-        self._micro = []
+        self.routed = []
         for part in parts:
             load = int(self.rng.choice(loads, p=weights))
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
-            self._micro.append((part, counts))
+            self.routed.append((part, counts))
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
-        return best_step(setup, priced)
+        return self.graph(priced)
+
+    def graph(self, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
+        """The graph that priced micro-batches run as, and its number of chunks, see `best_step`."""
+        return best_step(self.model.deployment.setup, priced)
 
     def _network(self, graph: TaskGraph, kind: str) -> LinkUse | None:
         """The cluster's links, where other jobs are on them; None where a step meets only itself."""
@@ -278,7 +285,7 @@ class ExactModel:
             return None
         cluster = at_reached_rates(deployment.ground.cluster, REACHED)
         mode = exchange_mode(deployment, kind)
-        topology, exchanges = exchange_links(self.model.pricer, self._micro, mode, cluster)
+        topology, exchanges = exchange_links(self.model.pricer, self.routed, mode, cluster)
         return link_use(graph, topology, exchanges, streams_of(cluster, topology))
 
 

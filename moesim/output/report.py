@@ -12,6 +12,7 @@ from moesim.files import write_text
 from moesim.output import page, sections, tables
 from moesim.output.caveats import caveats_of
 from moesim.output.charts import BASE, BEST
+from moesim.output.explain_page import why
 from moesim.output.page import section
 from moesim.output.run_folder import RunFolder, Told, check_series, read_run
 from moesim.spec.scenario import Scenario
@@ -65,6 +66,7 @@ def run_page(run: RunFolder) -> str:
         section("plans", "The best plan and its alternatives", tables.ranked(run), lead=tables.ranked_lead(run)),
         section("launch", "What would be launched", tables.launch(run), lead=planned),
         *sections.drawn(runs),
+        *why(runs),
         section("search", "What the search traded off", sections.search(run), lead=sections.search_lead(run)),
         *sections.ledgers(runs),
         section("not-run", "Plans that could not run, or missed a level", tables.infeasible(run)),
@@ -85,6 +87,7 @@ def simulation_page(told: Told, scenario: Scenario) -> str:
     parts = [
         section("figures", "Figures", tables.figures_table(figures), lead=tables.plan_lead(figures, "The plan")),
         *sections.drawn(runs),
+        *why(runs),
         *sections.ledgers(runs),
         section("caveats", "What this rests on", caveats_of(scenario, told, None, ())),
         section("run", "This run", tables.about(scenario, [(name, str(value)) for name, value in figures.run.items()])),

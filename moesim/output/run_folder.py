@@ -167,6 +167,73 @@ class LoadFigures(Stored):
     fault: str | None
 
 
+class Change(Stored):
+    """A step under a what-if."""
+
+    step_s: Number = Field(ge=0)
+    saves: float = Field(ge=-_LARGEST, le=1)  # below 0 where contention makes a change cost more
+
+
+class LayerHeat(Stored):
+    """Where a MoE layer is hottest."""
+
+    layer: int
+    rank: int
+    rank_over_mean: Number
+    slowest_rank: int
+    slowest_over_mean: Number
+    per_step_max_over_mean: Number
+    expert: int
+    expert_over_mean: Number
+    replicas: int
+
+
+class LinkBytes(Stored):
+    """A link of the cluster in one step."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
+
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    dispatch_bytes: Number
+    combine_bytes: Number
+    full_rate_s: Number
+
+
+class Traffic(Stored):
+    """Bytes of one step by link."""
+
+    tag: str
+    links: tuple[LinkBytes, ...]
+
+
+class Explained(Stored):
+    """One representative step; lists are by rank."""
+
+    kind: str
+    which: str
+    share_of_time: Number
+    tokens_per_dp_rank: Number
+    reading_ranks: int
+    step_s: Number = Field(gt=0)
+    critical_path_s: dict[str, Number]
+    exposed_communication_s: tuple[Number, ...] = Field(min_length=1)
+    waited_s: tuple[Number, ...] = Field(min_length=1)
+    waited_for_operation_s: dict[str, tuple[Number, ...]]
+    waited_for_rank_s: tuple[Number, ...] = Field(min_length=1)
+    layers: tuple[LayerHeat, ...]
+    what_if: dict[str, Change]
+    without_operation: dict[str, Change]
+    traffic: Traffic | None
+
+
+class Explanations(Stored):
+    """Why the run is slow, where it was asked."""
+
+    steps: tuple[Explained, ...]
+    not_priced: dict[str, str] = Field(default_factory=dict)
+
+
 # A figure, a latency by statistic, or figures by role: the roles of a run are its deepest mapping.
 _Latency = dict[str, Number]
 _Role = dict[str, Number | _Latency]
@@ -185,6 +252,7 @@ class Figures(Stored):
     load: LoadFigures | None = None
     provenance: dict[str, Number]
     plan: PlanFigures
+    explain: Explanations | None = None
     run: dict[str, float | int | str]
 
 

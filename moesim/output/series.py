@@ -25,12 +25,13 @@ def simulation_series(simulation: Simulation) -> dict[str, Any]:
     profiles, weights = stack_profiles(deployment.ground.judge)
     replicas = simulation.model.pricer.replicas
     loads = replicas.average_rank_loads(np.tensordot(weights, profiles, axes=1)) * placement.ranks
-    later = served.osl > 1
+    done = np.isfinite(served.finish_s)  # faults lose requests
+    later = done & (served.osl > 1)
     curves = {
-        "ttft_s": served.first_token_s - served.arrival_s,
+        "ttft_s": (served.first_token_s - served.arrival_s)[done],
         "tpot_s": (served.finish_s - served.first_token_s)[later] / (served.osl[later] - 1),
         "itl_s": served.gaps_s,
-        "e2e_s": served.finish_s - served.arrival_s,
+        "e2e_s": (served.finish_s - served.arrival_s)[done],
     }
     keep = np.unique(np.linspace(0, max(served.steps - 1, 0), _MOST_POINTS).astype(np.int64))
     return {

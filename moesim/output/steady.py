@@ -35,7 +35,7 @@ class Steadiness:
 def steadiness(simulation: Simulation) -> Steadiness:
     """Judge an open-loop run; a closed loop offers what it serves."""
     served, gpus = simulation.served, simulation.deployment.ground.cluster.gpus
-    rate = float(served.osl.sum()) / served.duration_s / gpus
+    rate = float(served.osl[np.isfinite(served.finish_s)].sum()) / served.duration_s / gpus
     requests_per_s = offered_rate(simulation)
     if requests_per_s is None:
         return Steadiness(None, rate, None)
@@ -56,7 +56,7 @@ def offered_rate(simulation: Simulation) -> float | None:
 def fault_of(served: Served, requests_per_s: float) -> str | None:
     """Why the latencies of an open-loop run depend on its length, as a clause; None when nothing shows."""
     span_s = float(served.arrival_s.max() - served.arrival_s.min())
-    median_s = float(np.median(served.finish_s - served.arrival_s))
+    median_s = float(np.nanmedian(served.finish_s - served.arrival_s))
     if span_s < median_s:
         enough = int(np.ceil(3 * median_s * requests_per_s))
         return (

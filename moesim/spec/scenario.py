@@ -12,6 +12,7 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
+from moesim.spec.faults import FaultSpec
 from moesim.spec.gate import GateChosen
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
@@ -205,12 +206,15 @@ class Scenario(Spec):
     training: TrainingSpec | None = None
     objective: ObjectiveSpec = ObjectiveSpec()
     search: SearchSpec = SearchSpec()
+    faults: tuple[FaultSpec, ...] = ()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.faults and self.serving is None:
+            raise ValueError("faults are simulated for serving only")
         return self
 
 

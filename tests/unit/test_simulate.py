@@ -101,7 +101,11 @@ def test_the_timeline_is_a_trace_of_every_rank(path: Path, tmp_path: Path, capsy
     simulated(path, capsys, "--draws", "0", "--timeline", str(tmp_path / "t.json.gz"))
     with gzip.open(tmp_path / "t.json.gz", "rt") as stream:
         events = json.load(stream)["traceEvents"]
-    assert len({event["pid"] for event in events if event["ph"] == "X"}) == 8
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    shown = {names[event["pid"]] for event in events if event["ph"] == "X"}
+    assert shown == {*(f"rank {rank}" for rank in range(8)), "critical path", "steps"}
+    assert {names[event["pid"]] for event in events if event["ph"] in "Cb"} == {"batch", "requests"}
+    assert sum(event["ph"] == "b" for event in events) == 3 * 120
 
 
 @pytest.mark.parametrize(

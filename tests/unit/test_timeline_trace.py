@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from moesim.engine import maxplus
+from moesim.engine.critical import critical_path
+from moesim.engine.serving import Load, serve
 from moesim.errors import BadInput
 from moesim.graph.task import Stream, Task, TaskGraph
+from moesim.output.steptrace import held_tokens, like, request_spans, running, step_slices, waiting
 from moesim.output.timeline import write_timeline, write_tracks
+from tests.unit.test_serving import limits
 
 
 @pytest.fixture
@@ -127,3 +131,83 @@ def test_times_that_do_not_fit_are_refused(graph, tmp_path):
     with pytest.raises(BadInput, match="12 tasks on 3 ranks for a graph of 1 tasks"):
         write_timeline(path, TaskGraph(2, 3, graph.tasks[:1]), times)
     assert not path.exists()
+
+
+def test_the_critical_path_is_marked_on_its_ranks_and_repeated_as_a_track(graph, tmp_path):
+    times = maxplus.run(graph, timeline=True)
+    path = critical_path(graph, times, step=1)
+    write_timeline(tmp_path / "t.json.gz", graph, times, step=1, critical=path, offset_s=2.0)
+    found = events(tmp_path / "t.json.gz")
+    slices = [event for event in found if event["ph"] == "X"]
+    marked = {(event["name"], event["pid"]) for event in slices if event.get("args", {}).get("critical")}
+    assert marked == {(graph.tasks[task].name, rank) for task, rank in zip(path.task, path.rank, strict=True)}
+    (number,) = (event["pid"] for event in found if event.get("args", {}).get("name") == "critical path")
+    chain = [event for event in slices if event["pid"] == number]
+    assert len(chain) == len(path.task)
+    assert chain[0]["ts"] == 2_000_000
+    assert sum(event["dur"] for event in chain) == pytest.approx(times.step_s[1] * 1e6, abs=1)
+    assert len(slices) == 36 + len(chain)
+
+
+def test_arrows_lead_from_slice_to_slice(graph, tmp_path):
+    times = maxplus.run(graph, timeline=True)
+    path = critical_path(graph, times)
+    write_timeline(tmp_path / "t.json.gz", graph, times, critical=path, arrows=True)
+    found = events(tmp_path / "t.json.gz")
+    tails = {event["id"]: event for event in found if event["ph"] == "s"}
+    heads = {event["id"]: event for event in found if event["ph"] == "f"}
+    # The graph is a chain that changes its stream at every task: 11 dependencies on each of 3 ranks.
+    dependencies = [tail for tail in tails.values() if tail["name"] == "dependency"]
+    assert len(dependencies) == 33
+    moves = int((np.diff(path.rank) != 0).sum())
+    assert len(tails) == len(heads) == 33 + moves
+    assert moves > 0
+    slices = [event for event in found if event["ph"] == "X"]
+
+    def inside(event):
+        return [
+            one["name"] for one in slices
+            if (one["pid"], one["tid"]) == (event["pid"], event["tid"])
+            and one["ts"] <= event["ts"] <= one["ts"] + one["dur"]
+        ]  # fmt: skip
+
+    for number, tail in tails.items():
+        assert tail["ts"] <= heads[number]["ts"]
+        assert len(inside(tail)) == 1
+        assert len(inside(heads[number])) == 1
+
+
+@pytest.fixture
+def served():
+    rng = np.random.default_rng(5)
+    load = Load(rng.integers(1, 90, 40), rng.integers(1, 9, 40), arrival_s=np.sort(rng.uniform(0, 20, 40)))
+    return serve(load, limits(max_running=2), ranks=2, instances=2, step_time=lambda plan: 0.7)
+
+
+def test_counters_are_the_requests_counted_one_by_one(served):
+    at = np.linspace(0.0, served.duration_s, 57)
+    for index, time_s in enumerate(at):
+        alive = (served.first_token_s <= time_s) & (time_s < served.finish_s)
+        held = 0.0
+        for request in np.flatnonzero(alive):
+            grown = (time_s - served.first_token_s[request]) / (served.finish_s - served.first_token_s)[request]
+            held += served.isl[request] + 1 + grown * (served.osl[request] - 1)
+        assert waiting(served, at)[index] == ((served.arrival_s <= time_s) & (time_s < served.first_token_s)).sum()
+        assert running(served, at)[index] == alive.sum()
+        assert held_tokens(served, at)[index] == pytest.approx(held, abs=1e-6)
+
+
+def test_steps_and_requests_have_tracks(served, tmp_path):
+    slices = list(step_slices(served))
+    assert len(slices) == served.steps
+    assert {thread for _, thread, *_ in slices} == {"instance 0", "instance 1"}
+    assert {name for *_, name, _, _ in slices} <= {"decode", "prefill", "prefill and decode"}
+    spans = list(request_spans(served))
+    assert len(spans) == 3 * 40
+    write_tracks(tmp_path / "t.json.gz", slices, spans=spans)
+    found = events(tmp_path / "t.json.gz")
+    begun = [event for event in found if event["ph"] == "b"]
+    assert len(begun) == sum(event["ph"] == "e" for event in found) == 120
+    assert {event["id"] for event in begun} == set(range(40))
+    decoding = served.step_decode_seqs[served.step_prefill_tokens == 0]
+    assert like(served, float(decoding.max())) in served.step_start_s.tolist()

@@ -1,0 +1,81 @@
+"""An explained step in words, shared by the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesim.units import human_seconds
+
+WHAT_IFS = {
+    "perfect_balance": "with perfect balance",
+    "infinite_network": "with an infinite network",
+    "perfect_overlap": "with perfect overlap",
+    "no_host_overhead": "without host overhead",
+}
+# Waits below this share of a step are not worth a name.
+FEW = 0.005
+_WAITED_FOR = 3
+_ABOUT_AS_LATE = 0.9
+_NAMED_RANKS = 8
+_ONE_PERCENT = 0.005  # what rounds to 0 %
+
+
+def title(step: Mapping[str, Any]) -> str:
+    """`A typical decode step: 24 ms, 12 tokens a rank; decode steps are 17 % of the time`."""
+    readers = step["reading_ranks"]
+    ranks = len(step["waited_s"])
+    batch = f"{step['tokens_per_dp_rank']:.3g} tokens on a mean attention-DP rank"
+    if step["kind"] == "prefill":
+        batch += f", prompts on {readers} of them"
+    return (
+        f"A {step['which']} {step['kind']} step on {ranks} GPUs: {human_seconds(step['step_s'])} ({batch}); "
+        f"{step['kind']} steps are {step['share_of_time']:.0%} of the step time"
+    )
+
+
+def summary(step: Mapping[str, Any]) -> list[str]:
+    """Sentences: exposed communication, who waits for whom and for what, the hottest rank and expert."""
+    whole = step["step_s"]
+    exposed = _mean(step["exposed_communication_s"])
+    waited = _mean(step["waited_s"])
+    lines = [
+        f"The mean rank's compute stream stands still for {human_seconds(exposed)} ({exposed / whole:.0%}); "
+        f"{human_seconds(waited)} of waiting for other ranks ({waited / whole:.0%})."
+    ]
+    by_operation = sorted(
+        ((name, _mean(by)) for name, by in step["waited_for_operation_s"].items()), key=lambda item: -item[1]
+    )
+    if waited > FEW * whole and sum(step["waited_for_rank_s"]) > 0:
+        named = ", ".join(
+            f"{name.replace('_', ' ')} {seconds / waited:.0%}" for name, seconds in by_operation[:_WAITED_FOR]
+        )
+        lines.append(f"Waited for: {named}; {_late(step['waited_for_rank_s'])}.")
+    if step["layers"]:
+        hot = max(step["layers"], key=lambda layer: float(layer["slowest_over_mean"]))
+        load = max(step["layers"], key=lambda layer: float(layer["rank_over_mean"]))
+        slots = f"{load['replicas']} slot{'s' if load['replicas'] > 1 else ''}"
+        lines.append(
+            f"Hottest: layer {load['layer']}, rank {load['rank']} with {load['rank_over_mean']:.2f} times the mean "
+            f"tokens (expert {load['expert']}: {load['expert_over_mean']:.1f} times the mean expert, {slots}); longest "
+            f"experts: layer {hot['layer']}, rank {hot['slowest_rank']}, {hot['slowest_over_mean']:.2f} times the mean."
+        )
+    return lines
+
+
+def saved(share: float) -> str:
+    """`−24 %`; `+3 %` for a change that costs more."""
+    return f"{'−' if share >= 0 else '+'}{'under 1' if 0 < abs(share) < _ONE_PERCENT else round(abs(share) * 100)} %"
+
+
+def _late(by_rank: Sequence[float]) -> str:
+    """`98 % of it for ranks 0, 1 and 2`: the latest rank and those about as late."""
+    late = [rank for rank, seconds in enumerate(by_rank) if seconds >= _ABOUT_AS_LATE * max(by_rank)]
+    share = sum(by_rank[rank] for rank in late) / sum(by_rank)
+    if len(late) > _NAMED_RANKS:
+        return f"{share:.0%} of it for {len(late)} ranks"
+    return f"{share:.0%} of it for rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
