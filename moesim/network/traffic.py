@@ -190,8 +190,8 @@ def equivalent_tokens(
     sending or receiving side of one leg; legs are compared each with itself, and the worst ratio counts, so the result
     errs on the slow side where another leg is the bottleneck. On one rank nothing travels: the mean tokens.
     In normal mode a rank's visits follow from its mean visits by 1 - (1 - visit)^(load / mean load), exact for many
-    independent picks. kept: [steps, layers], share of the top_k picks that is left where some were dropped (None: all); the
-    exponent shrinks with it.
+    independent picks. kept: [steps, layers], share of the top_k picks that is left where some were dropped (None: all);
+    the exponent shrinks with it.
     """
     tokens = np.asarray(tokens, dtype=np.float64)[:, None, :]
     loads = np.asarray(rank_loads, dtype=np.float64)
