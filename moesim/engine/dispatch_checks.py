@@ -31,10 +31,11 @@ def check_dispatch(parallel: ParallelSpec, cluster: ClusterSpec, dispatch: Dispa
     if dispatch.backend in ("two_level", "tp_dedup") and dispatch.mode != "auto":
         raise BadInput(f"{dispatch.backend} has no modes, only DeepEP has", where=f"{WHERE}.mode", mend="leave it out")
     if dispatch.compression is not None and dispatch.backend not in PACKS:
-        raise BadInput(
+        raise Infeasible(
             f"{dispatch.backend} sends what its own kernels send",
             where=f"{WHERE}.compression",
             mend=f"set precision.dispatch and precision.combine, or use backend {', '.join(PACKS)}",
+            reason="backend_does_not_pack",
         )
     if dispatch.replica_solve_s is not None and not CHOICES[dispatch.replica].exchanges_counts:
         raise BadInput(

@@ -92,11 +92,8 @@ class SharedLinks:
     def _catch_up(self) -> None:
         """Bring the fluid up to now. Parts that end at this very instant are told of when it is settled."""
         left_s = self._environment.now - self._at_s
-        while self._fluid is not None and left_s > 0.0:
-            taken_s = self._run(self._fluid, left_s)
-            if taken_s == 0.0:
-                break
-            left_s -= taken_s
+        while self._fluid is not None and left_s > 0.0 and self._fluid.open.any():
+            left_s -= self._run(self._fluid, left_s)
         self._at_s = self._environment.now
         self._version += 1
 

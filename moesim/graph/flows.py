@@ -13,11 +13,12 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.deepep_links import deepep_copies, deepep_exchange, deepep_message
 from moesim.graph.exchanges import ALL_TO_ALLS, Step, element_bytes, pair_bytes
 from moesim.graph.pricing import Pricer
 from moesim.network.exchange import Exchange, Level, Scheme
 from moesim.network.instance import InstanceNetwork
-from moesim.network.traffic import Mode, message_bytes, step_visits
+from moesim.network.traffic import Mode
 from moesim.units import BYTES_PER_ELEMENT
 
 STEPS: tuple[Step, ...] = ("dispatch", "combine")
@@ -89,24 +90,23 @@ def _all_to_all(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, coun
 
 def _deepep(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: Floats, mode: Mode) -> list[PhaseBytes]:
     setup = pricer.setup
-    moe, precision = setup.model.moe, setup.precision
-    exchange = network.exchange("deepep_low_latency" if mode == "low_latency" else "deepep_normal")
-    sent, arriving = _sent(pricer, batch)[:, None, :], pricer.rank_loads(batch, counts)
-    copies = pair_bytes(sent[:, 0], arriving, setup.parallel, 1.0)
-    to_node = None
-    if mode == "normal":
-        each = min(network.cluster.domain_gpus, network.cluster.gpus)
-        gate = {"top_k": moe.top_k, "groups": moe.groups, "top_groups": moe.top_groups}
-        by_rank, by_node = step_visits(arriving, counts, setup.placement, **gate, nodes=network.cluster.gpus // each)
-        copies = sent[..., :, None] * by_rank[..., None, :]
-        # Both chances are modelled; a token that visits a node visits one of its ranks.
-        most = by_rank.reshape(*by_rank.shape[:-1], -1, each).sum(axis=-1)
-        to_node = sent[..., :, None] * np.minimum(by_node, most)[..., None, :]
+    exchange = deepep_exchange(network, mode)
+    arriving = pricer.rank_loads(batch, counts)
+    copies = deepep_copies(
+        network,
+        setup.model,
+        setup.placement,
+        mode,
+        sent=_sent(pricer, batch),
+        arriving=arriving,
+        counts=counts,
+    )
+    pairs, domains = copies.pairs(slice(None))
     found = []
     for step in STEPS:
-        dtype = precision.dispatch if step == "dispatch" else precision.combine
-        size = message_bytes(step, mode, hidden=setup.model.hidden, dtype=dtype, top_k=moe.top_k)
-        loads = exchange.loads(copies * size, None if to_node is None else to_node * size, backwards=step == "combine")
+        size = deepep_message(step, mode, setup.model, setup.precision)
+        to_domains = None if domains is None else domains * size
+        loads = exchange.loads(pairs * size, to_domains, backwards=step == "combine")
         found += [PhaseBytes(step, name, level, load, exchange) for name, level, load in loads]
     return found
 

@@ -21,7 +21,9 @@ from moesim.cost.ops import (
     Operation,
 )
 from moesim.cost.overlap import StreamOverlap
+from moesim.errors import OutsideProfile
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.deepep_links import deepep_by_links, deepep_copies
 from moesim.graph.exchanges import ALL_TO_ALLS, AllToAll, Step
 from moesim.graph.replica_choice import choice_estimates
 from moesim.graph.storage import ExpertStorage
@@ -178,9 +180,9 @@ class Pricer:
             gate=self._gate(rows),
             shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
             replica_choice=self._replica_choice(batch),
-            dispatch=self._exchange("dispatch", batch, exchange, arriving, mode),
+            dispatch=self._exchange("dispatch", batch, counts, exchange, arriving, mode),
             experts=self._experts(local, mode),
-            combine=self._exchange("combine", batch, exchange, arriving, mode),
+            combine=self._exchange("combine", batch, counts, exchange, arriving, mode),
             gather=self._gather(rows),
             dense=self._dense(rows),
             dense_sync=self._dense_sync(rows),
@@ -424,7 +426,9 @@ class Pricer:
             kept=kept,
         )
 
-    def _exchange(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats, mode: str) -> Part:
+    def _exchange(
+        self, step: Step, batch: StepBatch, counts: Floats, balanced: Floats | None, arriving: Floats, mode: str
+    ) -> Part:
         setup = self.setup
         backend = setup.policies.dispatch.backend
         model, parallel = setup.model, setup.parallel
@@ -449,7 +453,21 @@ class Pricer:
             nodes=setup.nodes,
             dtype=dtype,
         )
-        return self._one(operation)
+        try:
+            return self._one(operation)
+        except OutsideProfile:
+            if setup.network is None or not setup.network.measured:
+                raise
+        copies = deepep_copies(
+            setup.network,
+            model,
+            setup.placement,
+            operation.mode,
+            sent=np.repeat(batch.tokens / parallel.tp, parallel.tp, axis=1),
+            arriving=arriving,
+            counts=counts,
+        )
+        return Part((deepep_by_links(setup.network, model, setup.precision, step, operation.mode, copies),))
 
     def _all_to_all(self, step: Step, batch: StepBatch, balanced: Floats | None, arriving: Floats) -> Part:
         setup, tp = self.setup, self.setup.parallel.tp

@@ -21,6 +21,15 @@ class InstanceNetwork:
     formula: bool
     _kept: dict[Scheme, Exchange] = field(default_factory=dict, repr=False)
 
+    @property
+    def measured(self) -> bool:
+        """Whether every link figure that exchanges need was measured: inside a domain, and between several."""
+        inside = "nvlink" if self.cluster.nvlink_bytes_per_s else "pcie"
+        levels = [inside] if self.cluster.domain_gpus >= self.cluster.gpus else [inside, "nic"]
+        return all(
+            f"{level}_{figure}" in self.cluster.measured for level in levels for figure in ("bytes_per_s", "latency_s")
+        )
+
     def exchange(self, scheme: Scheme) -> Exchange:
         """The instance's GPUs under one scheme of exchange; prepared once. Raises BadInput as `prepare` does."""
         if scheme not in self._kept:

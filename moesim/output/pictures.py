@@ -40,6 +40,7 @@ OPERATIONS = {
     "experts": "#1f7a4d",
     "shared_expert": "#6bb58d",
     "dense": "#94cfae",
+    "replica_choice": "#e8c39e",
     "dispatch": "#d9722e",
     "combine": "#f0a868",
     "embedding": "#c5ccd4",

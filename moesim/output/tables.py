@@ -41,6 +41,7 @@ _REASONS = {
     "backend_needs_domains": "a two-level exchange needs more than one NVLink domain",
     "domains_not_filled": "an instance does not fill whole NVLink domains",
     "tp_spans_nodes": "TP groups do not lie inside nodes",
+    "backend_does_not_pack": "this dispatch sends what its own kernels send: nothing can be compressed",
     "replica_choice_needs_ep": "with one expert-parallel rank there is no replica to choose",
 }
 

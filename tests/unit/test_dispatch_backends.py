@@ -10,13 +10,14 @@ import pytest
 
 from moesim.cli import run
 from moesim.cost.estimate import Tag, estimate
-from moesim.cost.ops import Collective, MemoryBound
+from moesim.cost.ops import Collective, MemoryBound, MoeExchange
 from moesim.engine import des, maxplus
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import ExactModel, StepModel
 from moesim.errors import BadInput, Infeasible, MoesimError, OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.exchanges import element_bytes, pair_bytes
+from moesim.graph.flows import phase_bytes
 from moesim.graph.layer import build_step
 from moesim.graph.pricing import Pricer
 from moesim.network.choice import CHOICES
@@ -33,7 +34,7 @@ def deployed(name, **dispatch):
     return resolve(groundwork(Scenario.read(plan(name, **dispatch), where=name)))
 
 
-def priced(deployment, tokens=32.0, costs=None, setup=None):
+def priced(deployment, tokens=32.0, costs=None, setup=None, mode="normal"):
     """One decode step of evenly routed tokens, priced."""
     setup = setup or deployment.setup
     ranks, moe = setup.parallel.attention_dp, setup.model.moe
@@ -41,7 +42,7 @@ def priced(deployment, tokens=32.0, costs=None, setup=None):
     share = float(batch.tokens.sum()) * moe.top_k / moe.experts
     counts = np.full((1, setup.model.moe_layers, moe.experts), share)
     pricer = Pricer(setup, costs or deployment.ground.costs)
-    return pricer.price(batch, counts, mode="normal", graphed=True)
+    return pricer.price(batch, counts, mode=mode, graphed=True)
 
 
 def seconds(part):
@@ -142,6 +143,39 @@ def test_pairs_of_split_experts_keep_to_their_place():
     assert not pairs[place[:, None] != place[None, :]].any()
     assert pairs.sum() == pytest.approx((1 + 2 + 3 + 4) * 10.0)
     np.testing.assert_allclose(pairs.sum(axis=0), np.repeat([1, 2, 3, 4], 2) * 10.0 / 2)
+
+
+class NoExchanges:
+    """A cost model that holds no DeepEP exchange."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def estimate(self, operation):
+        if isinstance(operation, MoeExchange):
+            raise OutsideProfile("not measured", mend="measure it")
+        return self.inner.estimate(operation)
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency"])
+def test_measured_links_price_a_deepep_exchange_that_no_table_holds(mode):
+    deployment = deployed("deepep", replica="equal")
+    setup = with_links(deployment.setup, formula=False, measured=True)
+    costs = NoExchanges(deployment.ground.costs)
+    found = priced(deployment, 512.0, costs=costs, setup=setup, mode=mode)
+    for part in (found.dispatch, found.combine):
+        assert (part.estimates[0].tags == Tag.FORMULA).all()
+        assert part.estimates[0].family == "dispatch" and f"deepep_{mode}" in part.estimates[0].source
+    # The busiest link of the bytes that are counted elsewhere, after the latencies of the way.
+    batch = step_batch(ranks=8, decode_seqs=512.0, decode_kv=100.0)
+    counts = np.full((1, setup.model.moe_layers, setup.model.moe.experts), 512.0 * 8 * 8 / 64)
+    phases = [phase for phase in phase_bytes(Pricer(setup, costs), batch, counts, mode) if phase.step == "dispatch"]
+    busiest = phases[0].exchange.topology.busiest_s(sum(phase.pairs for phase in phases))
+    latency = setup.network.cluster.nic_latency_s + (setup.network.cluster.nvlink_latency_s if mode == "normal" else 0)
+    np.testing.assert_allclose(found.dispatch.seconds()[..., 0], busiest + latency, rtol=1e-9)
+    with pytest.raises(OutsideProfile, match="not measured"):
+        bare = with_links(deployment.setup, formula=False, measured=False)
+        priced(deployment, costs=costs, setup=bare, mode=mode)
 
 
 class Store:
