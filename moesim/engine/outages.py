@@ -8,15 +8,15 @@ requests that only wait keep their place, on another rank where theirs is gone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from moesim.engine.batch_state import NONE, Plan, Ranks, Requests
+from moesim.engine.batch_state import Plan
 from moesim.engine.draws import Draw
 from moesim.engine.faults import FaultedTable, FaultState, jitter_factors, model_without, state_at
-from moesim.engine.kv_memory import give_back
+from moesim.engine.losses import Strike
 from moesim.engine.step_graph import best_step
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
 from moesim.graph.pricing import PricedStep
@@ -26,14 +26,6 @@ from moesim.spec.faults import FaultSpec
 # The table holds two points of jitter, 1 and this; between and beyond them it goes straight, which is exact for a
 # sequential schedule.
 JITTER_REFERENCE = 1.5
-
-
-@dataclass(frozen=True)
-class Strike:
-    """What faults take from an instance now: requests of these attention-DP ranks; whether their queues move on."""
-
-    ranks: tuple[int, ...]
-    queues_move: bool
 
 
 class FaultClock:
@@ -135,38 +127,6 @@ class _FaultedExact(ExactModel):
             shape = (priced[0].batch.steps, setup.parallel.gpus)
             jitter = jitter_factors(self._state.sigma, shape, self._jitter_rng)
         return best_step(setup, priced, lambda graph: self._state.slowed(graph, jitter))
-
-
-def drop_rank(requests: Requests, group: Ranks, rank: int) -> list[int]:
-    """Lose the requests that a rank has begun, running or half read, and free its memory; returns their ids."""
-    lost = [int(request) for request in group.running[rank, : group.running_seqs[rank]]]
-    if group.reading[rank] != NONE:
-        lost.append(int(group.reading[rank]))
-    for request in lost:
-        give_back(requests, group, rank, request)
-        _leave(requests, group, rank, request)
-    group.running_seqs[rank] = 0
-    group.reading[rank] = NONE
-    return lost
-
-
-def empty_queue(requests: Requests, group: Ranks, rank: int) -> list[int]:
-    """Take all waiting requests from a rank, in their order."""
-    waiting, request = [], int(group.head[rank])
-    while request != NONE:
-        waiting.append(request)
-        _leave(requests, group, rank, request)
-        after = int(requests.following[request])
-        requests.following[request] = NONE
-        request = after
-    group.head[rank] = group.tail[rank] = NONE
-    return waiting
-
-
-def _leave(requests: Requests, group: Ranks, rank: int, request: int) -> None:
-    """Count a request as no longer at a rank; the other half of `arrive`."""
-    group.requests_in[rank] -= 1
-    group.tokens_in[rank] -= requests.isl[request] + requests.generated[request]
 
 
 def _back(fault: FaultSpec, instance: int, now_s: float) -> float | None:

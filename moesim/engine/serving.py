@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
 from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.losses import Faults, drop_rank, empty_queue
 from moesim.engine.memory_rules import CONTEXT
-from moesim.engine.outages import FaultClock, drop_rank, empty_queue
 from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.errors import BadInput, Infeasible
 
@@ -134,7 +134,7 @@ class Pool:
     balance: str = "round_robin"
     blocks: PromptBlocks | None = None
     on_end: Callable[[Ints], None] = lambda ended: None
-    faults: FaultClock | None = None
+    faults: Faults | None = None
     gap_s: Floats = field(default_factory=lambda: np.zeros(1024))
     gap_n: Ints = field(default_factory=lambda: np.zeros(1024, np.int64))
     gaps: int = 1
@@ -244,7 +244,7 @@ class Pool:
             return self.step_time(plan)
         return self.faults.step_s(plan, instance, self.environment.now)
 
-    def _suffer(self, instance: int, faults: FaultClock) -> None:
+    def _suffer(self, instance: int, faults: Faults) -> None:
         """Lose what faults have taken since the last step; what only waited moves on where its rank is gone."""
         group = self.groups[instance]
         for strike in faults.strike(instance, self.environment.now):
@@ -316,7 +316,7 @@ class Source:
 
 def serve(
     load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, balance: str = "round_robin",
-    compiled: bool = True, faults: FaultClock | None = None,
+    compiled: bool = True, faults: Faults | None = None,
 ) -> Served:  # fmt: skip
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
