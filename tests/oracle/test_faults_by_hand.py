@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.engine.batcher import Limits, Plan
+from moesim.engine.batch_state import NONE, Limits, Plan, new_plan, new_ranks, new_requests
+from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.losses import drop_rank, empty_queue
 from moesim.engine.outages import FaultClock
 from moesim.engine.serving import Load, serve
 from moesim.spec.faults import FaultSpec
@@ -140,3 +142,36 @@ def test_every_request_is_completed_or_lost(seed):
     running_at_a_death = sum(len(fault) > 0 for fault in faults) * ranks * 4  # running and reading, at most
     assert (~done).sum() <= running_at_a_death
     assert len(found.gaps_s) >= (found.osl[done] - 1).sum()
+
+
+def test_a_rank_that_lost_all_is_empty_and_free():
+    """Running, half read and waiting requests: after them nothing is held, counted or queued."""
+    requests, group = new_requests(np.asarray([4, 30, 7]), np.asarray([5, 5, 5])), new_ranks(1, 8)
+    limits = Limits(max_tokens=20, max_running=8, kv_tokens=60, chunked=True, mixes=False)
+    plan, gaps = new_plan(1, 8), np.zeros(64)
+    for request in range(3):
+        arrive(requests, group, 0, request)
+    assert plan_step(requests, group, limits, plan) == 20  # all of request 0, 16 of request 1
+    finish_step(requests, group, limits, plan, 1.0, gaps, np.zeros(64, np.int64), 1, np.zeros(16, np.int64))
+    assert (group.running_seqs[0], group.reading[0], group.head[0]) == (1, 1, 2)
+    assert (group.kv_tokens[0], group.requests_in[0], group.tokens_in[0]) == (9 + 35, 3, 4 + 1 + 30 + 7)
+    assert drop_rank(requests, group, 0) == [0, 1]
+    assert (group.kv_tokens[0], group.requests_in[0], group.tokens_in[0]) == (0, 1, 7)
+    assert empty_queue(requests, group, 0) == [2]
+    assert (group.requests_in[0], group.tokens_in[0], group.head[0]) == (0, 0, NONE)
+    arrive(requests, group, 0, 2)
+    assert plan_step(requests, group, limits, plan) == 7
+
+
+def test_a_run_with_faults_is_never_the_compiled_one():
+    class Table:
+        compilable = True
+
+        def __call__(self, plan):
+            return 1.0
+
+    load = Load(np.asarray([10]), np.asarray([3]), arrival_s=np.zeros(1))
+    faults = UnitClock([{"kind": "dead_rank", "gpu": 0, "from_s": 0.5, "recovery_s": 1}], 1)
+    limits = Limits(max_tokens=100, max_running=8, kv_tokens=1000, chunked=True, mixes=False)
+    found = serve(load, limits, ranks=1, instances=1, step_time=Table(), faults=faults)
+    np.testing.assert_array_equal(found.finish_s, [NEVER])

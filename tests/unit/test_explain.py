@@ -13,12 +13,13 @@ import pytest
 from moesim.cli import run
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.explain import explain
-from moesim.engine.simulate import Simulation, simulate
+from moesim.engine.simulate import Simulation, simulate, typical_decode
 from moesim.engine.stepbytes import StepBytes, step_bytes
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import Pricer
 from moesim.network.traffic import message_bytes
+from moesim.output.network import of_simulation
 from moesim.spec.scenario import Scenario
 from tests.scenarios import small, write
 
@@ -34,6 +35,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"parallel": {"attention_dp": 4, "ep": 4}},
     {"cluster": {"system": "h200_sxm", "nodes": 2, "gpus_per_node": 8}, "parallel": {"attention_dp": 16, "ep": 16},
      "placement": {"solver": "greedy", "redundant_experts": 16}},
+    {"policies": {"schedule": "pipeline", "overlap": {"slowdown": {"compute": 1.2, "communication": 1.3}}}},
+    {"policies": {"dispatch": {"backend": "alltoall", "replica": "lp"}}},
+    {"policies": {"storage": "offload"}},
+    {"policies": {"gate": "expert_choice", "capacity": {"rule": "megatron", "factor": 1.0}}},
+    {"parallel": {"tp": 2, "attention_dp": 4, "ep": 8}, "policies": {"dispatch": {"backend": "tp_dedup"}}},
 ]  # fmt: skip
 
 
@@ -204,3 +210,33 @@ def test_the_event_executor_explains_the_same_without_contention() -> None:
         assert one.step_s == pytest.approx(other.step_s, rel=1e-9)
         assert one.critical_path_s == pytest.approx(other.critical_path_s, rel=1e-9)
         assert one.what_if_s == pytest.approx(other.what_if_s, rel=1e-9)
+
+
+def test_a_cluster_that_others_use_is_not_explained_and_says_why() -> None:
+    job = {"kind": "stream", "gpus": [0], "to": [1], "bytes_per_s": 1e9}
+    data = small(policies={"dispatch": {"backend": "alltoall"}})
+    data["cluster"]["background"] = [job]
+    data["serving"]["workload"] |= {"requests": 4, "osl": 3}
+    found = explain(simulate(resolve(groundwork(Scenario.read(data, where="test"))), draws=0, fidelity="des"))
+    assert found.steps == ()
+    assert "other jobs" in found.not_priced["every step"]
+
+
+def test_of_two_roles_the_decode_role_is_explained() -> None:
+    data = small(parallel=None)
+    data["serving"]["roles"] = {"prefill": {"gpus": 4}, "decode": {"gpus": 4}}
+    found = explain(simulate(resolve(groundwork(Scenario.read(data, where="test"))), draws=0))
+    assert {step.kind for step in found.steps} == {"decode"}
+    assert all(len(step.waited_s) == 4 for step in found.steps)
+    assert "prefill role" in found.not_priced
+
+
+def test_the_link_bytes_of_a_step_are_those_that_network_tells() -> None:
+    """The same rules count both; the routing is drawn anew, so they agree as far as chance lets them."""
+    simulation = simulated(policies={"dispatch": {"backend": "alltoall"}})
+    (step,) = (one for one in explain(simulation).steps if (one.kind, one.which) == ("decode", "typical"))
+    told = of_simulation(simulation, typical_decode(simulation))
+    assert step.traffic is not None
+    for phase, bytes_of in (("dispatch", "dispatch_bytes"), ("combine", "combine_bytes")):
+        whole = sum(link["bytes"] for link in told[phase]["by_link"])
+        assert sum(getattr(load, bytes_of) for load in step.traffic.links) == pytest.approx(whole, rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from moesim.engine.simulate import simulate
 from moesim.errors import BadInput
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
+from moesim.spec.workload import BatchingSpec, SpeculativeSpec
 from tests.property.test_fuzz_scenarios import mutate
 from tests.scenarios import small, write
+from tests.training_scenarios import training
 
 LAYERS, EXPERTS, RANKS = 16, 64, 8
 
@@ -176,3 +179,92 @@ def test_over_nodes_exchanges_go_by_the_nics(tmp_path: Path, capsys: pytest.Capt
     fault = {"kind": "slow_link", "gpu": 3, "link": "nvlink", "factor": 2}
     assert run(["simulate", str(write(tmp_path, two_nodes(fault)))]) == 2
     assert "exchanges over nodes go by the NICs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"serving": {"roles": {"prefill": {"gpus": 4}, "decode": {"gpus": 4}}}}, "serving.roles"),
+        ({"serving": {"balance": "shortest_queue"}}, "serving.balance"),
+        ({"serving": {"memory": {"admission": "engine"}}}, "serving.memory.admission"),
+        (
+            {"cluster": {"background": [{"kind": "stream", "gpus": [0], "to": [1], "bytes_per_s": 1e9}]}},
+            "cluster.background",
+        ),
+    ],
+)
+def test_runs_that_faults_cannot_be_timed_in_are_refused_by_name(
+    changes: dict[str, Any], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small(faults=[{"kind": "jitter", "sigma": 0.1}])
+    for name, more in changes.items():
+        data[name] |= more
+    if "roles" in data["serving"]:
+        data["parallel"] = None
+    assert run(["simulate", str(write(tmp_path, data)), "--draws", "0", "--fidelity", "des"]) == 2
+    captured = capsys.readouterr()
+    assert f"faults: faults are not modelled together with {key}" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"speculative": SpeculativeSpec(draft_tokens=1, acceptance=0.5)}, "serving.speculative"),
+        ({"batching": BatchingSpec(prefix_cache=True)}, "serving.batching.prefix_cache"),
+    ],
+)
+def test_drafts_and_prefix_caches_are_refused_by_name(changes: dict[str, Any], key: str) -> None:
+    scenario = Scenario.read(small(faults=[{"kind": "jitter", "sigma": 0.1}]), where="test")
+    deployment = resolve(groundwork(scenario))
+    assert scenario.serving is not None
+    odd = scenario.model_copy(update={"serving": scenario.serving.model_copy(update=changes)})
+    with pytest.raises(BadInput, match=key):
+        check_faults(replace(deployment, scenario=odd), scenario.faults)
+
+
+def test_a_rank_may_not_die_under_a_replica_choice_that_looks_at_each_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = twice_placed(tmp_path) | {"faults": [{"kind": "dead_rank", "gpu": 2}]}
+    data["policies"] = {"dispatch": {"replica": "lp"}}
+    assert run(["simulate", str(write(tmp_path, data)), "--draws", "0"]) == 2
+    assert "faults.0: how replica choice lp goes on without a rank" in capsys.readouterr().err
+
+
+def test_training_knows_no_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = training(faults=[{"kind": "jitter", "sigma": 0.1}])
+    assert run(["simulate", str(write(tmp_path, data))]) == 2
+    assert "faults are simulated for serving only" in capsys.readouterr().err
+    assert run(["simulate", str(write(tmp_path, training())), "--explain"]) == 2
+    assert "--explain: training runs are not explained yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {"schedule": "pipeline"},
+        {"schedule": "pipeline", "overlap": {"chunks": 2, "slowdown": {"compute": 1.2, "communication": 1.3}}},
+        {"storage": "offload"},
+        {"dispatch": {"backend": "alltoall", "replica": "lp"}},
+    ],
+    ids=str,
+)
+def test_faults_act_under_every_kind_of_schedule_storage_and_choice(policies: dict[str, Any]) -> None:
+    """Never earlier in a closed loop, whose batches do not depend on time; table and single steps agree."""
+    slow = [
+        {"kind": "slow_gpu", "gpu": 3, "factor": 1.5},
+        {"kind": "slow_link", "gpu": 2, "link": "nvlink", "factor": 2.0},
+    ]
+    data = small(faults=slow, policies=policies)
+    data["serving"]["workload"] |= {"requests": 16, "osl": 6, "arrivals": {"concurrency": 16}}
+    deployment = resolve(groundwork(Scenario.read(data, where="test")))
+    durations = []
+    for fidelity in ("table", "maxplus"):
+        found = simulate(deployment, draws=0, fidelity=fidelity)  # type: ignore[arg-type]
+        assert found.without_faults is not None
+        assert (found.served.finish_s >= found.without_faults.finish_s).all()
+        assert found.served.duration_s > found.without_faults.duration_s  # by little where fetches hide the faults
+        durations.append(found.served.duration_s)
+    assert durations[0] == pytest.approx(durations[1], rel=0.06)
