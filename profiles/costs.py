@@ -36,6 +36,7 @@ from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
 from profiles.ep_between import exchanges_between
+from profiles.error_law import NINETY
 from profiles.experts import ExpertTable, expert_table, physics_name
 from profiles.fit import OUTSIDE
 from profiles.grouped import Physics, Shape
@@ -384,9 +385,13 @@ class StoreCosts:
         return where_key(self._tables[family, wanted], **key)
 
     def _sigma(self, name: str, rows: pl.DataFrame) -> float:
-        """One standard deviation of ln(true / predicted), from the leave-out errors of the rows' own profile."""
+        """One standard deviation of ln(true / predicted), from the leave-out errors of the rows' own profile.
+
+        It is that of the normal whose 90 % interval holds nine of ten left-out errors: these have longer tails than a
+        normal has, and 90 % is what results are told at.
+        """
         found = self.profiles[place_of(rows)].errors(name)
-        return found["p68"] if found.get("points", 0.0) >= LEAST_ERRORS else UNKNOWN_SIGMA
+        return found["p90"] / NINETY if found.get("points", 0.0) >= LEAST_ERRORS else UNKNOWN_SIGMA
 
     # Beyond the tables.
 

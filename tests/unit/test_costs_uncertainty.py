@@ -59,7 +59,7 @@ def test_each_price_has_the_error_of_its_own_profile(tmp_path: Path) -> None:
     alone = model("default").estimate(ALL_REDUCE)
     for names in ((many, "default"), ("default", many)):
         both = model(*names)
-        assert both.estimate(ALL_REDUCE).rel_sigma == alone.rel_sigma == pytest.approx(0.0376, abs=5e-4)
+        assert both.estimate(ALL_REDUCE).rel_sigma == alone.rel_sigma == pytest.approx(0.0582, abs=5e-4)
         assert both.estimate(ALL_TO_ALL).rel_sigma < 0.03
 
 
