@@ -26,6 +26,7 @@ BYTES_PER_ELEMENT: dict[str, float] = {
     "mxfp4": 0.5 + 1.0 / 32.0,
     "nvfp4": 0.5 + 1.0 / 16.0,
     "int4": 0.5 + 2.0 / 32.0,
+    "w4a8_mxfp4_mxfp8": 0.5 + 1.0 / 32.0,  # mxfp4 weights times mxfp8 activations
 }
 
 

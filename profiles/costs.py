@@ -80,6 +80,8 @@ UNKNOWN_SIGMA = 0.25
 # 68 % quantile by chance in more than one case of twenty (0.68^8 = 0.046).
 LEAST_ERRORS = 8
 TINY_S = 1e-12  # keeps a ratio of formulas finite where both are 0
+# Engines whose tables are asked, where extrapolation is allowed, for a kernel that an engine's own tables lack.
+STAND_INS = ("sglang", "trtllm", "vllm")
 # Engines whose tables serve another's: SGLang's prefill runs the expanded MLA that TensorRT-LLM's table measured.
 MLA_PREFILL_ENGINES = {"sglang": ("sglang", "trtllm"), "trtllm": ("trtllm",), "vllm": ("vllm", "trtllm")}
 
@@ -408,6 +410,9 @@ class StoreCosts:
                 where=self._names(),
                 mend=mend(op),
             )
+        stand_in = self._stand_in(op)
+        if stand_in is not None:
+            return stand_in
         near = self._near(op)
         if near is None:
             formula = self.roofline.estimate(op)
@@ -417,6 +422,21 @@ class StoreCosts:
         tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
         source = f"{priced.source}, scaled from {describe(near)}"
         return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, source=source)
+
+    def _stand_in(self, op: Operation) -> Estimate | None:
+        """The price of the very shape from another engine's table, or None: engines share many kernels."""
+        key = ("stand-in", key_of(op))
+        if key not in self._tables:
+            others = (dataclasses.replace(self, engine=name, _prepared={}, _tables={}) for name in STAND_INS)
+            kept = self._tables.setdefault("others", {other.engine: other for other in others})
+            order = [name for name in STAND_INS if name != self.engine]
+            self._tables[key] = next((kept[name] for name in order if any(True for _ in kept[name]._prepare(op))), None)
+        other = self._tables[key]
+        if other is None:
+            return None
+        priced: Estimate = other.estimate(op)
+        tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
+        return dataclasses.replace(priced, tags=tags, source=f"{priced.source}, standing in for {self.engine}")
 
     def _near(self, op: Operation) -> Operation | None:
         """The operation at the nearest measured shape, or None; looked for once for a kernel and shape."""

@@ -1,7 +1,7 @@
 """The serving loop of table-timed steps as one compiled loop: the same events as `serving`, many times as fast.
 
 Requests of an open loop go to instances in turn, so each instance can be run by itself from its first request to its
-last. What the loop cannot know yet (a table that is first needed, a prompt length that was not priced) it asks Python
+last; those of a closed loop too where there is one instance. What the loop cannot know yet (a table that is first needed, a prompt length that was not priced) it asks Python
 for, and goes on where it stopped. A property test holds it against the SimPy loop: the same times to the last digit.
 """
 
@@ -143,12 +143,25 @@ def _step_s(
 def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
-    counters: Ints, clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints,
+    counters: Ints, clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints, concurrency: int,
 ) -> int:  # fmt: skip
-    """Run one instance until it is done or needs something; returns why it stopped."""
+    """Run one instance until it is done or needs something; returns why it stopped.
+
+    concurrency: requests of a closed loop, 0 = an open one, whose requests come at `admitted_s`.
+    """
     ranks = len(group.head)
     while counters[ENDED] < len(mine):
-        if counters[PLANNED] == 0:
+        if counters[PLANNED] == 0 and concurrency > 0:
+            for _ in range(min(concurrency + counters[ENDED], len(mine)) - counters[NEXT]):
+                request = mine[counters[NEXT]]
+                requests.arrival_s[request] = clock[NOW]
+                arrive(requests, group, request % ranks, request)
+                counters[NEXT] += 1
+            if plan_step(requests, group, limits, plan) == 0:
+                return DONE
+            counters[PEAK_KV] = max(counters[PEAK_KV], plan.totals[2])
+            counters[PLANNED] = 1
+        elif counters[PLANNED] == 0:
             while counters[NEXT] < len(mine):
                 request = mine[counters[NEXT]]
                 late = admitted_s[request] - clock[NOW]
@@ -200,8 +213,13 @@ def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> No
 class Instances:
     """Runs every instance of a deployment in turn over one set of requests; see `run`."""
 
-    def __init__(self, requests: Requests, arrival_s: Floats, limits: Limits, ranks: int, instances: int, timed: Timed):
+    def __init__(
+        self, requests: Requests, arrival_s: Floats, limits: Limits, ranks: int, instances: int, timed: Timed,
+        concurrency: int = 0,
+    ) -> None:  # fmt: skip
+        """arrival_s: of an open loop. concurrency: of a closed one, of a single instance; arrivals are ignored then."""
         self.requests, self.limits, self.ranks, self.instances, self.timed = requests, limits, ranks, instances, timed
+        self.concurrency = concurrency
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
         self.gap_s, self.gap_n = np.zeros(FIRST_STEPS), np.zeros(FIRST_STEPS, np.int64)
@@ -238,7 +256,7 @@ class Instances:
             why = _advance(
                 self.requests, group, self.limits, plan, mine, self.instances, self.admitted_s, self.scheduled_s,
                 self.decode, self.prefill, attention, graphs, self.prompts, counters, clock, self.gap_s, self.gap_n,
-                log, ended,
+                log, ended, self.concurrency,
             )  # fmt: skip
             if why == DONE:
                 break

@@ -199,7 +199,7 @@ def weights(
     dense = WEIGHT_BYTES_PER_ELEMENT[precision.dense]
     plain = BYTES_PER_ELEMENT[precision.activations]
     replicated, sharded = attention_parameters(model)
-    attention = (replicated + sharded / parallel.tp) * dense
+    attention = (replicated + sharded / parallel.tp) * WEIGHT_BYTES_PER_ELEMENT[precision.projections]
     if model.attention.kind == "mla":
         attention += _absorbed_parameters(model) / parallel.tp * plain
     shared_split = 1 if policies.dispatch.scatters else parallel.tp

@@ -37,6 +37,8 @@ class EngineRules:
 _SGLANG_SIZES = tuple(chain([1, 2, 4, 8, 12], range(16, 257, 8), range(272, 513, 16)))
 # vLLM config (compilation): 1, 2, 4, then every 8 up to 256, every 16 up to 512.
 _VLLM_SIZES = tuple(chain([1, 2, 4], range(8, 257, 8), range(272, 513, 16)))
+# TensorRT-LLM's PyTorch backend, cuda_graph_config with padding: powers of two to 128, then to max_batch_size.
+_TRTLLM_SIZES = tuple(chain(range(1, 33), range(64, 129, 32), (256, 512, 1024, 2048)))
 # SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK defaults to 128; vLLM's low-latency buffers hold 256 tokens a rank
 # (VLLM_DEEPEP... MOE_DP_CHUNK_SIZE default 256). DeepEP's README advises fewer than 256.
 _SGLANG_LOW_LATENCY = 128
@@ -53,6 +55,9 @@ _RULES = {
     ),
     "vllm": EngineRules(
         "vllm", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA, True
+    ),
+    "trtllm": EngineRules(
+        "trtllm", True, _TRTLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA
     ),
     "moesim": EngineRules(
         "moesim", True, _VLLM_SIZES, _VLLM_LOW_LATENCY, _STEP_OVERHEAD_S, _EAGER_LAYER_S, _OVERHEAD_REL_SIGMA, True

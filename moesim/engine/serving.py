@@ -320,13 +320,13 @@ def serve(
 ) -> Served:  # fmt: skip
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
-    step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: an open loop
-    in turn whose steps are timed by table runs in `compiled`, which gives the same times. faults: see Pool; a request
+    step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
+    in turn (open, or closed over one instance) whose steps are timed by table runs in `compiled`, with the same times. faults: see Pool; a request
     that they lose has no `finish_s`. Raises Infeasible when a request can never be admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
-    in_turn = load.arrival_s is not None and load.blocks is None and balance == "round_robin"
+    in_turn = load.blocks is None and balance == "round_robin" and (load.arrival_s is not None or instances == 1)
     if compiled and in_turn and faults is None and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time)
     environment = simpy.Environment()
@@ -342,8 +342,8 @@ def serve(
 def _compiled(load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any) -> Served:
     from moesim.engine.compiled import Instances
 
-    assert load.arrival_s is not None
-    run = Instances(requests, load.arrival_s, limits, ranks, instances, timed)
+    times_s = np.zeros(len(load.isl)) if load.arrival_s is None else load.arrival_s
+    run = Instances(requests, times_s, limits, ranks, instances, timed, load.concurrency or 0)
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
     return _record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)

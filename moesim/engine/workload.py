@@ -27,19 +27,28 @@ def lengths(workload: WorkloadSpec) -> Lengths:
     """Lengths of a workload. Raises BadInput for a trace file that cannot be read."""
     if workload.file is None:
         isl, osl = workload.isl or 1, workload.osl or 1
-        return Lengths(float(isl), float(osl), isl, isl + osl)
+        means = ((least(length, workload.range_ratio) + length) / 2 for length in (isl, osl))
+        return Lengths(*means, isl, isl + osl)
     trace = _trace(workload)
     return Lengths(
         float(trace.isl.mean()), float(trace.osl.mean()), int(trace.isl.max()), int((trace.isl + trace.osl).max())
     )
 
 
+def least(length: int, range_ratio: float) -> int:
+    """The shortest length that is drawn: as clients with `--random-range-ratio` round it (InferenceMAX), at least 1."""
+    return max(1, int(length * range_ratio))
+
+
 def make_load(workload: WorkloadSpec, seed: int, *, prefix_cache: bool = False) -> Load:
     """The requests: the same for every plan and draw. Raises BadInput for a trace file that cannot be read."""
     if workload.file is None:
         assert workload.isl and workload.osl and workload.requests and workload.arrivals
-        isl = np.full(workload.requests, workload.isl, dtype=np.int64)
-        osl = np.full(workload.requests, workload.osl, dtype=np.int64)
+        rng = np.random.default_rng([seed, 11])
+        isl, osl = (
+            rng.integers(least(length, workload.range_ratio), length + 1, size=workload.requests)
+            for length in (workload.isl, workload.osl)
+        )
         return _timed(isl, osl, workload.arrivals, seed, None)
     trace = _trace(workload)
     blocks = trace.blocks if prefix_cache else None

@@ -138,7 +138,7 @@ class LayerPieces:
             gather = Collective("all_gather", whole, cp, setup.grid.nodes("cp"))
             found.append(meet("keys and values", "cp_collective", gather, "cp"))
         found.append(compute("attention", "attention", [self._kernel(heads, window)], "core_attn"))
-        out = self._gemm(rows, model.hidden, heads * spec.value_head_dim, precision.dense)
+        out = self._gemm(rows, model.hidden, heads * spec.value_head_dim, precision.projections)
         found.append(compute("output projection", "attention_projections", out))
         return found + self._tp("scatter", "reduce_scatter", rows)
 
@@ -222,7 +222,7 @@ class LayerPieces:
     def _projections(self) -> list[Operation]:
         """Queries, keys and values; latent attention expands its heads (no absorption in training)."""
         setup, rows = self.setup, self.setup.rows
-        spec, hidden, tp, dtype = setup.model.attention, setup.model.hidden, setup.parallel.tp, setup.precision.dense
+        spec, hidden, tp, dtype = setup.model.attention, setup.model.hidden, setup.parallel.tp, setup.precision.projections
         heads = max(1, spec.heads // tp)
         if spec.kind == "gqa":
             kv_heads = max(1, spec.kv_heads // tp)

@@ -18,7 +18,7 @@ from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
-Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4"]
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4", "w4a8_mxfp4_mxfp8"]
 Phase = Literal["prefill", "decode", "any"]
 
 
@@ -42,11 +42,17 @@ class PrecisionSpec(Spec):
     """Element type of each family of tensors."""
 
     dense: Dtype = "fp8_block"
+    attention: Dtype | None = Field(default=None, description="attention's projections; none = as `dense`")
     experts: Dtype = "fp8_block"
     activations: Dtype = "bf16"
     kv_cache: Dtype = "bf16"
     dispatch: Dtype = "fp8"
     combine: Dtype = "bf16"
+
+    @property
+    def projections(self) -> Dtype:
+        """Type of attention's projections."""
+        return self.attention or self.dense
 
 
 class CostSpec(Spec):

@@ -47,6 +47,9 @@ class WorkloadSpec(Spec):
     isl: int | None = Field(default=None, gt=0, description="input tokens of a request")
     osl: int | None = Field(default=None, gt=0, description="output tokens of a request")
     requests: int | None = Field(default=None, gt=0)
+    range_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="lengths are drawn evenly from range_ratio x isl (osl) to isl (osl)"
+    )
     arrivals: ArrivalsSpec | None = None
     file: Path | None = None
     speed: float | None = Field(default=None, gt=0, description="of a trace file: 2 halves the time between requests")
@@ -56,6 +59,8 @@ class WorkloadSpec(Spec):
         if self.file is not None:
             if self.isl is not None or self.osl is not None:
                 raise ValueError("a trace file brings its own isl and osl: leave them out")
+            if self.range_ratio != 1.0:
+                raise ValueError("a trace file brings its own lengths: leave range_ratio out")
             if self.speed is not None and self.arrivals is not None:
                 raise ValueError("arrivals replace a trace file's times: leave speed out")
             return self

@@ -230,6 +230,10 @@ def _another_device(rows: pl.DataFrame, source: Source) -> dict[str, pl.Expr]:
 
 # Weights this large cannot come from a cache: the largest L2 of these GPUs holds 126 MB (B200).
 SURELY_FROM_HBM_BYTES = 5e8
+# How much faster than the datasheet's HBM rate a row may read the experts that its label says: a timing loop finds a
+# tenth of them in L2 (B200: 126 MB of 1.4 GB), and kernels that route from logits may touch fewer than a balanced run's
+# label says where there are few tokens. Assumed; beyond it the label is wrong.
+LABEL_TOLERANCE = 1.3
 GPUS_PER_NODE = 8  # of every system that the package describes but GB200 and GB300, whose description says 4
 
 
@@ -263,7 +267,7 @@ def _possible(rows: pl.DataFrame, hbm_bytes_per_s: float) -> pl.DataFrame:
         (pl.col("distribution") == "uniform")
         & (pl.col("grouping") != "deepep_normal")
         & (read > SURELY_FROM_HBM_BYTES)
-        & (read / pl.col(LATENCY) > hbm_bytes_per_s)
+        & (read / pl.col(LATENCY) > LABEL_TOLERANCE * hbm_bytes_per_s)
     )
     # A kernel, shape and split with such a row did not run what its label says: none of its rows in this table is kept.
     split = ["grouping", "dtype", "hidden", "intermediate", "experts", "top_k", "local_experts"]

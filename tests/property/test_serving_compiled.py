@@ -70,6 +70,19 @@ def test_both_loops_agree(
     same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=400 if tight else 100_000))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 60), seed=st.integers(0, 99), concurrency=st.integers(1, 80), engine=st.sampled_from(ENGINES),
+    chunked=st.booleans(), tight=st.booleans(),
+)  # fmt: skip
+def test_both_closed_loops_agree(
+    models: dict[str, StepModel], count: int, seed: int, concurrency: int, engine: str, chunked: bool, tight: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    load = Load(rng.integers(1, 240, count), rng.integers(1, 24, count), concurrency=concurrency)
+    same(*both(models[engine], load, 1, chunked=chunked, kv_tokens=400 if tight else 100_000))
+
+
 def test_many_prompt_lengths_and_a_long_run_agree(models: dict[str, StepModel]) -> None:
     rng = np.random.default_rng(1)
     count = 3000

@@ -108,7 +108,7 @@ def _widths(
     yield from _cut("expert", moe.intermediate, parallel.expert_tp, "expert_tp", precision.experts, always=True)
     yield from _cut("dense layer", model.dense_intermediate, parallel.tp, "tp", precision.dense)
     yield from _cut("shared expert", moe.shared_intermediate, shared_split, "tp", precision.dense)
-    yield from _cut("attention output", values, parallel.tp, "tp", precision.dense)
+    yield from _cut("attention output", values, parallel.tp, "tp", precision.projections)
 
 
 def _cut(what: str, width: int, split: int, key: str, dtype: str, *, always: bool = False) -> Iterator[Finding]:

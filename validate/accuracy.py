@@ -1,0 +1,91 @@
+"""How far predictions are from measurements: errors, order within choices, regret. Pure functions of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of n predictions: mean and median of |error|, its 90 % quantile, and the median signed error."""
+
+    n: int
+    mape: float
+    median: float
+    p90: float
+    bias: float
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """JSON-ready: None where there is nothing to tell."""
+        return {name: (None if isinstance(value, float) and math.isnan(value) else value) for name, value in vars(self).items()}
+
+
+def errors(predicted: Floats, measured: Floats) -> Errors:
+    """Errors of predictions [n] against positive measurements [n]; NaN figures where there are none."""
+    if len(measured) == 0:
+        return Errors(0, math.nan, math.nan, math.nan, math.nan)
+    relative = np.asarray(predicted) / np.asarray(measured) - 1.0
+    size = np.abs(relative)
+    return Errors(
+        len(relative), float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.9)), float(np.median(relative))
+    )
+
+
+def spearman(predicted: Floats, measured: Floats) -> float:
+    """Rank correlation with ties averaged; NaN where either side is constant."""
+    one, other = rankdata(predicted), rankdata(measured)
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def regret(predicted: Floats, measured: Floats) -> float:
+    """What choosing the highest prediction loses of the highest measurement: 0 where it is the best."""
+    best = float(np.max(measured))
+    return float(1.0 - measured[int(np.argmax(predicted))] / best)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Order within groups of alternatives: number of groups, mean rank correlation, mean top-1 regret."""
+
+    groups: int
+    spearman: float
+    regret: float
+
+
+def choices(groups: Sequence[Sequence[int]], predicted: Floats, measured: Floats) -> Choices:
+    """Order of `predicted` against `measured` (higher is better) within groups of indices; groups of under 3 are left out.
+
+    A group whose predictions are all alike counts as no correlation (0): it tells nothing.
+    """
+    kept = [np.asarray(group) for group in groups if len(group) >= 3]
+    if not kept:
+        return Choices(0, math.nan, math.nan)
+    correlations = [spearman(predicted[group], measured[group]) for group in kept]
+    found = [0.0 if math.isnan(value) else value for value in correlations]
+    lost = [regret(predicted[group], measured[group]) for group in kept]
+    return Choices(len(kept), float(np.mean(found)), float(np.mean(lost)))
+
+
+def split_errors(labels: Sequence[str], predicted: Floats, measured: Floats) -> Mapping[str, Errors]:
+    """Errors of each label, in order of name."""
+    names = np.asarray(labels)
+    return {name: errors(predicted[names == name], measured[names == name]) for name in sorted(set(labels))}
+
+
+def coverage(low: Floats, high: Floats, measured: Floats) -> dict[str, Any]:
+    """Share of measurements inside their intervals, and the mean half-width relative to the middle."""
+    if len(measured) == 0:
+        return {"share": None, "half_width": None}
+    inside = (measured >= low) & (measured <= high)
+    return {"share": float(inside.mean()), "half_width": float(((high - low) / (high + low)).mean())}
