@@ -107,7 +107,7 @@ def search(
     Recipes come first; then the sampler, seeded by batch. Where the whole space is no larger than `trials`, all of it
     is evaluated in order instead.
     """
-    by_params = space.by_params()
+    by_params = space.by_params
     finished = list(_stored(study, by_params))
     resumed = len(finished)
     target = min(trials, len(space.plans))
@@ -122,7 +122,7 @@ def search(
         batch = list(dict.fromkeys(first))[:BATCH]
         if len(batch) < BATCH:
             stored = [_frozen(trial.plan, trial.outcome, space) for trial in before]
-            batch += _ask(stored, scenario, by_params, seen | set(batch), BATCH - len(batch), rng)
+            batch += _ask(stored, scenario, space, seen | set(batch), BATCH - len(batch), rng)
         batch = batch[len(finished) - start : target - start]
         outcomes = workers.evaluate(batch)
         for plan, outcome in zip(batch, outcomes, strict=True):
@@ -136,7 +136,7 @@ def search(
 def _ask(
     stored: list[FrozenTrial],
     scenario: Scenario,
-    by_params: dict[tuple[str, ...], Plan],
+    space: Space,
     seen: set[Plan],
     room: int,
     rng: np.random.Generator,
@@ -148,36 +148,29 @@ def _ask(
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=2 * BATCH)
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     scratch.add_trials(stored)
-    names = _choices(by_params)
     found: list[Plan] = []
     for _ in range(_ASKS * room):
         if len(found) == room:
             return found
         trial = scratch.ask()
-        values = tuple(trial.suggest_categorical(name, choices) for name, choices in names.items())
-        plan = by_params.get(values)
+        values = tuple(trial.suggest_categorical(name, choices) for name, choices in space.choices.items())
+        plan = space.by_params.get(values)
         if plan is not None and plan not in seen and plan not in found:
             found.append(plan)
-    untried = [plan for plan in by_params.values() if plan not in seen and plan not in found]
+    untried = [plan for plan in space.plans if plan not in seen and plan not in found]
     chosen = rng.permutation(len(untried))[: room - len(found)]
     return found + [untried[int(index)] for index in chosen]
 
 
-def _choices(by_params: dict[tuple[str, ...], Plan]) -> dict[str, list[str]]:
-    names = list(next(iter(by_params.values())).params())
-    return {name: sorted({values[axis] for values in by_params}) for axis, name in enumerate(names)}
-
-
 def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
     """The trial as it is stored; a plan that could not run is complete with the worst values."""
-    names = _choices(space.by_params())
     good = outcome.status == "ok"
     values = [outcome.metrics["output_tokens_per_s_per_gpu"], outcome.metrics["tpot_s.p50"]] if good else [0.0, 1e6]
     violation = outcome.violation if good else 1e6
     return create_trial(
         state=TrialState.COMPLETE,
         params=dict(plan.params()),
-        distributions={name: CategoricalDistribution(choices) for name, choices in names.items()},
+        distributions={name: CategoricalDistribution(choices) for name, choices in space.choices.items()},
         values=values,
         user_attrs={_OUTCOME: outcome.to_json()},
         constraints={"slo": violation},

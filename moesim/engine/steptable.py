@@ -150,9 +150,8 @@ def _price(pricer: Pricer, routing: RoutingDraws, asked: GridAsked, tokens: Floa
     counts = []
     points = len(mean)
     for position, load in enumerate(loads):
-        rng = np.random.default_rng([asked.seed, 4, position])
         of_load = slice(position * draws * points, (position + 1) * draws * points)
-        counts.append(routing.counts(load, group_tokens[of_load], rng))
+        counts.append(routing.seeded_counts(load, group_tokens[of_load], (asked.seed, 4, position)))
     if asked.phase == "prefill":
         batch = step_batch(ranks=ranks, prefill_seqs=1.0, prefill_new=rows)
     else:
