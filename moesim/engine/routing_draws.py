@@ -13,7 +13,6 @@ from moesim.routing.dispersion import Dispersion, dispersion_of
 from moesim.routing.laws import CountSampler, sampler_of
 from moesim.routing.trace import RoutingCounts
 
-
 # Bytes of drawn counts that are kept for plans that ask for the same ones; the oldest go first.
 KEPT_BYTES = 192 * 2**20
 
@@ -70,12 +69,11 @@ class RoutingDraws:
 
 
 def _compact(counts: NDArray[np.float64]) -> NDArray[np.generic]:
-    """The same numbers in the smallest type that holds them: counts are whole and mostly small."""
-    for kind in (np.uint16, np.uint32, np.float64):
-        small = counts.astype(kind) if counts.max(initial=0.0) <= (np.iinfo(kind).max if kind != np.float64 else np.inf) else counts
-        if np.array_equal(small, counts):
-            return small
-    return counts
+    """The same numbers in two bytes each where they are whole and small, as counts mostly are."""
+    if counts.max(initial=0.0) > np.iinfo(np.uint16).max:
+        return counts
+    small = counts.astype(np.uint16)
+    return small if np.array_equal(small, counts) else counts
 
 
 class _Same:

@@ -128,7 +128,7 @@ def training_model(scenario: Scenario, seed: int) -> TrainingModel:
         setup=setup,
         routing=routing,
         pool=pool,
-        layers=price_layers(setup, ground.costs, pool.counts),
+        layers=price_layers(setup, ground.costs, pool.counts, pool.kept),
         chunks=chunks,
         program=made,
         sync=tuple(stage_sync(setup, ground.costs, chunks, index) for index in range(parallel.pp)),

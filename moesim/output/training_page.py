@@ -10,7 +10,7 @@ from typing import Any
 from moesim import __version__
 from moesim.files import write_text
 from moesim.output import page, tables
-from moesim.output.console import console, shown, with_interval
+from moesim.output.console import capacity_line, console, shown, with_interval
 from moesim.output.page import exact, number, percent, section, table
 from moesim.spec.scenario import Scenario
 from moesim.units import human_bytes, human_seconds
@@ -51,6 +51,9 @@ def print_training(result: dict[str, Any]) -> None:
         f"{shown(routing['per_step_max_over_mean'], 4)} per micro-batch. Memory {human_bytes(memory['peak_bytes'])} of "
         f"{human_bytes(memory['limit_bytes'])} (stage {memory['fullest_stage']})."
     )
+    told = capacity_line(routing)
+    if told:
+        out.print(told)
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the working time comes from: {shares}.")
 
@@ -76,8 +79,8 @@ def training_page(scenario: Scenario, result: Mapping[str, Any]) -> str:
     step = result["step"]
     exposed = percent(step["exposed_communication_s"] / step["step_s"])
     lead = (
-        f"Mean over ranks. The pipeline's bubble is {percent(step['bubble_share'])} of the step; communication that "
-        f"nothing hides, waiting for the slowest rank included, {exposed}."
+        f"{capacity_line(result['routing'])} Mean over ranks. The pipeline's bubble is "
+        f"{percent(step['bubble_share'])} of the step; communication that nothing hides, waiting for the slowest rank included, {exposed}."
     )
     run = [(name, str(value)) for name, value in result["run"].items()]
     parts = [
