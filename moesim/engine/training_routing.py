@@ -51,7 +51,7 @@ class RoutingPool:
     @property
     def routing_weights(self) -> Floats:
         """Weight of each drawn routing [pool], sum 1."""
-        return np.repeat(self.weights, self.each) / self.weights.sum() / self.each
+        return np.asarray(np.repeat(self.weights, self.each) / self.weights.sum() / self.each)
 
     def assign(self, shape: tuple[int, int], seed: int, weights: Floats) -> Ints:
         """The routing of each micro-batch [instances, micro-batches], its load chosen by `weights` (sum 1).

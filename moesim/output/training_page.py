@@ -80,7 +80,8 @@ def training_page(scenario: Scenario, result: Mapping[str, Any]) -> str:
     exposed = percent(step["exposed_communication_s"] / step["step_s"])
     lead = (
         f"{capacity_line(result['routing'])} Mean over ranks. The pipeline's bubble is "
-        f"{percent(step['bubble_share'])} of the step; communication that nothing hides, waiting for the slowest rank included, {exposed}."
+        f"{percent(step['bubble_share'])} of the step; communication that nothing hides, waiting for the slowest rank "
+        f"included, {exposed}."
     )
     run = [(name, str(value)) for name, value in result["run"].items()]
     parts = [

@@ -31,8 +31,8 @@ def step_s(capacity: dict[str, Any], **changes: Any) -> float:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rule=st.sampled_from(RULES), hundredths=st.integers(30, 1200), backup=st.sampled_from([None, "random", "next_best"]),
-    balanced=st.booleans(),
+    rule=st.sampled_from(RULES), hundredths=st.integers(30, 1200), balanced=st.booleans(),
+    backup=st.sampled_from([None, "random", "next_best"]),
 )  # fmt: skip
 def test_routed_is_processed_and_dropped(rule: str, hundredths: int, backup: str | None, balanced: bool) -> None:
     router = {"router": "balanced" if balanced else "trace"}
