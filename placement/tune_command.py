@@ -39,6 +39,7 @@ from placement.ranking import (
     tied,
     verdict,
 )
+from placement.settle import settled
 from placement.space import (
     Plan,
     Space,
@@ -48,7 +49,7 @@ from placement.space import (
     plain_placement,
     require_plans,
 )
-from placement.tuner import Search, Trial, open_study, search
+from placement.tuner import Search, Trial, open_study, search, takes_first_look
 
 FINAL_DRAWS = 20
 MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
@@ -82,7 +83,8 @@ def tune(
     space = enumerate_space(ground, spec)
     require_plans(space, str(scenario))
     study = open_study(spec, folder, storage, resume)
-    evaluator = Evaluator(ground, spec)
+    first_look = takes_first_look(study, trials)
+    evaluator = Evaluator(ground, spec, first_look=first_look)
     base = baseline_plan(ground, spec)
     search_started = time.perf_counter()
     with start_workers(spec, evaluator, workers) as pool:
@@ -90,6 +92,8 @@ def tune(
             found = search(
                 study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space.plans), progress=progress
             )
+        if first_look:
+            found = settled(found, pool, spec, [base, own_plan(ground, spec)])
         order = ranked(found, spec)
         chosen = finalists_of(order)
         base_trial = next((trial for trial in found.trials if trial.plan == base), None)
@@ -220,7 +224,11 @@ def _result(
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
         "notes": notes,
-        "trial_list": [plan_json(trial) for trial in found.trials],
+        "settled": len(found.trials) if found.settled is None else len(found.settled),
+        "trial_list": [
+            plan_json(trial) | {"in_full": found.settled is None or trial.number in found.settled}
+            for trial in found.trials
+        ],
     }
 
 

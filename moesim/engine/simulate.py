@@ -17,6 +17,7 @@ from moesim.engine.outages import FaultClock
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.steptable import COARSE, FULL
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of
 from moesim.errors import OutsideProfile
@@ -46,6 +47,19 @@ class Simulation:
     cpu_s: float
     prefill_model: StepModel | None = None
     without_faults: Served | None = None
+
+
+# A first look simulates this share of the requests, but at least so many, and each place of a closed loop so often.
+FIRST_LOOK, FEWEST_REQUESTS, LEAST_ROUNDS = 0.25, 400, 4
+
+
+def first_requests(load: Load) -> Load:
+    """The part of a load that a first look simulates."""
+    count = max(int(len(load.isl) * FIRST_LOOK), FEWEST_REQUESTS, LEAST_ROUNDS * (load.concurrency or 0))
+    if count >= len(load.isl) or load.blocks is not None:
+        return load
+    times_s = None if load.arrival_s is None else load.arrival_s[:count]
+    return Load(load.isl[:count], load.osl[:count], times_s, load.concurrency)
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -83,17 +97,23 @@ def simulate(
     draws: int = DEFAULT_DRAWS,
     seed: int | None = None,
     fidelity: Fidelity = "table",
+    first_look: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Simulation:
-    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput."""
+    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput.
+
+    first_look: coarse step tables and the first requests only, to sift many plans.
+    """
     check_background(deployment.ground.cluster, fidelity=fidelity, draws=draws)
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     faults = deployment.scenario.faults
     check_faults(deployment, faults)
-    model = StepModel(deployment, seed=seed)
-    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
+    detail = COARSE if first_look else FULL
+    model = StepModel(deployment, seed=seed, detail=detail)
+    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
+    load = first_requests(load) if first_look else load
 
     def run(draw: Draw | None, *, healthy: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
