@@ -27,10 +27,10 @@ STUDY = "moesim"
 # Searches of more trials than this take a first look at each plan; those of fewer simulate each in full.
 FIRST_LOOK_ABOVE = 64
 _OUTCOME = "outcome"
-_ASKS = 3  # a sampler that keeps asking for plans already tried gives way to a random untried one
+_ASKS = 2  # a sampler that keeps asking for plans already tried gives way to a random untried one
 # Trials that the sampler learns from: its time for a question grows with them (TPE: 11 ms at 200, 73 at 5,000), and
 # the best ones and the newest say most. Fewer than these are all shown to it.
-SHOWN_BEST, SHOWN_NEWEST = 32, 64
+SHOWN_BEST, SHOWN_NEWEST = 24, 40
 
 
 @dataclass(frozen=True)

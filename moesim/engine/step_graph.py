@@ -59,5 +59,15 @@ def step_seconds(
     collapsed: bool = False,
 ) -> NDArray[np.float64]:
     """Seconds of each step, each at the number of chunks that is best for it: [steps]."""
-    found = [maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)]
+    found = [_seconds(step_graph(setup, one, normal=normal, collapsed=collapsed)) for one in options(priced)]
     return np.asarray(np.min(found, axis=0))
+
+
+def _seconds(graph: TaskGraph) -> NDArray[np.float64]:
+    """Seconds of each step, by `maxplus`; a chain of tasks on one rank is their sum, which needs no executor."""
+    if graph.ranks != 1 or any(index and index - 1 not in task.depends_on for index, task in enumerate(graph.tasks)):
+        return maxplus.run(graph).step_s
+    total = np.zeros((graph.steps, 1))
+    for task in graph.tasks:
+        total += task.duration_s
+    return total[:, 0]
