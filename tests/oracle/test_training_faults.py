@@ -139,7 +139,7 @@ def test_a_stop_costs_what_was_done_and_its_recovery() -> None:
     one = trained(dead).faulted
     assert one is not None
     assert one.step_s == pytest.approx(half + 60.0 + 2 * half, rel=1e-12)
-    # A second stop while the job is being restarted delays it until that one is over; one after the step does not count.
+    # A second stop during the restart delays it until that one is over; one after the step does not count.
     again = {"kind": "dead_link", "gpu": 1, "link": "nvlink", "from_s": 30.0, "recovery_s": 50.0}
     both = trained(again, dead, {"kind": "dead_rank", "gpu": 0, "from_s": 90.0, "recovery_s": 9.0}).faulted
     assert both is not None
