@@ -36,10 +36,8 @@ def simulate(
     if spec.training is not None:
         from moesim.commands.training import simulate_training_command
 
-        if explain:
-            raise BadInput("training runs are not explained yet", where="--explain", mend="leave it out")
         simulate_training_command(
-            spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws
+            spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws, explain=explain
         )  # fmt: skip
         return
     deployment = resolve(groundwork(spec))

@@ -68,7 +68,8 @@ def make_load(deployment: Deployment, seed: int) -> Load:
     return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
 
 
-def _pool(model: StepModel, timed: StepTime) -> RolePool:
+def role_pool(model: StepModel, timed: StepTime) -> RolePool:
+    """The instances of one role, their steps timed."""
     deployment = model.deployment
     return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
 
@@ -122,8 +123,8 @@ def simulate(
             first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
             return serve_roles(
                 load,
-                _pool(reading, first),
-                _pool(model, timed),
+                role_pool(reading, first),
+                role_pool(model, timed),
                 kv_transfer(deployment),
                 balance=deployment.serving.balance,
             )

@@ -23,7 +23,7 @@ WAITING, BUBBLE = "waiting_for_ranks", "pipeline_bubble"
 def training_json(run: TrainingRun) -> dict[str, Any]:
     """Everything that `simulate --json` prints of a training run; what depends on the clock is under `run`."""
     model, setup = run.model, run.model.setup
-    metrics = run.rates(run.step.step_s)
+    metrics = run.rates((run.faulted or run.step).step_s)
     memory = model.memory
     return {
         "schema_version": SCHEMA_VERSION,

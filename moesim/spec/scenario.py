@@ -213,8 +213,6 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
-        if self.faults and self.serving is None:
-            raise ValueError("faults are simulated for serving only")
         return self
 
 

@@ -90,7 +90,7 @@ def test_tables_and_page_for_a_person(path: Path, tmp_path: Path, capsys: pytest
         assert shown in printed
     text = page.read_text(encoding="utf-8")
     assert "moesim training report" in text
-    assert text.count("<section") == 4
+    assert text.count("<section") == 5
     assert "stage 1" in text
     assert "http" not in text.split("</style>")[1].split("<pre>")[0]
 
