@@ -50,7 +50,7 @@ class Simulation:
 
 
 # A first look simulates this share of the requests, but at least so many, and each place of a closed loop so often.
-FIRST_LOOK, FEWEST_REQUESTS, LEAST_ROUNDS = 0.25, 400, 4
+FIRST_LOOK, FEWEST_REQUESTS, LEAST_ROUNDS = 0.5, 400, 4
 
 
 def first_requests(load: Load) -> Load:

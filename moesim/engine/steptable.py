@@ -43,7 +43,7 @@ class Detail:
 
 FULL = Detail({"decode": 3, "prefill": 1}, 2.0, True, (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0))
 # For a first look at many plans; docs/how-to/tune.md says how far it is from the full one.
-COARSE = Detail({"decode": 1, "prefill": 1}, 4.0, False, (0.0, 0.05, 0.2, 1.0))
+COARSE = Detail({"decode": 1, "prefill": 1}, 8.0, False, (0.0, 0.1, 1.0))
 # Attention times of the grid, as shares of the longest: two points are exact where nothing overlaps (linear).
 LINEAR = ("sequential", "whole_graph")
 _SHARES_SEQUENTIAL = (0.0, 1.0)

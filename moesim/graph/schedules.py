@@ -70,9 +70,7 @@ def _alternate(lists: dict[str, Sequence[Task]], steps: int, ranks: int, delay: 
             raise BadInput(f"task {task.name} depends on a task that does not come before it", mend="order the tasks")
         depends_on = tuple(place[half, other] for other in task.depends_on)
         name, links, layer = f"{half}:{task.name}", task.links, task.layer
-        tasks.append(
-            Task(name, task.operation, task.stream, task.duration_s, depends_on, task.groups, links, layer)
-        )
+        tasks.append(Task(name, task.operation, task.stream, task.duration_s, depends_on, task.groups, links, layer))
     return TaskGraph(steps=steps, ranks=ranks, tasks=tuple(tasks))
 
 
