@@ -137,6 +137,7 @@ def search(
     """
     by_params = space.by_params
     finished = list(_stored(study, by_params))
+    frozen = [_frozen(trial.plan, trial.outcome, space) for trial in finished]
     resumed = len(finished)
     target = min(trials, len(space.plans))
     whole = trials >= len(space.plans)
@@ -149,12 +150,13 @@ def search(
         first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
         batch = list(dict.fromkeys(first))[:BATCH]
         if len(batch) < BATCH:
-            stored = [_frozen(trial.plan, trial.outcome, space) for trial in _telling(before)]
+            stored = [frozen[trial.number] for trial in _telling(before)]
             batch += _ask(stored, scenario, space, seen | set(batch), BATCH - len(batch), rng)
         batch = batch[len(finished) - start : target - start]
         outcomes = workers.evaluate(batch)
         for plan, outcome in zip(batch, outcomes, strict=True):
-            _store(study, _frozen(plan, outcome, space))
+            frozen.append(_frozen(plan, outcome, space))
+            _store(study, frozen[-1])
             finished.append(Trial(len(finished), plan, outcome))
         if progress is not None:
             progress(len(finished) / target)

@@ -30,20 +30,21 @@ class Detail:
     """How finely step tables are made.
 
     draws: independent steps per grid point and load, whose mean is the table's value; prompts bring many tokens, whose
-    counts scatter little. factor: between neighbouring token counts and hot factors of the grid; midpoints: whether
-    decode has one more in each octave above 8. attention: attention times of the grid as shares of the longest, where
-    something overlaps.
+    counts scatter little. loads: most judged loads of a phase that are drawn from. factor: between neighbouring token
+    counts and hot factors of the grid; midpoints: whether decode has one more in each octave above 8. attention:
+    attention times of the grid as shares of the longest, where something overlaps.
     """
 
     draws: Mapping[str, int]
+    loads: int
     factor: float
     midpoints: bool
     attention: tuple[float, ...]
 
 
-FULL = Detail({"decode": 3, "prefill": 1}, 2.0, True, (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0))
+FULL = Detail({"decode": 3, "prefill": 1}, 2**30, 2.0, True, (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0))
 # For a first look at many plans; docs/how-to/tune.md says how far it is from the full one.
-COARSE = Detail({"decode": 1, "prefill": 1}, 8.0, False, (0.0, 0.1, 1.0))
+COARSE = Detail({"decode": 2, "prefill": 1}, 1, 8.0, False, (0.0, 0.1, 1.0))
 # Attention times of the grid, as shares of the longest: two points are exact where nothing overlaps (linear).
 LINEAR = ("sequential", "whole_graph")
 _SHARES_SEQUENTIAL = (0.0, 1.0)
@@ -126,7 +127,7 @@ def price_grid(pricer: Pricer, routing: RoutingDraws, asked: GridAsked) -> Price
 
     Raises OutsideProfile when not even one point can be priced.
     """
-    loads, draws = routing.for_phase(asked.phase), asked.detail.draws[asked.phase]
+    loads, draws = routing.for_phase(asked.phase)[: asked.detail.loads], asked.detail.draws[asked.phase]
     try:
         return PricedGrid(
             asked.tokens, asked.hot, loads, draws, _price(pricer, routing, asked, asked.tokens), None, None
@@ -159,7 +160,7 @@ def _price(pricer: Pricer, routing: RoutingDraws, asked: GridAsked, tokens: Floa
     share = 0.5 if pricer.setup.policies.schedule == "two_batch" else 1.0
     rows = np.repeat(others[:, None], ranks, axis=1)
     rows[:, 0] = largest
-    loads = routing.for_phase(asked.phase)
+    loads = routing.for_phase(asked.phase)[: asked.detail.loads]
     draws = asked.detail.draws[asked.phase]
     repeats = len(loads) * draws
     rows = np.tile(rows, (repeats, 1)) * share

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +75,7 @@ def draw_pool(setup: TrainingSetup, routing: RoutingDraws, seed: int) -> Routing
     rule = capacity_rule(setup.policies, moe.top_k)
     if setup.training.router == "balanced":
         wanted = np.full((1, setup.model.moe_layers, moe.experts), tokens * moe.top_k / moe.experts)
-        return RoutingPool(wanted, _even(setup, wanted, rule), rule, 1, np.ones(1))
+        return _pool(setup, wanted, replace(rule, even_sources=True), 1, np.ones(1))
     loads = len(routing.loads)
     each = max(FEWEST_PER_LOAD, -(-min(POOL, setup.micro_batches * setup.grid.instances) // loads))
     sequences = float(setup.training.micro_batch * setup.parallel.attention_dp)
@@ -86,18 +85,10 @@ def draw_pool(setup: TrainingSetup, routing: RoutingDraws, seed: int) -> Routing
         )
         for load in range(loads)
     ]
-    wanted = np.concatenate(drawn)
+    return _pool(setup, np.concatenate(drawn), rule, each, routing.weights)
+
+
+def _pool(setup: TrainingSetup, wanted: Floats, rule: CapacityRule, each: int, weights: Floats) -> RoutingPool:
     sources = np.full((len(wanted), setup.exchange_ranks), setup.local_rows)
-    flow = cap_counts(wanted, sources, rule, top_k=moe.top_k)
-    return RoutingPool(wanted, flow, rule, each, routing.weights)
-
-
-def _even(setup: TrainingSetup, wanted: Floats, rule: CapacityRule) -> CountFlow:
-    """What capacity makes of a router that is even on every rank: nothing is over by chance."""
-    nothing = np.zeros_like(wanted)
-    if rule.dropless:
-        return CountFlow(wanted, nothing, nothing, nothing, "formula")
-    moe = setup.model.moe
-    places = setup.exchange_ranks * float(rule.capacity(math.ceil(setup.local_rows), moe.experts, moe.top_k))
-    processed = np.minimum(wanted, places)
-    return CountFlow(processed, wanted - processed, nothing, places - processed if rule.pad else nothing, "formula")
+    flow = cap_counts(wanted, sources, rule, top_k=setup.model.moe.top_k)
+    return RoutingPool(wanted, flow, rule, each, weights)

@@ -68,6 +68,14 @@ def test_a_balanced_router_drops_nothing_at_factor_one() -> None:
     assert pool.flow.dropped.sum() == 0
 
 
+@pytest.mark.parametrize("gate", ["expert_choice", "base"])
+def test_a_gate_that_is_even_by_rule_drops_nothing_at_factor_one(gate: str) -> None:
+    """Its tokens are even from every rank; only the parts of a token that do not divide are left over."""
+    policies = {"gate": gate, "capacity": {"rule": "megatron", "factor": 1.0}, "dispatch": {"backend": "alltoall"}}
+    pool = training_model(asked(policies=policies), seed=0).pool
+    assert pool.flow.dropped.sum() <= 1e-3 * pool.wanted.sum()
+
+
 def test_megatrons_capacity_by_hand() -> None:
     """ceil(T k / E f) of each rank's own tokens; on one rank what is over is dropped, whole."""
     alone = {"parallel": {"tp": 1, "pp": 1, "attention_dp": 1, "ep": 1}}
