@@ -53,6 +53,10 @@ def simulate(
         from moesim.output.faults import faults_json
 
         result["faults"] = faults_json(simulation)
+    if simulation.without_relayouts is not None:
+        from moesim.output.relayouts import relayouts_json
+
+        result["relayouts"] = relayouts_json(simulation)
     if timeline is not None:
         from moesim.output.steptrace import write_step_timeline
 
@@ -70,6 +74,10 @@ def simulate(
             from moesim.output.faults import print_faults
 
             print_faults(result)
+        if "relayouts" in result:
+            from moesim.output.relayouts import print_relayouts
+
+            print_relayouts(result)
         if explain:
             from moesim.output.explain_console import print_explanation
 
