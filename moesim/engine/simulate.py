@@ -13,10 +13,13 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.faults import check_faults
+from moesim.engine.losses import Faults
 from moesim.engine.outages import FaultClock
+from moesim.engine.relayout import Layouts, Relayout, RelayoutClock, check_relayout
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.steptable import COARSE, FULL
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of
 from moesim.errors import OutsideProfile
@@ -31,7 +34,8 @@ class Simulation:
 
     draws_outside: draws under which the run leaves the profile. Where there are any, `drawn` is empty: the rest would
     be the cheaper part of what may be true, and no interval. without_faults: the run as best known without the
-    scenario's faults, on the same arrivals; None where there are none.
+    scenario's faults, on the same arrivals; None where there are none. relayouts, without_relayouts: of the run as best
+    known, and the same run with its first placement throughout; pauses: instance, start and seconds of each.
     """
 
     deployment: Deployment
@@ -46,6 +50,22 @@ class Simulation:
     cpu_s: float
     prefill_model: StepModel | None = None
     without_faults: Served | None = None
+    relayouts: tuple[Relayout, ...] = ()
+    without_relayouts: Served | None = None
+    pauses: tuple[tuple[int, float, float], ...] = ()
+
+
+# A first look simulates this share of the requests, but at least so many, and each place of a closed loop so often.
+FIRST_LOOK, FEWEST_REQUESTS, LEAST_ROUNDS = 0.5, 400, 4
+
+
+def first_requests(load: Load) -> Load:
+    """The part of a load that a first look simulates."""
+    count = max(int(len(load.isl) * FIRST_LOOK), FEWEST_REQUESTS, LEAST_ROUNDS * (load.concurrency or 0))
+    if count >= len(load.isl) or load.blocks is not None:
+        return load
+    times_s = None if load.arrival_s is None else load.arrival_s[:count]
+    return Load(load.isl[:count], load.osl[:count], times_s, load.concurrency)
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -54,7 +74,8 @@ def make_load(deployment: Deployment, seed: int) -> Load:
     return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
 
 
-def _pool(model: StepModel, timed: StepTime) -> RolePool:
+def role_pool(model: StepModel, timed: StepTime) -> RolePool:
+    """The instances of one role, their steps timed."""
     deployment = model.deployment
     return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
 
@@ -83,17 +104,28 @@ def simulate(
     draws: int = DEFAULT_DRAWS,
     seed: int | None = None,
     fidelity: Fidelity = "table",
+    first_look: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Simulation:
-    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput."""
+    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput.
+
+    first_look: coarse step tables and the first requests only, to sift many plans.
+    """
     check_background(deployment.ground.cluster, fidelity=fidelity, draws=draws)
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     faults = deployment.scenario.faults
+    check_relayout(deployment.scenario, fidelity)
     check_faults(deployment, faults)
-    model = StepModel(deployment, seed=seed)
-    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
+    detail = COARSE if first_look else FULL
+    model = StepModel(deployment, seed=seed, detail=detail)
+    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
+    load = first_requests(load) if first_look else load
+
+    layouts = Layouts()
+    clocks: list[RelayoutClock] = []
+    rebalances = deployment.scenario.placement.rebalance is not None
 
     def run(draw: Draw | None, *, healthy: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
@@ -102,12 +134,15 @@ def simulate(
             first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
             return serve_roles(
                 load,
-                _pool(reading, first),
-                _pool(model, timed),
+                role_pool(reading, first),
+                role_pool(model, timed),
                 kv_transfer(deployment),
                 balance=deployment.serving.balance,
             )
-        clock = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
+        clock: Faults | None = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
+        if rebalances or deployment.scenario.routing.shifts:
+            clocks.append(RelayoutClock(model, draw, layouts, moving=not healthy))
+            clock = clocks[-1]
         return serve(
             load,
             model.limits,
@@ -120,6 +155,7 @@ def simulate(
 
     served = run(None)
     without_faults = run(None, healthy=True) if faults else None
+    without_relayouts = run(None, healthy=True) if rebalances else None
     drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -141,6 +177,9 @@ def simulate(
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
         without_faults=without_faults,
+        relayouts=tuple(clocks[0].found) if clocks else (),
+        without_relayouts=without_relayouts,
+        pauses=tuple(clocks[0].pauses) if clocks else (),
     )
 
 

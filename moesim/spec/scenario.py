@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -88,13 +88,21 @@ class HoldoutSpec(Spec):
     fraction: float = Field(default=0.5, gt=0, lt=1)
 
 
+class ShiftSpec(Spec):
+    """From `at_s` on, the deployment meets these judged loads: part of a load's name -> weight."""
+
+    at_s: float = Field(ge=0)
+    loads: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+
+
 class RoutingSpec(Spec):
-    """Exactly one of `loads`, `trace` and `synthetic`."""
+    """Exactly one of `loads`, `trace` and `synthetic`; `shifts` of the loads in simulated time."""
 
     loads: tuple[LoadFile, ...] | None = Field(default=None, min_length=1)
     trace: Path | None = None
     synthetic: SyntheticSpec | None = None
     holdout: HoldoutSpec = HoldoutSpec()
+    shifts: tuple[ShiftSpec, ...] = ()
 
     @model_validator(mode="after")
     def _one(self) -> RoutingSpec:
@@ -104,13 +112,28 @@ class RoutingSpec(Spec):
         return self
 
 
+class RebalanceSpec(Spec):
+    """Experts laid out anew while serving; the defaults are those of vLLM's `--eplb-config`."""
+
+    solver: str = "eplb"
+    window_steps: int = Field(default=1000, gt=0, description="last steps whose counts the placement is solved from")
+    interval_steps: int = Field(default=3000, gt=0)
+    layers_per_chunk: int | None = Field(
+        default=None, gt=0, description="layers moved at a time, a step between two chunks; none = all at once"
+    )
+    skip_above: float = Field(
+        default=1.0, gt=0, le=1, description="no re-layout where mean over max of the rank loads is at least this"
+    )
+
+
 class PlacementSpec(Spec):
-    """A solver with its replica budget, or a map from a file."""
+    """A solver with its replica budget, or a map from a file; `rebalance` lays experts out anew while serving."""
 
     solver: str | None = None
     redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
     groups: int = Field(default=1, gt=0)
     file: Path | None = None
+    rebalance: RebalanceSpec | None = None
 
     @model_validator(mode="after")
     def _one(self) -> PlacementSpec:
@@ -219,8 +242,6 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
-        if self.faults and self.serving is None:
-            raise ValueError("faults are simulated for serving only")
         return self
 
 
