@@ -41,41 +41,13 @@ def import_aiconfigurator(
     as_json: JSON = False,
 ) -> None:
     """Convert the measured tables of NVIDIA's aiconfigurator-core for one system and engine."""
-    from profiles.importers.aiconfigurator import Ledger, find_package, import_tables, package_of
-    from profiles.leave_out import errors_of, fit_experts, fit_products
-    from profiles.record import FAMILIES
-    from profiles.store import write_profile
+    from profiles.importers.aiconfigurator_profile import import_profile
 
-    left_out: list[str] = []
-
-    def say(line: str) -> None:
-        left_out.append(line)
-        echo(line, err=True)
-
-    data, package_version = find_package(source)
-    ledger = Ledger()
-    tables = import_tables(data, system=system, engine=engine, package_version=package_version, say=say, ledger=ledger)
-    if priced:
-        tables = {name: table for name, table in tables.items() if FAMILIES[name].priced}
-    echo("fitting the experts' physics and leaving points out ...", err=True)
-    fitted = fit_experts(tables["experts"])
-    products = {name: product.as_dict() for name, product in fit_products(tables["gemm"]).items()}
-    errors = errors_of(tables, fitted)
-    rows = {name: table.height for name, table in tables.items() if table.height}
-    description = {
-        "system": system,
-        "engine": engine,
-        "source": {"package": package_of(data), "version": package_version, "licence": "Apache-2.0, NVIDIA"},
-        "left_out": left_out,
-        "source_rows": ledger.as_dict(),
-        "rows": rows,
-        "errors": errors,
-        "physics": fitted["parameters"],
-        "products": products,
-    }
-    write_profile(out, tables, description)
-    summary = {"out": str(out), "rows": rows, "source_rows": ledger.as_dict(), "errors": errors}
-    told = [*ledger.lines(), f"wrote {out}: {sum(rows.values())} rows"]
+    done = import_profile(
+        out, system=system, engine=engine, source=source, priced=priced, say=lambda line: echo(line, err=True)
+    )
+    summary = {"out": str(out), "rows": done.rows, "source_rows": done.ledger.as_dict(), "errors": done.errors}
+    told = [*done.ledger.lines(), f"wrote {out}: {sum(done.rows.values())} rows"]
     echo(json.dumps(summary) if as_json else "\n".join(told))
 
 

@@ -95,16 +95,19 @@ def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) ->
         scenario.cost.profiles,
         scenario.cost.extrapolate == "allow",
         cluster.model_dump_json(),
+        scenario.cost.experts_from,
     )
 
 
 @functools.lru_cache(maxsize=16)
-def _shared(system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str) -> StoreCosts:
+def _shared(
+    system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None
+) -> StoreCosts:
     """One model for all scenarios alike: a tuner asks a thousand times."""
     if not names:
         raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
     profiles = tuple(open_profile(name, system) for name in names)
-    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)))
+    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)), experts)
 
 
 def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
@@ -134,6 +137,7 @@ class StoreCosts:
     engine: str
     allow: bool
     roofline: Roofline
+    experts_engine: str | None = None
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
     _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -212,6 +216,7 @@ class StoreCosts:
         slots = int(op.tokens.shape[-1])
         rows = self._rows(
             "experts",
+            engines=None if self.experts_engine is None else (self.experts_engine,),
             grouping=op.grouping,
             dtype=op.dtype,
             hidden=op.hidden,

@@ -26,7 +26,10 @@ class Errors:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """JSON-ready: None where there is nothing to tell."""
-        return {name: (None if isinstance(value, float) and math.isnan(value) else value) for name, value in vars(self).items()}
+        return {
+            name: (None if isinstance(value, float) and math.isnan(value) else value)
+            for name, value in vars(self).items()
+        }
 
 
 def errors(predicted: Floats, measured: Floats) -> Errors:
@@ -36,7 +39,11 @@ def errors(predicted: Floats, measured: Floats) -> Errors:
     relative = np.asarray(predicted) / np.asarray(measured) - 1.0
     size = np.abs(relative)
     return Errors(
-        len(relative), float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.9)), float(np.median(relative))
+        len(relative),
+        float(size.mean()),
+        float(np.median(size)),
+        float(np.quantile(size, 0.9)),
+        float(np.median(relative)),
     )
 
 
@@ -64,7 +71,7 @@ class Choices:
 
 
 def choices(groups: Sequence[Sequence[int]], predicted: Floats, measured: Floats) -> Choices:
-    """Order of `predicted` against `measured` (higher is better) within groups of indices; groups of under 3 are left out.
+    """Order of `predicted` against `measured` (higher is better) within groups of at least 3 indices.
 
     A group whose predictions are all alike counts as no correlation (0): it tells nothing.
     """

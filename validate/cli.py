@@ -164,3 +164,36 @@ def exchange(
         typer.echo(f"\nrecord: {out / 'record.json'}")
     if not holds(record):
         raise typer.Exit(1)
+
+
+@app.command()
+def silicon(
+    rows: Annotated[
+        Path | None, typer.Option(help="Measured runs as silicon_sample.csv has them; without, the installed one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write id,status,ttft_ms,tpot_ms,reason here.")] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(help="Folder with a profile for each system; without, imported once into the cache.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Price measured serving runs, and say how far predictions are from what was measured."""
+    from moesim.output.console import progress_bar
+    from validate.silicon import score_table
+    from validate.silicon_command import run
+
+    with progress_bar("pricing measured runs") as progress:
+        result = run(
+            rows=rows,
+            out=out,
+            profiles=profiles,
+            say=lambda line: typer.echo(line, err=True),
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(result, allow_nan=False, default=str))
+        return
+    typer.echo(f"{result['priced']} of {result['rows']} rows priced.")
+    typer.echo(score_table(result["score"]))
+    if result["out"]:
+        typer.echo(f"predictions: {result['out']}")

@@ -118,13 +118,10 @@ def read_rows(path: Path) -> list[SiliconRow]:
         raise BadInput(
             f"no column {', '.join(missing[:4])}", where=str(path), mend="give a table as silicon_sample.csv has it"
         )
-    found = []
     try:
-        for record in reader:
-            found.append(_row(record, f"{path}:{reader.line_num}"))
+        return [_row(record, f"{path}:{reader.line_num}") for record in reader]
     except csv.Error as error:
         raise BadInput(f"not a CSV ({error})", where=f"{path}:{reader.line_num}", mend="correct the line") from None
-    return found
 
 
 def clean(rows: Iterable[SiliconRow]) -> list[SiliconRow]:
@@ -166,7 +163,7 @@ def _row(record: dict[str, str | None], where: str) -> SiliconRow:
             number = float(value) if value else float(least)
         except ValueError:
             number = math.nan
-        if not (number >= 0 and number == int(number) and number < 1e9):
+        if not (0 <= number < 1e9 and number == int(number)):
             raise BadInput(f"{name} {value[:40]!r} is not a whole number", where=where, mend="correct the row")
         return max(least, int(number))
 
@@ -179,7 +176,9 @@ def _row(record: dict[str, str | None], where: str) -> SiliconRow:
         except ValueError:
             number = math.nan
         if not (0 < number < math.inf):
-            raise BadInput(f"{name} {value[:40]!r} is not a time", where=where, mend="correct the row or leave it empty")
+            raise BadInput(
+                f"{name} {value[:40]!r} is not a time", where=where, mend="correct the row or leave it empty"
+            )
         return number
 
     def layout(prefix: str) -> Layout:

@@ -44,8 +44,8 @@ class Ranks(NamedTuple):
     head, tail [ranks]: the queue. reading: the request whose prompt is partly read. running [ranks, max_running].
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
     idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
-    output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`).
-    preemptions; recomputed_tokens: thrown away by them.
+    output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
+    decode steps since it looked at new requests. preemptions; recomputed_tokens: thrown away by them.
     """
 
     head: Ints
@@ -59,6 +59,7 @@ class Ranks(NamedTuple):
     tokens_in: Ints
     output_share: Floats
     full: NDArray[np.bool_]
+    unpolled: Ints
     preemptions: Ints
     recomputed_tokens: Ints
     cache: PrefixCache
@@ -67,7 +68,8 @@ class Ranks(NamedTuple):
 class Limits(NamedTuple):
     """Batch limits of one attention-DP rank, and the engine's rules on mixing and on memory.
 
-    draft_tokens, acceptance: of speculative decoding, 0 = none; draft_seed fixes which drafts are accepted.
+    draft_tokens, acceptance: of speculative decoding, 0 = none; draft_seed fixes which drafts are accepted. poll_steps:
+    decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
     """
 
     max_tokens: int
@@ -79,6 +81,7 @@ class Limits(NamedTuple):
     draft_tokens: int = 0
     acceptance: float = 0.0
     draft_seed: int = 0
+    poll_steps: int = 1
 
 
 class Plan(NamedTuple):
@@ -136,6 +139,7 @@ def new_ranks(ranks: int, max_running: int, *, rule: MemoryRule = RESERVE, cache
         tokens_in=zero.copy(),
         output_share=np.full(ranks, rule.first_ratio),
         full=np.zeros(ranks, np.bool_),
+        unpolled=zero.copy(),
         preemptions=zero.copy(),
         recomputed_tokens=zero.copy(),
         cache=new_prefix_cache(0, ranks, 0, zero, zero) if cache is None else cache,

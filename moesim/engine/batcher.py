@@ -121,6 +121,19 @@ def _plan_rank(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, ran
 
 
 @njit(cache=True)
+def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
+    """Let every running sequence of a rank go on; returns how many."""
+    plan.decode_seqs[rank] = ranks.running_seqs[rank]
+    if ranks.context[rank] == NONE:
+        ranks.context[rank] = 0
+        for place in range(ranks.running_seqs[rank]):
+            request = ranks.running[rank, place]
+            ranks.context[rank] += requests.isl[request] + requests.generated[request]
+    plan.decode_kv[rank] = ranks.context[rank]
+    return int(plan.decode_seqs[rank])
+
+
+@njit(cache=True)
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
     decodes = prompts = fullest = 0
@@ -132,19 +145,18 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
         plan.prefill_prefix[rank] = 0.0
         if ranks.requests_in[rank] == 0:
             continue
+        if limits.poll_steps > 1 and ranks.reading[rank] == NONE and ranks.running_seqs[rank] > 0:
+            if ranks.unpolled[rank] < limits.poll_steps:
+                decodes += _decode_on(requests, ranks, plan, rank)
+                fullest = max(fullest, ranks.kv_tokens[rank])
+                continue
+            ranks.unpolled[rank] = 0
         # Calls between compiled functions count references of every array: ranks that only decode are spared them.
         if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
             ranks.context[rank] = NONE
             _plan_rank(requests, ranks, limits, plan, rank)
         if limits.mixes or plan.prefill_seqs[rank] == 0:
-            plan.decode_seqs[rank] = ranks.running_seqs[rank]
-            if ranks.context[rank] == NONE:
-                ranks.context[rank] = 0
-                for place in range(ranks.running_seqs[rank]):
-                    request = ranks.running[rank, place]
-                    ranks.context[rank] += requests.isl[request] + requests.generated[request]
-            plan.decode_kv[rank] = ranks.context[rank]
-        decodes += plan.decode_seqs[rank]
+            decodes += _decode_on(requests, ranks, plan, rank)
         prompts += plan.prefill_tokens[rank]
         fullest = max(fullest, ranks.kv_tokens[rank])
     plan.totals[:] = decodes, prompts, fullest
@@ -236,6 +248,7 @@ def finish_step(
                 remove_running(ranks, rank, place)
             else:
                 place += 1
+        ranks.unpolled[rank] = limits.poll_steps if plan.prefill_seqs[rank] > 0 else ranks.unpolled[rank] + 1
         if ranks.context[rank] != NONE:
             kept = grows and done == ended_before
             ranks.context[rank] = ranks.context[rank] + plan.decode_seqs[rank] if kept else NONE

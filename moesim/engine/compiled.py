@@ -1,8 +1,9 @@
 """The serving loop of table-timed steps as one compiled loop: the same events as `serving`, many times as fast.
 
 Requests of an open loop go to instances in turn, so each instance can be run by itself from its first request to its
-last; those of a closed loop too where there is one instance. What the loop cannot know yet (a table that is first needed, a prompt length that was not priced) it asks Python
-for, and goes on where it stopped. A property test holds it against the SimPy loop: the same times to the last digit.
+last; those of a closed loop too where there is one instance. What the loop cannot know yet (a table that is first
+needed, a prompt length that was not priced) it asks Python for, and goes on where it stopped. A property test holds it
+against the SimPy loop: the same times to the last digit.
 """
 
 from __future__ import annotations

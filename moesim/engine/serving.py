@@ -324,8 +324,9 @@ def serve(
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
-    in turn (open, or closed over one instance) whose steps are timed by table runs in `compiled`, with the same times. faults: see Pool; a request
-    that they lose has no `finish_s`. Raises Infeasible when a request can never be admitted.
+    in turn (open, or closed over one instance) whose steps are timed by table runs in `compiled`, with the same times.
+    faults: see Pool; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
+    admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)

@@ -398,6 +398,7 @@ def batch_limits(deployment: Deployment) -> Limits:
         draft_tokens=queries - 1,
         acceptance=0.0 if speculative is None else speculative.acceptance,
         draft_seed=deployment.scenario.seed,
+        poll_steps=batching.poll_steps,
     )
 
 

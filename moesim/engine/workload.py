@@ -27,8 +27,8 @@ def lengths(workload: WorkloadSpec) -> Lengths:
     """Lengths of a workload. Raises BadInput for a trace file that cannot be read."""
     if workload.file is None:
         isl, osl = workload.isl or 1, workload.osl or 1
-        means = ((least(length, workload.range_ratio) + length) / 2 for length in (isl, osl))
-        return Lengths(*means, isl, isl + osl)
+        mean_isl, mean_osl = ((least(length, workload.range_ratio) + length) / 2 for length in (isl, osl))
+        return Lengths(mean_isl, mean_osl, isl, isl + osl)
     trace = _trace(workload)
     return Lengths(
         float(trace.isl.mean()), float(trace.osl.mean()), int(trace.isl.max()), int((trace.isl + trace.osl).max())

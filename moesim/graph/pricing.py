@@ -245,7 +245,12 @@ class Pricer:
 
     def _projections(self, batch: StepBatch) -> Part:
         setup, rows = self.setup, batch.padded_tokens
-        spec, hidden, tp, dtype = setup.model.attention, setup.model.hidden, setup.parallel.tp, setup.precision.projections
+        spec, hidden, tp, dtype = (
+            setup.model.attention,
+            setup.model.hidden,
+            setup.parallel.tp,
+            setup.precision.projections,
+        )
         heads = max(1, spec.heads // tp)
         out = self._gemm(rows, hidden, heads * spec.value_head_dim, dtype)
         if spec.kind == "gqa":

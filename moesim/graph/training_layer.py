@@ -231,7 +231,12 @@ class LayerPieces:
     def _projections(self) -> list[Operation]:
         """Queries, keys and values; latent attention expands its heads (no absorption in training)."""
         setup, rows = self.setup, self.setup.rows
-        spec, hidden, tp, dtype = setup.model.attention, setup.model.hidden, setup.parallel.tp, setup.precision.projections
+        spec, hidden, tp, dtype = (
+            setup.model.attention,
+            setup.model.hidden,
+            setup.parallel.tp,
+            setup.precision.projections,
+        )
         heads = max(1, spec.heads // tp)
         if spec.kind == "gqa":
             kv_heads = max(1, spec.kv_heads // tp)

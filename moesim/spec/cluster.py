@@ -25,7 +25,9 @@ class GpuSpec(Spec):
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of the units that compute `dtype`; weight-only types compute in bf16."""
-        family = {"fp8_block": "fp8", "fp8": "fp8", "nvfp4": "fp4", "int8": "fp8", "w4a8_mxfp4_mxfp8": "fp8"}.get(dtype, "bf16")
+        family = {"fp8_block": "fp8", "fp8": "fp8", "nvfp4": "fp4", "int8": "fp8", "w4a8_mxfp4_mxfp8": "fp8"}.get(
+            dtype, "bf16"
+        )
         return self.flops_per_s.get(family, self.flops_per_s["bf16"])
 
 

@@ -61,6 +61,9 @@ class CostSpec(Spec):
     source: str = "store"
     profiles: tuple[str, ...] = ("default",)
     extrapolate: Literal["refuse", "allow"] = "refuse"
+    experts_from: Literal["sglang", "vllm", "trtllm"] | None = Field(
+        default=None, description="engine whose tables price the experts' products; none = the scenario's own"
+    )
 
 
 class LoadFile(Spec):

@@ -80,6 +80,9 @@ class BatchingSpec(Spec):
     chunked_prefill: bool = True
     mixed_chunk: bool | None = Field(default=None, description="prompts beside decoding; none = as the engine does it")
     prefix_cache: bool = Field(default=False, description="needs a trace file with block hashes")
+    poll_steps: int = Field(
+        default=1, gt=0, description="decode steps between looks at new requests (SGLang's --scheduler-recv-interval)"
+    )
     cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 

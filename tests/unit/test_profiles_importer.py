@@ -304,7 +304,7 @@ def test_tables_are_found_in_the_package_that_they_move_to(tmp_path: Path) -> No
 
 
 def test_experts_of_a_type_that_no_scenario_names_are_kept_and_not_fitted(tmp_path: Path) -> None:
-    rows = [moe_row(moe_dtype="w4a8_mxfp4_mxfp8", num_tokens=2**power) for power in range(10)]
+    rows = [moe_row(moe_dtype="w4afp8", num_tokens=2**power) for power in range(10)]
     write(tmp_path, "moe/sglang/0.5.14/moe_perf", rows)
     experts = convert(tmp_path)[0]["experts"]
     assert experts.height == 10

@@ -1,0 +1,181 @@
+"""Measured serving runs priced by simulation: a prediction for each row, and how far off they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.engine.deployment import Groundwork, groundwork, resolve
+from moesim.engine.simulate import simulate
+from moesim.engine.visible import as_seen
+from moesim.errors import MoesimError
+from moesim.output.metrics import serving_metrics
+from moesim.spec.scenario import Scenario
+from validate.accuracy import choices, errors, split_errors
+from validate.silicon_rows import SiliconRow, choice_groups, clean
+from validate.silicon_scenario import reason_of, scenario_of
+
+# Seconds that HTTP, tokenizer and detokenizer take with a request before its prompt is queued, by engine: the value of
+# the least median error of TTFT over the even cells (validate/silicon_rows.py says which those are). SGLang's holds
+# cold first waves as well: most of its rows were measured before the client warmed servers up.
+FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.14}
+OK, UNSUPPORTED = "ok", "unsupported"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted of a row, in seconds; reason: why it is not supported."""
+
+    row: SiliconRow
+    ttft_s: float | None
+    tpot_s: float | None
+    reason: str = ""
+
+    @property
+    def status(self) -> str:
+        """`ok` or `unsupported`."""
+        return UNSUPPORTED if self.reason else OK
+
+
+def predict(row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | None = None) -> Prediction:
+    """Mean TTFT and TPOT of a row, by simulating its benchmark. grounds: kept for rows of the same model and system."""
+    try:
+        scenario = scenario_of(row, profiles)
+        served = simulate(resolve(_ground(scenario, {} if grounds is None else grounds)), draws=0).served
+        seen = as_seen(served, lag=True, front_end_s=FRONT_END_S.get(row.engine, 0.0))
+    except MoesimError as error:
+        return Prediction(row, None, None, reason_of(error))
+    metrics = serving_metrics(seen, row.gpus)
+    return Prediction(row, metrics["ttft_s"]["mean"], metrics["tpot_s"]["mean"])
+
+
+def _ground(scenario: Scenario, grounds: dict[str, Groundwork]) -> Groundwork:
+    parts = (scenario.model, scenario.cluster, scenario.cost, scenario.engine.name)
+    key = "|".join(part if isinstance(part, str) else part.model_dump_json() for part in parts)  # type: ignore[union-attr]
+    if key not in grounds:
+        grounds[key] = groundwork(scenario)
+    return replace(grounds[key], scenario=scenario)
+
+
+def predict_all(
+    rows: Sequence[SiliconRow], profiles: Path, progress: Callable[[float], None] | None = None
+) -> list[Prediction]:
+    """A prediction for each row, in order; rows that ask for the same run are simulated once."""
+    known: dict[tuple[object, ...], Prediction] = {}
+    grounds: dict[str, Groundwork] = {}
+    found = []
+    for index, row in enumerate(rows):
+        key = (
+            row.model, row.system, row.engine, row.version, row.precision, row.mode, row.isl, row.osl, row.layout,
+            row.concurrency, row.prefill, row.decode, row.source[-40:] if "measured=" not in row.source else row.source,
+        )  # fmt: skip
+        if key not in known:
+            known[key] = predict(row, profiles, grounds)
+        one = known[key]
+        found.append(Prediction(row, one.ttft_s, one.tpot_s, one.reason))
+        if progress is not None:
+            progress((index + 1) / len(rows))
+    return found
+
+
+def predictions_csv(found: Sequence[Prediction]) -> str:
+    """`id,status,ttft_ms,tpot_ms,reason`, a line for each row, in order."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("id", "status", "ttft_ms", "tpot_ms", "reason"))
+    for one in found:
+        times = ("" if value is None else f"{value * 1e3:.4f}" for value in (one.ttft_s, one.tpot_s))
+        writer.writerow((one.row.id, one.status, *times, one.reason))
+    return out.getvalue()
+
+
+def score(found: Sequence[Prediction]) -> dict[str, Any]:
+    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts."""
+    by_id = {id(one.row): one for one in found}
+    rows = [row for row in clean(one.row for one in found) if row.tpot_ms is not None and row.ttft_ms is not None]
+    return {half: _half([by_id[id(row)] for row in rows if row.cell == half]) for half in ("even", "odd")}
+
+
+def _half(found: Sequence[Prediction]) -> dict[str, Any]:
+    priced = [one for one in found if one.status == OK]
+    rows = [one.row for one in priced]
+    ttft, tpot = (np.asarray([getattr(one, name) for one in priced], dtype=np.float64) for name in ("ttft_s", "tpot_s"))
+    true_ttft = np.asarray([row.ttft_ms for row in rows], dtype=np.float64) * 1e-3
+    true_tpot = np.asarray([row.tpot_ms for row in rows], dtype=np.float64) * 1e-3
+    rate, true_rate = (
+        np.asarray([row.throughput(first, each) for row, first, each in zip(rows, *pair, strict=True)])
+        for pair in ((ttft, tpot), (true_ttft, true_tpot))
+    )
+    order = choices(list(choice_groups(rows).values()), rate, true_rate)
+    layouts = ["attention DP" if r.layout.attention_dp > 1 else "EP" if r.layout.ep > 1 else "TP" for r in rows]
+    splits = {
+        "layout": layouts,
+        "engine": [row.engine for row in rows],
+        "system": [row.system for row in rows],
+        "model": [row.model for row in rows],
+    }
+    return {
+        "rows": len(found),
+        "priced": len(priced),
+        "reasons": dict(Counter(_kind(one.reason) for one in found if one.reason).most_common()),
+        "tpot": errors(tpot, true_tpot).as_dict(),
+        "ttft": errors(ttft, true_ttft).as_dict(),
+        "tokens_per_s_per_gpu": errors(rate, true_rate).as_dict(),
+        "choices": {name: None if math.isnan(value) else value for name, value in vars(order).items()},
+        "tpot_by": {
+            name: {label: one.as_dict() for label, one in split_errors(labels, tpot, true_tpot).items()}
+            for name, labels in splits.items()
+        },
+    }
+
+
+def _kind(reason: str) -> str:
+    """A reason without its figures, to count by."""
+    return "".join("#" if char.isdigit() else char for char in reason)[:80]
+
+
+def score_table(found: dict[str, Any]) -> str:
+    """The score for a person, as a Markdown table."""
+    lines = ["| check | odd cells (blind) | even cells (calibrated) |", "| --- | --- | --- |"]
+
+    def share(value: float | None) -> str:
+        return "-" if value is None or math.isnan(value) else f"{value:.1%}"
+
+    def plain(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    def row(name: str, of: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"| {name} | {of(found['odd'])} | {of(found['even'])} |")
+
+    row(
+        "rows, priced",
+        lambda half: f"{half['rows']}, {half['priced']} ({share(half['priced'] / max(half['rows'], 1))})",
+    )
+    for key, name in (("tpot", "TPOT"), ("ttft", "TTFT"), ("tokens_per_s_per_gpu", "tokens/s/GPU")):
+        row(
+            f"{name}: MAPE, median, p90, bias",
+            lambda half, key=key: ", ".join(share(half[key][one]) for one in ("mape", "median", "p90", "bias")),  # type: ignore[misc]
+        )
+    row(
+        "choice groups: number, Spearman, regret",
+        lambda half: (
+            f"{half['choices']['groups']}, {plain(half['choices']['spearman'])}, {share(half['choices']['regret'])}"
+        ),
+    )
+    for label in ("TP", "EP", "attention DP"):
+        row(
+            f"TPOT, {label}: rows, MAPE",
+            lambda half, label=label: (  # type: ignore[misc]
+                f"{half['tpot_by']['layout'].get(label, {}).get('n', 0)}, "
+                f"{share(half['tpot_by']['layout'].get(label, {}).get('mape'))}"
+            ),
+        )
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""From a measured row to the scenario that describes it; what cannot be described is refused with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moesim.errors import BadInput, Infeasible
+from moesim.spec.scenario import Scenario
+from validate.silicon_rows import SiliconRow
+from validate.silicon_settings import ROUNDS, Settings, layout_of, settings_of
+
+# The package's names of systems -> cluster presets.
+SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
+GPUS_PER_NODE = {"gb200": 4, "gb300": 4}
+FEWEST_REQUESTS = 40
+
+
+def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
+    """The scenario of an aggregated row, priced by the profile in `profiles`/<system>.
+
+    Raises Infeasible or BadInput with the reason why the row is not supported.
+    """
+    if not row.aggregated:
+        raise Infeasible("disaggregated rows are not priced yet", reason="disaggregated")
+    if row.concurrency is None:
+        raise Infeasible("the row does not say how many requests were in flight", reason="no_concurrency")
+    layout = layout_of(row)
+    if layout.pp > 1:
+        raise Infeasible("pipeline parallelism is not simulated in serving", reason="pipeline")
+    if layout.expert_tp * layout.ep != layout.tp * layout.attention_dp:
+        raise Infeasible(
+            f"expert TP {layout.expert_tp} x EP {layout.ep} is not TP {layout.tp} x attention DP "
+            f"{layout.attention_dp}: the sizes contradict each other",
+            reason="contradictory_layout",
+        )
+    folder = profiles / row.system
+    if not folder.is_dir():
+        raise Infeasible(f"no profile of {row.system}", reason="no_profile")
+    settings = settings_of(row, layout)
+    node = GPUS_PER_NODE.get(row.system, 8)
+    gpus = layout.tp * layout.attention_dp
+    cost = {"source": "store", "profiles": [str(folder)], "extrapolate": "allow"}
+    if settings.experts_from is not None:
+        cost["experts_from"] = settings.experts_from
+    return Scenario.read(
+        {
+            "schema_version": 1,
+            "model": row.model,
+            "cluster": {
+                "system": SYSTEMS.get(row.system, row.system),
+                "nodes": -(-gpus // node),
+                "gpus_per_node": min(gpus, node),
+            },
+            "engine": {"name": row.engine, "version": row.version or "unknown"},
+            "precision": _precision(settings),
+            "cost": cost,
+            "parallel": {
+                "tp": layout.tp,
+                "attention_dp": layout.attention_dp,
+                "ep": layout.ep,
+                "expert_tp": layout.expert_tp,
+            },
+            "policies": {
+                "dispatch": {"backend": "allreduce" if layout.attention_dp == 1 else "allgather_reducescatter"}
+            },
+            "serving": {
+                "workload": {
+                    "isl": row.isl,
+                    "osl": row.osl,
+                    "requests": max(ROUNDS * row.concurrency, FEWEST_REQUESTS),
+                    "arrivals": {"concurrency": row.concurrency},
+                    "range_ratio": settings.range_ratio,
+                },
+                "batching": {
+                    "max_batch_tokens_per_dp_rank": settings.batch_tokens,
+                    "max_running_requests_per_dp_rank": settings.running,
+                    "chunked_prefill": settings.chunked,
+                    "poll_steps": settings.poll_steps,
+                },
+                "memory": {"fraction": settings.memory, "admission": _admission(row)},
+            },
+        },
+        where=row.id,
+    )
+
+
+def _precision(settings: Settings) -> dict[str, str]:
+    found = {
+        "dense": settings.dense,
+        "experts": settings.experts,
+        "activations": "bf16",
+        "kv_cache": settings.kv,
+        "dispatch": "bf16",
+        "combine": "bf16",
+    }
+    if settings.attention is not None:
+        found["attention"] = settings.attention
+    return found
+
+
+def _admission(row: SiliconRow) -> str:
+    """TensorRT-LLM keeps room for whole requests (GUARANTEED_NO_EVICT), the others take memory as it is needed."""
+    return "reserve" if row.engine == "trtllm" else "engine"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a row is unsupported, in one line."""
+    return error.line() if isinstance(error, BadInput | Infeasible) else str(error)

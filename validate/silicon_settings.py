@@ -1,0 +1,170 @@
+"""How the servers behind the measured rows were launched: what the benchmark's public scripts set.
+
+Most rows come from InferenceMAX / InferenceX (SemiAnalysisAI), whose client and launch scripts are public; settings
+here were read in the scripts of its repository between October 2025 and May 2026 (`benchmarks/single_node/*.sh`,
+`utils/bench_serving/benchmark_serving.py`), engine defaults in SGLang's `server_args.py`, vLLM's `engine/arg_utils.py`
+and TensorRT-LLM's `llmapi` documentation. Other rows name no script: they get the engines' defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from validate.silicon_rows import Layout, SiliconRow
+
+HOPPER = ("h100_sxm", "h200_sxm")
+# utils/bench_serving: lengths are drawn evenly from 0.8 of the nominal one to it; ten prompts for each place.
+RANGE_RATIO, ROUNDS = 0.8, 10
+_DATE = re.compile(r"measured=(\d{4}-\d{2}-\d{2})")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a row's server was told.
+
+    batch_tokens, running: of one attention-DP rank. chunked: whether prompts are cut. kv: type of the KV cache. dense,
+    attention, experts: types of the products. experts_from: the engine whose expert kernels ran, where another engine's
+    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: share of the GPU.
+    """
+
+    batch_tokens: int
+    running: int
+    chunked: bool
+    kv: str
+    dense: str
+    attention: str | None
+    experts: str
+    experts_from: str | None
+    poll_steps: int
+    memory: float
+    range_ratio: float
+
+
+def benchmark(row: SiliconRow) -> bool:
+    """Whether the row comes from the public benchmark, whose client draws lengths."""
+    return "gap-analysis/data" not in row.source
+
+
+def measured_on(row: SiliconRow) -> str:
+    """The date of the measurement as YYYY-MM-DD; empty where the source does not say."""
+    found = _DATE.search(row.source)
+    return found.group(1) if found else ""
+
+
+def version_of(row: SiliconRow) -> tuple[int, ...]:
+    """The engine's version as numbers, for comparisons; empty where the row does not say."""
+    return tuple(int(part) for part in re.findall(r"\d+", row.version)[:3])
+
+
+def layout_of(row: SiliconRow) -> Layout:
+    """The layout that ran, where the columns or the scripts say another than the sizes taken by themselves.
+
+    Sizes of the dump are multiplied where attention DP equals TP and EP is its square: such an instance has TP GPUs.
+    It ran attention DP where the script knows it (MiniMax-M2.5 from vLLM 0.19 on); Kimi-K2.5's did not, and the same
+    measurements stand in the other dump as TP with EP. Scripts of SGLang for DeepSeek in FP4, and vLLM's first ones for
+    MiniMax-M2.5, spread whole experts whatever the row says.
+    """
+    layout = row.layout
+    if layout.attention_dp == layout.tp > 1 and layout.ep == layout.tp**2:
+        if "MiniMax" in row.model and row.system not in HOPPER and version_of(row) >= (0, 19):
+            return Layout(1, layout.pp, layout.tp, 1, layout.tp)
+        return Layout(layout.tp, layout.pp, 1, 1, layout.tp)
+    whole = row.engine == "sglang" and "DeepSeek" in row.model and row.precision == "fp4"
+    first = row.engine == "vllm" and "MiniMax" in row.model and row.precision == "fp8"
+    whole |= first and (row.system in HOPPER or (0,) < version_of(row) < (0, 19))
+    if whole and layout.attention_dp == 1 and layout.ep == 1:
+        return Layout(layout.tp, layout.pp, 1, 1, layout.tp)
+    return layout
+
+
+def settings_of(row: SiliconRow, layout: Layout) -> Settings:
+    """The settings of a row's server."""
+    dense, attention, experts = _types(row)
+    concurrency = max(1, row.concurrency or 1)
+    here = -(-concurrency // layout.attention_dp)
+    tokens, chunked = _budget(row, here)
+    return Settings(
+        batch_tokens=tokens,
+        running=here,
+        chunked=chunked,
+        kv=_kv(row),
+        dense=dense,
+        attention=attention,
+        experts=experts,
+        experts_from=_kernels(row),
+        poll_steps=_poll(row, concurrency),
+        memory={"sglang": 0.85, "trtllm": 0.9, "vllm": 0.92}.get(row.engine, 0.9),
+        range_ratio=RANGE_RATIO if benchmark(row) else 1.0,
+    )
+
+
+def _types(row: SiliconRow) -> tuple[str, str | None, str]:
+    """Types of dense products, of attention's projections (None = as dense) and of experts, as the checkpoints have it.
+
+    gpt-oss: experts alone are MXFP4 (its config.json); on Blackwell they meet FP8 activations (FlashInfer). Kimi-K2.5:
+    experts alone, in int4 or NVFP4. NVIDIA's NVFP4 checkpoints leave attention in bf16 (hf_quant_config.json), that of
+    MiniMax-M2.5 has no other dense product. FP8 is scaled by blocks of 128 in DeepSeek, Qwen3, MiniMax and GLM.
+    """
+    if "gpt-oss" in row.model:
+        return "bf16", None, "mxfp4" if row.system in HOPPER else "w4a8_mxfp4_mxfp8"
+    if row.precision == "bf16":
+        return "bf16", None, "bf16"
+    if "Kimi" in row.model:
+        return "bf16", None, "int4" if row.precision == "int4" else "nvfp4"
+    if row.precision == "fp4":
+        return "bf16" if "MiniMax" in row.model else "nvfp4", "bf16", "nvfp4"
+    return "fp8_block", None, "fp8_block"
+
+
+def _kv(row: SiliconRow) -> str:
+    blackwell = row.system not in HOPPER
+    if row.engine == "trtllm":
+        return "fp8" if blackwell or "gpt-oss" not in row.model else "bf16"
+    if row.engine == "sglang":
+        return "fp8" if blackwell else "bf16"
+    if "gpt-oss" in row.model:
+        return "fp8" if blackwell and measured_on(row) >= "2025-12" else "bf16"
+    if "Kimi" in row.model:
+        return "fp8" if row.precision == "fp4" and measured_on(row) >= "2026-04" else "bf16"
+    if "MiniMax" in row.model:
+        return "fp8" if blackwell and version_of(row) >= (0, 19) else "bf16"
+    return "bf16"
+
+
+def _budget(row: SiliconRow, here: int) -> tuple[int, bool]:
+    """Tokens of a batch on one attention-DP rank, and whether prompts are cut to fit."""
+    if row.engine == "trtllm":
+        if "gpt-oss" in row.model:
+            return 20000, False
+        asked = -(-(here + row.isl + 64) // 64) * 64
+        # From the scripts of January 2026 on never below 8192.
+        return max(asked, 8192 if measured_on(row) >= "2026-01" else 0), False
+    if row.engine == "vllm":
+        later = "MiniMax" in row.model or ("Kimi" in row.model and row.precision == "fp4")
+        wide = later and row.system not in HOPPER and (version_of(row) >= (0, 19) or measured_on(row) >= "2026-04")
+        return 2 * row.isl if wide else 8192, True
+    if "DeepSeek" in row.model:
+        return 16384 if row.precision == "fp4" else 32768, True
+    if "GLM" in row.model:
+        return 32768 if row.system not in HOPPER else 8192, True
+    return 16384 if row.system not in HOPPER else 8192, True
+
+
+def _kernels(row: SiliconRow) -> str | None:
+    """TensorRT-LLM's TRTLLM backend and vLLM's FlashInfer MXFP8 experts: the kernels of SGLang's FlashInfer tables."""
+    blackwell = row.system not in HOPPER
+    if not blackwell:
+        return None
+    if row.engine == "trtllm" and "gpt-oss" not in row.model:
+        # FP4 ran on TRTLLM kernels from the start (CUTLASS under attention DP), FP8 since 1.2.
+        fp4 = row.precision == "fp4" and row.layout.attention_dp == 1
+        return "sglang" if fp4 or (row.precision == "fp8" and version_of(row) >= (1, 2)) else None
+    return "sglang" if row.engine == "vllm" and "gpt-oss" in row.model else None
+
+
+def _poll(row: SiliconRow, concurrency: int) -> int:
+    """SGLang's --scheduler-recv-interval: 30 from 16 requests in flight on, else 10, on Blackwell; 1 elsewhere."""
+    if row.engine != "sglang" or row.system in HOPPER or "GLM" in row.model or not benchmark(row):
+        return 1
+    return 30 if concurrency >= 16 else 10
