@@ -138,6 +138,19 @@ def test_rows_of_another_gpu_are_left_out_and_named(tables: Path) -> None:
     assert any("H100" in line and "1 rows" in line for line in said)
 
 
+def test_products_that_timed_the_host_are_left_out(tmp_path: Path) -> None:
+    """One kernel takes 230 us for any number of rows; the other follows the work."""
+    rows = [
+        {"gemm_dtype": "fp8_block", "kernel_source": kernel, "m": m, "n": 2048, "k": 1024, "latency": latency}
+        for m in (1, 16, 64, 4096)
+        for kernel, latency in (("eager", 0.230 + m * 1e-6), ("graphed", 0.004 + m * 1e-5))
+    ]
+    write(tmp_path, "gemm/sglang/0.5.14/gemm_perf", rows)
+    found, said = convert(tmp_path)
+    assert set(found["gemm"]["kernel"]) == {"graphed"}
+    assert any("left out 4 rows: the host was timed" in line for line in said)
+
+
 def test_rows_that_outrun_the_memory_are_left_out(tmp_path: Path) -> None:
     data = tmp_path / "systems" / "data"
     huge = {"hidden_size": 7168, "inter_size": 2048, "num_experts": 256, "moe_tp_size": 1, "moe_ep_size": 1}
