@@ -26,7 +26,8 @@ US = 1e-6
 RANKS, LAYERS, BUDGET, PROMPT, OUTPUTS = 32, 16, 2048, 4096, 12
 PROMPT_TOKEN, DECODE_TOKEN, EXPERTS = 1.0 * US, 0.1 * US, 3.0 * US
 EXCHANGE = {"normal": 50.0 * US, "low_latency": 10.0 * US}
-STEP_OVERHEAD, EAGER_LAYER = 500.0 * US, 20.0 * US  # the engine rules' own
+EAGER_LAYER = 20.0 * US  # as the rules of both engines have it
+STEP_OVERHEAD = {"sglang": 500.0 * US, "vllm": 100.0 * US}
 
 
 class ByHand:
@@ -65,22 +66,22 @@ def stepmodel(folder: Path, engine: str) -> StepModel:
     return StepModel(replace(deployment, ground=replace(deployment.ground, costs=ByHand())), seed=0)
 
 
-def prompt_step(tokens: int, beside: int) -> float:
+def prompt_step(engine: str, tokens: int, beside: int) -> float:
     """A step in which one rank reads `tokens` and decodes `beside` sequences; the other 31 decode."""
     attention = tokens * PROMPT_TOKEN + beside * DECODE_TOKEN
-    return STEP_OVERHEAD + LAYERS * (EAGER_LAYER + attention + EXCHANGE["normal"] * 2 + EXPERTS)
+    return STEP_OVERHEAD[engine] + LAYERS * (EAGER_LAYER + attention + EXCHANGE["normal"] * 2 + EXPERTS)
 
 
-def decode_step(most: int) -> float:
+def decode_step(engine: str, most: int) -> float:
     """A step in which the fullest rank decodes `most` sequences."""
-    return STEP_OVERHEAD + LAYERS * (most * DECODE_TOKEN + EXCHANGE["low_latency"] * 2 + EXPERTS)
+    return STEP_OVERHEAD[engine] + LAYERS * (most * DECODE_TOKEN + EXCHANGE["low_latency"] * 2 + EXPERTS)
 
 
 # SGLang's rank 0 reads before it decodes: two whole chunks. vLLM's keeps a token of each batch for its own request, so
 # that two tokens are left for a third step.
 STEPS = {
-    "sglang": [prompt_step(2048, 0), prompt_step(2048, 0)],
-    "vllm": [prompt_step(2047, 1), prompt_step(2047, 1), prompt_step(2, 1)],
+    "sglang": [prompt_step("sglang", 2048, 0)] * 2,
+    "vllm": [prompt_step("vllm", 2047, 1)] * 2 + [prompt_step("vllm", 2, 1)],
 }
 
 
@@ -90,25 +91,25 @@ def test_the_group_follows_the_prompt(engine: str, fidelity: str, tmp_path: Path
     model = stepmodel(tmp_path, engine)
     # A short request for each rank, then the long one, which goes to rank 0 while all 32 decode.
     isl = np.asarray([1] * RANKS + [PROMPT])
-    arrival_s = np.asarray([0.0] * RANKS + [prompt_step(1, 0) + 2.5 * decode_step(1)])
+    arrival_s = np.asarray([0.0] * RANKS + [prompt_step(engine, 1, 0) + 2.5 * decode_step(engine, 1)])
     timed = model.base if fidelity == "table" else ExactModel(model, "maxplus")
     load = Load(isl, np.full(RANKS + 1, OUTPUTS), arrival_s=arrival_s)
     served = serve(load, model.limits, ranks=RANKS, instances=1, step_time=timed)
 
     reading = STEPS[engine]
-    expected = [prompt_step(1, 0)] + [decode_step(1)] * 3 + reading
+    expected = [prompt_step(engine, 1, 0)] + [decode_step(engine, 1)] * 3 + reading
     assert served.step_s[: len(expected)] == pytest.approx(expected, rel=1e-9)
-    assert reading[0] > 25 * decode_step(1)  # what every decoding rank feels
+    assert reading[0] > 25 * decode_step(engine, 1)  # what every decoding rank feels
     # The 31 ranks that only decode get a token in each of those steps, however long.
     decoding = served.step_decode_seqs[4 : 4 + len(reading)]
     assert decoding.tolist() == [31 if engine == "sglang" else 32] * len(reading)
     # From then on rank 0 decodes two sequences, and everybody waits for its attention.
-    assert served.finish_s[1] == pytest.approx(sum(expected) + (OUTPUTS - 4 - len(reading)) * decode_step(2), rel=1e-9)
+    assert served.finish_s[1] == pytest.approx(sum(expected) + (OUTPUTS - 4 - len(reading)) * decode_step(engine, 2), rel=1e-9)
     # SGLang stalls rank 0's own request for both chunks; vLLM serves it along.
     stalled = len(reading) if engine == "sglang" else 0
-    assert served.finish_s[0] == pytest.approx(served.finish_s[1] + stalled * decode_step(2), rel=1e-9)
+    assert served.finish_s[0] == pytest.approx(served.finish_s[1] + stalled * decode_step(engine, 2), rel=1e-9)
     start = served.step_start_s[4]
     assert served.first_token_s[RANKS] == pytest.approx(start + sum(reading), rel=1e-9)
     assert served.gaps_s.max() == pytest.approx(
-        sum(reading) + decode_step(2) if engine == "sglang" else max(reading), rel=1e-9
+        sum(reading) + decode_step(engine, 2) if engine == "sglang" else max(reading), rel=1e-9
     )

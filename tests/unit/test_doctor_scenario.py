@@ -86,11 +86,11 @@ def test_keys_are_set_as_for_simulate(tmp_path: Path) -> None:
     assert "259 slots" in checked.error.line()
 
 
-def test_an_engine_whose_rules_are_not_modelled_is_not_priced(tmp_path: Path) -> None:
-    checked = check(tmp_path, SCENARIO, "engine.name=trtllm")
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm", "moesim"])
+def test_every_engine_that_a_scenario_may_name_is_priced(engine: str, tmp_path: Path) -> None:
+    checked = check(tmp_path, SCENARIO, f"engine.name={engine}")
     assert checked.error is None
-    assert checked.findings[-1].check == "coverage"
-    assert checked.findings[-1].state == "absent"
+    assert (checked.findings[-1].check, checked.findings[-1].state) == ("coverage", "ok")
 
 
 def divided(model: str = V3, policies: dict[str, Any] | None = None, redundant: int = 0, **degrees: int) -> list[str]:
