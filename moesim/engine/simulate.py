@@ -14,6 +14,8 @@ from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.faults import check_faults
 from moesim.engine.outages import FaultClock
+from moesim.engine.relayout_checks import check_relayouts
+from moesim.engine.relayout_runs import MovingRuns, Relayouts
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
@@ -31,7 +33,8 @@ class Simulation:
 
     draws_outside: draws under which the run leaves the profile. Where there are any, `drawn` is empty: the rest would
     be the cheaper part of what may be true, and no interval. without_faults: the run as best known without the
-    scenario's faults, on the same arrivals; None where there are none.
+    scenario's faults, on the same arrivals; None where there are none. relayouts: what became of the placement; None
+    where it stays.
     """
 
     deployment: Deployment
@@ -46,6 +49,7 @@ class Simulation:
     cpu_s: float
     prefill_model: StepModel | None = None
     without_faults: Served | None = None
+    relayouts: Relayouts | None = None
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -91,11 +95,13 @@ def simulate(
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     faults = deployment.scenario.faults
     check_faults(deployment, faults)
+    check_relayouts(deployment, fidelity)
     model = StepModel(deployment, seed=seed)
     reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
     load = make_load(deployment, seed)
+    moving = MovingRuns(model, fidelity)
 
-    def run(draw: Draw | None, *, healthy: bool = False) -> Served:
+    def run(draw: Draw | None, *, healthy: bool = False, still: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
         if reading is not None:
@@ -115,11 +121,12 @@ def simulate(
             instances=deployment.instances,
             step_time=timed,
             balance=deployment.serving.balance,
-            faults=clock,
+            faults=clock or moving.clock(draw, still=still),
         )
 
     served = run(None)
     without_faults = run(None, healthy=True) if faults else None
+    without_moves = run(None, still=True) if moving.spec is not None else None
     drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -141,6 +148,7 @@ def simulate(
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
         without_faults=without_faults,
+        relayouts=moving.told(without_moves),
     )
 
 

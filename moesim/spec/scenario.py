@@ -12,10 +12,12 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
+from moesim.spec.drift import DriftSpec
 from moesim.spec.faults import FaultSpec
 from moesim.spec.gate import GateChosen
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
+from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4"]
@@ -89,6 +91,8 @@ class RoutingSpec(Spec):
     trace: Path | None = None
     synthetic: SyntheticSpec | None = None
     holdout: HoldoutSpec = HoldoutSpec()
+    drift: DriftSpec | None = Field(default=None, description="loads over simulated time; none = the same throughout")
+    mix: Literal["step", "request"] = Field(default="step", description="what is of one load: a step, or a request")
 
     @model_validator(mode="after")
     def _one(self) -> RoutingSpec:
@@ -105,6 +109,7 @@ class PlacementSpec(Spec):
     redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
     groups: int = Field(default=1, gt=0)
     file: Path | None = None
+    rebalance: RebalanceSpec | None = Field(default=None, description="new placements while it serves")
 
     @model_validator(mode="after")
     def _one(self) -> PlacementSpec:
