@@ -55,6 +55,10 @@ def simulate(
         from moesim.output.faults import faults_json
 
         result["faults"] = faults_json(simulation)
+    if simulation.relayouts is not None:
+        from moesim.output.relayouts import relayouts_json
+
+        result["relayouts"] = relayouts_json(simulation)
     if timeline is not None:
         from moesim.output.steptrace import write_step_timeline
 
@@ -72,6 +76,10 @@ def simulate(
             from moesim.output.faults import print_faults
 
             print_faults(result)
+        if "relayouts" in result:
+            from moesim.output.relayouts import print_relayouts
+
+            print_relayouts(result)
         if explain:
             from moesim.output.explain_console import print_explanation
 

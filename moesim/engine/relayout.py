@@ -144,6 +144,7 @@ class LayoutClock:
                 moved_experts=timed.experts,
                 moved_bytes=sum(timed.bytes_by_level.values()),
                 bytes_by_level=timed.bytes_by_level,
+                pair_bytes=timed.pair_bytes.sum(axis=0),
                 tag=timed.tag.label,
             )
             ready_s = now_s + (event.solve_s if spec.mode == "async" else 0.0)

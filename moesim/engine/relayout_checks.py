@@ -6,11 +6,15 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.moving import asked_changes
 from moesim.errors import BadInput, Infeasible
 
+# What makes a step's time depend on when it is; `routing.mix` does not.
+OVER_TIME = ("placement.rebalance", "routing.drift")
+
 
 def check_relayouts(deployment: Deployment, fidelity: str) -> None:
     """Whether the serving loop can follow what the scenario lets change. Raises BadInput, Infeasible."""
-    scenario = deployment.scenario
-    asked = [key for key, given in asked_changes(scenario).items() if given]
+    scenario, pools = deployment.scenario, (deployment, deployment.prefill)
+    given_to = [deployment.ground.scenario, *(pool.scenario for pool in pools if pool is not None)]
+    asked = [key for key in OVER_TIME if any(asked_changes(one)[key] for one in given_to)]
     if not asked:
         return
     odd = {
@@ -36,6 +40,8 @@ def _check_rebalance(deployment: Deployment) -> None:
             mend="leave it out, or use ep above 1",
             reason="nothing_to_move",
         )
+    assert setup.network is not None
+    setup.network.exchange("flat")  # no topology, no price: said before anything runs
     if setup.policies.storage != "resident":
         raise Infeasible(
             f"how experts move whose weights wait on the host (storage {setup.policies.storage}) is not modelled",

@@ -30,11 +30,11 @@ class Relayout:
 
     at_s, step: when, and after how many steps of the instance. before, after: max/mean (mean over layers) of the
     window's counts under the old and the new placement. placement: the new one; None where `min_gain` was not reached.
-    moved_experts, moved_bytes, bytes_by_level: what travelled. pause_s: how long the engine stood still, solve_s of it
-    for the solver where it waits for that. delay_s: how much longer steps beside an async transfer took. done_s: when
-    the last layer was in place; None where the run ended before. step_before_s, step_after_s: mean time of steps of the
-    window's sizes under both placements, on the loads at that time. next_before, next_after: max/mean of the next
-    window's counts, which neither was fitted to; None without a next window.
+    moved_experts, moved_bytes, bytes_by_level, pair_bytes [GPUs, GPUs]: what travelled. pause_s: how long the engine
+    stood still, solve_s of it for the solver where it waits for that. delay_s: how much longer steps beside an async
+    transfer took. done_s: when the last layer was in place; None where the run ended before. step_before_s,
+    step_after_s: mean time of steps of the window's sizes under both placements, on the loads at that time.
+    next_before, next_after: max/mean of the next window's counts, which neither was fitted to; None without one.
     """
 
     instance: int
@@ -47,6 +47,7 @@ class Relayout:
     moved_experts: int = 0
     moved_bytes: float = 0.0
     bytes_by_level: dict[str, float] = field(default_factory=dict)
+    pair_bytes: Floats = field(default_factory=lambda: np.zeros((0, 0)), repr=False, compare=False)
     tag: str = ""
     pause_s: float = 0.0
     delay_s: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesim.engine.moving import refuse_changes
 from moesim.engine.training_routing import refuse_capacity
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pipeline import check_pipeline
@@ -19,6 +20,7 @@ PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
 def refuse_unsupported_training(scenario: Scenario) -> None:
     """Name what a training scenario asks for that is not simulated. Raises BadInput."""
     policies = scenario.policies
+    refuse_changes(scenario, "loads and placements that change are simulated for serving only")
     refuse_capacity(policies.capacity)
     refused = [
         (policies.gate != "model", "policies.gate", "only the model's own gate", "write `gate: model`"),

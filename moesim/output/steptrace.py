@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from moesim.engine.critical import critical_path
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode
 from moesim.engine.stepmodel import ExactModel, Fidelity
+from moesim.output.relayouts import pause_slices
 from moesim.output.timeline import Counter, Slice, Span, write_timeline
 
 Floats = NDArray[np.float64]
@@ -39,7 +41,7 @@ def write_step_timeline(path: Path, simulation: Simulation) -> None:
         offset_s=like(served, float(batch.decode_seqs.sum())),
         critical=critical_path(graph, times),
         arrows=True,
-        slices=step_slices(served),
+        slices=chain(step_slices(served), pause_slices(simulation.relayouts)),
         counters=run_counters(served),
         spans=request_spans(served),
     )
