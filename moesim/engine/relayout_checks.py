@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesim import plugins
 from moesim.engine.deployment import Deployment
 from moesim.engine.moving import asked_changes
 from moesim.errors import BadInput, Infeasible
@@ -33,6 +34,9 @@ def check_relayouts(deployment: Deployment, fidelity: str) -> None:
 
 def _check_rebalance(deployment: Deployment) -> None:
     setup, where = deployment.setup, "placement.rebalance"
+    spec = deployment.scenario.placement.rebalance
+    assert spec is not None
+    plugins.load(plugins.SOLVERS, spec.solver, where=f"{where}.solver")
     if setup.parallel.ep == 1:
         raise Infeasible(
             "one EP rank holds every expert, so that none can move",

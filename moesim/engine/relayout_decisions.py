@@ -43,7 +43,7 @@ class Relayout:
     solve_s: float
     before: float = 1.0
     after: float = 1.0
-    placement: ExpertPlacement | None = None
+    placement: ExpertPlacement | None = field(default=None, compare=False)
     moved_experts: int = 0
     moved_bytes: float = 0.0
     bytes_by_level: dict[str, float] = field(default_factory=dict)

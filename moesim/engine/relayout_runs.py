@@ -16,11 +16,15 @@ from moesim.routing.drift import load_drift
 
 @dataclass(frozen=True)
 class Relayouts:
-    """What happened to the placement of a run: decisions, pauses (instance, start, seconds), and the run without."""
+    """What happened to the placement of a run: decisions, pauses (instance, start, seconds), and the run without.
+
+    interval_steps: between two decisions.
+    """
 
     events: tuple[Relayout, ...]
     pauses: tuple[tuple[int, float, float], ...]
     without: Served
+    interval_steps: int
 
 
 class MovingRuns:
@@ -59,6 +63,7 @@ class MovingRuns:
 
     def told(self, without: Served | None) -> Relayouts | None:
         """What the first run's clock has seen; None without new placements."""
-        if self.first is None or without is None:
+        if self.first is None or self.spec is None or without is None:
             return None
-        return Relayouts(tuple(self.first.events), tuple(self.first.pauses), without)
+        events, pauses = tuple(self.first.events), tuple(self.first.pauses)
+        return Relayouts(events, pauses, without, self.spec.interval_steps)

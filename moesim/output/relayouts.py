@@ -19,9 +19,10 @@ from moesim.output.timeline import Slice
 def relayouts_json(simulation: Simulation) -> dict[str, Any] | None:
     """The new placements of a run beside the same run without them; None where the scenario asks for none.
 
-    count: placements moved to; decisions: times it was solved. moved_*: over all of them. balance, step_gain_s: means
-    over the placements moved to (`next_*`: over those with a next window). break_even_steps: of a mean one; None where
-    a step gains nothing. bytes_by_link: of the whole run. change: dotted metric -> with over without, less 1.
+    count: placements moved to; decisions: times it was solved, every interval_steps. moved_*: over all of them.
+    balance, step_gain_s: means over the placements moved to (`next_*`: over those with a next window).
+    break_even_steps: of a mean one; None where a step gains nothing. bytes_by_link: of the whole run. change: dotted
+    metric -> with over without, less 1.
     """
     told = simulation.relayouts
     if told is None:
@@ -34,6 +35,7 @@ def relayouts_json(simulation: Simulation) -> dict[str, Any] | None:
     return {
         "count": len(moved),
         "decisions": len(told.events),
+        "interval_steps": told.interval_steps,
         "moved_experts": sum(event.moved_experts for event in moved),
         "moved_bytes": sum(event.moved_bytes for event in moved),
         "bytes_by_level": {
@@ -85,6 +87,8 @@ def print_relayouts(result: dict[str, Any]) -> None:
     console().print(told)
     steps = found["break_even_steps"]
     back = "never pays back" if steps is None else f"pays back after {shown(steps, 3)} steps"
+    if not found["decisions"]:
+        console().print(f"Nothing was solved again: no instance took {found['interval_steps']} steps.")
     if found["count"]:
         console().print(
             f"{found['moved_experts']} experts ({shown(found['moved_bytes'] / 1e9, 4)} GB) moved, "
