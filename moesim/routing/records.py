@@ -52,7 +52,7 @@ def records_of(frame: Any, *, layer_ids: Ints, experts: int, where: str) -> Reco
     """The cells of a Polars frame with request_id beside layer_id, expert_id, count; None where it has none.
 
     layer_ids: layers to keep, in order. Steps are numbered as they follow one another. The other columns are those of
-    counts that were read; raises BadInput for labels that are missing or no labels.
+    counts that were read; raises BadInput for labels that are missing.
     """
     import polars as pl
 
@@ -83,11 +83,7 @@ def _labels(frame: Any, name: str, where: str) -> Ints:
     import polars as pl
 
     values = frame[name]
-    mend = "give every row one, a number or a name"
     if values.null_count():
-        raise BadInput(f"a row has no {name}", where=where, mend=mend)
-    try:
-        ranked = (values.cast(pl.Int64) if name == "step" else values).rank("dense")
-    except pl.exceptions.PolarsError:
-        raise BadInput(f"the column {name} holds no labels", where=where, mend=mend) from None
+        raise BadInput(f"a row has no {name}", where=where, mend="give every row one, a number or a name")
+    ranked = (values.cast(pl.Int64) if name == "step" else values).rank("dense")
     return np.asarray(ranked.to_numpy(), dtype=np.int64) - 1

@@ -133,7 +133,9 @@ def test_few_requests_scatter_more_than_many() -> None:
 
 
 def scenario(mix: str, **workload: Any) -> dict[str, Any]:
-    data = small(routing={"synthetic": {"kind": "deepseek_like", "workloads": 6}, "mix": mix, "holdout": {"by": "none"}})
+    data = small(
+        routing={"synthetic": {"kind": "deepseek_like", "workloads": 6}, "mix": mix, "holdout": {"by": "none"}}
+    )
     data["serving"]["workload"] |= workload
     return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.relayout_decisions import EPLB_S_PER_SLOT, decide, solver_of, solver_seconds
 from moesim.engine.relayout_runs import Relayouts
 from moesim.engine.simulate import Simulation, simulate
+from moesim.errors import BadInput
+from moesim.routing.drift import load_drift
+from moesim.routing.readers import read_loads
 from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.scenario import Scenario
+from tests.property.test_fuzz_scenarios import mutate
 from tests.scenarios import small, write
 from tests.training_scenarios import training
 
@@ -326,3 +331,23 @@ def test_the_shared_links_of_des_are_not_for_runs_that_change(
     path = write(tmp_path, changed(moving(domains, requests=64), what))
     assert run(["simulate", str(path), "--draws", "0", "--fidelity", "des"]) == 2
     assert "not modelled together with --fidelity des" in capsys.readouterr().err
+
+
+def test_mutated_keys_are_read_or_refused_in_one_line(domains: list[str]) -> None:
+    whole = {
+        "rebalance": {"solver": "greedy", "window_steps": 5, "interval_steps": 9, "mode": "async", "min_gain": 0.1},
+        "drift": {"points": [{"at_s": 0.0, "weights": [1, 0]}, {"at_s": 1.0, "weights": [0, 1]}], "repeat_s": 3.0},
+    }
+    read = 0
+    for seed in range(150):
+        changes = mutate(whole, random.Random(seed))
+        data = moving(domains)
+        data["placement"]["rebalance"], data["routing"]["drift"] = changes.get("rebalance"), changes.get("drift")
+        try:
+            scenario = Scenario.read(data, where="test")
+            if scenario.routing.drift is not None:
+                load_drift(scenario.routing.drift, [read_loads(Path(file)) for file in domains])
+            read += 1
+        except BadInput as error:
+            assert "\n" not in error.line()
+    assert 10 < read < 140

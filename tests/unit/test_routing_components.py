@@ -218,3 +218,24 @@ def test_a_real_run_s_time_component_grows_with_the_time_it_spans(shared_data: P
     apart = between_loads(blocks, 1)
     assert apart is not None
     assert apart.cv2 > 5 * over(100)  # the start of training drifts most
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pl.Series([[1], [2], [1]]),
+        pl.Series([{"a": 1}, {"a": 2}, {"a": 1}]),
+        pl.Series([True, False, True]),
+        pl.Series([float("nan"), 0.5, float("nan")]),
+        pl.Series(["x", "", "x"]),
+        pl.Series([b"x", b"", b"x"]),
+    ],
+    ids=["list", "struct", "bool", "float", "text", "binary"],
+)
+def test_labels_may_be_of_any_kind(labels: pl.Series, tmp_path: Path) -> None:
+    frame = pl.DataFrame({"layer_id": [0, 0, 0], "expert_id": [0, 1, 0], "count": [3.0, 4.0, 5.0]})
+    frame.with_columns(labels.alias("request_id")).write_parquet(tmp_path / "t.parquet")
+    load = read_loads(tmp_path / "t.parquet")
+    assert load.counts.tolist() == [[[8, 4]]]
+    assert load.records is not None
+    assert sorted(load.records.counts.tolist()) == [[[0, 4]], [[8, 0]]]
