@@ -45,7 +45,7 @@ def place(
     spec = None if scenario is None else load_scenario(scenario, tuple(set_ or ()))
     if spec is not None:
         refuse_faults(spec.faults, "place")
-        refuse_changes(spec, "`moesim place` judges placements on loads that stand still")
+        refuse_changes(spec, "place")
     asked = planning.ask(
         scenario=spec,
         load_files=loads or [],

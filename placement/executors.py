@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -35,6 +35,10 @@ class Workers(Protocol):
         """Outcomes of the plans, in their order."""
         ...
 
+    def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of full runs, where `evaluate` only takes a first look."""
+        ...
+
     def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
         """Metrics of each plan as best known (entry 0) and under the same joint draws.
 
@@ -53,6 +57,10 @@ class LocalWorkers:
         """Outcomes of the plans, in their order."""
         return [self.evaluator.evaluate(plan) for plan in plans]
 
+    def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of full runs, in their order."""
+        return [self.evaluator.settle(plan) for plan in plans]
+
     def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
         """Metrics of each plan as best known (entry 0) and under the same joint draws."""
         return [_draw(self.evaluator, plan, draws, metrics) for plan in plans]
@@ -66,8 +74,15 @@ class PoolWorkers:
 
     def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Outcomes of the plans, in their order."""
+        return self._map(_evaluate_here, plans)
+
+    def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Outcomes of full runs, in their order."""
+        return self._map(_settle_here, plans)
+
+    def _map(self, function: Callable[[Plan], Outcome], plans: Sequence[Plan]) -> list[Outcome]:
         try:
-            return list(self.pool.map(_evaluate_here, plans))
+            return list(self.pool.map(function, plans))
         except BrokenProcessPool:
             raise _lost_worker() from None
 
@@ -91,19 +106,25 @@ def start_workers(scenario: Scenario, evaluator: Evaluator, count: int) -> Itera
         return
     for name in _THREAD_SETTINGS:
         os.environ.setdefault(name, "1")
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start, initargs=(scenario,)) as pool:
+    with ProcessPoolExecutor(
+        count, mp_context=get_context("spawn"), initializer=_start, initargs=(scenario, evaluator.first_look)
+    ) as pool:
         yield PoolWorkers(pool)
 
 
 _here: dict[str, Evaluator] = {}
 
 
-def _start(scenario: Scenario) -> None:
-    _here["evaluator"] = Evaluator(groundwork(scenario), scenario)
+def _start(scenario: Scenario, first_look: bool) -> None:
+    _here["evaluator"] = Evaluator(groundwork(scenario), scenario, first_look=first_look)
 
 
 def _evaluate_here(plan: Plan) -> Outcome:
     return _here["evaluator"].evaluate(plan)
+
+
+def _settle_here(plan: Plan) -> Outcome:
+    return _here["evaluator"].settle(plan)
 
 
 def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:

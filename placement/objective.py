@@ -46,16 +46,19 @@ class Outcome:
 class Evaluator:
     """Evaluates plans of one scenario; keeps solved placements, which many plans share."""
 
-    def __init__(self, ground: Groundwork, scenario: Scenario) -> None:
+    def __init__(self, ground: Groundwork, scenario: Scenario, *, first_look: bool = False) -> None:
+        """first_look: `evaluate` sifts plans by a coarse run; `settle` and `run` are full ones either way."""
         self.ground = ground
         self.scenario = scenario
+        self.first_look = first_look
         self.solved: dict[tuple[str, int, int, int], ExpertPlacement] = {}
 
     def deployment(self, plan: Plan) -> Deployment:
         """The plan on its cluster. Raises Infeasible and BadInput."""
         variant = plan.apply(self.scenario)
         nodes = max(1, plan.parallel.gpus // self.ground.cluster.gpus_per_node)
-        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes)
+        # Without groups no solver looks at nodes: instances of several sizes share what was solved for their EP ranks.
+        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes if variant.placement.groups > 1 else 1)
         if key not in self.solved:
             self.solved[key] = solve(
                 self.ground,
@@ -67,14 +70,21 @@ class Evaluator:
             )
         return resolve(self.ground, variant, self.solved[key])
 
-    def run(self, plan: Plan, *, draws: int = 0) -> Simulation:
+    def run(self, plan: Plan, *, draws: int = 0, first_look: bool = False) -> Simulation:
         """Simulate a plan. Raises Infeasible and OutsideProfile."""
-        return simulate(self.deployment(plan), draws=draws)
+        return simulate(self.deployment(plan), draws=draws, first_look=first_look)
 
     def evaluate(self, plan: Plan) -> Outcome:
         """Simulate a plan once; what cannot run becomes an outcome with its reason."""
+        return self._outcome(plan, first_look=self.first_look)
+
+    def settle(self, plan: Plan) -> Outcome:
+        """The outcome of a full run, for plans that a first look liked."""
+        return self._outcome(plan, first_look=False)
+
+    def _outcome(self, plan: Plan, *, first_look: bool) -> Outcome:
         try:
-            simulation = self.run(plan)
+            simulation = self.run(plan, first_look=first_look)
         except OutsideProfile as error:
             return Outcome("outside_profile", detail=error.line())
         except Infeasible as error:

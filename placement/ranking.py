@@ -52,7 +52,7 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
     Raises Infeasible, with the nearest plan, when none does.
     """
     metric = scenario.objective.maximize
-    ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
+    ran = search.answers
     good = [
         trial
         for trial in ran
@@ -101,7 +101,7 @@ def finalists_of(order: Sequence[Trial]) -> list[Trial]:
 def pareto(search: Search, scenario: Scenario) -> list[Trial]:
     """Trials that ran and that no other beats in both the objective and the median time per output token."""
     metric = scenario.objective.maximize
-    ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
+    ran = search.answers
     ran.sort(key=lambda trial: (-trial.outcome.metrics[metric], trial.outcome.metrics[LATENCY]))
     front: list[Trial] = []
     for trial in ran:

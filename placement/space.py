@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,9 +64,16 @@ class Space:
     plans: tuple[Plan, ...]
     infeasible: dict[str, int]
 
+    @functools.cached_property
     def by_params(self) -> dict[tuple[str, ...], Plan]:
         """Plans by their parameter values."""
         return {tuple(plan.params().values()): plan for plan in self.plans}
+
+    @functools.cached_property
+    def choices(self) -> dict[str, list[str]]:
+        """The values of each parameter, in order."""
+        names = list(self.plans[0].params())
+        return {name: sorted({values[axis] for values in self.by_params}) for axis, name in enumerate(names)}
 
 
 def own_plan(ground: Groundwork, scenario: Scenario) -> Plan:

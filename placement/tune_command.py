@@ -40,6 +40,7 @@ from placement.ranking import (
     tied,
     verdict,
 )
+from placement.settle import settled
 from placement.space import (
     Plan,
     Space,
@@ -49,7 +50,7 @@ from placement.space import (
     plain_placement,
     require_plans,
 )
-from placement.tuner import Search, Trial, open_study, search
+from placement.tuner import Search, Trial, open_study, search, takes_first_look
 
 FINAL_DRAWS = 20
 MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
@@ -76,7 +77,7 @@ def tune(
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
     refuse_faults(spec.faults, "tune")
-    refuse_changes(spec, "`moesim tune` compares plans that stand still")
+    refuse_changes(spec, "tune")
     folder = out or Path("runs") / scenario.stem
     refuse_roles(spec)
     ground = groundwork(spec)
@@ -84,7 +85,8 @@ def tune(
     space = enumerate_space(ground, spec)
     require_plans(space, str(scenario))
     study = open_study(spec, folder, storage, resume)
-    evaluator = Evaluator(ground, spec)
+    first_look = takes_first_look(study, trials)
+    evaluator = Evaluator(ground, spec, first_look=first_look)
     base = baseline_plan(ground, spec)
     search_started = time.perf_counter()
     with start_workers(spec, evaluator, workers) as pool:
@@ -92,6 +94,8 @@ def tune(
             found = search(
                 study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space.plans), progress=progress
             )
+        if first_look:
+            found = settled(found, pool, spec, [base, own_plan(ground, spec)])
         order = ranked(found, spec)
         chosen = finalists_of(order)
         base_trial = next((trial for trial in found.trials if trial.plan == base), None)
@@ -222,7 +226,11 @@ def _result(
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
         "notes": notes,
-        "trial_list": [plan_json(trial) for trial in found.trials],
+        "settled": len(found.trials) if found.settled is None else len(found.settled),
+        "trial_list": [
+            plan_json(trial) | {"in_full": found.settled is None or trial.number in found.settled}
+            for trial in found.trials
+        ],
     }
 
 

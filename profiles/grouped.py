@@ -138,7 +138,7 @@ def _padded(h: float, touched: float, tile: float) -> float:
 @njit(cache=True)
 def _norm(a: float, b: float, p: float) -> float:
     most = max(a, b)
-    return float(most * ((a / most) ** p + (b / most) ** p) ** (1.0 / p))
+    return float(most * (1.0 + (min(a, b) / most) ** p) ** (1.0 / p))  # the larger one's own share is 1
 
 
 @njit(cache=True)

@@ -36,10 +36,8 @@ def simulate(
     if spec.training is not None:
         from moesim.commands.training import simulate_training_command
 
-        if explain:
-            raise BadInput("training runs are not explained yet", where="--explain", mend="leave it out")
         simulate_training_command(
-            spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws
+            spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws, explain=explain
         )  # fmt: skip
         return
     deployment = resolve(groundwork(spec))
@@ -55,7 +53,7 @@ def simulate(
         from moesim.output.faults import faults_json
 
         result["faults"] = faults_json(simulation)
-    if simulation.relayouts is not None:
+    if simulation.without_relayouts is not None:
         from moesim.output.relayouts import relayouts_json
 
         result["relayouts"] = relayouts_json(simulation)

@@ -8,7 +8,7 @@ from moesim.spec.scenario import Scenario
 
 
 def simulate_training_command(
-    spec: Scenario, *, json_: bool, timeline: Path | None, report: Path | None, fidelity: str, draws: int
+    spec: Scenario, *, json_: bool, timeline: Path | None, report: Path | None, fidelity: str, draws: int, explain: bool
 ) -> None:
     """Run, print and write what was asked for. Raises BadInput for what training runs do not have."""
     from moesim.engine.training import simulate_training
@@ -22,6 +22,15 @@ def simulate_training_command(
     with progress_bar("simulating") as progress:
         run = simulate_training(spec, draws=draws, progress=progress)
     result = training_json(run)
+    if explain or report is not None:
+        from moesim.engine.training_explain import explain_training
+        from moesim.output.training_explain import training_explanation_json
+
+        result["explain"] = training_explanation_json(explain_training(run))
+    if run.faulted is not None:
+        from moesim.output.training_faults import training_faults_json
+
+        result["faults"] = training_faults_json(run)
     if timeline is not None:
         from moesim.output.training_timeline import write_pipeline_timeline
 
@@ -32,3 +41,11 @@ def simulate_training_command(
         print_json(result)
     else:
         print_training(result)
+        if "faults" in result:
+            from moesim.output.training_faults import print_training_faults
+
+            print_training_faults(result)
+        if explain:
+            from moesim.output.training_explain import print_training_explanation
+
+            print_training_explanation(result["explain"])

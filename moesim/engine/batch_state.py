@@ -42,9 +42,10 @@ class Ranks(NamedTuple):
     """The attention-DP ranks of one instance.
 
     head, tail [ranks]: the queue. reading: the request whose prompt is partly read. running [ranks, max_running].
-    kv_tokens: in use, the cache's idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not,
-    and their tokens so far. output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's
-    `batch_is_full`). preemptions; recomputed_tokens: thrown away by them.
+    context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
+    idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
+    output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`).
+    preemptions; recomputed_tokens: thrown away by them.
     """
 
     head: Ints
@@ -52,6 +53,7 @@ class Ranks(NamedTuple):
     reading: Ints
     running: Ints
     running_seqs: Ints
+    context: Ints
     kv_tokens: Ints
     requests_in: Ints
     tokens_in: Ints
@@ -128,6 +130,7 @@ def new_ranks(ranks: int, max_running: int, *, rule: MemoryRule = RESERVE, cache
         reading=empty.copy(),
         running=np.full((ranks, max_running), NONE, np.int64),
         running_seqs=zero.copy(),
+        context=empty.copy(),
         kv_tokens=zero.copy(),
         requests_in=zero.copy(),
         tokens_in=zero.copy(),

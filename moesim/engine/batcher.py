@@ -134,14 +134,16 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
             continue
         # Calls between compiled functions count references of every array: ranks that only decode are spared them.
         if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
+            ranks.context[rank] = NONE
             _plan_rank(requests, ranks, limits, plan, rank)
         if limits.mixes or plan.prefill_seqs[rank] == 0:
             plan.decode_seqs[rank] = ranks.running_seqs[rank]
-            context = 0
-            for place in range(ranks.running_seqs[rank]):
-                request = ranks.running[rank, place]
-                context += requests.isl[request] + requests.generated[request]
-            plan.decode_kv[rank] = context
+            if ranks.context[rank] == NONE:
+                ranks.context[rank] = 0
+                for place in range(ranks.running_seqs[rank]):
+                    request = ranks.running[rank, place]
+                    ranks.context[rank] += requests.isl[request] + requests.generated[request]
+            plan.decode_kv[rank] = ranks.context[rank]
         decodes += plan.decode_seqs[rank]
         prompts += plan.prefill_tokens[rank]
         fullest = max(fullest, ranks.kv_tokens[rank])
@@ -212,6 +214,8 @@ def finish_step(
     done = 0
     for rank in range(len(ranks.head)):
         place, left = 0, plan.decode_seqs[rank]
+        # Where nobody leaves or joins, every running context grows by the token that it was given.
+        ended_before, grows = done, plan.prefill_seqs[rank] == 0 and limits.draft_tokens == 0
         while left > 0:
             request = ranks.running[rank, place]
             made = 1
@@ -232,6 +236,9 @@ def finish_step(
                 remove_running(ranks, rank, place)
             else:
                 place += 1
+        if ranks.context[rank] != NONE:
+            kept = grows and done == ended_before
+            ranks.context[rank] = ranks.context[rank] + plan.decode_seqs[rank] if kept else NONE
         for chosen in range(plan.prefill_seqs[rank]):
             request = plan.picked[rank, chosen]
             requests.read[request] += plan.chunk[rank, chosen]

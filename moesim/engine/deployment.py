@@ -170,7 +170,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         max_context_tokens=lengths(scenario.serving.workload).longest_context + draft_tokens(scenario.serving),
         mtp=draft_tokens(scenario.serving) > 0,
         low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
-        relayout=scenario.placement.rebalance is not None,
+        rebalance=scenario.placement.rebalance is not None,
     )
     return parallel, counted
 

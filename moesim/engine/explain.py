@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.engine import des, maxplus, whatif
 from moesim.engine.critical import critical_path, waits
+from moesim.engine.explain_transfer import TransferExplained, explain_transfer
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.step_graph import step_graph
 from moesim.engine.stepbytes import StepBytes, step_bytes
@@ -55,7 +56,8 @@ class HotLayer:
 class ExplainedStep:
     """One representative batch, every time a mean over its drawn steps.
 
-    which: "light", "typical" or "heavy". share_of_time: of the run's step time, in steps of this kind.
+    which: "light", "typical" or "heavy". role: whose step it is, None without roles. share_of_time: of the step time of
+    the run, or of the role, in steps of this kind.
     tokens_per_dp_rank, reading_ranks: the batch. critical_path_s: operation -> seconds, sum `step_s`. busy_s: operation
     -> mean over ranks. exposed_s, waited_s: [ranks], time that a rank's compute stream stands still, and the part of it
     before collectives for ranks that come later. waited_for_operation_s: operation -> [ranks]; waited_for_rank_s:
@@ -66,6 +68,7 @@ class ExplainedStep:
     kind: Kind
     which: str
     mode: str
+    role: str | None
     share_of_time: float
     tokens_per_dp_rank: float
     reading_ranks: int
@@ -86,27 +89,46 @@ class ExplainedStep:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The explained steps, decode before prefill, and those without a price: "decode, heavy" -> what is missing."""
+    """The explained steps, decode before prefill, and those without a price: "decode, heavy" -> what is missing.
+
+    With roles: the decode role's before the prefill role's, and what moving KV cache between them cost.
+    """
 
     steps: tuple[ExplainedStep, ...]
     not_priced: dict[str, str]
+    transfer: TransferExplained | None = None
 
 
 def explain(simulation: Simulation) -> Explanation:
-    """Explain the run's representative steps, of the decode role where there are roles."""
+    """Explain the run's representative steps, of each role where there are roles."""
     steps: list[ExplainedStep] = []
     not_priced: dict[str, str] = {}
     if simulation.deployment.ground.cluster.background:
         return Explanation((), {"every step": "other jobs are on its links, and no what-if says what they would do"})
-    if simulation.prefill_model is not None:
-        not_priced["prefill role"] = "the steps of the decode role alone are explained"
     execute = _executor(simulation)
-    for kind, which, share, batch in representative_batches(simulation):
-        try:
-            steps.append(_explained(simulation, execute, kind, which, share, batch))
-        except OutsideProfile as outside:
-            not_priced[f"{kind}, {which}"] = outside.line()
-    return Explanation(tuple(steps), not_priced)
+    for role, view in by_role(simulation):
+        for kind, which, share, batch in representative_batches(view):
+            try:
+                steps.append(_explained(view, execute, kind, which, share, batch, role))
+            except OutsideProfile as outside:
+                not_priced[f"{kind}, {which}" if role is None else f"{role} role: {kind}, {which}"] = outside.line()
+    return Explanation(tuple(steps), not_priced, explain_transfer(simulation))
+
+
+def by_role(simulation: Simulation) -> list[tuple[str | None, Simulation]]:
+    """(Role, the simulation as that role's pool alone saw it), decode first; without roles (None, the simulation)."""
+    side, deployment = simulation.served.prefill, simulation.deployment
+    if side is None:
+        return [(None, simulation)]
+    assert deployment.prefill is not None and simulation.prefill_model is not None
+    views = [
+        ("decode", replace(simulation, served=replace(simulation.served, prefill=None))),
+        (
+            "prefill",
+            replace(simulation, deployment=deployment.prefill, model=simulation.prefill_model, served=side.served),
+        ),
+    ]
+    return [(role, view) for role, view in views if view.served.steps > 0]
 
 
 def _executor(simulation: Simulation) -> Execute:
@@ -192,7 +214,13 @@ class _Drawn:
 
 
 def _explained(
-    simulation: Simulation, execute: Execute, kind: Kind, which: str, share: float, batch: StepBatch
+    simulation: Simulation,
+    execute: Execute,
+    kind: Kind,
+    which: str,
+    share: float,
+    batch: StepBatch,
+    role: str | None = None,
 ) -> ExplainedStep:
     exact = ExactModel(simulation.model, "maxplus")
     several = StepBatch(*(np.repeat(axis, STEPS_PER_DRAW, axis=0) for axis in vars(batch).values()))
@@ -209,6 +237,7 @@ def _explained(
         kind=kind,
         which=which,
         mode=mode,
+        role=role,
         share_of_time=share,
         tokens_per_dp_rank=float(batch.tokens.mean()),
         reading_ranks=int((batch.prefill_seqs > 0).sum()),

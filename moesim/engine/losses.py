@@ -42,6 +42,7 @@ def drop_rank(requests: Requests, group: Ranks, rank: int) -> list[int]:
         give_back(requests, group, rank, request)
         _leave(requests, group, rank, request)
     group.running_seqs[rank] = 0
+    group.context[rank] = NONE
     group.reading[rank] = NONE
     return lost
 

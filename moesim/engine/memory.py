@@ -122,20 +122,20 @@ def ledger(
     mtp: bool = False,
     low_latency_max_tokens: int = LOW_LATENCY_MAX_TOKENS,
     hot_rank_factor: float = HOT_RANK_FACTOR,
-    relayout: bool = False,
+    rebalance: bool = False,
 ) -> MemoryLedger:
     """The memory of the fullest GPU of one instance.
 
     slots_per_rank: expert slots of each MoE layer on one EP rank, replicas included. max_context_tokens: the longest
     request, input and output. mtp: load the multi-token-prediction layers. low_latency_max_tokens: DeepEP's dispatch
-    limit per rank. hot_rank_factor: token rows of the hottest rank over the mean in a prefill chunk.
-    relayout: experts move while it serves.
+    limit per rank. hot_rank_factor: token rows of the hottest rank over the mean in a prefill chunk. rebalance: keep
+    the buffer that a layer's experts arrive in while they are laid out anew (vLLM's `expert_weights_buffer`).
 
     Raises Infeasible (reason `out_of_memory`) when weights and buffers exceed the limit or when the KV cache cannot
     hold one request; the message names the largest items and a mend.
     """
     items = weights(model, parallel, precision, slots_per_rank, policies, mtp=mtp)
-    if relayout:
+    if rebalance:
         items["relayout_staging"] = relayout_staging(items["weights_experts"], model)
     items |= stored_experts(items["weights_experts"], model, slots_per_rank, policies)
     items["activations"] = activation_bytes(model, parallel, precision, batching, policies, hot_rank_factor)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.engine.deployment import Deployment
-from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.routing_draws import RoutingDraws, shared_draws
 from moesim.engine.speculative import draft_tokens
 from moesim.engine.workload import lengths
 
@@ -29,6 +31,7 @@ class RequestMix(RoutingDraws):
         self.draws, self.load_weights = draws, load_weights
         self.loads, self.samplers, self.dispersion = draws.loads, draws.samplers, draws.dispersion
         self.top_k = draws.top_k
+        self._kept, self._kept_bytes = OrderedDict(), 0  # draws of this mix alone
         self.weights = np.full(len(MIXED), 1.0 / len(MIXED))
         self.tokens_of_request = (decode_tokens, prompt_tokens)
 
@@ -64,7 +67,7 @@ class RequestMix(RoutingDraws):
 
 def routing_of(deployment: Deployment) -> RoutingDraws:
     """The routing that a deployment meets, mixed as its scenario says."""
-    draws = RoutingDraws(deployment.ground.judge, deployment.setup.model.moe.top_k)
+    draws = shared_draws(deployment.ground.judge, deployment.setup.model.moe.top_k)
     if deployment.scenario.routing.mix == "step":
         return draws
     serving = deployment.serving

@@ -11,15 +11,18 @@ def asked_changes(scenario: Scenario) -> dict[str, bool]:
     return {
         "placement.rebalance": scenario.placement.rebalance is not None,
         "routing.drift": scenario.routing.drift is not None,
+        "routing.shifts": bool(scenario.routing.shifts),
         "routing.mix": scenario.routing.mix != "step",
     }
 
 
-def refuse_changes(scenario: Scenario, why: str) -> None:
-    """Refuse a scenario in which anything changes, for the reason given. Raises BadInput that names the key."""
+def refuse_changes(scenario: Scenario, command: str) -> None:
+    """For what has plans that stay as they are, and loads that do. Raises BadInput that names the key."""
     for key, given in asked_changes(scenario).items():
         if given:
-            raise BadInput(why, where=key, mend="leave it out, or `moesim simulate` a serving run")
+            raise BadInput(
+                f"{command} does not model {key}", where=key, mend="leave it out, or `moesim simulate` a serving run"
+            )
 
 
 def refuse_drift_with_holdout(scenario: Scenario) -> None:

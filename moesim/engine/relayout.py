@@ -130,8 +130,9 @@ class LayoutClock:
         """Solve again and, where it is worth it, begin to move."""
         event = Relayout(instance, now_s, one.total, solver_seconds(self.setup, spec))
         if self.replay is not None:
-            theirs = [found.placement for found in self.replay if found.instance == instance]
-            new = theirs[one.decisions] if one.decisions < len(theirs) else None
+            theirs = [found for found in self.replay if found.instance == instance][one.decisions : one.decisions + 1]
+            new = theirs[0].placement if theirs else None
+            event = replace(event, solve_s=theirs[0].solve_s if theirs else 0.0)
         else:
             event, new = self._solved(one, spec, event)
         one.steps, one.decisions, one.last = 0, one.decisions + 1, len(self.events)
@@ -144,6 +145,7 @@ class LayoutClock:
                 moved_experts=timed.experts,
                 moved_bytes=sum(timed.bytes_by_level.values()),
                 bytes_by_level=timed.bytes_by_level,
+                copied_bytes=timed.copied_bytes,
                 pair_bytes=timed.pair_bytes.sum(axis=0),
                 tag=timed.tag.label,
             )
@@ -166,11 +168,13 @@ class LayoutClock:
         if one.last is not None and one.previous is not None and self.events[one.last].placement is not None:
             self.events[one.last] = replace(
                 self.events[one.last],
-                next_before=balance(one.previous, counts),
-                next_after=balance(one.placement, counts),
+                next_balance_before=balance(one.previous, counts),
+                next_balance_after=balance(one.placement, counts),
             )
-        new, before, after = decide(spec, self.setup, self.solve, one.placement, one.window.as_load(counts))
-        event = replace(event, before=before, after=after)
+        found = decide(spec, self.setup, self.solve, one.placement, one.window.as_load(counts))
+        solve_s = event.solve_s if found.solved else 0.0
+        event = replace(event, balance_before=found.before, balance_after=found.after, solve_s=solve_s)
+        new = found.placement
         if new is None:
             return event, None
         mix = self._mix(event.at_s)

@@ -8,7 +8,7 @@ from moesim.engine.moving import asked_changes
 from moesim.errors import BadInput, Infeasible
 
 # What makes a step's time depend on when it is; `routing.mix` does not.
-OVER_TIME = ("placement.rebalance", "routing.drift")
+OVER_TIME = ("placement.rebalance", "routing.drift", "routing.shifts")
 
 
 def check_relayouts(deployment: Deployment, fidelity: str) -> None:

@@ -28,25 +28,27 @@ EPLB_S_PER_SLOT = 1.45 / (58 * 288)
 class Relayout:
     """One decision of one instance.
 
-    at_s, step: when, and after how many steps of the instance. before, after: max/mean (mean over layers) of the
-    window's counts under the old and the new placement. placement: the new one; None where `min_gain` was not reached.
-    moved_experts, moved_bytes, bytes_by_level, pair_bytes [GPUs, GPUs]: what travelled. pause_s: how long the engine
-    stood still, solve_s of it for the solver where it waits for that. delay_s: how much longer steps beside an async
-    transfer took. done_s: when the last layer was in place; None where the run ended before. step_before_s,
-    step_after_s: mean time of steps of the window's sizes under both placements, on the loads at that time.
-    next_before, next_after: max/mean of the next window's counts, which neither was fitted to; None without one.
+    at_s, step: when, and after how many steps of the instance. balance_before, balance_after: max/mean (mean over
+    layers) of the window's counts under the old and the new placement. placement: the new one; None where it was
+    skipped. moved_experts, moved_bytes, bytes_by_level, pair_bytes [GPUs, GPUs]: what travelled. copied_bytes: inside
+    ranks. pause_s: how long the engine stood still, solve_s of it for the solver where it waits for that. delay_s: how
+    much longer steps beside an async transfer took. done_s: when the last layer was in place; None where the run ended
+    before. step_before_s, step_after_s: mean time of steps of the window's sizes under both placements, on the loads at
+    that time. next_balance_before, next_balance_after: max/mean of the next window's counts, which neither was fitted
+    to; None without one.
     """
 
     instance: int
     at_s: float
     step: int
     solve_s: float
-    before: float = 1.0
-    after: float = 1.0
+    balance_before: float = 1.0
+    balance_after: float = 1.0
     placement: ExpertPlacement | None = field(default=None, compare=False)
     moved_experts: int = 0
     moved_bytes: float = 0.0
     bytes_by_level: dict[str, float] = field(default_factory=dict)
+    copied_bytes: float = 0.0
     pair_bytes: Floats = field(default_factory=lambda: np.zeros((0, 0)), repr=False, compare=False)
     tag: str = ""
     pause_s: float = 0.0
@@ -54,8 +56,8 @@ class Relayout:
     done_s: float | None = None
     step_before_s: float = 0.0
     step_after_s: float = 0.0
-    next_before: float | None = None
-    next_after: float | None = None
+    next_balance_before: float | None = None
+    next_balance_after: float | None = None
 
     @property
     def lost_s(self) -> float:
@@ -101,15 +103,28 @@ def solver_seconds(setup: LayerSetup, spec: RebalanceSpec) -> float:
     return EPLB_S_PER_SLOT * plan.layers * plan.slots if spec.solve_s is None else spec.solve_s
 
 
+@dataclass(frozen=True)
+class Decision:
+    """The new placement, or None where it is skipped; max/mean of the window before and after, and if it was solved."""
+
+    placement: ExpertPlacement | None
+    before: float
+    after: float
+    solved: bool = True
+
+
 def decide(
     spec: RebalanceSpec, setup: LayerSetup, solve: Solve, old: ExpertPlacement, window: RoutingCounts
-) -> tuple[ExpertPlacement | None, float, float]:
-    """The new placement, or None where it gains too little; max/mean of the window before and after."""
+) -> Decision:
+    """Solve the window's counts, unless the ranks are even enough as they are; skip what gains too little."""
     counts = window.counts[0]
+    before = balance(old, counts)
+    if 1.0 / before >= spec.skip_above:
+        return Decision(None, before, before, solved=False)
     new = solve(window)
     if spec.match_ranks:
         nodes = setup.nodes if old.ranks % setup.nodes == 0 else 1
         new = match_ranks(old, new, [rank // (old.ranks // nodes) for rank in range(old.ranks)])
-    before, after = balance(old, counts), balance(new, counts)
+    after = balance(new, counts)
     enough = spec.min_gain is None or before - after >= spec.min_gain * before
-    return (new if enough else None), before, after
+    return Decision(new if enough else None, before, after)

@@ -1,9 +1,10 @@
 """What has to travel from one placement to another, between which GPUs, and how long that takes.
 
-A rank keeps what it holds: only experts that are new to it travel, once, however many slots they get there. They come
-from a holder in the same NVLink domain where there is one, else from any; receivers are dealt evenly over the holders.
-That is what SGLang (eplb/expert_location_updater.py) and vLLM (distributed/eplb/rebalance_execute.py) do, both with
-point-to-point sends over the expert-parallel group, layer after layer, into a buffer of one layer that is then copied.
+Only experts that are new to a rank travel, once, however many slots they get there; what it holds is copied where it
+changes its slot. They come from a holder in the same NVLink domain where there is one, else from any; receivers are
+dealt evenly over the holders. That is what SGLang (eplb/expert_location_updater.py) and vLLM
+(distributed/eplb/rebalance_execute.py) do, both with point-to-point sends over the expert-parallel group, layer after
+layer, into a buffer of one layer that is then copied.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Ints = NDArray[np.int64]
 class Moves:
     """Experts that travel: layer (row of the map), expert, source and destination (EP ranks), all [moves].
 
-    copies: [layers, ranks], slots that a rank fills from what it holds or receives: second replicas on it.
+    copies: [layers, ranks], slots that change and that a rank fills from what it holds or receives.
     """
 
     layer: Ints
@@ -49,8 +50,8 @@ class MoveTime:
     """How long the moves of each layer take, one layer after the other.
 
     experts: that travel. transfer_s, copy_s: [layers], over the links, and from the buffer into place on the busiest
-    GPU. pair_bytes: [layers, GPUs, GPUs]. bytes_by_level: "inside" the domain and "between" domains. tag: of the link
-    figures.
+    GPU. pair_bytes: [layers, GPUs, GPUs]. bytes_by_level: "inside" the domain and "between" domains. copied_bytes:
+    inside ranks. tag: of the link figures.
     """
 
     experts: int
@@ -58,6 +59,7 @@ class MoveTime:
     copy_s: Floats
     pair_bytes: Floats
     bytes_by_level: dict[str, float]
+    copied_bytes: float
     tag: Tag
 
 
@@ -75,14 +77,11 @@ def plan_moves(old: ExpertPlacement, new: ExpertPlacement, domains: Sequence[int
         held = [set(row.tolist()) for row in before[layer]]
         receivers: dict[int, list[int]] = {}
         for rank, row in enumerate(after[layer]):
-            wanted, slots = np.unique(row, return_counts=True)
-            kept = dict(zip(*np.unique(before[layer, rank], return_counts=True), strict=True))
-            for expert, count in zip(wanted.tolist(), slots.tolist(), strict=True):
-                if expert not in held[rank]:
-                    receivers.setdefault(expert, []).append(rank)
-                    copies[layer, rank] += count - 1
-                else:
-                    copies[layer, rank] += max(count - int(kept[expert]), 0)
+            stays = before[layer, rank] == row
+            lacking = sorted(set(row.tolist()) - held[rank])
+            for expert in lacking:
+                receivers.setdefault(expert, []).append(rank)
+            copies[layer, rank] = len(row) - int(stays.sum()) - len(lacking)
         for expert, ranks in sorted(receivers.items()):
             holders = [rank for rank, experts in enumerate(held) if expert in experts]
             found += [(layer, expert, source, rank) for source, rank in _dealt(holders, ranks, domains)]
@@ -161,6 +160,7 @@ def move_time(moves: Moves, setup: LayerSetup, network: InstanceNetwork, hbm_byt
             "inside": float((pairs * near).sum()),
             "between": float((pairs * ~near).sum()),
         },
+        copied_bytes=float(moves.copies.sum() * expert_bytes(setup)),
         tag=timed.tag,
     )
 

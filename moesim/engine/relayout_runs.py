@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from moesim.engine.draws import Draw
-from moesim.engine.moving import asked_changes
 from moesim.engine.relayout import LayoutClock
 from moesim.engine.relayout_decisions import Relayout, solver_of
 from moesim.engine.relayout_timers import Layouts
-from moesim.engine.serving import Served
 from moesim.engine.stepmodel import Fidelity, StepModel
-from moesim.routing.drift import load_drift
-
-
-@dataclass(frozen=True)
-class Relayouts:
-    """What happened to the placement of a run: decisions, pauses (instance, start, seconds), and the run without.
-
-    interval_steps: between two decisions.
-    """
-
-    events: tuple[Relayout, ...]
-    pauses: tuple[tuple[int, float, float], ...]
-    without: Served
-    interval_steps: int
+from moesim.routing.drift import drift_of_shifts, load_drift
 
 
 class MovingRuns:
@@ -33,9 +16,13 @@ class MovingRuns:
     def __init__(self, model: StepModel, fidelity: Fidelity) -> None:
         scenario, ground = model.deployment.scenario, model.deployment.ground
         self.spec = scenario.placement.rebalance
-        self.moves = asked_changes(scenario)["routing.drift"] or self.spec is not None
-        drift = scenario.routing.drift
-        self.drift = None if drift is None else load_drift(drift, ground.judge)
+        drift, shifts = scenario.routing.drift, scenario.routing.shifts
+        self.drift = None
+        if drift is not None:
+            self.drift = load_drift(drift, ground.judge)
+        elif shifts:
+            self.drift = drift_of_shifts(shifts, ground.judge)
+        self.moves = self.drift is not None or self.spec is not None
         self.layouts = Layouts(model, None if self.drift is None else self.drift.weights)
         self.solve = None if self.spec is None else solver_of(model.deployment, self.spec)
         self.fidelity: Fidelity = fidelity
@@ -61,9 +48,12 @@ class MovingRuns:
             self.first = found
         return found
 
-    def told(self, without: Served | None) -> Relayouts | None:
-        """What the first run's clock has seen; None without new placements."""
-        if self.first is None or self.spec is None or without is None:
-            return None
-        events, pauses = tuple(self.first.events), tuple(self.first.pauses)
-        return Relayouts(events, pauses, without, self.spec.interval_steps)
+    @property
+    def events(self) -> tuple[Relayout, ...]:
+        """The decisions of the first run."""
+        return () if self.first is None else tuple(self.first.events)
+
+    @property
+    def pauses(self) -> tuple[tuple[int, float, float], ...]:
+        """Instance, start and seconds of each time that one stood still in the first run."""
+        return () if self.first is None else tuple(self.first.pauses)

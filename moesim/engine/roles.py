@@ -54,6 +54,7 @@ class _Moves:
         self.prefill, self.decode, self.transfer, self.source = prefill, decode, transfer, source
         self.sending_s = np.zeros(prefill.ranks * prefill.instances)
         self.receiving_s = np.zeros(decode.ranks * decode.instances)
+        self.target = np.zeros(len(prefill.requests.isl), np.int64)
         self.taken_s = np.full(len(prefill.requests.isl), np.nan)
 
     def start(self, ended: NDArray[np.int64]) -> None:
@@ -69,6 +70,7 @@ class _Moves:
         environment, transfer = self.prefill.environment, self.transfer
         target = self.decode.pick()
         self.decode.chosen += 1
+        self.target[request] = target
         sender = int(self.prefill.position[request])
         seconds, now_s = transfer.seconds(int(self.prefill.requests.isl[request])), environment.now
         last_step_s = self.prefill.last_step_s[sender % self.prefill.instances]
@@ -135,5 +137,5 @@ def serve_roles(
         recomputed_tokens=done.recomputed_tokens + read.recomputed_tokens,
         prefix_asked_tokens=read.prefix_asked_tokens,
         prefix_found_tokens=read.prefix_found_tokens,
-        prefill=PrefillSide(read, moves.taken_s, sent),
+        prefill=PrefillSide(read, moves.taken_s, sent, first.position, moves.target),
     )

@@ -93,12 +93,15 @@ class PrefillSide:
     """What the prefill pool did where there are roles; `Served` then tells of the decode pool's steps.
 
     served: of the pool, its requests ending with their first token. transfer_s [requests]: from the first token to the
-    whole KV cache being at the decode rank. transfer_bytes: of all requests, by all GPUs.
+    whole KV cache being at the decode rank. transfer_bytes: of all requests, by all GPUs. sender, receiver [requests]:
+    positions (see balance.py) in the two pools, of use where a cache moved.
     """
 
     served: Served
     transfer_s: Floats
     transfer_bytes: float
+    sender: Ints
+    receiver: Ints
 
 
 class StepLog:

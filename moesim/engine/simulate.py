@@ -13,12 +13,15 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.faults import check_faults
+from moesim.engine.losses import Faults
 from moesim.engine.outages import FaultClock
 from moesim.engine.relayout_checks import check_relayouts
-from moesim.engine.relayout_runs import MovingRuns, Relayouts
+from moesim.engine.relayout_decisions import Relayout
+from moesim.engine.relayout_runs import MovingRuns
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.steptable import COARSE, FULL
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of
 from moesim.errors import OutsideProfile
@@ -33,8 +36,8 @@ class Simulation:
 
     draws_outside: draws under which the run leaves the profile. Where there are any, `drawn` is empty: the rest would
     be the cheaper part of what may be true, and no interval. without_faults: the run as best known without the
-    scenario's faults, on the same arrivals; None where there are none. relayouts: what became of the placement; None
-    where it stays.
+    scenario's faults, on the same arrivals; None where there are none. relayouts, without_relayouts: of the run as best
+    known, and the same run with its first placement throughout; pauses: instance, start and seconds of each.
     """
 
     deployment: Deployment
@@ -49,7 +52,22 @@ class Simulation:
     cpu_s: float
     prefill_model: StepModel | None = None
     without_faults: Served | None = None
-    relayouts: Relayouts | None = None
+    relayouts: tuple[Relayout, ...] = ()
+    without_relayouts: Served | None = None
+    pauses: tuple[tuple[int, float, float], ...] = ()
+
+
+# A first look simulates this share of the requests, but at least so many, and each place of a closed loop so often.
+FIRST_LOOK, FEWEST_REQUESTS, LEAST_ROUNDS = 0.5, 400, 4
+
+
+def first_requests(load: Load) -> Load:
+    """The part of a load that a first look simulates."""
+    count = max(int(len(load.isl) * FIRST_LOOK), FEWEST_REQUESTS, LEAST_ROUNDS * (load.concurrency or 0))
+    if count >= len(load.isl) or load.blocks is not None:
+        return load
+    times_s = None if load.arrival_s is None else load.arrival_s[:count]
+    return Load(load.isl[:count], load.osl[:count], times_s, load.concurrency)
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -58,7 +76,8 @@ def make_load(deployment: Deployment, seed: int) -> Load:
     return load_of(serving.workload, seed, prefix_cache=serving.batching.prefix_cache)
 
 
-def _pool(model: StepModel, timed: StepTime) -> RolePool:
+def role_pool(model: StepModel, timed: StepTime) -> RolePool:
+    """The instances of one role, their steps timed."""
     deployment = model.deployment
     return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
 
@@ -87,18 +106,24 @@ def simulate(
     draws: int = DEFAULT_DRAWS,
     seed: int | None = None,
     fidelity: Fidelity = "table",
+    first_look: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Simulation:
-    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput."""
+    """Simulate a deployment. `progress` is told the share done. Raises OutsideProfile, Infeasible and BadInput.
+
+    first_look: coarse step tables and the first requests only, to sift many plans.
+    """
     check_background(deployment.ground.cluster, fidelity=fidelity, draws=draws)
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     faults = deployment.scenario.faults
     check_faults(deployment, faults)
     check_relayouts(deployment, fidelity)
-    model = StepModel(deployment, seed=seed)
-    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed)
+    detail = COARSE if first_look else FULL
+    model = StepModel(deployment, seed=seed, detail=detail)
+    reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
+    load = first_requests(load) if first_look else load
     moving = MovingRuns(model, fidelity)
 
     def run(draw: Draw | None, *, healthy: bool = False, still: bool = False) -> Served:
@@ -108,12 +133,13 @@ def simulate(
             first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
             return serve_roles(
                 load,
-                _pool(reading, first),
-                _pool(model, timed),
+                role_pool(reading, first),
+                role_pool(model, timed),
                 kv_transfer(deployment),
                 balance=deployment.serving.balance,
             )
-        clock = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
+        clock: Faults | None = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
+        clock = clock or moving.clock(draw, still=still)
         return serve(
             load,
             model.limits,
@@ -121,12 +147,12 @@ def simulate(
             instances=deployment.instances,
             step_time=timed,
             balance=deployment.serving.balance,
-            faults=clock or moving.clock(draw, still=still),
+            faults=clock,
         )
 
     served = run(None)
     without_faults = run(None, healthy=True) if faults else None
-    without_moves = run(None, still=True) if moving.spec is not None else None
+    without_relayouts = run(None, still=True) if moving.spec is not None else None
     drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -148,7 +174,9 @@ def simulate(
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
         without_faults=without_faults,
-        relayouts=moving.told(without_moves),
+        relayouts=moving.events,
+        without_relayouts=without_relayouts,
+        pauses=moving.pauses,
     )
 
 

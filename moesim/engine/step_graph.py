@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine import maxplus
+from moesim.engine.collapsed import collapsed_seconds
 from moesim.engine.stretch import stretched
 from moesim.graph.layer import build_step
 from moesim.graph.pricing import LayerSetup, PricedStep
@@ -59,5 +60,9 @@ def step_seconds(
     collapsed: bool = False,
 ) -> NDArray[np.float64]:
     """Seconds of each step, each at the number of chunks that is best for it: [steps]."""
+    if collapsed:
+        known = [seconds for one in options(priced) if (seconds := collapsed_seconds(setup, one, normal)) is not None]
+        if len(known) == 1 + len(priced[0].others):
+            return np.asarray(np.min(known, axis=0))
     found = [maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)]
     return np.asarray(np.min(found, axis=0))

@@ -21,7 +21,7 @@ from moesim.engine.memory_rules import memory_rule
 from moesim.engine.mixtures import routing_of
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
-from moesim.engine.steptable import GridAsked, PricedGrid, StepTable, price_grid, time_grid
+from moesim.engine.steptable import FULL, Detail, GridAsked, PricedGrid, StepTable, price_grid, time_grid
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
@@ -42,9 +42,10 @@ _FEWEST_KV = 16.0
 class StepModel:
     """Times the steps of one deployment; `under(draw)` gives the same model under another possible truth."""
 
-    def __init__(self, deployment: Deployment, *, seed: int) -> None:
+    def __init__(self, deployment: Deployment, *, seed: int, detail: Detail = FULL) -> None:
         self.deployment = deployment
         self.seed = seed
+        self.detail = detail
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
@@ -66,10 +67,11 @@ class StepModel:
         if kind not in self.grids:
             most = float(self.limits.max_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
             ranks = self.deployment.setup.parallel.attention_dp
-            tokens = _axis(most, midpoints=kind == "decode")
-            if kind == "decode":  # a lightly loaded group, down to one sequence in all
-                tokens = np.concatenate([1.0 / _axis(float(ranks), midpoints=False)[:0:-1], tokens])
-            hot = np.asarray([1.0]) if kind == "decode" else _axis(float(ranks), midpoints=False)
+            step, decode = self.detail.factor, kind == "decode"
+            tokens = _axis(most, 2.0 if decode else step, midpoints=decode and self.detail.midpoints)
+            if decode:  # a lightly loaded group, down to one sequence in all
+                tokens = np.concatenate([1.0 / _axis(float(ranks), step)[:0:-1], tokens])
+            hot = np.asarray([1.0]) if decode else _axis(float(ranks), step)
             asked = GridAsked(
                 phase=kind,
                 mode=exchange_mode(self.deployment, kind),
@@ -79,6 +81,7 @@ class StepModel:
                 most_tokens=most,
                 kv_tokens=self.longest_context,
                 seed=self.seed,
+                detail=self.detail,
             )
             self.grids[kind] = price_grid(self.pricer, self.routing, asked)
         return self.grids[kind]
@@ -129,6 +132,7 @@ class TimedModel:
                 longest_attention_s=float(self._attention.seconds.max()),
                 normal=self.normal,
                 load_weights=self.load_weights,
+                detail=self.model.detail,
             )
         return self._tables[kind]
 
@@ -397,10 +401,10 @@ def batch_limits(deployment: Deployment) -> Limits:
     )
 
 
-def _axis(most: float, *, midpoints: bool) -> Floats:
-    """1, 2, 4 ... most, if asked with a midpoint in each octave above 8."""
+def _axis(most: float, step: float = 2.0, *, midpoints: bool = False) -> Floats:
+    """1, step, step squared ... most, if asked with a midpoint in each octave above 8."""
     points = [1.0]
-    while points[-1] * 2 < most:
-        points.append(points[-1] * 2)
+    while points[-1] * step < most:
+        points.append(points[-1] * step)
     mid = [x * 1.5 for x in points if x >= 8 and midpoints]
     return np.unique(np.asarray([x for x in points + mid if x < most] + [most]))

@@ -24,13 +24,30 @@ from moesim.graph.pricing import Part, PricedStep, Pricer
 
 Floats = NDArray[np.float64]
 
-# Independent steps drawn per grid point and load, whose mean is the table's value: prompts bring many tokens, whose
-# counts scatter little.
-DRAWS_PER_POINT = {"decode": 3, "prefill": 1}
+
+@dataclass(frozen=True)
+class Detail:
+    """How finely step tables are made.
+
+    draws: independent steps per grid point and load, whose mean is the table's value; prompts bring many tokens, whose
+    counts scatter little. loads: most judged loads of a phase that are drawn from. factor: between neighbouring token
+    counts and hot factors of the grid; midpoints: whether decode has one more in each octave above 8. attention:
+    attention times of the grid as shares of the longest, where something overlaps.
+    """
+
+    draws: Mapping[str, int]
+    loads: int
+    factor: float
+    midpoints: bool
+    attention: tuple[float, ...]
+
+
+FULL = Detail({"decode": 3, "prefill": 1}, 2**30, 2.0, True, (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0))
+# For a first look at many plans; docs/how-to/tune.md says how far it is from the full one.
+COARSE = Detail({"decode": 2, "prefill": 1}, 1, 8.0, False, (0.0, 0.1, 1.0))
 # Attention times of the grid, as shares of the longest: two points are exact where nothing overlaps (linear).
 LINEAR = ("sequential", "whole_graph")
 _SHARES_SEQUENTIAL = (0.0, 1.0)
-_SHARES_OVERLAPPED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,7 @@ class GridAsked:
     most_tokens: float
     kv_tokens: float
     seed: int
+    detail: Detail = FULL
 
 
 def price_grid(pricer: Pricer, routing: RoutingDraws, asked: GridAsked) -> PricedGrid:
@@ -109,7 +127,7 @@ def price_grid(pricer: Pricer, routing: RoutingDraws, asked: GridAsked) -> Price
 
     Raises OutsideProfile when not even one point can be priced.
     """
-    loads, draws = routing.for_phase(asked.phase), DRAWS_PER_POINT[asked.phase]
+    loads, draws = routing.for_phase(asked.phase)[: asked.detail.loads], asked.detail.draws[asked.phase]
     try:
         return PricedGrid(
             asked.tokens, asked.hot, loads, draws, _price(pricer, routing, asked, asked.tokens), None, None
@@ -142,17 +160,16 @@ def _price(pricer: Pricer, routing: RoutingDraws, asked: GridAsked, tokens: Floa
     share = 0.5 if pricer.setup.policies.schedule == "two_batch" else 1.0
     rows = np.repeat(others[:, None], ranks, axis=1)
     rows[:, 0] = largest
-    loads = routing.for_phase(asked.phase)
-    draws = DRAWS_PER_POINT[asked.phase]
+    loads = routing.for_phase(asked.phase)[: asked.detail.loads]
+    draws = asked.detail.draws[asked.phase]
     repeats = len(loads) * draws
     rows = np.tile(rows, (repeats, 1)) * share
     group_tokens = rows.sum(axis=1)
     counts = []
     points = len(mean)
     for position, load in enumerate(loads):
-        rng = np.random.default_rng([asked.seed, 4, position])
         of_load = slice(position * draws * points, (position + 1) * draws * points)
-        counts.append(routing.counts(load, group_tokens[of_load], rng))
+        counts.append(routing.seeded_counts(load, group_tokens[of_load], (asked.seed, 4, position)))
     if asked.phase == "prefill":
         batch = step_batch(ranks=ranks, prefill_seqs=1.0, prefill_new=rows)
     else:
@@ -170,11 +187,12 @@ def time_grid(
     longest_attention_s: float,
     normal: Mapping[str, float] | None,
     load_weights: Floats,
+    detail: Detail = FULL,
 ) -> StepTable:
     """Time a priced grid under one draw: normals as in `Part.seconds`, weights over all judged loads (sum 1)."""
     setup = pricer.setup
     overlapped = setup.policies.schedule not in LINEAR or setup.storage is not None
-    shares = np.asarray(_SHARES_OVERLAPPED if overlapped else _SHARES_SEQUENTIAL)
+    shares = np.asarray(detail.attention if overlapped else _SHARES_SEQUENTIAL)
     attention_s = shares * max(longest_attention_s, 1e-9)
     times = len(shares)
     collapsed = _collapse(grid.priced, times)

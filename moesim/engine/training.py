@@ -14,6 +14,7 @@ from moesim.engine.deployment import Groundwork, check_placement, lay_groundwork
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.training_checks import check_training, refuse_unsupported_training
+from moesim.engine.training_faults import TrainingFaults, check_training_faults, training_faults
 from moesim.engine.training_memory import TrainingLedger, training_ledger
 from moesim.engine.training_routing import RoutingPool, draw_pool
 from moesim.engine.training_sync import StageSync, stage_sync, stage_transfer
@@ -24,6 +25,7 @@ from moesim.graph.task import StepTimes
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.graph.training_layer import TrainingSetup
 from moesim.graph.training_passes import PricedLayers, chunk_graph, chunk_seconds, passes_of, price_layers
+from moesim.spec.faults import FaultSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement
@@ -68,7 +70,8 @@ class TrainedStep:
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """A step as best known and under each joint draw; passes: [chunk][pass], of all ranks over the drawn
-    routings, by `maxplus`.
+    routings, by `maxplus`. faulted: the step as best known with the scenario's faults, which `drawn` has as well; the
+    rest is without them.
     """
 
     model: TrainingModel
@@ -78,6 +81,8 @@ class TrainingRun:
     seed: int
     wall_s: float
     cpu_s: float
+    faults: tuple[FaultSpec, ...] = ()
+    faulted: TrainedStep | None = None
 
     def rates(self, step_s: float) -> dict[str, float]:
         """The contract's metrics for a step time; MFU is against the peak of the dense weights' type."""
@@ -105,6 +110,7 @@ def training_model(scenario: Scenario, seed: int) -> TrainingModel:
     model, cluster = ground.model, ground.cluster
     parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
     grid = check_training(parallel, model, cluster, scenario, training)
+    check_training_faults(scenario.faults, grid)
     virtual = training.pipeline.virtual_stages
     chunks = layers_of_chunks(model.layers, parallel.pp * virtual, training.pipeline.layers)
     placement = _placement(ground, scenario, parallel)
@@ -128,7 +134,7 @@ def training_model(scenario: Scenario, seed: int) -> TrainingModel:
         setup=setup,
         routing=routing,
         pool=pool,
-        layers=price_layers(setup, ground.costs, pool.counts),
+        layers=price_layers(setup, ground.costs, pool.counts, pool.kept),
         chunks=chunks,
         program=made,
         sync=tuple(stage_sync(setup, ground.costs, chunks, index) for index in range(parallel.pp)),
@@ -168,12 +174,15 @@ def simulate_training(
         tuple(maxplus.run(chunk_graph(model.layers, chunk, kind, split=split)) for kind in passes_of(split))
         for chunk in model.chunks
     )
-    step = _step(model, pass_table(model, None), None, seed)
+    wrong = training_faults(scenario.faults, model.setup, model.layers, model.chunks, model.program, seed)
+    table = pass_table(model, None)
+    step = _step(model, table, None, seed)
+    faulted = None if wrong is None else _step(model, table, None, seed, wrong)
     found = []
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
             progress((index + 1) / (draws + 1))
-        found.append(_step(model, pass_table(model, draw), draw, seed))
+        found.append(_step(model, pass_table(model, draw), draw, seed, wrong))
     return TrainingRun(
         model=model,
         step=step,
@@ -182,6 +191,8 @@ def simulate_training(
         seed=seed,
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
+        faults=scenario.faults,
+        faulted=faulted,
     )
 
 
@@ -195,14 +206,21 @@ def pass_table(model: TrainingModel, draw: Draw | None) -> Floats:
     return table
 
 
-def _step(model: TrainingModel, table: Floats, draw: Draw | None, seed: int) -> TrainedStep:
+def _step(
+    model: TrainingModel, table: Floats, draw: Draw | None, seed: int, wrong: TrainingFaults | None = None
+) -> TrainedStep:
     """Time a step from the seconds of its passes [chunks, passes, drawn routings]."""
     setup = model.setup
     normal = None if draw is None else draw.normal
     weights = model.pool.weights if draw is None or len(model.pool.weights) == 1 else draw.load_weights
     assigned = model.pool.assign((setup.grid.instances, setup.micro_batches), seed, weights)
     pass_s = np.transpose(table[:, :, assigned], (2, 1, 3, 0))  # [instances, passes, micro-batches, chunks]
-    times = training_pipeline.run(model.program, pass_s, float(model.transfer.seconds(normal).max()))
+    transfer_s: float | Floats = float(model.transfer.seconds(normal).max())
+    ends = model.sync
+    if wrong is not None:
+        pass_s = wrong.pass_s(pass_s, assigned, normal)
+        transfer_s, ends = wrong.transfer_s(float(transfer_s), len(pass_s)), wrong.sync(ends)
+    times = training_pipeline.run(model.program, pass_s, transfer_s)
     mean = pass_s.mean(axis=(0, 2))  # [passes, chunks]
     optimizer = setup.training.optimizer
     stages = range(setup.parallel.pp)
@@ -214,20 +232,21 @@ def _step(model: TrainingModel, table: Floats, draw: Draw | None, seed: int) -> 
                 float(of_stage[stage][Pass.BACKWARD] + of_stage[stage][Pass.WEIGHT]),
                 overlap=optimizer.overlap_gradients,
             )
-            for stage, sync in enumerate(model.sync)
+            for stage, sync in enumerate(ends)
         ]
     )
     gather_s = np.asarray(
         [
             sync.exposed_gather_s(normal, float(of_stage[stage][Pass.FORWARD]), overlap=optimizer.overlap_parameters)
-            for stage, sync in enumerate(model.sync)
+            for stage, sync in enumerate(ends)
         ]
     )
-    adam_s = np.asarray([float(sync.optimizer.seconds(normal).max()) for sync in model.sync])
+    adam_s = np.asarray([float(sync.optimizer.seconds(normal).max()) for sync in ends])
     # All instances meet to reduce; all ranks meet in the gradients' norm, before any of them steps.
     reduced = (times.end_s.max(axis=0) + reduce_s).max()
+    step_s = float(reduced + (adam_s + gather_s).max())
     return TrainedStep(
-        step_s=float(reduced + (adam_s + gather_s).max()),
+        step_s=step_s if wrong is None else wrong.ended_s(step_s),
         pipeline=times,
         reduce_s=reduce_s,
         optimizer_s=adam_s,

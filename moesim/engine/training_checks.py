@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moesim.engine.moving import refuse_changes
-from moesim.engine.training_routing import refuse_capacity
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pipeline import check_pipeline
 from moesim.network.rank_groups import RankGrid
+from moesim.routing.capacity.rule import capacity_rule
+from moesim.routing.gates.choice import gate_spec
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -20,10 +21,9 @@ PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
 def refuse_unsupported_training(scenario: Scenario) -> None:
     """Name what a training scenario asks for that is not simulated. Raises BadInput."""
     policies = scenario.policies
-    refuse_changes(scenario, "loads and placements that change are simulated for serving only")
-    refuse_capacity(policies.capacity)
+    refuse_changes(scenario, "training")
+    gate_spec(policies.gate)
     refused = [
-        (policies.gate != "model", "policies.gate", "only the model's own gate", "write `gate: model`"),
         (
             policies.schedule != "sequential",
             "policies.schedule",
@@ -87,6 +87,7 @@ def check_training(
             reason="gpus_not_divisible",
         )
     grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node)
+    capacity_rule(scenario.policies, model.moe.top_k)
     _check_divisions(parallel, model, training)
     _check_batch(parallel, grid, training)
     backend = scenario.policies.dispatch.backend

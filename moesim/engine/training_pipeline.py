@@ -32,17 +32,18 @@ class PipelineTimes:
         return np.asarray(self.end_s.max(axis=1, keepdims=True) - self.busy_s)
 
 
-def run(program: PipelineProgram, pass_s: Floats, transfer_s: float = 0.0) -> PipelineTimes:
+def run(program: PipelineProgram, pass_s: Floats, transfer_s: float | Floats = 0.0) -> PipelineTimes:
     """Time one global batch.
 
     pass_s: [instances, 3, micro-batches, chunks], seconds of a forward, backward and weight pass; a schedule that does
-    not split the backward pass adds the two. transfer_s: from a stage to its neighbour, while which both go on.
+    not split the backward pass adds the two. transfer_s: from a stage to its neighbour, while which both go on; one, or
+    of the send before each pass [instances, passes].
     """
     seconds = np.asarray(pass_s, dtype=np.float64)
     if not program.split:
         seconds = np.stack([seconds[:, 0], seconds[:, 1] + seconds[:, 2]], axis=1)
     duration = np.ascontiguousarray(seconds[:, program.kind, program.micro, program.chunk])
-    wait_s = np.where(program.crosses, transfer_s, 0.0)
+    wait_s = np.ascontiguousarray(np.broadcast_to(np.where(program.crosses, transfer_s, 0.0), duration.shape))
     start = np.zeros_like(duration)
     end = np.zeros((len(duration), program.stages))
     busy = np.zeros((len(duration), program.stages))
@@ -61,7 +62,7 @@ def _sweep(
         for one in range(passes):
             ready = done[before[one]] if before[one] >= 0 else 0.0
             if after[one] >= 0:
-                ready = max(ready, done[after[one]] + wait_s[one])
+                ready = max(ready, done[after[one]] + wait_s[instance, one])
             start[instance, one] = ready
             done[one] = ready + duration[instance, one]
             end[instance, stage[one]] = done[one]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.routing_draws import RoutingDraws
-from moesim.errors import BadInput
 from moesim.graph.training_layer import TrainingSetup
-from moesim.spec.scenario import CapacitySpec
+from moesim.routing.capacity.on_counts import CountFlow, cap_counts
+from moesim.routing.capacity.rule import CapacityRule, capacity_rule
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,15 +23,34 @@ FEWEST_PER_LOAD = 8
 
 @dataclass(frozen=True, eq=False)
 class RoutingPool:
-    """Drawn routings: counts [pool, MoE layers, experts] after capacity; pool = loads x each, one load after another.
+    """Drawn routings: wanted [pool, MoE layers, experts]; pool = loads x each, one load after another.
 
-    weights: [loads], as judged. dropped_fraction: of all picks, by the capacity rule.
+    flow: what the capacity rule makes of them. weights: [loads], as judged.
     """
 
-    counts: Floats
+    wanted: Floats
+    flow: CountFlow
+    rule: CapacityRule
     each: int
     weights: Floats
-    dropped_fraction: float
+
+    @property
+    def counts(self) -> Floats:
+        """Rows that each expert computes and that travel to it: [pool, MoE layers, experts]."""
+        return np.asarray(self.flow.rows, dtype=np.float64)
+
+    @property
+    def kept(self) -> Floats | None:
+        """Share of the picks that are sent [pool, MoE layers]; None where all are."""
+        if self.rule.dropless:
+            return None
+        whole = self.wanted.sum(axis=2)
+        return np.asarray(self.counts.sum(axis=2) / np.where(whole > 0, whole, 1.0))
+
+    @property
+    def routing_weights(self) -> Floats:
+        """Weight of each drawn routing [pool], sum 1."""
+        return np.asarray(np.repeat(self.weights, self.each) / self.weights.sum() / self.each)
 
     def assign(self, shape: tuple[int, int], seed: int, weights: Floats) -> Ints:
         """The routing of each micro-batch [instances, micro-batches], its load chosen by `weights` (sum 1).
@@ -46,15 +65,17 @@ class RoutingPool:
 
 
 def draw_pool(setup: TrainingSetup, routing: RoutingDraws, seed: int) -> RoutingPool:
-    """Draw the pool: by the judged loads and their dispersion, or even (`router: balanced`)."""
+    """Draw the pool: by the judged loads and their dispersion, or even (`router: balanced`); then apply capacity.
+
+    Every rank that exchanges tokens keeps the capacity of its own part of the micro-batch, as Megatron-LM and DeepSpeed
+    do before their all-to-all. Raises BadInput or Infeasible by key for a rule that cannot be.
+    """
     tokens = setup.group_tokens
     moe = setup.model.moe
+    rule = capacity_rule(setup.policies, moe.top_k)
     if setup.training.router == "balanced":
-        share = tokens * moe.top_k / moe.experts
-        counts, dropped = processed(
-            np.full((1, setup.model.moe_layers, moe.experts), share), setup.policies.capacity
-        )  # fmt: skip
-        return RoutingPool(counts, 1, np.ones(1), dropped)
+        wanted = np.full((1, setup.model.moe_layers, moe.experts), tokens * moe.top_k / moe.experts)
+        return _pool(setup, wanted, replace(rule, even_sources=True), 1, np.ones(1))
     loads = len(routing.loads)
     each = max(FEWEST_PER_LOAD, -(-min(POOL, setup.micro_batches * setup.grid.instances) // loads))
     sequences = float(setup.training.micro_batch * setup.parallel.attention_dp)
@@ -64,24 +85,10 @@ def draw_pool(setup: TrainingSetup, routing: RoutingDraws, seed: int) -> Routing
         )
         for load in range(loads)
     ]
-    counts, dropped = processed(np.concatenate(drawn), setup.policies.capacity)
-    return RoutingPool(counts, each, routing.weights, dropped)
+    return _pool(setup, np.concatenate(drawn), rule, each, routing.weights)
 
 
-def processed(counts: Floats, capacity: CapacitySpec) -> tuple[Floats, float]:
-    """Counts that experts process under a capacity rule, and the fraction dropped. The one place that knows of rules.
-
-    Raises BadInput for any rule but `dropless`.
-    """
-    refuse_capacity(capacity)
-    return counts, 0.0
-
-
-def refuse_capacity(capacity: CapacitySpec) -> None:
-    """Raises BadInput, by name, for a capacity rule that training does not simulate yet."""
-    if capacity.rule != "dropless":
-        raise BadInput(
-            f"capacity rule {capacity.rule} is not simulated in training yet",
-            where="policies.capacity.rule",
-            mend="write `rule: dropless`",
-        )
+def _pool(setup: TrainingSetup, wanted: Floats, rule: CapacityRule, each: int, weights: Floats) -> RoutingPool:
+    sources = np.full((len(wanted), setup.exchange_ranks), setup.local_rows)
+    flow = cap_counts(wanted, sources, rule, top_k=setup.model.moe.top_k)
+    return RoutingPool(wanted, flow, rule, each, weights)

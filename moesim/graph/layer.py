@@ -25,10 +25,32 @@ def build_step(
     Ranks are the GPUs of one instance, TP fastest. normal: a joint draw, see `Part.seconds`.
     collapsed: the parts have one rank only, which stands for the slowest at each stage.
     """
-    steps, ranks = priced[0].batch.steps, 1 if collapsed else setup.parallel.gpus
-    # What the host does between steps it does once, however many micro-batches there are.
+    ranks = 1 if collapsed else setup.parallel.gpus
+    lists = [build.tasks for build in build_lists(setup, priced, normal, ranks, tasks=True)]
+    return schedule_lists(setup, lists, priced[0].batch.steps, ranks)
+
+
+def build_lists(
+    setup: LayerSetup,
+    priced: Sequence[PricedStep],
+    normal: Mapping[str, float] | None,
+    ranks: int,
+    *,
+    tasks: bool = False,
+) -> list[StepBuilder]:
+    """A builder for each micro-batch; tasks: with its task list built.
+
+    What the host does between steps it does once, however many micro-batches there are.
+    """
     once = [priced[0], *(replace(part, overhead=Part()) for part in priced[1:])]
-    lists = [task_list(setup, part, normal, ranks) for part in once]
+    builders = [StepBuilder(setup, part, normal, ranks) for part in once]
+    for build in builders if tasks else ():
+        _list_tasks(build)
+    return builders
+
+
+def schedule_lists(setup: LayerSetup, lists: Sequence[Sequence[Task]], steps: int, ranks: int) -> TaskGraph:
+    """One graph of the micro-batches' task lists, in the schedule's order. Raises BadInput."""
     if setup.policies.schedule == "two_batch":
         if len(lists) != 2:
             raise BadInput("a two-batch schedule needs two micro-batches", mend="price the two halves of the batch")
@@ -36,9 +58,9 @@ def build_step(
     return sequential(lists[0], steps, ranks)
 
 
-def task_list(setup: LayerSetup, priced: PricedStep, normal: Mapping[str, float] | None, ranks: int) -> list[Task]:
-    """The tasks of one micro-batch in order; the schedule decides how a MoE layer is laid out."""
-    build = StepBuilder(setup, priced, normal, ranks)
+def _list_tasks(build: StepBuilder) -> None:
+    """Add the tasks of one micro-batch in order; the schedule decides how a MoE layer is laid out."""
+    setup = build.setup
     moe_layer = LAYERS[setup.policies.schedule]
     build.compute("step overhead", "engine_overhead", "overhead")
     if build.fetches is not None:
@@ -58,4 +80,3 @@ def task_list(setup: LayerSetup, priced: PricedStep, normal: Mapping[str, float]
             build.meet_tp("dense sync", "dense_sync")
     build.layer = -1
     build.compute("logits", "lm_head", "tail")
-    return build.tasks

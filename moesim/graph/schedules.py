@@ -18,7 +18,6 @@ The schedules that rearrange a layer itself are in `moesim.graph.moe_layer`; doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from moesim.errors import BadInput
 from moesim.graph.task import Stream, Task, TaskGraph
@@ -70,7 +69,8 @@ def _alternate(lists: dict[str, Sequence[Task]], steps: int, ranks: int, delay: 
         if any(not 0 <= other < index for other in task.depends_on):
             raise BadInput(f"task {task.name} depends on a task that does not come before it", mend="order the tasks")
         depends_on = tuple(place[half, other] for other in task.depends_on)
-        tasks.append(replace(task, name=f"{half}:{task.name}", depends_on=depends_on))
+        name, links, layer = f"{half}:{task.name}", task.links, task.layer
+        tasks.append(Task(name, task.operation, task.stream, task.duration_s, depends_on, task.groups, links, layer))
     return TaskGraph(steps=steps, ranks=ranks, tasks=tuple(tasks))
 
 

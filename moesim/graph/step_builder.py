@@ -20,8 +20,9 @@ BY_GROUP = ("attention_sync", "dense_sync", "gather", "replica_choice", "overhea
 class StepBuilder:
     """The task list of one micro-batch while it is built.
 
-    tasks: what was added so far. last: indices that the next task waits for, unless it names others; adding a task
-    makes it the last one. layer: the layer that new tasks belong to. fetches: of weights that are not on the GPU.
+    tasks: what was added so far; sources: the part and MoE layer whose time each takes. last: indices that the next
+    task waits for, unless it names others; adding a task makes it the last one. layer: the layer that new tasks belong
+    to. fetches: of weights that are not on the GPU.
     """
 
     def __init__(self, setup: LayerSetup, priced: PricedStep, normal: Mapping[str, float] | None, ranks: int) -> None:
@@ -29,6 +30,8 @@ class StepBuilder:
         self.priced = priced
         self.normal = normal
         self.tasks: list[Task] = []
+        self.sources: list[tuple[str, int]] = []
+        self._asked = ("", 0)
         self.last: tuple[int, ...] = ()
         self.layer = -1
         self._seconds: dict[str, Floats] = {}
@@ -111,6 +114,7 @@ class StepBuilder:
 
     def seconds(self, name: str, row: int) -> Floats:
         """Durations of a part: [steps, gpus or 1]."""
+        self._asked = (name, 0 if name in BY_DP_RANK or name in BY_GROUP else row)
         found = self._seconds.get(name)
         if found is None:
             found = self._seconds[name] = self._spread(name, getattr(self.priced, name))
@@ -156,6 +160,7 @@ class StepBuilder:
         links: tuple[tuple[Link, float], ...] = (),
     ) -> int:
         waits = self.last if after is None else after
+        self.sources.append(self._asked)
         self.tasks.append(Task(name, operation, stream, seconds, waits, groups, links, self.layer))
         index = len(self.tasks) - 1
         self.last = (index,)

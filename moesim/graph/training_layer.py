@@ -73,9 +73,14 @@ class TrainingSetup:
         return self.training.global_batch // (self.training.micro_batch * self.data_parallel)
 
     @property
+    def exchange_ranks(self) -> int:
+        """Ranks that exchange tokens with one another, each with `local_rows` of them."""
+        return self.parallel.ep * self.parallel.expert_tp
+
+    @property
     def group_tokens(self) -> float:
         """Tokens of a micro-batch over all ranks that exchange them."""
-        return self.local_rows * self.parallel.ep * self.parallel.expert_tp
+        return self.local_rows * self.exchange_ranks
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,12 @@ class LayerPieces:
         found.append(compute("dense", "dense", swiglu, "mlp"))
         return found + self._tp("scatter", "reduce_scatter", setup.rows)
 
-    def moe(self, counts: Floats) -> list[Piece]:
-        """Gate, shared experts, dispatch, experts, combine; counts: [micro-batches, layers, experts] of an instance."""
+    def moe(self, counts: Floats, kept: Floats | None = None) -> list[Piece]:
+        """Gate, shared experts, dispatch, experts, combine.
+
+        counts: rows of each expert [micro-batches, layers, experts] of an instance. kept: share of the picks that are
+        sent [micro-batches, layers]; None = all.
+        """
         setup = self.setup
         model, moe, local = setup.model, setup.model.moe, setup.local_rows
         gate = [
@@ -169,8 +178,8 @@ class LayerPieces:
             found.append(compute("shared expert", "shared_expert", swiglu, "moe"))
             found += self._tp("scatter", "reduce_scatter", setup.rows, "moe")
         loads = self.local_loads(counts)
-        away = self._exchange("dispatch", counts, loads.sum(axis=-1))
-        back = self._exchange("combine", counts, loads.sum(axis=-1))
+        away = self._exchange("dispatch", counts, loads.sum(axis=-1), kept)
+        back = self._exchange("combine", counts, loads.sum(axis=-1), kept)
         arrived = self._expert_tp("all_gather", loads)
         left = self._expert_tp("reduce_scatter", loads)
         return [*found, *away, *arrived, self._experts(loads), *left, *back]
@@ -316,7 +325,7 @@ class LayerPieces:
         work = Collective(kind, size, grid.gpus("expert_tp"), grid.nodes("expert_tp"))  # type: ignore[arg-type]
         return [meet("expert TP", "expert_tp_collective", work, "exchange", "moe")]
 
-    def _exchange(self, step: str, counts: Floats, arriving: Floats) -> list[Piece]:
+    def _exchange(self, step: str, counts: Floats, arriving: Floats, kept: Floats | None) -> list[Piece]:
         """Dispatch or combine of a layer: [micro-batches, layers, 1]; none on one EP rank."""
         setup = self.setup
         model, grid, ep = setup.model, setup.grid, setup.parallel.ep
@@ -338,6 +347,7 @@ class LayerPieces:
             groups=model.moe.groups,
             top_groups=model.moe.top_groups,
             nodes=grid.nodes("ep"),
+            kept=kept,
         )[..., None]
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
         if backend == "alltoall":

@@ -61,8 +61,8 @@ def recomputed(piece: Piece, mode: str, modules: tuple[str, ...]) -> tuple[Coste
     return max(chosen, key=len, default=())
 
 
-def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats) -> PricedLayers:
-    """Price every kind of layer; counts: [micro-batches, MoE layers, experts] of an instance. Raises OutsideProfile."""
+def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats, kept: Floats | None = None) -> PricedLayers:
+    """Price every kind of layer; counts, kept: of an instance, see `LayerPieces.moe`. Raises OutsideProfile."""
     pieces = LayerPieces(setup)
     training, model = setup.training, setup.model
 
@@ -87,7 +87,7 @@ def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats) -> Pric
         embedding=of(pieces.embedding(), layer=False),
         attention={window: of(pieces.attention(window)) for window in sorted(windows)},
         dense=of(pieces.dense()) if model.dense_layers else (),
-        moe=of(pieces.moe(counts)),
+        moe=of(pieces.moe(counts, kept)),
         head=of(pieces.head(), layer=False),
     )
 

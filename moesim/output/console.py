@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moesim.units import human_bytes, human_seconds
@@ -57,6 +57,16 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
+def capacity_line(routed: Mapping[str, Any]) -> str:
+    """What a capacity rule dropped, rerouted and padded, in a line; empty where there is none."""
+    if routed["capacity"]["rule"] == "dropless":
+        return ""
+    return (
+        f"Capacity ({routed['capacity']['rule']}): {routed['dropped_fraction']:.2%} of the picks dropped, "
+        f"{routed['rerouted_fraction']:.2%} rerouted; {routed['padded_fraction']:.2%} of the rows are empty."
+    )
+
+
 def print_simulation(result: dict[str, Any]) -> None:
     """Tables of a simulation for a person."""
     from rich.table import Table
@@ -90,12 +100,9 @@ def print_simulation(result: dict[str, Any]) -> None:
         f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
         f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
     )
-    routed = result["routing"]
-    if routed["capacity"]["rule"] != "dropless":
-        out.print(
-            f"Capacity ({routed['capacity']['rule']}): {routed['dropped_fraction']:.2%} of the picks dropped, "
-            f"{routed['rerouted_fraction']:.2%} rerouted; {routed['padded_fraction']:.2%} of the rows are empty."
-        )
+    told = capacity_line(result["routing"])
+    if told:
+        out.print(told)
     serving = result["serving"]
     if serving["preemptions"]:
         out.print(

@@ -5,12 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from moesim.engine.explain import ExplainedStep, Explanation
+from moesim.engine.explain_transfer import TransferExplained
 from moesim.engine.stepbytes import StepBytes
+from moesim.output.metrics import latency
 
 
 def explanation_json(explanation: Explanation) -> dict[str, Any]:
-    """steps: the representative steps in full; not_priced: those without a price, with what is missing. SI units."""
-    return {"steps": [_step(one) for one in explanation.steps], "not_priced": explanation.not_priced}
+    """steps: the representative steps in full; not_priced: those without a price, with what is missing. SI units.
+
+    transfer: of KV cache between roles; None without roles.
+    """
+    return {
+        "steps": [_step(one) for one in explanation.steps],
+        "not_priced": explanation.not_priced,
+        "transfer": None if explanation.transfer is None else _transfer(explanation.transfer),
+    }
+
+
+def _transfer(one: TransferExplained) -> dict[str, Any]:
+    return {
+        "requests": one.requests,
+        "bytes": one.bytes,
+        "bytes_per_request": one.bytes_per_request,
+        "transfer_s": latency(one.transfer_s),
+        "alone_s": one.alone_s,
+        "waited_for_nics_s": one.waited_s,
+        "hidden_s": one.hidden_s,
+        "ttft_s": one.ttft_s,
+        "share_of_ttft": one.share_of_ttft,
+        "sent_bytes_by_rank": one.sent_bytes.tolist(),
+        "received_bytes_by_rank": one.received_bytes.tolist(),
+        "what_if": {
+            name: {"ttft_s": seconds, "saves": 1.0 - seconds / one.ttft_s}
+            for name, seconds in one.what_if_ttft_s.items()
+        },
+    }
 
 
 def _step(one: ExplainedStep) -> dict[str, Any]:
@@ -21,6 +50,7 @@ def _step(one: ExplainedStep) -> dict[str, Any]:
         "kind": one.kind,
         "which": one.which,
         "mode": one.mode,
+        "role": one.role,
         "share_of_time": one.share_of_time,
         "tokens_per_dp_rank": one.tokens_per_dp_rank,
         "reading_ranks": one.reading_ranks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesim.output.console import console
-from moesim.output.explain_words import WHAT_IFS, saved, summary, title
+from moesim.output.explain_words import WHAT_IFS, saved, summary, title, transfer_summary
 from moesim.units import human_bytes, human_seconds
 
 # Operations below this share of a step are told together.
@@ -41,6 +41,9 @@ def print_explanation(found: dict[str, Any]) -> None:
             shown.add_row(label, human_seconds(change["step_s"]), "", saved(change["saves"]))
         out.print(shown)
         for line in (*summary(step), *_links(step)):
+            out.print(line)
+    if found["transfer"] is not None:
+        for line in transfer_summary(found["transfer"]):
             out.print(line)
     for name, reason in found["not_priced"].items():
         out.print(f"Not explained: {name} ({reason}).")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 from moesim.output.charts import BEST, INK, MUTED, OTHER, axis, figure, line, on_top_of, rect, text
-from moesim.output.explain_words import FEW, WHAT_IFS, saved, summary, title
+from moesim.output.explain_words import FEW, WHAT_IFS, saved, summary, title, transfer_summary
 from moesim.output.page import details, exact, key, number, percent, section, table
 from moesim.output.pictures import OPERATIONS, named
-from moesim.output.run_folder import Explained, Told
+from moesim.output.run_folder import Explained, KvTransfer, Told
 from moesim.units import human_bytes, human_seconds
 
 _SAVED, _FALLBACK = "#dbe6f2", "#b5bdc7"
@@ -29,7 +29,8 @@ def why(runs: Sequence[tuple[str, str, Told]]) -> list[str]:
                 f"<p class='note'>Not explained: {escape(step)} ({escape(reason)}).</p>"
                 for step, reason in found.not_priced.items()
             )
-            body = f'<div class="two">{panels}</div>{left_out}' + details(
+            moves = "" if found.transfer is None else _transfer(found.transfer)
+            body = f'<div class="two">{panels}</div>{moves}{left_out}' + details(
                 "The figures of these pictures, and of lighter and heavier steps", _figures(found.steps)
             )
             return [section("why", f"Why steps take so long, and what would help: {escape(name)}", body, lead=_LEAD)]
@@ -42,6 +43,21 @@ _LEAD = (
     "the mean rank's work, and exchanges are even. Infinite network: exchanges and collectives take no time. Perfect "
     "overlap: streams never wait for each other. Free: the operation takes no time."
 )
+
+
+def _transfer(found: KvTransfer) -> str:
+    """KV cache between roles: in words, and its figures."""
+    notes = "".join(f"<p>{escape(sentence)}</p>" for sentence in transfer_summary(found.model_dump()))
+    rows = [
+        ["bytes moved", exact(found.bytes, human_bytes(found.bytes))],
+        ["transfer, mean", exact(found.transfer_s["mean"], human_seconds(found.transfer_s["mean"]))],
+        ["transfer, p99", exact(found.transfer_s["p99"], human_seconds(found.transfer_s["p99"]))],
+        ["on the NICs alone", exact(found.alone_s, human_seconds(found.alone_s))],
+        ["waiting for NICs", exact(found.waited_for_nics_s, human_seconds(found.waited_for_nics_s))],
+        ["hidden behind reading", exact(found.hidden_s, human_seconds(found.hidden_s))],
+        ["share of the time to the first token", exact(found.share_of_ttft, percent(found.share_of_ttft))],
+    ]
+    return f"<h3>KV cache between the roles</h3>{notes}{table(['KV transfer', ''], rows)}"
 
 
 def _panel(step: Explained) -> str:
@@ -133,7 +149,7 @@ def _ink(name: str) -> str:
 
 def _figures(steps: Sequence[Explained]) -> str:
     names = dict.fromkeys(name for step in steps for name in step.critical_path_s)
-    head = ["critical path", *(f"{step.which} {step.kind}" for step in steps)]
+    head = ["critical path", *(" ".join(filter(None, (step.role, step.which, step.kind))) for step in steps)]
 
     def cell(seconds: float | None) -> str:
         return "–" if seconds is None else exact(seconds, human_seconds(seconds))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moesim.units import human_seconds
+from moesim.units import human_bytes, human_seconds
 
 WHAT_IFS = {
     "perfect_balance": "with perfect balance",
@@ -28,10 +28,45 @@ def title(step: Mapping[str, Any]) -> str:
     batch = f"{step['tokens_per_dp_rank']:.3g} tokens on a mean attention-DP rank"
     if step["kind"] == "prefill":
         batch += f", prompts on {readers} of them"
+    role = step.get("role")
+    where, whose = ("", "") if role is None else (f" of the {role} role", f" of {role}")
     return (
-        f"A {step['which']} {step['kind']} step on {ranks} GPUs: {human_seconds(step['step_s'])} ({batch}); "
-        f"{step['kind']} steps are {step['share_of_time']:.0%} of the step time"
+        f"A {step['which']} {step['kind']} step{where} on {ranks} GPUs: {human_seconds(step['step_s'])} ({batch}); "
+        f"{step['kind']} steps are {step['share_of_time']:.0%} of the step time{whose}"
     )
+
+
+TRANSFER_WHAT_IFS = {
+    "free_transfer": "with a transfer that takes no time",
+    "by_layer": "with layers leaving as they are read",
+    "after_the_prompt": "with the cache leaving when the prompt is read",
+}
+
+
+def transfer_summary(found: Mapping[str, Any]) -> list[str]:
+    """Sentences on KV cache moving between roles: bytes, time, share of TTFT, the busiest NICs, what-ifs."""
+    moved = found["transfer_s"]
+    hidden = f", {human_seconds(found['hidden_s'])} of it while prompts are read" if found["hidden_s"] > 0 else ""
+    sent, received = found["sent_bytes_by_rank"], found["received_bytes_by_rank"]
+    what_ifs = "; ".join(
+        f"{TRANSFER_WHAT_IFS[name]} {human_seconds(one['ttft_s'])} ({saved(one['saves'])})"
+        for name, one in found["what_if"].items()
+        if name in TRANSFER_WHAT_IFS
+    )
+    return [
+        f"KV transfer: {found['requests']} requests moved {human_bytes(found['bytes'])} "
+        f"({human_bytes(found['bytes_per_request'])} each) and waited {human_seconds(moved['mean'])} for it in the "
+        f"mean, p99 {human_seconds(moved['p99'])}: {found['share_of_ttft']:.0%} of the time to the first token. A "
+        f"NIC takes {human_seconds(found['alone_s'])}{hidden}; {human_seconds(found['waited_for_nics_s'])} is waiting "
+        f"for NICs that move other requests.",
+        f"The busiest sender moved {_share(sent)}, the busiest receiver {_share(received)}. Mean time to the first "
+        f"token {human_seconds(found['ttft_s'])}; {what_ifs}.",
+    ]
+
+
+def _share(by_rank: Sequence[float]) -> str:
+    top = max(range(len(by_rank)), key=lambda rank: by_rank[rank])
+    return f"{by_rank[top] / max(sum(by_rank), 1.0):.0%} of the bytes (rank {top} of {len(by_rank)})"
 
 
 def summary(step: Mapping[str, Any]) -> list[str]:

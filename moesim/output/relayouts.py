@@ -1,4 +1,4 @@
-"""What new placements cost and brought: the `relayouts` key of `simulate --json`, and its table for a person."""
+"""What laying experts out anew cost and brought: the `relayouts` key of `simulate --json`, and its table."""
 
 from __future__ import annotations
 
@@ -8,72 +8,61 @@ from typing import Any
 import numpy as np
 
 from moesim.engine.relayout_decisions import Relayout
-from moesim.engine.relayout_runs import Relayouts
 from moesim.engine.simulate import Simulation
 from moesim.output.console import console, shown
 from moesim.output.faults import FIGURES, change_of, changes
-from moesim.output.metrics import serving_metrics
-from moesim.output.timeline import Slice
+from moesim.output.metrics import flatten, serving_metrics
 
 
 def relayouts_json(simulation: Simulation) -> dict[str, Any] | None:
-    """The new placements of a run beside the same run without them; None where the scenario asks for none.
+    """The re-layouts of a run beside the same run without them; None where the scenario asks for none.
 
-    count: placements moved to; decisions: times it was solved, every interval_steps. moved_*: over all of them.
-    balance, step_gain_s: means over the placements moved to (`next_*`: over those with a next window).
+    count: placements moved to; skipped: decisions that left it, one every interval_steps. moved_*: over all of them.
+    balance_*, step_gain_s: means over the placements moved to (`next_*`: over those with a next window).
     break_even_steps: of a mean one; None where a step gains nothing. bytes_by_link: of the whole run. change: dotted
-    metric -> with over without, less 1.
+    metric -> with re-layouts over without, less 1.
     """
-    told = simulation.relayouts
-    if told is None:
+    spec = simulation.deployment.scenario.placement.rebalance
+    if simulation.without_relayouts is None or spec is None:
         return None
-    cluster = simulation.deployment.ground.cluster
-    moved = [event for event in told.events if event.placement is not None]
-    judged = [event for event in moved if event.next_after is not None]
+    gpus, every = simulation.deployment.ground.cluster.gpus, simulation.relayouts
+    moved = [event for event in every if event.placement is not None]
+    judged = [event for event in moved if event.next_balance_after is not None]
     lost_s, gain_s = _mean(moved, "lost_s"), _mean(moved, "gain_s")
-    without = serving_metrics(told.without, cluster.gpus)
+    without = serving_metrics(simulation.without_relayouts, gpus)
     return {
         "count": len(moved),
-        "decisions": len(told.events),
-        "interval_steps": told.interval_steps,
+        "skipped": len(every) - len(moved),
+        "interval_steps": spec.interval_steps,
         "moved_experts": sum(event.moved_experts for event in moved),
-        "moved_bytes": sum(event.moved_bytes for event in moved),
-        "bytes_by_level": {
-            level: sum(event.bytes_by_level[level] for event in moved) for level in ("inside", "between")
+        "moved_bytes": {
+            "nvlink": sum(event.bytes_by_level["inside"] for event in moved),
+            "nic": sum(event.bytes_by_level["between"] for event in moved),
+            "copied": sum(event.copied_bytes for event in moved),
         },
         "bytes_by_link": _by_link(simulation, moved),
-        "pause_s_total": sum(seconds for _, _, seconds in told.pauses),
-        "delay_s_total": sum(event.delay_s for event in told.events),
-        "balance": {
-            "before": _mean(moved, "before"),
-            "after": _mean(moved, "after"),
-            "next_before": _mean(judged, "next_before"),
-            "next_after": _mean(judged, "next_after"),
-        },
+        "pause_s_total": sum(seconds for _, _, seconds in simulation.pauses),
+        "delay_s_total": sum(event.delay_s for event in every),
+        "balance_before": _mean(moved, "balance_before"),
+        "balance_after": _mean(moved, "balance_after"),
+        "next_balance_before": _mean(judged, "next_balance_before"),
+        "next_balance_after": _mean(judged, "next_balance_after"),
         "step_gain_s": gain_s,
         "break_even_steps": lost_s / gain_s if lost_s is not None and gain_s is not None and gain_s > 0 else None,
         "tag": moved[0].tag if moved else None,
-        "list": [_one(event) for event in told.events],
+        "list": [_one(event) for event in every],
         "without": without,
-        "change": changes(serving_metrics(simulation.served, cluster.gpus), without),
+        "change": changes(serving_metrics(simulation.served, gpus), without),
     }
 
 
-def pause_slices(told: Relayouts | None) -> list[Slice]:
-    """The times at which an instance stood still for a new placement, on the track of its steps."""
-    pauses = () if told is None else told.pauses
-    return [("steps", f"instance {instance}", "new placement", start, seconds) for instance, start, seconds in pauses]
-
-
 def print_relayouts(result: dict[str, Any]) -> None:
-    """The run with its new placements beside the same run without them."""
+    """The run with its re-layouts beside the same run without them."""
     from rich.table import Table
-
-    from moesim.output.metrics import flatten
 
     found, with_them = result["relayouts"], flatten(result["metrics"])
     without = flatten(found["without"])
-    told = Table(title=f"With and without new placements ({found['count']})", title_justify="left")
+    told = Table(title=f"With and without re-layouts ({found['count']})", title_justify="left")
     told.add_column("figure")
     for name in ("with", "without", "change"):
         told.add_column(name, justify="right")
@@ -85,23 +74,29 @@ def print_relayouts(result: dict[str, Any]) -> None:
             change_of(found["change"][metric]),
         )
     console().print(told)
-    steps = found["break_even_steps"]
-    back = "never pays back" if steps is None else f"pays back after {shown(steps, 3)} steps"
-    if not found["decisions"]:
+    if not found["list"]:
         console().print(f"Nothing was solved again: no instance took {found['interval_steps']} steps.")
-    if found["count"]:
+    elif not found["count"]:
+        console().print(f"No re-layout moved anything ({found['skipped']} skipped).")
+    else:
+        steps, moved = found["break_even_steps"], found["moved_bytes"]
+        back = "never pays back" if steps is None else f"pays back after {shown(steps, 3)} steps"
+        size = (moved["nvlink"] + moved["nic"]) / 1e9
         console().print(
-            f"{found['moved_experts']} experts ({shown(found['moved_bytes'] / 1e9, 4)} GB) moved, "
-            f"{shown(found['pause_s_total'], 3)} s stood still; a mean one {back}",
+            f"{found['moved_experts']} experts ({shown(size, 4)} GB) moved, {shown(found['pause_s_total'], 3)} s stood "
+            f"still; a mean one {back}",
             soft_wrap=True,
         )
 
 
 def _one(event: Relayout) -> dict[str, Any]:
-    """A decision, ready for JSON."""
+    """A decision, ready for JSON; one that was skipped has no step times to tell."""
     left_out = ("placement", "pair_bytes")
     plain = {name: value for name, value in vars(event).items() if name not in left_out}
-    return {**plain, "moved": event.placement is not None, "break_even_steps": event.break_even_steps}
+    skipped = event.placement is None
+    if skipped:
+        plain |= {"step_before_s": None, "step_after_s": None}
+    return {**plain, "skipped": skipped, "break_even_steps": event.break_even_steps}
 
 
 def _by_link(simulation: Simulation, moved: Sequence[Relayout]) -> list[dict[str, Any]]:

@@ -66,25 +66,36 @@ def _phase(simulation: Simulation, kind: str) -> dict[str, Any]:
     top_k = simulation.deployment.setup.model.moe.top_k
     source = np.repeat(capacity_sources(simulation.deployment.setup, rows), len(every), axis=0)
     flow = cap_counts(every, source, model.pricer.capacity, top_k=top_k)
-    found = {
+    return {
         "tokens_per_dp_rank": float(rows.mean()),
-        "dropped_fraction": _share(flow.dropped, every, weights),
-        "rerouted_fraction": _share(flow.rerouted, every, weights),
-        "padded_fraction": _share(flow.padded, flow.rows, weights),
+        **flow_figures(flow, every, weights, dropless=model.pricer.capacity.dropless),
         "kernel_padded_fraction": _kernel_padding(simulation, kind, flow, weights),
+    }
+
+
+def flow_figures(flow: CountFlow, wanted: Floats, weights: Floats, *, dropless: bool) -> dict[str, Any]:
+    """What a capacity rule did to picks `wanted` [steps, layers, experts], steps weighted; by layer and by expert too.
+
+    Without a rule the latter are left out: they are all 0.
+    """
+    found = {
+        "dropped_fraction": _share(flow.dropped, wanted, weights),
+        "rerouted_fraction": _share(flow.rerouted, wanted, weights),
+        "padded_fraction": _share(flow.padded, flow.rows, weights),
         "entropy": float(np.average(routing_entropy(flow.processed).mean(axis=1), weights=weights)),
         "entropy_by_layer": np.average(routing_entropy(flow.processed), axis=0, weights=weights).tolist(),
         "utilisation": utilisation_histogram(flow.processed).tolist(),
         "tag": flow.tag,
     }
-    if not model.pricer.capacity.dropless:
-        for name, part, whole in (
-            ("dropped", flow.dropped, every),
-            ("rerouted", flow.rerouted, every),
-            ("padded", flow.padded, flow.rows),
-        ):
-            found[f"{name}_by_layer"] = _ratio(part, whole, weights, (0, 2)).tolist()
-            found[f"{name}_by_expert"] = _ratio(part, whole, weights, (0, 1)).tolist()
+    if dropless:
+        return found
+    for name, part, whole in (
+        ("dropped", flow.dropped, wanted),
+        ("rerouted", flow.rerouted, wanted),
+        ("padded", flow.padded, flow.rows),
+    ):
+        found[f"{name}_by_layer"] = _ratio(part, whole, weights, (0, 2)).tolist()
+        found[f"{name}_by_expert"] = _ratio(part, whole, weights, (0, 1)).tolist()
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field
@@ -212,6 +212,7 @@ class Explained(Stored):
 
     kind: str
     which: str
+    role: str | None = None
     share_of_time: Number
     tokens_per_dp_rank: Number
     reading_ranks: int
@@ -227,10 +228,35 @@ class Explained(Stored):
     traffic: Traffic | None
 
 
+class TransferChange(Stored):
+    """The mean time to the first token under a what-if of the KV transfer."""
+
+    ttft_s: Number = Field(ge=0)
+    saves: float = Field(ge=-_LARGEST, le=1)
+
+
+class KvTransfer(Stored):
+    """KV cache that moved between roles."""
+
+    requests: int = Field(gt=0)
+    bytes: Number = Field(ge=0)
+    bytes_per_request: Number
+    transfer_s: dict[Literal["mean", "p50", "p90", "p99"], Number] = Field(min_length=4)
+    alone_s: Number
+    waited_for_nics_s: Number
+    hidden_s: Number
+    ttft_s: Number = Field(gt=0)
+    share_of_ttft: Number
+    sent_bytes_by_rank: tuple[Annotated[Number, Field(ge=0)], ...] = Field(min_length=1)
+    received_bytes_by_rank: tuple[Annotated[Number, Field(ge=0)], ...] = Field(min_length=1)
+    what_if: dict[str, TransferChange]
+
+
 class Explanations(Stored):
     """Why the run is slow, where it was asked."""
 
     steps: tuple[Explained, ...]
+    transfer: KvTransfer | None = None
     not_priced: dict[str, str] = Field(default_factory=dict)
 
 

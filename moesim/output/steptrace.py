@@ -13,7 +13,6 @@ from moesim.engine.critical import critical_path
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode
 from moesim.engine.stepmodel import ExactModel, Fidelity
-from moesim.output.relayouts import pause_slices
 from moesim.output.timeline import Counter, Slice, Span, write_timeline
 
 Floats = NDArray[np.float64]
@@ -41,7 +40,7 @@ def write_step_timeline(path: Path, simulation: Simulation) -> None:
         offset_s=like(served, float(batch.decode_seqs.sum())),
         critical=critical_path(graph, times),
         arrows=True,
-        slices=chain(step_slices(served), pause_slices(simulation.relayouts)),
+        slices=chain(step_slices(served), pause_slices(simulation)),
         counters=run_counters(served),
         spans=request_spans(served),
     )
@@ -53,6 +52,12 @@ def like(served: Served, seqs: float) -> float:
     if not decode.size:
         return 0.0
     return float(served.step_start_s[decode[np.abs(served.step_decode_seqs[decode] - seqs).argmin()]])
+
+
+def pause_slices(simulation: Simulation) -> Iterator[Slice]:
+    """A slice for each time that an instance waits for experts to move."""
+    for instance, start_s, seconds in simulation.pauses:
+        yield "steps", f"instance {instance}", "re-layout", start_s, seconds
 
 
 def step_slices(served: Served) -> Iterator[Slice]:

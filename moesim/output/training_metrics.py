@@ -11,6 +11,9 @@ from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.training import TrainingRun
 from moesim.graph.training_passes import chunk_estimates, passes_of
 from moesim.output.metrics import SCHEMA_VERSION, intervals
+from moesim.output.routing_report import flow_figures
+from moesim.routing.gates.choice import gate_spec
+from moesim.routing.spread import UTILISATION_EDGES
 from moesim.spec.plan import max_over_mean
 
 Floats = NDArray[np.float64]
@@ -20,7 +23,7 @@ WAITING, BUBBLE = "waiting_for_ranks", "pipeline_bubble"
 def training_json(run: TrainingRun) -> dict[str, Any]:
     """Everything that `simulate --json` prints of a training run; what depends on the clock is under `run`."""
     model, setup = run.model, run.model.setup
-    metrics = run.rates(run.step.step_s)
+    metrics = run.rates((run.faulted or run.step).step_s)
     memory = model.memory
     return {
         "schema_version": SCHEMA_VERSION,
@@ -107,11 +110,22 @@ def step_figures(run: TrainingRun) -> dict[str, Any]:
 def routing_figures(run: TrainingRun) -> dict[str, Any]:
     """How even the ranks' tokens are: of the mean over drawn micro-batches, and of single ones."""
     model = run.model
-    loads = model.setup.placement.rank_loads(model.pool.counts)
+    pool = model.pool
+    loads = model.setup.placement.rank_loads(pool.counts)
+    figures = flow_figures(pool.flow, pool.wanted, pool.routing_weights, dropless=pool.rule.dropless)
+    spec = gate_spec(model.setup.policies.gate)
+    histogram = figures.pop("utilisation")
     return {
         "max_over_mean": float(max_over_mean(loads.mean(axis=0)).mean()),
         "per_step_max_over_mean": float(max_over_mean(loads).mean()),
-        "dropped_fraction": model.pool.dropped_fraction,
+        "gate": "model" if spec is None else spec.name,
+        "capacity": {
+            "rule": pool.rule.rule,
+            "drop": None if pool.rule.dropless else pool.rule.drop,
+            "tag": figures.pop("tag"),
+        },
+        **figures,
+        "utilisation": {"edges": list(UTILISATION_EDGES), "share": histogram},
         "router": model.setup.training.router,
         "dispersion": model.routing.dispersion.tag,
         "judged_on": [load.name for load in model.ground.judge],

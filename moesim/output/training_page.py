@@ -10,8 +10,9 @@ from typing import Any
 from moesim import __version__
 from moesim.files import write_text
 from moesim.output import page, tables
-from moesim.output.console import console, shown, with_interval
+from moesim.output.console import capacity_line, console, shown, with_interval
 from moesim.output.page import exact, number, percent, section, table
+from moesim.output.training_explain import training_explanation_page
 from moesim.spec.scenario import Scenario
 from moesim.units import human_bytes, human_seconds
 
@@ -51,6 +52,9 @@ def print_training(result: dict[str, Any]) -> None:
         f"{shown(routing['per_step_max_over_mean'], 4)} per micro-batch. Memory {human_bytes(memory['peak_bytes'])} of "
         f"{human_bytes(memory['limit_bytes'])} (stage {memory['fullest_stage']})."
     )
+    told = capacity_line(routing)
+    if told:
+        out.print(told)
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the working time comes from: {shares}.")
 
@@ -76,12 +80,14 @@ def training_page(scenario: Scenario, result: Mapping[str, Any]) -> str:
     step = result["step"]
     exposed = percent(step["exposed_communication_s"] / step["step_s"])
     lead = (
-        f"Mean over ranks. The pipeline's bubble is {percent(step['bubble_share'])} of the step; communication that "
-        f"nothing hides, waiting for the slowest rank included, {exposed}."
+        f"{capacity_line(result['routing'])} Mean over ranks. The pipeline's bubble is "
+        f"{percent(step['bubble_share'])} of the step; communication that nothing hides, waiting for the slowest rank "
+        f"included, {exposed}."
     )
     run = [(name, str(value)) for name, value in result["run"].items()]
     parts = [
         section("step", "Where the step goes", _operations(step), lead=lead),
+        *_why(result),
         section(
             "memory", "Memory of each stage's fullest GPU", _memory(result["memory"]), lead=_limit(result["memory"])
         ),
@@ -90,6 +96,20 @@ def training_page(scenario: Scenario, result: Mapping[str, Any]) -> str:
     ]
     foot = f"Written by moesim {__version__}. This page loads nothing from elsewhere."
     return page.page(f"moesim: {title}", head, parts, foot)
+
+
+def _why(result: Mapping[str, Any]) -> list[str]:
+    """The section that explains the step, where it was."""
+    found = result.get("explain")
+    if found is None:
+        return []
+    lead = (
+        "The critical path is the chain of work whose times sum to the step: through the pipeline of the instance that "
+        "ends last, and inside a pass along its slowest rank. Every what-if is the whole step timed again, so gains do "
+        "not add up."
+    )
+    body = training_explanation_page(found)
+    return [section("why", "Why the step takes so long, and what would help", body, lead=lead)]
 
 
 def _tiles(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
-from moesim.spec.drift import DriftSpec
+from moesim.spec.drift import DriftSpec, ShiftSpec
 
 Floats = NDArray[np.float64]
 
@@ -124,3 +124,30 @@ def _in_order(drift: DriftSpec, loads: Sequence[RoutingCounts]) -> LoadDrift:
         weights[index % drift.blocks, index] = load.weight
     begins: Floats = np.arange(drift.blocks, dtype=np.float64) * drift.block_s
     return LoadDrift(begins, weights, drift.blocks * drift.block_s if drift.repeat else None)
+
+
+def drift_of_shifts(shifts: Sequence[ShiftSpec], loads: Sequence[RoutingCounts]) -> LoadDrift:
+    """The drift that shifts make: the loads by their own weights, then what each shift names, by time.
+
+    Raises BadInput for a name that no judged load has.
+    """
+    ordered = sorted(shifts, key=lambda shift: shift.at_s)
+    own = np.asarray([load.weight for load in loads], dtype=np.float64)
+    weights = [own / own.sum(), *(_named(shift, loads) for shift in ordered)]
+    return LoadDrift(np.asarray([0.0, *(shift.at_s for shift in ordered)]), np.stack(weights))
+
+
+def _named(shift: ShiftSpec, loads: Sequence[RoutingCounts]) -> Floats:
+    """Weights [loads] of a shift, a name's weight spread over the loads that have it in theirs."""
+    weights = np.zeros(len(loads))
+    names = [load.name for load in loads]
+    for name, weight in shift.loads.items():
+        found = [index for index, known in enumerate(names) if name in known]
+        if not found:
+            raise BadInput(
+                f"no judged load is named {name!r}",
+                where="routing.shifts",
+                mend=f"use parts of {', '.join(names[:6])}",
+            )
+        weights[found] += weight / len(found)
+    return np.asarray(weights / weights.sum())

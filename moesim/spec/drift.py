@@ -10,6 +10,13 @@ from pydantic import Field, model_validator
 from moesim.spec.base import Spec
 
 
+class ShiftSpec(Spec):
+    """From `at_s` on, the deployment meets these judged loads: part of a load's name -> weight."""
+
+    at_s: float = Field(ge=0)
+    loads: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+
+
 class DriftPoint(Spec):
     """Which load is served with which weight at one time."""
 

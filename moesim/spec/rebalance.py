@@ -25,6 +25,9 @@ class RebalanceSpec(Spec):
     layers_per_chunk: int | None = Field(
         default=None, gt=0, description="blocking: layers moved between two steps; none = all at once"
     )
+    skip_above: float = Field(
+        default=1.0, gt=0, le=1, description="not solved where mean over max of the ranks' loads is at least this"
+    )
     min_gain: float | None = Field(
         default=None, ge=0, lt=1, description="move only if max/mean of the window falls by this share; none = always"
     )

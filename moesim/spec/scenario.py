@@ -12,7 +12,7 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
-from moesim.spec.drift import DriftSpec
+from moesim.spec.drift import DriftSpec, ShiftSpec
 from moesim.spec.faults import FaultSpec
 from moesim.spec.gate import GateChosen
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
@@ -85,7 +85,7 @@ class HoldoutSpec(Spec):
 
 
 class RoutingSpec(Spec):
-    """Exactly one of `loads`, `trace` and `synthetic`."""
+    """Exactly one of `loads`, `trace` and `synthetic`; `shifts` or `drift` change them in simulated time."""
 
     loads: tuple[LoadFile, ...] | None = Field(default=None, min_length=1)
     trace: Path | None = None
@@ -93,17 +93,20 @@ class RoutingSpec(Spec):
     holdout: HoldoutSpec = HoldoutSpec()
     drift: DriftSpec | None = Field(default=None, description="loads over simulated time; none = the same throughout")
     mix: Literal["step", "request"] = Field(default="step", description="what is of one load: a step, or a request")
+    shifts: tuple[ShiftSpec, ...] = ()
 
     @model_validator(mode="after")
     def _one(self) -> RoutingSpec:
         given = [name for name in ("loads", "trace", "synthetic") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of loads, trace and synthetic, not {' and '.join(given) or 'none'}")
+        if self.shifts and self.drift is not None:
+            raise ValueError("give shifts or drift, not both")
         return self
 
 
 class PlacementSpec(Spec):
-    """A solver with its replica budget, or a map from a file."""
+    """A solver with its replica budget, or a map from a file; `rebalance` lays experts out anew while serving."""
 
     solver: str | None = None
     redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
@@ -218,8 +221,6 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
-        if self.faults and self.serving is None:
-            raise ValueError("faults are simulated for serving only")
         return self
 
 

@@ -16,6 +16,21 @@ def power(value: float, doublings: int) -> float:
 
 
 @njit(cache=True)
+def _move(homes: NDArray[np.int64], count: int, old: int, new: int) -> None:
+    """Replace one of `count` rising numbers by another, and keep them rising."""
+    at = 0
+    while homes[at] != old:
+        at += 1
+    while at > 0 and homes[at - 1] > new:
+        homes[at] = homes[at - 1]
+        at -= 1
+    while at + 1 < count and homes[at + 1] < new:
+        homes[at] = homes[at + 1]
+        at += 1
+    homes[at] = new
+
+
+@njit(cache=True)
 def search_layer(
     table: NDArray[np.int64],
     loads: NDArray[np.float64],
@@ -36,7 +51,9 @@ def search_layer(
     room = slots // ranks
     count = np.zeros(experts, dtype=np.int64)
     holds = np.zeros((ranks, experts), dtype=np.bool_)
+    homes = np.empty((experts, ranks), dtype=np.int64)  # the ranks of each expert's replicas, rising
     for slot in range(slots):
+        homes[table[slot], count[table[slot]]] = slot // room
         count[table[slot]] += 1
         holds[slot // room, table[slot]] = True
     share = np.empty((experts, scenarios), dtype=np.float64)
@@ -80,6 +97,8 @@ def search_layer(
                 holds[rank_a, two] = True
                 holds[rank_b, two] = False
                 holds[rank_b, one] = True
+                _move(homes[one], count[one], rank_a, rank_b)
+                _move(homes[two], count[two], rank_b, rank_a)
                 rank_cost[rank_a] = 0.0
                 rank_cost[rank_b] = 0.0
                 for s in range(scenarios):
@@ -100,11 +119,17 @@ def search_layer(
                     continue
                 on_node = False
                 delta = 0.0
-                for rank in range(node * node_ranks, (node + 1) * node_ranks):
+                i = j = 0
+                while i < count[old] or j < count[new]:
+                    rank = homes[old, i] if i < count[old] else ranks
+                    if j < count[new]:
+                        rank = min(rank, homes[new, j])
                     has_old, has_new = holds[rank, old], holds[rank, new]
-                    on_node = on_node or has_new
-                    if not has_old and not has_new:
+                    i += has_old
+                    j += has_new
+                    if rank // node_ranks != node:
                         continue
+                    on_node = on_node or has_new
                     after = 0.0
                     for s in range(scenarios):
                         value = load[rank, s]
@@ -141,6 +166,9 @@ def search_layer(
             table[a] = best
             holds[rank_a, old] = False
             holds[rank_a, best] = True
+            _move(homes[old], count[old], rank_a, ranks)
+            homes[best, count[best]] = ranks
+            _move(homes[best], count[best] + 1, ranks, rank_a)
             count[old] -= 1
             count[best] += 1
             for s in range(scenarios):

@@ -40,17 +40,19 @@ def network_of(setup: LayerSetup) -> InstanceNetwork:
 
 
 def test_two_ranks_swap_an_expert_and_keep_the_third() -> None:
-    old, new = placed([[0, 1, 2, 0]]), placed([[2, 0, 0, 1]])
+    old, new = placed([[0, 1, 2, 0]]), placed([[0, 2, 1, 0]])
     moves = plan_moves(old, new, domains=[0, 0])
     assert list(zip(moves.layer, moves.expert, moves.source, moves.destination, strict=True)) == [
         (0, 1, 0, 1),  # only rank 0 had expert 1
         (0, 2, 1, 0),  # only rank 1 had expert 2; expert 0 is on both before and after
     ]
     assert moves.copies.tolist() == [[0, 0]]
+    # Where what stays changes its slot, engines copy it there: expert 0 on both ranks.
+    assert plan_moves(old, placed([[2, 0, 0, 1]]), domains=[0, 0]).copies.tolist() == [[1, 1]]
 
 
 def test_an_expert_with_two_slots_on_a_rank_travels_once_and_is_copied() -> None:
-    moves = plan_moves(placed([[0, 1, 2, 0]]), placed([[2, 2, 0, 1]]), domains=[0, 0])
+    moves = plan_moves(placed([[0, 1, 2, 0]]), placed([[2, 2, 1, 0]]), domains=[0, 0])
     assert moves.destination[moves.expert == 2].tolist() == [0]
     assert moves.copies.tolist() == [[1, 0]]
     held = plan_moves(placed([[0, 1, 2, 0]]), placed([[0, 1, 2, 2]]), domains=[0, 0])  # a second copy of its own
@@ -72,7 +74,7 @@ def test_the_pause_is_what_the_busiest_link_and_the_copy_take() -> None:
     deployment = instance(2, 2)
     cluster, network = deployment.ground.cluster, network_of(deployment.setup)
     old = placed([[0, 1, 2, 0], [0, 1, 2, 0]])
-    new = placed([[2, 0, 0, 1], [0, 1, 0, 2]])  # the second layer stays
+    new = placed([[0, 2, 1, 0], [0, 1, 2, 0]])  # the second layer stays
     setup = replace(deployment.setup, placement=old)
     moves = plan_moves(old, new, domains=[0, 0])
     assert pair_bytes(moves, setup).tolist() == [[[0, EXPERT_BYTES], [EXPERT_BYTES, 0]], [[0, 0], [0, 0]]]
@@ -81,6 +83,12 @@ def test_the_pause_is_what_the_busiest_link_and_the_copy_take() -> None:
     assert timed.transfer_s == pytest.approx([cluster.nvlink_latency_s + EXPERT_BYTES / rate, 0.0])
     assert timed.copy_s == pytest.approx([2 * EXPERT_BYTES / cluster.gpu.hbm_bytes_per_s, 0.0])
     assert timed.bytes_by_level == {"inside": 2 * EXPERT_BYTES, "between": 0.0}
+    assert timed.copied_bytes == 0
+    turned = plan_moves(old, placed([[1, 0, 2, 0], [0, 1, 2, 0]]), domains=[0, 0])  # rank 0 turns its two around
+    copied = move_time(turned, setup, network, cluster.gpu.hbm_bytes_per_s)
+    assert copied.transfer_s.tolist() == [0.0, 0.0]
+    assert copied.copy_s == pytest.approx([4 * EXPERT_BYTES / cluster.gpu.hbm_bytes_per_s, 0.0])
+    assert copied.copied_bytes == 2 * EXPERT_BYTES
 
 
 def test_between_nodes_the_nic_sets_the_pace() -> None:

@@ -222,15 +222,6 @@ def test_a_cluster_that_others_use_is_not_explained_and_says_why() -> None:
     assert "other jobs" in found.not_priced["every step"]
 
 
-def test_of_two_roles_the_decode_role_is_explained() -> None:
-    data = small(parallel=None)
-    data["serving"]["roles"] = {"prefill": {"gpus": 4}, "decode": {"gpus": 4}}
-    found = explain(simulate(resolve(groundwork(Scenario.read(data, where="test"))), draws=0))
-    assert {step.kind for step in found.steps} == {"decode"}
-    assert all(len(step.waited_s) == 4 for step in found.steps)
-    assert "prefill role" in found.not_priced
-
-
 def test_the_link_bytes_of_a_step_are_those_that_network_tells() -> None:
     """The same rules count both; the routing is drawn anew, so they agree as far as chance lets them."""
     simulation = simulated(policies={"dispatch": {"backend": "alltoall"}})

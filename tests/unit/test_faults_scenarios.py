@@ -21,7 +21,6 @@ from moesim.spec.scenario import Scenario
 from moesim.spec.workload import BatchingSpec, SpeculativeSpec
 from tests.property.test_fuzz_scenarios import mutate
 from tests.scenarios import small, write
-from tests.training_scenarios import training
 
 LAYERS, EXPERTS, RANKS = 16, 64, 8
 
@@ -231,14 +230,6 @@ def test_a_rank_may_not_die_under_a_replica_choice_that_looks_at_each_batch(
     data["policies"] = {"dispatch": {"replica": "lp"}}
     assert run(["simulate", str(write(tmp_path, data)), "--draws", "0"]) == 2
     assert "faults.0: how replica choice lp goes on without a rank" in capsys.readouterr().err
-
-
-def test_training_knows_no_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = training(faults=[{"kind": "jitter", "sigma": 0.1}])
-    assert run(["simulate", str(write(tmp_path, data))]) == 2
-    assert "faults are simulated for serving only" in capsys.readouterr().err
-    assert run(["simulate", str(write(tmp_path, training())), "--explain"]) == 2
-    assert "--explain: training runs are not explained yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

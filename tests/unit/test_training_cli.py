@@ -90,7 +90,7 @@ def test_tables_and_page_for_a_person(path: Path, tmp_path: Path, capsys: pytest
         assert shown in printed
     text = page.read_text(encoding="utf-8")
     assert "moesim training report" in text
-    assert text.count("<section") == 4
+    assert text.count("<section") == 5
     assert "stage 1" in text
     assert "http" not in text.split("</style>")[1].split("<pre>")[0]
 
@@ -120,7 +120,7 @@ def test_the_timeline_of_the_pipeline(path: Path, tmp_path: Path, capsys: pytest
         (["--set", "training.recompute=some"], 2, "training.recompute"),
         (["--set", "training.recompute_modules=[]"], 2, "training.recompute_modules"),
         (["--set", "training.pipeline.schedule=gpipe"], 2, "training.pipeline.schedule"),
-        (["--set", "policies.capacity.rule=switch"], 2, "policies.capacity.rule: capacity rule switch"),
+        (["--set", "policies.capacity.rule=switch"], 2, "policies.capacity.factor: rule switch needs a factor"),
         (["--set", "cost.source=store"], 2, "not measured"),
         (["--set", "training.memory.fraction=0.01"], 1, "needs"),
         (["--fidelity", "des"], 2, "--fidelity: training runs on maxplus alone"),

@@ -214,8 +214,13 @@ def test_the_end_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "text"),
     [
-        ({"policies": {"capacity": {"rule": "gshard", "factor": 1.0}}}, BadInput, "capacity rule gshard"),
-        ({"policies": {"gate": "hash"}}, BadInput, "policies.gate"),
+        ({"policies": {"capacity": {"rule": "gshard"}}}, BadInput, "rule gshard needs a factor"),
+        (
+            {"policies": {"capacity": {"rule": "switch", "factor": 1.0}, "dispatch": {"backend": "deepep"}}},
+            MoesimError,
+            "DeepEP sends only tokens that were routed",
+        ),
+        ({"policies": {"gate": "soft"}}, BadInput, "policies.gate"),
         ({"policies": {"schedule": "two_batch"}}, BadInput, "policies.schedule"),
         ({"policies": {"dispatch": {"backend": "allreduce"}}}, BadInput, "no allreduce dispatcher"),
         ({"policies": {"dispatch": {"mode": "low_latency"}}}, BadInput, "no backward pass"),

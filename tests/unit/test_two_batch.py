@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moesim.engine import maxplus
 from moesim.engine.batcher import new_plan
+from moesim.engine.collapsed import SCHEDULES, collapsed_seconds
 from moesim.engine.deployment import groundwork, resolve
+from moesim.engine.draws import FAMILIES
+from moesim.engine.step_graph import step_graph
 from moesim.engine.stepmodel import ExactModel, StepModel
+from moesim.engine.steptable import _collapse
 from moesim.graph.batch import step_batch
 from moesim.spec.scenario import load_scenario
 from tests.scenarios import small, write
@@ -54,3 +59,19 @@ def test_the_table_agrees_on_ranks_that_read_one_prompt_each(tmp_path: Path) -> 
     plan = new_plan(8, model.limits.max_running)
     plan.prefill_seqs[:], plan.prefill_tokens[:] = 1, 8192
     assert model.base(plan) == pytest.approx(ExactModel(model, "maxplus")(plan), rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("backend", ["deepep", "allgather_reducescatter"])
+def test_collapsed_steps_take_what_the_executor_says(tmp_path: Path, schedule: str, backend: str) -> None:
+    """The skeleton's times are those of `maxplus` on the graph of the same step, to the last digit."""
+    model = stepmodel(tmp_path, policies={"schedule": schedule, "dispatch": {"backend": backend}})
+    setup = model.deployment.setup
+    for kind in ("decode", "prefill"):
+        priced = _collapse(model.grid(kind).priced, 3)
+        micro = [priced, priced] if schedule == "two_batch" else [priced]
+        for normal in (None, dict.fromkeys(FAMILIES, 0.5)):
+            found = collapsed_seconds(setup, micro, normal)
+            assert found is not None
+            graph = step_graph(setup, micro, normal=normal, collapsed=True)
+            np.testing.assert_array_equal(found, maxplus.run(graph).step_s)

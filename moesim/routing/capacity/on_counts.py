@@ -5,7 +5,8 @@ DeepSpeed and Megatron do before their all-to-all. Counts of a step say how many
 rank. Which of the step's tokens picked an expert is taken as independent of their rank: a rank of S of the step's T
 tokens then holds a hypergeometric number of an expert's n picks (n of T, drawn S times), and what passes the capacity C
 is its expectation E[max(X - C, 0)], exact for that law. With one source that is max(n - C, 0) (tag "formula"); with
-several it is "assumed", as tokens of one rank may agree more than that. Where backups go is assumed as well.
+several it is "assumed" (under a gate that is even by rule, each rank is even as well: `even_sources`), as tokens of one
+rank may agree more than that. Where backups go is assumed as well.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def cap_counts(counts: Floats, source_tokens: Floats, rule: CapacityRule, *, top
     weight = np.where(size > 0, tokens / np.where(size > 0, size, 1.0), 0.0)
     limit = rule.capacity(size.astype(np.int64), experts, top_k).astype(np.float64)
     over = np.zeros_like(counts)
-    _overflow(counts, size, weight, limit, tokens.sum(axis=1), over)
+    if not rule.even_sources:
+        _overflow(counts, size, weight, limit, tokens.sum(axis=1), over)
     places = (weight * limit).sum(axis=1)[:, None, None]
     over = np.minimum(np.maximum(over, counts - places), counts)
     kept = counts - over

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import BadInput, Infeasible
 from moesim.routing.capacity.formulas import MIN_CAPACITY, NO_LIMIT, capacity, decimal
+from moesim.routing.gates.choice import gate_spec
+from moesim.routing.gates.registry import GATES
 from moesim.spec.scenario import PoliciesSpec
 
 WHERE = "policies.capacity"
@@ -35,7 +37,8 @@ class CapacityRule:
     rule: "dropless" or one of FORMULAS. drop: "position", "probability" or "random": who loses its place. by_choice: by
     position, all first choices come before any second one (GShard, DeepSpeed top-2); else tokens in their order.
     backup: where a pick that lost its place goes: None (dropped), "random" (one random expert, if it has room) or
-    "next_best" (down the token's own order). pad: experts work on their whole capacity.
+    "next_best" (down the token's own order). pad: experts work on their whole capacity. even_sources: every rank sends
+    all experts alike, so that nothing is over by chance.
     """
 
     rule: str = DROPLESS
@@ -46,6 +49,7 @@ class CapacityRule:
     pad: bool = False
     min_capacity: int = MIN_CAPACITY
     max_capacity: int = NO_LIMIT
+    even_sources: bool = False
 
     @property
     def dropless(self) -> bool:
@@ -101,6 +105,7 @@ def capacity_rule(policies: PoliciesSpec, top_k: int) -> CapacityRule:
         raise BadInput("only DeepSpeed's rule has a least capacity", where=f"{WHERE}.min_capacity", mend="leave it out")
     if spec.max_capacity is not None and spec.rule != "survey":
         raise BadInput("only the survey rule has a cap", where=f"{WHERE}.max_capacity", mend="leave it out")
+    gate = gate_spec(policies.gate)
     pad = spec.rule in PADS if spec.pad is None else spec.pad
     if pad and policies.dispatch.backend == "deepep":
         raise Infeasible(
@@ -118,4 +123,5 @@ def capacity_rule(policies: PoliciesSpec, top_k: int) -> CapacityRule:
         pad=pad,
         min_capacity=MIN_CAPACITY if spec.min_capacity is None else spec.min_capacity,
         max_capacity=NO_LIMIT if spec.max_capacity is None else spec.max_capacity,
+        even_sources=gate is not None and GATES[gate.name].law == "even",
     )

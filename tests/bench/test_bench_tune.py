@@ -1,0 +1,46 @@
+"""CPU time and memory of a search of 1,000 trials: DESIGN's budget, printed (pytest -s).
+
+The gate on time allows SLACK times the budget: it catches an algorithm that went wrong, never a slow machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+BUDGET_S, SLACK, MOST_BYTES = 60.0, 2.0, 1.5e9
+TRIALS = 1000
+# DeepSeek-V3 on 32 GPUs as the demo has it, with more budgets and schedules, so that there are plans enough.
+WIDER = ("search.schedules=[sequential,two_batch]", "search.redundant_experts=[0,32,64,96,128]")
+
+
+def test_a_thousand_trials(repo: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+    command = [sys.executable, "-m", "moesim", "tune", "notebooks/scenarios/demo.yaml", "--json"]
+    command += [word for one in WIDER for word in ("--set", one)]
+
+    def tune(trials: int, folder: str) -> str:
+        asked = [*command, "--trials", str(trials), "--out", str(tmp_path / folder)]
+        done = subprocess.run(asked, cwd=repo, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    tune(65, "warm")  # what is not compiled yet, is now
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    told = json.loads(tune(TRIALS, "thousand"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    peak = after.ru_maxrss * 1024.0
+    print(
+        f"\ntune, {told['trials']:,} trials of {told['space']:,} plans: {cpu_s:.1f} s CPU (budget {BUDGET_S} s), "
+        f"{peak / 1e6:.0f} MB; {told['settled']} plans in full"
+    )
+    assert told["trials"] == TRIALS
+    assert told["trials"] < told["space"]
+    assert told["best"]["trial"] in {one["trial"] for one in told["trial_list"] if one["in_full"]}
+    assert cpu_s < BUDGET_S * SLACK
+    assert peak < MOST_BYTES
