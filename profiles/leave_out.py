@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from moesim.units import BYTES_PER_ELEMENT
 from profiles.experts import (
-    POWER_LAW,
+    SKEWED,
     ExpertTable,
     balanced_residuals,
     balanced_runs,
     expert_table,
     limits_of,
     physics_name,
+    skewed_alone,
     skewed_residuals,
     skewed_runs,
 )
@@ -163,7 +164,9 @@ def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
         if dtype not in BYTES_PER_ELEMENT:  # no scenario can ask for it, and its weights have no size
             continue
         shape = Shape(hidden, intermediate, dtype, experts, top_k, grouping)
-        balanced = balanced_runs(shape, part)
+        learnt, left = _halves(shape, part)
+        alone = list(skewed_runs(shape, _some(learnt)))
+        balanced = [*balanced_runs(shape, part), *(run for _, _, run in alone)]
         if len(balanced) < 8:  # fewer rows than would pin six parameters: nothing to look up either
             continue
         skewed = list(skewed_runs(shape, _some(part) if grouping == "fused" else part))
@@ -178,18 +181,33 @@ def fit_experts(rows: pl.DataFrame) -> dict[str, Any]:
             "parameters": physics.as_dict(),
             "limits": {str(slots): float(f"{limit:.6g}") for slots, limit in sorted(limits.items())},
         }
-        residuals.setdefault(grouping, []).append(_judged(table, unseen))
+        anchored = set(learnt["local_experts"].unique())
+        judged = [_judged(table, [entry for entry in unseen if entry[0] not in anchored])]
+        known = expert_table(shape, part.join(left, on=part.columns, how="anti", nulls_equal=True), (physics, limits))
+        if left.height and known is not None:
+            judged.append(_judged(known, list(skewed_runs(shape, _some(left)))))
+        residuals.setdefault(grouping, []).extend(judged)
     return {
         "parameters": dict(sorted(parameters.items())),
         "residuals": {name: np.concatenate(parts) for name, parts in residuals.items()},
     }
 
 
+def _halves(shape: Shape, part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Skewed rows that stand alone: those that fits learn from, and those of every other exponent, which judge them."""
+    import polars as pl
+
+    rows = skewed_alone(shape, part)
+    exponents = rows["distribution"].unique().sort(descending=False).to_list()
+    left = pl.col("distribution").is_in(exponents[1::2])
+    return rows.filter(~left), rows.filter(left)
+
+
 def _some(rows: pl.DataFrame) -> pl.DataFrame:
     """The skewed rows thinned out evenly to JUDGING_ROWS."""
     import polars as pl
 
-    skewed = rows.filter(pl.col("distribution").str.starts_with(POWER_LAW))
+    skewed = rows.filter(pl.col("distribution").str.contains(SKEWED))
     return skewed.gather_every(max(1, skewed.height // JUDGING_ROWS))
 
 

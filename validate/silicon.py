@@ -15,18 +15,15 @@ import numpy as np
 
 from moesim.engine.deployment import Groundwork, groundwork, resolve
 from moesim.engine.simulate import simulate
-from moesim.engine.visible import as_seen
+from moesim.engine.visible import as_seen, with_pause
 from moesim.errors import MoesimError
 from moesim.output.metrics import serving_metrics
 from moesim.spec.scenario import Scenario
 from validate.accuracy import choices, errors, split_errors
 from validate.silicon_rows import SiliconRow, choice_groups, clean
 from validate.silicon_scenario import reason_of, scenario_of
+from validate.silicon_settings import layout_of, settings_of
 
-# Seconds that HTTP, tokenizer and detokenizer take with a request before its prompt is queued, by engine: the value of
-# the least median error of TTFT over the even cells (validate/silicon_rows.py says which those are). SGLang's holds
-# cold first waves as well: most of its rows were measured before the client warmed servers up.
-FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.14}
 OK, UNSUPPORTED = "ok", "unsupported"
 
 
@@ -50,7 +47,10 @@ def predict(row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | No
     try:
         scenario = scenario_of(row, profiles)
         served = simulate(resolve(_ground(scenario, {} if grounds is None else grounds)), draws=0).served
-        seen = as_seen(served, lag=True, front_end_s=FRONT_END_S.get(row.engine, 0.0))
+        settings = settings_of(row, layout_of(row))
+        if settings.cold_s:
+            served = with_pause(served, settings.batch_tokens, settings.cold_s)
+        seen = as_seen(served, lag=True, front_end_s=settings.front_end_s)
     except MoesimError as error:
         return Prediction(row, None, None, reason_of(error))
     metrics = serving_metrics(seen, row.gpus)

@@ -399,6 +399,8 @@ def batch_limits(deployment: Deployment) -> Limits:
         acceptance=0.0 if speculative is None else speculative.acceptance,
         draft_seed=deployment.scenario.seed,
         poll_steps=batching.poll_steps,
+        hold_steps=batching.hold_steps if deployment.setup.parallel.attention_dp > 1 else 0,
+        gather_steps=batching.gather_steps,
     )
 
 

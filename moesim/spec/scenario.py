@@ -50,6 +50,7 @@ class PrecisionSpec(Spec):
     kv_cache: Dtype = "bf16"
     dispatch: Dtype = "fp8"
     combine: Dtype = "bf16"
+    gather: Dtype | None = Field(default=None, description="what an all-gather dispatches; none = as `activations`")
 
     @property
     def projections(self) -> Dtype:
@@ -65,6 +66,9 @@ class CostSpec(Spec):
     extrapolate: Literal["refuse", "allow"] = "refuse"
     experts_from: Literal["sglang", "vllm", "trtllm"] | None = Field(
         default=None, description="engine whose tables price the experts' products; none = the scenario's own"
+    )
+    experts_version: str | None = Field(
+        default=None, description="version of the tables that price the experts' products; none = the newest"
     )
 
 
