@@ -91,6 +91,8 @@ def write_record(folder: Path, found: Sequence[Prediction], table: Path) -> None
 
 def read_record(rows: Sequence[SiliconRow], table: Path, folder: Path = FOLDER) -> Record:
     """The record of these rows of `table`. Raises BadInput, and CheckFailed where it is of another table."""
+    if not (folder / DESCRIPTION).is_file():
+        raise BadInput("no record of predictions", where=str(folder), mend=MAKE)
     try:
         told = json.loads(read_text(folder / DESCRIPTION, what="record of predictions"))
     except ValueError:
