@@ -286,8 +286,9 @@ def balanced_residuals(table: ExpertTable) -> Floats:
 def skewed_residuals(table: ExpertTable, runs: list[tuple[int, float, Run]]) -> Floats:
     """ln(predicted / measured) of skewed runs, priced as histograms are (their own token rows, as measured)."""
     found = []
+    curves = {slots: table.at(slots) for slots in {slots for slots, _, _ in runs}}
     for slots, _, run in runs:
-        by_slots = table.at(slots)
+        by_slots = curves[slots]
         if by_slots is None:
             continue
         walked = np.asarray(run.rows).mean() / max(float(run.histograms.sum(axis=1).mean()), 1.0)
@@ -301,6 +302,7 @@ def skewed_residuals(table: ExpertTable, runs: list[tuple[int, float, Run]]) -> 
 def limits_of(shape: Shape, physics: Physics, runs: list[tuple[int, float, Run]]) -> dict[int, float]:
     """By local experts, the largest model seconds of the skewed runs."""
     limits: dict[int, float] = {}
-    for slots, _, run in runs:
-        limits[slots] = max(limits.get(slots, 0.0), float(predicted(physics, shape, [run])[0]))
+    seconds = predicted(physics, shape, [run for _, _, run in runs]) if runs else ()
+    for (slots, _, _), reached in zip(runs, seconds, strict=True):
+        limits[slots] = max(limits.get(slots, 0.0), float(reached))
     return limits
