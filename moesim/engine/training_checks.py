@@ -44,6 +44,12 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
             "use mode auto or normal",
         ),
         (
+            scenario.training is not None and scenario.training.host.posts and policies.dispatch.backend != "deepep",
+            "training.host",
+            f"CPU threads post the writes of deepep, not of {policies.dispatch.backend}",
+            "leave exchange_s and the rows out, or use backend deepep",
+        ),
+        (
             scenario.placement.redundant_experts > 0,
             "placement.redundant_experts",
             "replicas of experts, whose gradients would have to be summed, are not simulated in training",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.estimate import CostModel, Estimate
+from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
 from moesim.graph.backward import Costed, priced
 from moesim.graph.pipeline import Pass
 from moesim.graph.pricing import Part
@@ -16,6 +16,9 @@ from moesim.graph.task import Link, Stream, Task, TaskGraph
 from moesim.graph.training_layer import LayerPieces, Piece, TrainingSetup
 
 Floats = NDArray[np.float64]
+
+# One standard deviation of ln of the host's time, as for serving engines (moesim/engine/rules.py): a factor of 1.6.
+HOST_REL_SIGMA = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,10 @@ class PricedPiece:
 
 @dataclass(frozen=True)
 class PricedLayers:
-    """The priced pieces of every kind of layer. attention: by window; steps: micro-batches of the drawn routing."""
+    """The priced pieces of every kind of layer. attention: by window; steps: micro-batches of the drawn routing.
+
+    host: what the host adds to every layer; nothing where it adds nothing.
+    """
 
     setup: TrainingSetup
     steps: int
@@ -43,12 +49,13 @@ class PricedLayers:
     dense: tuple[PricedPiece, ...]
     moe: tuple[PricedPiece, ...]
     head: tuple[PricedPiece, ...]
+    host: tuple[PricedPiece, ...] = ()
 
     def layer(self, layer: int) -> tuple[PricedPiece, ...]:
         """The pieces of one layer in the order of its forward pass."""
         model = self.setup.model
         window = model.attention.window if layer in model.attention.windowed_layers else 0
-        return self.attention[window] + (self.moe if layer in model.moe.layer_ids else self.dense)
+        return self.host + self.attention[window] + (self.moe if layer in model.moe.layer_ids else self.dense)
 
 
 def recomputed(piece: Piece, mode: str, modules: tuple[str, ...]) -> tuple[Costed, ...]:
@@ -89,7 +96,17 @@ def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats, kept: F
         dense=of(pieces.dense()) if model.dense_layers else (),
         moe=of(pieces.moe(counts, kept)),
         head=of(pieces.head(), layer=False),
+        host=_host(training.host.layer_s),
     )
+
+
+def _host(layer_s: float) -> tuple[PricedPiece, ...]:
+    """The host's time with a layer, a third in each of the three passes: one launch each for every product."""
+    if layer_s == 0.0:
+        return ()
+    each = estimate(np.full((1, 1), layer_s / 3), Tag.ASSUMED, "overhead", HOST_REL_SIGMA, "training.host")
+    part = Part((each,))
+    return (PricedPiece(Piece("host", "engine_overhead", (), ()), part, part, part, Part()),)
 
 
 @dataclass(frozen=True)
