@@ -197,3 +197,36 @@ def silicon(
     typer.echo(score_table(result["score"]))
     if result["out"]:
         typer.echo(f"predictions: {result['out']}")
+
+
+@app.command()
+def published(
+    manifest: Annotated[
+        Path | None, typer.Option(help="Rows with their scenarios beside it; without, those that ship.")
+    ] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; repeats.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as docs/accuracy.md has them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Price published whole-system figures and ratios of pairs of them, and say how far off they are.
+
+    Exits 1 when a ratio has the wrong sign and the manifest does not say why.
+    """
+    from moesim.output.console import progress_bar
+    from validate import published_manifest, published_predict, published_table
+
+    path = manifest if manifest is not None else published_manifest.bundled_manifest()
+    asked = published_manifest.chosen(published_manifest.read_manifest(path), tuple(row or ()))
+    with progress_bar("pricing published rows") as progress:
+        found = published_predict.predict_rows(asked.rows, progress)
+    ratios = published_predict.set_beside(asked, found)
+    total = published_predict.summary(found, ratios)
+    if as_json:
+        typer.echo(json.dumps(published_table.as_json(found, ratios, total), allow_nan=False))
+    else:
+        show = published_table.markdown if markdown else published_table.text
+        typer.echo(show(found, ratios, total))
+    if total["unexplained"]:
+        raise typer.Exit(1)

@@ -56,5 +56,5 @@ def test_nothing_is_posted_inside_a_node_or_by_another_backend() -> None:
         for own in ({}, {"host": {"exchange_s": 1.0}})
     )
     assert one.step.step_s == other.step.step_s
-    with pytest.raises(BadInput, match="training.host: CPU threads post the writes of deepep, not of alltoall"):
+    with pytest.raises(BadInput, match=r"training\.host: CPU threads post the writes of deepep, not of alltoall"):
         step_s("alltoall", exchange_s=1e-4)
