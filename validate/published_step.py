@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from moesim.engine.batch_state import Plan, new_plan
 from moesim.engine.deployment import Deployment, groundwork, resolve
-from moesim.engine.stepmodel import ExactModel, StepModel
+from moesim.engine.speculative import verified
+from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan
 from moesim.spec.base import Spec
 from moesim.spec.scenario import Scenario
 
@@ -18,12 +20,18 @@ STEPS = 8
 
 
 class StepSpec(Spec):
-    """The batch of every attention-DP rank: `seqs` prompts of `new` tokens after `prefix`, or decodes on `kv` tokens."""
+    """The batch of every attention-DP rank: `seqs` prompts of `new` tokens behind `prefix`, or decodes on `kv`."""
 
-    seqs: int
-    new: int = 0
-    prefix: int = 0
-    kv: int = 0
+    seqs: int = Field(gt=0)
+    new: int = Field(default=0, ge=0)
+    prefix: int = Field(default=0, ge=0)
+    kv: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> StepSpec:
+        if (self.new > 0) == (self.kv > 0):
+            raise ValueError("give new for a step that reads prompts, kv for one that decodes")
+        return self
 
     @property
     def reads(self) -> bool:
@@ -70,9 +78,11 @@ def _plan(deployment: Deployment, asked: StepSpec) -> Plan:
     seqs = np.full(ranks, asked.seqs, dtype=np.int64)
     if asked.reads:
         return plan._replace(
-            prefill_seqs=seqs, prefill_tokens=seqs * asked.new, prefill_prefix=(seqs * float(asked.prefix))
+            prefill_seqs=seqs,
+            prefill_tokens=seqs * asked.new,
+            prefill_prefix=(np.asarray(seqs * float(asked.prefix), dtype=np.float64)),
         )
-    return plan._replace(decode_seqs=seqs, decode_kv=seqs * float(asked.kv))
+    return plan._replace(decode_seqs=seqs, decode_kv=np.asarray(seqs * float(asked.kv), dtype=np.float64))
 
 
 def _tokens_each(deployment: Deployment, asked: StepSpec) -> float:
@@ -86,9 +96,6 @@ def _tokens_each(deployment: Deployment, asked: StepSpec) -> float:
 
 
 def _exchange_s(exact: ExactModel, asked: StepSpec, plan: Plan) -> dict[str, float]:
-    from moesim.engine.speculative import verified
-    from moesim.engine.stepmodel import batch_of_plan
-
     batch = batch_of_plan(exact.model, verified(plan, exact.model.drafts))
     _, priced = exact.build(batch, "prefill" if asked.reads else "decode")
     return {

@@ -12,8 +12,8 @@ RATIOS = ("pair", "what", "reported", "predicted", "sign")
 
 
 def figure(value: float) -> str:
-    """Three digits, and whole numbers from 100 on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """One decimal below 1,000, whole numbers from there on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def signed(value: float | None) -> str:

@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 
 # One standard deviation of ln of the host's time, as for serving engines (moesim/engine/rules.py): a factor of 1.6.
 HOST_REL_SIGMA = 0.5
+# Operations of the exchanges of tokens.
+EXCHANGES = ("dispatch", "combine")
 
 
 @dataclass(frozen=True)
@@ -166,24 +168,35 @@ _NAMES = {"forward": "forward", "data": "backward", "weight": "weights", "again"
 
 
 def chunk_graph(
-    layers: PricedLayers, chunk: range, kind: Pass, *, split: bool, normal: Mapping[str, float] | None = None
+    layers: PricedLayers,
+    chunk: range,
+    kind: Pass,
+    *,
+    split: bool,
+    normal: Mapping[str, float] | None = None,
+    exchanges_apart: bool = False,
 ) -> TaskGraph:
     """The graph of one pass of a chunk over the micro-batches of the drawn routing, on the ranks of a stage's instance.
 
-    normal: a joint draw, see `Part.seconds`.
+    normal: a joint draw, see `Part.seconds`. exchanges_apart: only dispatch and combine are on the communication
+    stream, for a schedule that sets another pass beside them; alone the pass takes as long.
     """
     setup = layers.setup
     ranks = setup.parallel.ep * setup.parallel.expert_tp
     everyone = np.zeros(ranks, dtype=np.int64)
     ep_rank = np.arange(ranks) // setup.parallel.expert_tp
     link = Link.NIC if setup.grid.nodes("exchange") > 1 else Link.NVLINK
+
+    def apart(step: _Step) -> bool:
+        return step.meets and (step.operation in EXCHANGES or not exchanges_apart)
+
     tasks: list[Task] = []
     for step, seconds in _durations(layers, chunk, kind, split, normal):
         tasks.append(
             Task(
                 name=step.name,
                 operation=step.operation,
-                stream=Stream.COMMUNICATION if step.meets else Stream.COMPUTE,
+                stream=Stream.COMMUNICATION if apart(step) else Stream.COMPUTE,
                 duration_s=np.ascontiguousarray(seconds[:, ep_rank] if seconds.shape[1] > 1 else seconds),
                 depends_on=(len(tasks) - 1,) if tasks else (),
                 groups=everyone if step.meets else None,
