@@ -205,6 +205,7 @@ def published(
         Path | None, typer.Option(help="Rows with their scenarios beside it; without, those that ship.")
     ] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; repeats.")] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Joint draws behind the intervals of training rows.")] = 20,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as docs/accuracy.md has them.")
     ] = False,
@@ -220,7 +221,7 @@ def published(
     path = manifest if manifest is not None else published_manifest.bundled_manifest()
     asked = published_manifest.chosen(published_manifest.read_manifest(path), tuple(row or ()))
     with progress_bar("pricing published rows") as progress:
-        found = published_predict.predict_rows(asked.rows, progress)
+        found = published_predict.predict_rows(asked.rows, draws=draws, progress=progress)
     ratios = published_predict.set_beside(asked, found)
     total = published_predict.summary(found, ratios)
     if as_json:

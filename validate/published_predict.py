@@ -20,17 +20,26 @@ Sign = Literal["right", "wrong", "open", "not priced"]
 
 @dataclass(frozen=True)
 class Predicted:
-    """What is predicted of a row, in its own unit; reason: why nothing is. step_s: of the step behind it."""
+    """What is predicted of a row, in its own unit; reason: why nothing is. step_s: of the step behind it.
+
+    span: low and high end of the 90 % interval over joint draws; training rows have one, a single step has none.
+    """
 
     row: PublishedRow
     value: float | None
     step_s: float | None = None
+    span: tuple[float, float] | None = None
     reason: str = ""
 
     @property
     def error(self) -> float | None:
         """Signed: predicted over reported, less 1."""
         return None if self.value is None else self.value / self.row.reported - 1.0
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the interval holds what was reported; None where there is none."""
+        return None if self.span is None else self.span[0] <= self.row.reported <= self.span[1]
 
     @property
     def scored(self) -> bool:
@@ -67,24 +76,26 @@ class SetBeside:
         return self.sign == "wrong" and not self.ratio.why
 
 
-def predict_rows(rows: Sequence[PublishedRow], progress: Callable[[float], None] | None = None) -> list[Predicted]:
-    """A prediction for each row, in order; rows of one scenario and step are simulated once."""
+def predict_rows(
+    rows: Sequence[PublishedRow], *, draws: int = 0, progress: Callable[[float], None] | None = None
+) -> list[Predicted]:
+    """A prediction for each row, in order; equal scenarios and steps run once. draws: behind intervals."""
     known: dict[tuple[object, StepSpec], TimedStep] = {}
     found = []
     for index, row in enumerate(rows):
-        found.append(_predict(row, known))
+        found.append(_predict(row, known, draws))
         if progress is not None:
             progress((index + 1) / len(rows))
     return found
 
 
-def _predict(row: PublishedRow, known: dict[tuple[object, StepSpec], TimedStep]) -> Predicted:
+def _predict(row: PublishedRow, known: dict[tuple[object, StepSpec], TimedStep], draws: int) -> Predicted:
     if row.file is None:
         return Predicted(row, None, reason=row.refused)
     try:
         scenario = load_scenario(row.file)
         if row.step is None:
-            return _trained(row, scenario)
+            return _trained(row, scenario, draws)
         key = (row.file, row.step)
         if key not in known:
             known[key] = time_step(scenario, row.step)
@@ -93,11 +104,19 @@ def _predict(row: PublishedRow, known: dict[tuple[object, StepSpec], TimedStep])
         return Predicted(row, None, reason=error.line())
 
 
-def _trained(row: PublishedRow, scenario: Scenario) -> Predicted:
+def _trained(row: PublishedRow, scenario: Scenario, draws: int) -> Predicted:
     from moesim.engine.training import simulate_training
+    from moesim.output.metrics import intervals
 
-    run = simulate_training(scenario, draws=0)
-    return Predicted(row, run.rates(run.step.step_s)[row.metric], run.step.step_s)
+    run = simulate_training(scenario, draws=draws)
+    spans = intervals([run.rates(one.step_s) for one in run.drawn])
+    span = spans.get(row.metric)
+    return Predicted(
+        row,
+        run.rates(run.step.step_s)[row.metric],
+        run.step.step_s,
+        None if span is None else (span["low"], span["high"]),
+    )
 
 
 def _served(row: PublishedRow, timed: TimedStep) -> Predicted:
@@ -132,8 +151,10 @@ def summary(found: Sequence[Predicted], ratios: Sequence[SetBeside]) -> dict[str
         name: [one for one in found if one.scored and (one.row.step is not None) == (name == "serving")]
         for name in ("serving", "training")
     }
+    spans = [one.inside for one in found if one.inside is not None and one.scored]
     return {
         "rows": len(found),
+        "intervals": {"rows": len(spans), "inside": sum(spans)},
         "priced": sum(one.value is not None for one in found),
         "calibrated": sum(one.row.calibrated for one in found),
         "errors": {

@@ -7,7 +7,7 @@ from typing import Any
 
 from validate.published_predict import Predicted, SetBeside
 
-ROWS = ("row", "what ran", "GPU", "reported", "predicted", "unit", "error", "note")
+ROWS = ("row", "what ran", "GPU", "reported", "predicted", "90 % interval", "unit", "error", "note")
 RATIOS = ("pair", "what", "reported", "predicted", "sign")
 
 
@@ -26,7 +26,9 @@ def row_cells(one: Predicted) -> tuple[str, ...]:
     row = one.row
     note = "calibrated on it" if row.calibrated and one.value is not None else ""
     predicted = "-" if one.value is None else figure(one.value)
-    return row.id, row.what, row.gpu, figure(row.reported), predicted, row.unit, signed(one.error), note or one.reason
+    span = "" if one.span is None else f"{figure(one.span[0])} to {figure(one.span[1])}"
+    reported, error = figure(row.reported), signed(one.error)
+    return row.id, row.what, row.gpu, reported, predicted, span, row.unit, error, note or one.reason
 
 
 def ratio_cells(one: SetBeside) -> tuple[str, ...]:
@@ -63,6 +65,9 @@ def summary_lines(total: dict[str, Any]) -> list[str]:
                 f"{name}: {one['n']} rows, mean error {one['mape']:.0%}, median {one['median']:.0%}, "
                 f"median signed {one['bias']:+.0%}."
             )
+    spans = total["intervals"]
+    if spans["rows"]:
+        lines.append(f"intervals: {spans['inside']} of {spans['rows']} hold what was reported.")
     signs = total["signs"]
     if sum(signs.values()):
         lines.append(
@@ -99,6 +104,7 @@ def as_json(found: Sequence[Predicted], ratios: Sequence[SetBeside], total: dict
                 "reported": one.row.reported,
                 "predicted": one.value,
                 "error": one.error,
+                "interval": None if one.span is None else {"low": one.span[0], "high": one.span[1], "level": 0.9},
                 "step_s": one.step_s,
                 "reported_step_s": one.row.step_s,
                 "calibrated": one.row.calibrated,
