@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesim.engine.relayout import refuse_relayout
+from moesim.engine.moving import refuse_changes
 from moesim.engine.training_overlap import OVERLAPPED
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pipeline import SPLIT, check_pipeline
@@ -23,7 +23,7 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
     """Name what a training scenario asks for that is not simulated. Raises BadInput."""
     policies = scenario.policies
     pipeline = "1f1b" if scenario.training is None else scenario.training.pipeline.schedule
-    refuse_relayout(scenario, "training")
+    refuse_changes(scenario, "training")
     gate_spec(policies.gate)
     refused = [
         (
