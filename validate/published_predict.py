@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moesim.engine.draws import interval
 from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario, load_scenario
 from validate.accuracy import errors
@@ -22,7 +23,7 @@ Sign = Literal["right", "wrong", "open", "not priced"]
 class Predicted:
     """What is predicted of a row, in its own unit; reason: why nothing is. step_s: of the step behind it.
 
-    span: low and high end of the 90 % interval over joint draws; training rows have one, a single step has none.
+    span: low and high end of the 90 % interval over joint draws; none without draws.
     """
 
     row: PublishedRow
@@ -71,6 +72,11 @@ class SetBeside:
         return "right" if same and self.predicted != 1.0 else "wrong"
 
     @property
+    def error(self) -> float | None:
+        """Of its size, signed: predicted over reported, less 1."""
+        return None if self.predicted is None else self.predicted / self.reported - 1.0
+
+    @property
     def unexplained(self) -> bool:
         """A wrong sign without a word on why."""
         return self.sign == "wrong" and not self.ratio.why
@@ -98,7 +104,7 @@ def _predict(row: PublishedRow, known: dict[tuple[object, StepSpec], TimedStep],
             return _trained(row, scenario, draws)
         key = (row.file, row.step)
         if key not in known:
-            known[key] = time_step(scenario, row.step)
+            known[key] = time_step(scenario, row.step, draws)
         return _served(row, known[key])
     except MoesimError as error:
         return Predicted(row, None, reason=error.line())
@@ -120,9 +126,16 @@ def _trained(row: PublishedRow, scenario: Scenario, draws: int) -> Predicted:
 
 
 def _served(row: PublishedRow, timed: TimedStep) -> Predicted:
+    drawn = np.asarray([_own(row, one) for one in timed.drawn])
+    return Predicted(row, _own(row, timed), timed.step_s, interval(drawn) if drawn.size else None)
+
+
+def _own(row: PublishedRow, timed: TimedStep) -> float:
+    """A step's figure as the row reports it."""
     scale = UNITS[row.metric][1]
-    own = timed.exchange_s["dispatch"] if row.metric == "dispatch_us" else timed.tokens_per_s_per_gpu * row.counts
-    return Predicted(row, own * scale, timed.step_s)
+    return scale * (
+        timed.exchange_s["dispatch"] if row.metric == "dispatch_us" else timed.tokens_per_s_per_gpu * row.counts
+    )
 
 
 def set_beside(manifest: Manifest, found: Sequence[Predicted]) -> list[SetBeside]:
@@ -146,11 +159,12 @@ def _ratio(ratio: PublishedRatio, over: Predicted, under: Predicted) -> SetBesid
 
 
 def summary(found: Sequence[Predicted], ratios: Sequence[SetBeside]) -> dict[str, Any]:
-    """Errors over the rows that count, serving and training apart, and how many ratios have the right sign."""
+    """Errors over the rows that count, serving and training apart; the signs of ratios, and how far off they are."""
     parts = {
         name: [one for one in found if one.scored and (one.row.step is not None) == (name == "serving")]
         for name in ("serving", "training")
     }
+    sized = [one for one in ratios if one.predicted is not None and not one.calibrated]
     spans = [one.inside for one in found if one.inside is not None and one.scored]
     return {
         "rows": len(found),
@@ -165,5 +179,9 @@ def summary(found: Sequence[Predicted], ratios: Sequence[SetBeside]) -> dict[str
             for name, part in parts.items()
         },
         "signs": {sign: sum(one.sign == sign for one in ratios) for sign in ("right", "wrong", "open", "not priced")},
+        "sizes": errors(
+            np.asarray([one.predicted for one in sized], dtype=np.float64),
+            np.asarray([one.reported for one in sized], dtype=np.float64),
+        ).as_dict(),
         "unexplained": sum(one.unexplained for one in ratios),
     }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from validate.pages import GeneratedPart
 from validate.published_predict import Predicted, SetBeside
 
+MAKE = "run `moesim validate published --update` and commit what it writes"
+PART = GeneratedPart("moesim validate published --update", MAKE)
 ROWS = ("row", "what ran", "GPU", "reported", "predicted", "90 % interval", "unit", "error", "note")
-RATIOS = ("pair", "what", "reported", "predicted", "sign")
+RATIOS = ("pair", "what", "reported", "predicted", "error", "sign")
 
 
 def figure(value: float) -> str:
@@ -19,6 +22,11 @@ def figure(value: float) -> str:
 def signed(value: float | None) -> str:
     """A relative error in per cent with its sign."""
     return "-" if value is None else f"{100 * value:+.0f} %"
+
+
+def quotient(value: float) -> str:
+    """Two decimals; three where two would hide on which side of 1 it lies."""
+    return f"{value:.3f}" if round(value, 2) == 1.0 else f"{value:.2f}"
 
 
 def row_cells(one: Predicted) -> tuple[str, ...]:
@@ -34,25 +42,28 @@ def row_cells(one: Predicted) -> tuple[str, ...]:
 def ratio_cells(one: SetBeside) -> tuple[str, ...]:
     """A ratio of the table, as `RATIOS` names the columns."""
     ratio = one.ratio
-    predicted = "-" if one.predicted is None else f"{one.predicted:.2f}"
+    predicted = "-" if one.predicted is None else quotient(one.predicted)
     sign = one.sign + (", calibrated" if one.calibrated and one.predicted is not None else "")
-    return f"{ratio.over}/{ratio.under}", ratio.what, f"{one.reported:.2f}", predicted, sign
+    return f"{ratio.over}/{ratio.under}", ratio.what, quotient(one.reported), predicted, signed(one.error), sign
 
 
 def text(found: Sequence[Predicted], ratios: Sequence[SetBeside], total: dict[str, Any]) -> str:
-    """Both tables in columns, then the summary and why signs are wrong."""
+    """Both tables in columns, then the summary, why signs are wrong, and what rows do not state."""
     parts = [_columns(ROWS, [row_cells(one) for one in found])]
     if ratios:
         parts.append(_columns(RATIOS, [ratio_cells(one) for one in ratios]))
-    return "\n\n".join([*parts, "\n".join([*summary_lines(total), *_why(ratios)])])
+    return "\n\n".join([*parts, "\n".join([*summary_lines(total), *_why(ratios)]), "\n".join(unstated(found))]).strip()
 
 
 def markdown(found: Sequence[Predicted], ratios: Sequence[SetBeside], total: dict[str, Any]) -> str:
-    """The same in Markdown, with what each row assumed and leaves out."""
+    """The same in Markdown."""
     lines = [*_pipes(ROWS, [row_cells(one) for one in found]), ""]
     if ratios:
         lines += [*_pipes(RATIOS, [ratio_cells(one) for one in ratios]), ""]
     lines += [f"- {line}" for line in [*summary_lines(total), *_why(ratios)]]
+    notes = unstated(found)
+    if notes:
+        lines += ["", "What the rows do not state, and what is not priced:", "", *(f"- {line}" for line in notes)]
     return "\n".join(lines)
 
 
@@ -75,7 +86,35 @@ def summary_lines(total: dict[str, Any]) -> list[str]:
             f"({total['unexplained']} of them unexplained), {signs['open']} within their source's scatter, "
             f"{signs['not priced']} not priced."
         )
+    sizes = total["sizes"]
+    if sizes["n"]:
+        lines.append(
+            f"sizes of {sizes['n']} ratios, as far as they rest on no calibrated row: mean error {sizes['mape']:.0%}, "
+            f"median {sizes['median']:.0%}."
+        )
     return lines
+
+
+def unstated(found: Sequence[Predicted]) -> list[str]:
+    """What scenarios had to assume and what they leave out, each text once with its rows."""
+    by_text: dict[str, list[str]] = {}
+    for one in found:
+        for kind, said in (("assumed", one.row.assumed), ("left out", one.row.left_out)):
+            for text in said:
+                by_text.setdefault(f"{kind}: {text}", []).append(one.row.id)
+    return [f"{named(rows)}, {text}." for text, rows in by_text.items()]
+
+
+def named(rows: Sequence[str]) -> str:
+    """Row ids as people list them: three and more that follow each other as a range."""
+    runs: list[list[str]] = []
+    for row in rows:
+        follows = runs and runs[-1][-1][:1] == row[:1] and row[1:].isdigit() and runs[-1][-1][1:].isdigit()
+        if follows and int(row[1:]) == int(runs[-1][-1][1:]) + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
 
 
 def _why(ratios: Sequence[SetBeside]) -> list[str]:
@@ -122,6 +161,7 @@ def as_json(found: Sequence[Predicted], ratios: Sequence[SetBeside], total: dict
                 "what": one.ratio.what,
                 "reported": one.reported,
                 "predicted": one.predicted,
+                "error": one.error,
                 "sign": one.sign,
                 "calibrated": one.calibrated,
                 "why": one.ratio.why or None,

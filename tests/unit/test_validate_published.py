@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,18 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesim.cli import run
-from moesim.errors import BadInput
+from moesim.errors import BadInput, CheckFailed
+from moesim.spec.scenario import load_scenario
 from validate.published_manifest import (
     Manifest,
     PublishedRatio,
     PublishedRow,
+    RatioKind,
     bundled_manifest,
     chosen,
     read_manifest,
 )
 from validate.published_predict import Predicted, SetBeside, set_beside, summary
 from validate.published_step import StepSpec, time_step
-from validate.published_table import markdown, text
+from validate.published_table import PART, markdown, named, quotient, text, unstated
 
 ROW: dict[str, Any] = {
     "id": "A", "what": "a run", "source": "a post", "gpu": "H100", "metric": "tflops_per_s_per_gpu", "reported": 100.0,
@@ -154,8 +157,6 @@ def test_rows_are_chosen_with_the_ratios_among_them() -> None:
 
 def test_a_step_counts_the_drafts_that_hold() -> None:
     """A step of the DeepSeek profile: 128 ranks of 128 sequences, 1.6 tokens each."""
-    from moesim.spec.scenario import load_scenario
-
     asked = {one.id: one for one in read_manifest(bundled_manifest()).rows}["S05"]
     assert asked.file is not None and asked.step is not None
     timed = time_step(load_scenario(asked.file), asked.step)
@@ -163,11 +164,78 @@ def test_a_step_counts_the_drafts_that_hold() -> None:
     assert timed.gpus == 128
     assert timed.tokens_per_s_per_gpu == pytest.approx(timed.tokens / timed.step_s / 128)
     assert 0 < timed.exchange_s["dispatch"] < timed.exchange_s["combine"] < timed.step_s
+    assert timed.drawn == ()
+    drawn = time_step(load_scenario(asked.file), asked.step, draws=4)
+    assert drawn.step_s == timed.step_s and drawn.exchange_s == timed.exchange_s
+    assert len({one.step_s for one in drawn.drawn}) == 4
+    assert min(one.step_s for one in drawn.drawn) < 1.2 * timed.step_s
     longer = time_step(load_scenario(asked.file), StepSpec(seqs=128, kv=8192))
     assert longer.step_s > timed.step_s
 
 
-def test_as_a_user_would(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_named_as_people_list_them() -> None:
+    assert named(["S01", "S02", "S03", "T04", "T06", "T07"]) == "S01 to S03, T04, T06, T07"
+    assert named(["mine", "other", "A1"]) == "mine, other, A1"
+    assert named([]) == ""
+
+
+def test_what_rows_do_not_state_is_said_once() -> None:
+    one, other = row(assumed=["a guess"]), row(id="B", assumed=["a guess"], left_out=["a part"])
+    found = [Predicted(one, 1.0), Predicted(other, 1.0)]
+    assert unstated(found) == ["A, B, assumed: a guess.", "B, left out: a part."]
+    assert "- A, B, assumed: a guess." in markdown(found, [], summary(found, []))
+
+
+def test_ratios_beside_1_show_their_side() -> None:
+    assert [quotient(value) for value in (0.998, 1.002, 0.94, 1.01, 2.5)] == ["0.998", "1.002", "0.94", "1.01", "2.50"]
+    assert beside(0.8, 1.0).error == pytest.approx(0.25) and beside(0.8, None).error is None
+
+
+def test_sizes_leave_out_ratios_that_rest_on_a_calibrated_row() -> None:
+    total = summary([], [beside(1.0, 1.1), beside(1.0, 3.0, calibrated=True), beside(1.0, None)])
+    assert total["sizes"]["n"] == 1 and total["sizes"]["mape"] == pytest.approx(0.1)
+
+
+def test_all_that_a_row_needs_lies_in_the_package() -> None:
+    """An installed copy has the manifest, the scenarios and the models that they name; no path leads out of it."""
+    folder = bundled_manifest().parent
+    for one in read_manifest(bundled_manifest()).rows:
+        if one.file is not None:
+            assert one.file.parent == folder and one.file.is_file()
+            scenario = load_scenario(one.file)
+            if str(scenario.model).endswith(".json"):
+                assert Path(str(scenario.model)).resolve().parent == folder.resolve()
+            assert not isinstance(scenario.cluster, Path)
+
+
+def test_the_manifest_of_the_how_to_is_read(tmp_path: Path, repo: Path) -> None:
+    page = (repo / "docs" / "how-to" / "validate.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(schema_version: 1\nrows:.*?)^```", page, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "manifest.yaml"
+    path.write_text(example)
+    found = read_manifest(path)
+    assert [one.id for one in found.rows] == ["A", "B"] and len(found.ratios) == 1
+    for kind in get_args(RatioKind):
+        assert f"`{kind}`" in page
+
+
+def test_tables_are_written_into_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, rows = tmp_path / "page.md", manifest(tmp_path, {**ROW, "file": None, "refused": "no figure"})
+    asked = ["validate", "published", "--manifest", str(rows), "--update", "--docs", str(page)]
+    assert run(asked) == 2
+    assert "cannot read the accuracy page" in capsys.readouterr().err
+    page.write_text(f"before\n{PART.begin}\nold\n{PART.end}\nafter\n")
+    with pytest.raises(CheckFailed, match="not the record's"):
+        PART.check(page, "new")
+    assert run(asked) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "| A | a run |" in text and "old" not in text
+    assert run([*asked, "--row", "A"]) == 2
+    assert "--row" in capsys.readouterr().err
+
+
+def test_as_a_user_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     asked = ["validate", "published", "--row", "T02", "--row", "T03", "--row", "S07"]
     assert run(asked) == 0
     shown = capsys.readouterr().out
