@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from moesim.engine.training import simulate_training
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.spec.hf import load_model
 from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import ClusterChoice, load_scenario
-from moesim.spec.workload import TrainingSpec
+from moesim.spec.workload import HostSpec, TrainingSpec
 from validate.published_manifest import Manifest, PublishedRow, bundled_manifest, read_manifest
 from validate.published_predict import Predicted, predict_rows, set_beside, summary
 from validate.published_step import time_step
@@ -70,6 +71,19 @@ def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path
     errors = [abs(by_id[name].error or 0.0) for name in ("T01", "T02", "T03")]
     assert min(errors) > 0.25 and max(errors) < 0.45  # "30 to 40 % too quick"
     assert f"predicted is {1 + (by_id['S01'].error or 0.0):.1f}." in text
+
+
+def test_what_the_training_page_says_of_the_host(rows: Manifest, repo: Path) -> None:
+    text = " ".join((repo / "docs" / "explanation" / "training.md").read_text(encoding="utf-8").split())
+    too_quick = []
+    for row in rows.rows:
+        if row.file is not None and row.step is None and trained(row).host.layer_s:
+            plain = trained(row).model_copy(update={"host": HostSpec()})
+            run = simulate_training(load_scenario(row.file).model_copy(update={"training": plain}), draws=0)
+            too_quick.append(run.rates(run.step.step_s)[row.metric] / row.reported)
+    assert len(too_quick) == 14
+    said = f"the fourteen on EFA come out {min(too_quick):.0f} to {max(too_quick):.0f} times too quick"
+    assert said in text
 
 
 def test_what_is_said_of_wrong_signs(rows: Manifest) -> None:
