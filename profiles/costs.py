@@ -35,6 +35,7 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
+from profiles.elsewhere import elsewhere
 from profiles.ep_between import exchanges_between
 from profiles.error_law import NINETY
 from profiles.experts import ExpertTable, expert_table, physics_name
@@ -97,19 +98,21 @@ def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) ->
         cluster.model_dump_json(),
         scenario.cost.experts_from,
         scenario.cost.experts_version,
+        scenario.cost.experts_kernel,
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _shared(
     system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None,
-    version: str | None,
+    version: str | None, kernel: str | None,
 ) -> StoreCosts:  # fmt: skip
     """One model for all scenarios alike: a tuner asks a thousand times."""
     if not names:
         raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
     profiles = tuple(open_profile(name, system) for name in names)
-    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)), experts, version)
+    roofline = Roofline(ClusterSpec.model_validate_json(cluster))
+    return StoreCosts(profiles, engine, allow, roofline, experts, version, kernel)
 
 
 def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
@@ -141,6 +144,7 @@ class StoreCosts:
     roofline: Roofline
     experts_engine: str | None = None
     experts_version: str | None = None
+    experts_kernel: str | None = None
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
     _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -202,7 +206,7 @@ class StoreCosts:
                 yield from self._exchange(op)
 
     def _gemm(self, op: Gemm) -> Iterator[Priced]:
-        rows = self._rows("gemm", dtype=op.dtype)
+        rows = self._rows("gemm")
         for source, table in versions(rows):
             products = self.profiles[place_of(table)].products
             exact = where_key(table, n=op.n, k=op.k)
@@ -217,18 +221,12 @@ class StoreCosts:
 
     def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
         slots = int(op.tokens.shape[-1])
-        version = {} if self.experts_version is None else {"version": self.experts_version}
-        rows = self._rows(
-            "experts",
-            **version,
-            engines=None if self.experts_engine is None else (self.experts_engine,),
-            grouping=op.grouping,
-            dtype=op.dtype,
-            hidden=op.hidden,
-            intermediate=op.intermediate,
-            experts=op.experts,
-            top_k=op.top_k,
+        related = self._expert_rows(op)
+        rows = where_key(
+            related, dtype=op.dtype, hidden=op.hidden, intermediate=op.intermediate, experts=op.experts, top_k=op.top_k
         )
+        if self.experts_kernel is not None and self.allow and rows.is_empty():
+            yield from elsewhere(op, related, self._expert_table, UNKNOWN_SIGMA)
         shape = Shape(op.hidden, op.intermediate, op.dtype, op.experts, op.top_k, op.grouping)
         for source, table in versions(rows):
             found = self._expert_table(shape, source, table)
@@ -240,6 +238,20 @@ class StoreCosts:
                     by_experts(by_slots, source, sigma, place),
                     stand_in=not by_slots.measured and len(self.profiles) > 1,
                 )
+
+    def _expert_rows(self, op: ExpertGemm) -> pl.DataFrame:
+        """Rows of op's grouping, of the engine and version that the scenario names for experts.
+
+        Of op's dtype or, where a kernel is named, of that kernel in any type.
+        """
+        import polars as pl
+
+        version = {} if self.experts_version is None else {"version": self.experts_version}
+        engines = None if self.experts_engine is None else (self.experts_engine,)
+        rows = self._rows("experts", engines=engines, **version, grouping=op.grouping)
+        if self.experts_kernel is None:
+            return where_key(rows, dtype=op.dtype)
+        return rows.filter(pl.col("kernel").str.to_lowercase().str.contains(self.experts_kernel.lower(), literal=True))
 
     def _expert_table(self, shape: Shape, source: str, table: pl.DataFrame) -> ExpertTable | None:
         """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""
@@ -271,7 +283,7 @@ class StoreCosts:
         rows = self._rows(
             family, kv_dtype=op.kv_dtype, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim, window=op.window
         )
-        exact = where_key(rows, dtype=op.dtype)
+        exact = where_key(rows)
         # With an fp8 cache FlashAttention-3 takes fp8 queries, too: the prefill table has no other rows.
         yield from self._grids(exact if exact.height else where_key(rows, dtype=op.kv_dtype), op, op.phase, family)
 

@@ -55,6 +55,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
         cost["experts_from"] = settings.experts_from
     if settings.experts_version is not None:
         cost["experts_version"] = settings.experts_version
+    if settings.experts_kernel is not None:
+        cost["experts_kernel"] = settings.experts_kernel
     return Scenario.read(
         {
             "schema_version": 1,

@@ -17,13 +17,17 @@ HOPPER = ("h100_sxm", "h200_sxm")
 # utils/bench_serving: lengths are drawn evenly from 0.8 of the nominal one to it; ten prompts for each place.
 RANGE_RATIO, ROUNDS = 0.8, 10
 # What was calibrated, each the value of the least median error over even cells (validate/silicon_rows.py says which
-# those are). Seconds that HTTP, tokenizer and detokenizer take with a request, by engine, and of TensorRT-LLM where one
-# process does all of it; seconds of SGLang's first step of full size, when its kernels are compiled; the share of MTP
+# those are). Seconds that HTTP and processes take with a request, by engine, and of TensorRT-LLM where one process does
+# all of it; seconds that a token of the prompt takes, as text from the client to the queue (tokenizer); seconds of SGLang's first step of full size, when its kernels are compiled; the share of MTP
 # drafts that is accepted.
-FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.08}
-ONE_PROCESS_S = 0.09
+FRONT_END_S = {"vllm": 0.015, "trtllm": 0.02, "sglang": 0.13}
+ONE_PROCESS_S = 0.115
+PROMPT_TOKEN_S = 4e-6
 SGLANG_COLD_S = 70.0
 MTP_ACCEPTANCE = 0.7
+# vLLM's Marlin kernel as the tables name it for weights of 4 bits. Its MXFP4 rows are of a model of 896 experts, whose
+# sorting takes 30 us more than that of the 384 experts of the int4 rows; gpt-oss has 128.
+WNA16_MARLIN = "wna16marlin"
 _DATE = re.compile(r"measured=(\d{4}-\d{2}-\d{2})")
 
 
@@ -59,6 +63,7 @@ class Settings:
     hold_steps: int = 0
     gather_steps: int = 0
     balance: str = "round_robin"
+    experts_kernel: str | None = None
 
 
 def benchmark(row: SiliconRow) -> bool:
@@ -162,6 +167,7 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         hold_steps=held[0] if row.engine == "trtllm" else 0,
         gather_steps=held[1] if row.engine == "trtllm" else 0,
         balance="shortest_queue" if row.engine in ("vllm", "trtllm") else "round_robin",
+        experts_kernel=WNA16_MARLIN if _marlin(row) else None,
     )
 
 
@@ -188,9 +194,9 @@ def _cold(row: SiliconRow) -> bool:
 
 def _front_end_s(row: SiliconRow) -> float:
     """TensorRT-LLM's scripts for gpt-oss give replies four processes of their own; those for DeepSeek do not."""
-    if row.engine == "trtllm" and "gpt-oss" not in row.model and benchmark(row):
-        return ONE_PROCESS_S
-    return FRONT_END_S.get(row.engine, 0.0)
+    one_process = row.engine == "trtllm" and "gpt-oss" not in row.model and benchmark(row)
+    fixed_s = ONE_PROCESS_S if one_process else FRONT_END_S.get(row.engine, 0.0)
+    return fixed_s + PROMPT_TOKEN_S * row.isl * (1.0 + RANGE_RATIO) / 2.0
 
 
 def _types(row: SiliconRow) -> tuple[str, str | None, str]:
@@ -266,6 +272,11 @@ def _kernel_version(row: SiliconRow) -> str | None:
     """
     early = row.engine == "vllm" and row.precision == "fp8" and (0,) < version_of(row) < (0, 19)
     return "0.19.0" if early and "MiniMax" in row.model and row.system in ("b200_sxm", "h200_sxm") else None
+
+
+def _marlin(row: SiliconRow) -> bool:
+    """vLLM's gpt-oss on Hopper: VLLM_MXFP4_USE_MARLIN=1 in gptoss_fp4_{h100,h200}.sh (#327, December 2025; #789)."""
+    return row.engine == "vllm" and "gpt-oss" in row.model and row.system in HOPPER and benchmark(row)
 
 
 def _poll(row: SiliconRow, concurrency: int) -> int:

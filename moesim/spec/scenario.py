@@ -70,6 +70,12 @@ class CostSpec(Spec):
     experts_version: str | None = Field(
         default=None, description="version of the tables that price the experts' products; none = the newest"
     )
+    experts_kernel: str | None = Field(
+        default=None,
+        min_length=1,
+        description="word in the name of the kernel that runs the experts' products; where its rows lack the model's "
+        "shape and `extrapolate` allows, its physics at the nearest measured shape prices them; none = any kernel",
+    )
 
 
 class LoadFile(Spec):
