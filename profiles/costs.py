@@ -206,7 +206,7 @@ class StoreCosts:
                 yield from self._exchange(op)
 
     def _gemm(self, op: Gemm) -> Iterator[Priced]:
-        rows = self._rows("gemm")
+        rows = self._rows("gemm", dtype=op.dtype)
         for source, table in versions(rows):
             products = self.profiles[place_of(table)].products
             exact = where_key(table, n=op.n, k=op.k)
@@ -283,7 +283,7 @@ class StoreCosts:
         rows = self._rows(
             family, kv_dtype=op.kv_dtype, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim, window=op.window
         )
-        exact = where_key(rows)
+        exact = where_key(rows, dtype=op.dtype)
         # With an fp8 cache FlashAttention-3 takes fp8 queries, too: the prefill table has no other rows.
         yield from self._grids(exact if exact.height else where_key(rows, dtype=op.kv_dtype), op, op.phase, family)
 

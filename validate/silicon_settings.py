@@ -18,8 +18,8 @@ HOPPER = ("h100_sxm", "h200_sxm")
 RANGE_RATIO, ROUNDS = 0.8, 10
 # What was calibrated, each the value of the least median error over even cells (validate/silicon_rows.py says which
 # those are). Seconds that HTTP and processes take with a request, by engine, and of TensorRT-LLM where one process does
-# all of it; seconds that a token of the prompt takes, as text from the client to the queue (tokenizer); seconds of SGLang's first step of full size, when its kernels are compiled; the share of MTP
-# drafts that is accepted.
+# all of it; seconds that a token of the prompt takes from the client's text to the queue (tokenizer); seconds of
+# SGLang's first step of full size, when its kernels are compiled; the share of MTP drafts that is accepted.
 FRONT_END_S = {"vllm": 0.015, "trtllm": 0.02, "sglang": 0.13}
 ONE_PROCESS_S = 0.115
 PROMPT_TOKEN_S = 4e-6
