@@ -104,7 +104,9 @@ def test_a_long_closed_loop_agrees_and_is_compiled(
     """Lengths so uneven that turns and queues part ways; the compiled runs must not fall back to SimPy."""
     rng = np.random.default_rng(7)
     load = Load(rng.integers(1, 240, 600), rng.integers(1, 60, 600), concurrency=70)
-    one, other = both(models["vllm"], load, 1, chunked=True, kv_tokens=100_000, balance=balance, hold=hold, gather=gather)
+    one, other = both(
+        models["vllm"], load, 1, chunked=True, kv_tokens=100_000, balance=balance, hold=hold, gather=gather
+    )
     same(one, other)
     monkeypatch.setattr("moesim.engine.serving.Pool", None)
     limits = models["vllm"].limits._replace(max_running=6, hold_steps=hold, gather_steps=gather)

@@ -97,9 +97,7 @@ def test_a_norm_across_heads_is_three_passes_and_a_sum_over_tp(tp: int) -> None:
 
 def test_the_sum_of_the_norm_is_an_all_reduce_of_the_tp_group() -> None:
     _, costs = priced(setup(load_model(MINIMAX), ParallelSpec(tp=4, ep=1, expert_tp=4)), DECODE)
-    small_ones = [
-        one for one in costs.asked if isinstance(one, Collective) and float(np.max(one.bytes)) == 40 * 2 * 4
-    ]
+    small_ones = [one for one in costs.asked if isinstance(one, Collective) and float(np.max(one.bytes)) == 40 * 2 * 4]
     assert [(one.kind, one.gpus, one.nodes) for one in small_ones] == [("all_reduce", 4, 1)]
 
 
@@ -116,7 +114,9 @@ def test_an_indexers_products_and_passes_are_whole_on_every_rank(tp: int) -> Non
     types = {"dense": "fp8_block", "attention": "fp8_block"}
     parallel = ParallelSpec(tp=tp, ep=1, expert_tp=tp)
     with_it, costs = priced(setup(model, parallel, **types), DECODE)
-    plain, bare = priced(setup(without(model, index_heads=0, index_head_dim=0, index_top_k=0), parallel, **types), DECODE)
+    plain, bare = priced(
+        setup(without(model, index_heads=0, index_head_dim=0, index_top_k=0), parallel, **types), DECODE
+    )
     products = {(4096, 2048, "fp8_block"): 1, (128, 6144, "fp8_block"): 1, (32, 6144, "bf16"): 1}
     assert costs.products() - bare.products() == products
     rows = np.array([[10.0], [40.0]])
@@ -184,9 +184,7 @@ def test_the_bytes_that_are_told_are_those_that_are_priced() -> None:
     sums = {}
     for gather in (None, "nvfp4"):
         deployment = resolve(groundwork(Scenario.read(plan("allgather_reducescatter"), where="test")))
-        asked = replace(
-            deployment.setup, precision=deployment.setup.precision.model_copy(update={"gather": gather})
-        )
+        asked = replace(deployment.setup, precision=deployment.setup.precision.model_copy(update={"gather": gather}))
         batch = step_batch(ranks=asked.parallel.attention_dp, decode_seqs=32.0, decode_kv=100.0)
         counts = np.ones((1, asked.model.moe_layers, asked.model.moe.experts))
         sums[gather] = Counter[str]()

@@ -59,9 +59,7 @@ def told(**changes: Any) -> Settings:
         (8, 1, None, None),
     ],
 )
-def test_requests_in_flight_at_one_instance(
-    batch: int, dp: int, concurrency: int | None, expected: int | None
-) -> None:
+def test_requests_in_flight_at_one_instance(batch: int, dp: int, concurrency: int | None, expected: int | None) -> None:
     asked = one(batch=batch, concurrency=concurrency, layout=Layout(8 // dp, 1, dp, 1, 8))
     assert asked.in_flight == expected
     assert replace(asked, mode="disagg").in_flight == concurrency
