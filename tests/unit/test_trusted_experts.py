@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from moesim.cost.estimate import Tag
+from moesim.cost.estimate import Estimate, Tag
 from moesim.cost.ops import ExpertGemm
 from moesim.errors import OutsideProfile
 from moesim.spec.hf import load_model
@@ -230,29 +230,38 @@ def test_numbers_of_experts_with_one_row_each_are_no_error(distribution: str) ->
     assert len(found["parameters"]) == (1 if distribution == "uniform" else 0)
 
 
+def priced(folder: Path, version: str | None, extrapolate: str = "refuse") -> Estimate:
+    """One token on each of 64 experts of vLLM's tables."""
+    cost = {"profiles": [str(folder)], "extrapolate": extrapolate}
+    asked = {
+        "model": "deepseek-ai/DeepSeek-V3", "cluster": {"system": "h200_sxm"}, "engine": {"name": "vllm"},
+        "cost": cost if version is None else cost | {"experts_version": version},
+        "serving": {"workload": {"isl": 9, "osl": 9, "requests": 1, "arrivals": {"concurrency": 1}}},
+    }  # fmt: skip
+    scenario = Scenario.read(asked, where="test")
+    costs = from_scenario(scenario, load_model("deepseek-ai/DeepSeek-V3"), h200(1))
+    return costs.estimate(ExpertGemm(np.ones((1, 64)), 1024, 512, 64, 4, "bf16", "fused"))
+
+
+def two_sizes(seconds: float) -> pl.DataFrame:
+    return rows((64, "uniform", 64.0, seconds), (64, "uniform", 128.0, 2 * seconds))
+
+
 def test_experts_are_priced_by_the_version_that_is_asked_for(tmp_path: Path) -> None:
     seconds = {"0.18.0": 1e-3, "0.19.0": 2e-3, "0.20.0": 3e-3}
-    tables = [
-        profiled(rows((64, "uniform", 64.0, s), (64, "uniform", 128.0, 2 * s)), "vllm", version)
-        for version, s in seconds.items()
-    ]
-    table = pl.concat(tables)
+    table = pl.concat([profiled(two_sizes(s), "vllm", version) for version, s in seconds.items()])
     write_profile(tmp_path / "p", {"experts": table}, {})
-    op = ExpertGemm(np.ones((1, 64)), 1024, 512, 64, 4, "bf16", "fused")
-
-    def priced(version: str | None) -> float:
-        cost = {"profiles": [str(tmp_path / "p")]} | ({} if version is None else {"experts_version": version})
-        asked = {
-            "model": "deepseek-ai/DeepSeek-V3", "cluster": {"system": "h200_sxm"}, "cost": cost,
-            "engine": {"name": "vllm", "version": "1"},
-            "serving": {"workload": {"isl": 9, "osl": 9, "requests": 1, "arrivals": {"concurrency": 1}}},
-        }  # fmt: skip
-        scenario = Scenario.read(asked, where="test")
-        costs = from_scenario(scenario, load_model(scenario.model), h200(1))  # type: ignore[arg-type]
-        return float(costs.estimate(op).seconds[0])
-
-    assert priced(None) == pytest.approx(3e-3)
-    assert priced("0.19.0") == pytest.approx(2e-3)
-    assert priced("0.18.0") == pytest.approx(1e-3)
+    assert priced(tmp_path / "p", None).seconds[0] == pytest.approx(3e-3)
+    assert priced(tmp_path / "p", "0.19.0").seconds[0] == pytest.approx(2e-3)
+    assert priced(tmp_path / "p", "0.18.0").seconds[0] == pytest.approx(1e-3)
     with pytest.raises(OutsideProfile):
-        priced("0.17.0")
+        priced(tmp_path / "p", "0.17.0")
+
+
+def test_a_version_binds_no_other_engines_tables(tmp_path: Path) -> None:
+    """Where that version lacks the shape, another engine's table of it stands in, whatever its versions are called."""
+    write_profile(tmp_path / "p", {"experts": profiled(two_sizes(5e-3), "sglang", "0.5.14")}, {})
+    found = priced(tmp_path / "p", "0.19.0", "allow")
+    assert found.seconds[0] == pytest.approx(5e-3)
+    assert found.tags[0] == Tag.EXTRAPOLATED
+    assert "standing in for vllm" in found.source
