@@ -449,7 +449,10 @@ class StoreCosts:
         """The price of the very shape from another engine's table, or None: engines share many kernels."""
         key = ("stand-in", key_of(op))
         if key not in self._tables:
-            others = (dataclasses.replace(self, engine=name, _prepared={}, _tables={}) for name in STAND_INS)
+            others = (
+                dataclasses.replace(self, engine=name, experts_version=None, _prepared={}, _tables={})
+                for name in STAND_INS
+            )
             kept = self._tables.setdefault("others", {other.engine: other for other in others})
             order = [name for name in STAND_INS if name != self.engine]
             self._tables[key] = next((kept[name] for name in order if any(True for _ in kept[name]._prepare(op))), None)

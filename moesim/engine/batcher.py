@@ -137,22 +137,22 @@ def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
 def _held_back(ranks: Ranks, limits: Limits) -> bool:
     """Whether waiting prompts are held back so that all attention-DP ranks read in the same step.
 
-    They wait until every rank has one and room for it, at most `hold_steps` steps or until a rank has nothing to
-    decode; then `gather_steps` more, for others to come (TensorRT-LLM, PyExecutor._balance_adp_requests: timeout_iters
-    and batching_wait_iters).
+    They wait until every rank has one and room for it, but no more once a rank has nothing to decode or the count of
+    steps in which some rank had none reaches `hold_steps`: the count runs also while nobody waits. Then they wait
+    `gather_steps` more, for others to come (TensorRT-LLM, PyExecutor._balance_adp_requests: timeout_iters and
+    batching_wait_iters).
     """
-    waiting = decoding = ready = 0
+    decoding = ready = 0
     for rank in range(len(ranks.head)):
         has = ranks.head[rank] != NONE or ranks.reading[rank] != NONE
-        waiting += has
         decoding += ranks.running_seqs[rank] > 0
         ready += has and ranks.running_seqs[rank] < limits.max_running
-    if waiting == 0:
-        return False
     every = len(ranks.head)
     if ready == every:
         ranks.held[0] = 0
-        if decoding == every and ranks.held[1] < limits.gather_steps:
+        if decoding < every:
+            return False
+        if ranks.held[1] < limits.gather_steps:
             ranks.held[1] += 1
             return True
         ranks.held[1] = 0

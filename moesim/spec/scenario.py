@@ -19,6 +19,7 @@ from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
+from moesim.units import BYTES_PER_ELEMENT
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4", "w4a8_mxfp4_mxfp8"]
 Phase = Literal["prefill", "decode", "any"]
@@ -56,6 +57,11 @@ class PrecisionSpec(Spec):
     def projections(self) -> Dtype:
         """Type of attention's projections."""
         return self.attention or self.dense
+
+    @property
+    def gathered_share(self) -> float:
+        """Bytes that an all-gather dispatches over those of the activations."""
+        return BYTES_PER_ELEMENT[self.gather or self.activations] / BYTES_PER_ELEMENT[self.activations]
 
 
 class CostSpec(Spec):

@@ -140,6 +140,14 @@ class ServingSpec(Spec):
     memory: MemorySpec = MemorySpec()
     roles: RolesSpec | None = None
 
+    @model_validator(mode="after")
+    def _holds(self) -> ServingSpec:
+        if self.batching.hold_steps and self.memory.admission == "engine":
+            raise ValueError("hold_steps holds prompts back with memory.admission reserve only")
+        if self.batching.gather_steps and not self.batching.hold_steps:
+            raise ValueError("gather_steps needs hold_steps: prompts gather where they wait for each other")
+        return self
+
 
 class PipelineSpec(Spec):
     """Pipeline schedule of training."""
