@@ -242,7 +242,7 @@ class StoreCosts:
     def _expert_rows(self, op: ExpertGemm) -> pl.DataFrame:
         """Rows of op's grouping, of the engine and version that the scenario names for experts.
 
-        Of op's dtype or, where a kernel is named, of that kernel in any type.
+        Of op's dtype or, where a kernel is named, of that kernel in any type. Raises BadInput where there is none.
         """
         import polars as pl
 
@@ -251,7 +251,14 @@ class StoreCosts:
         rows = self._rows("experts", engines=engines, **version, grouping=op.grouping)
         if self.experts_kernel is None:
             return where_key(rows, dtype=op.dtype)
-        return rows.filter(pl.col("kernel").str.to_lowercase().str.contains(self.experts_kernel.lower(), literal=True))
+        named = rows.filter(pl.col("kernel").str.to_lowercase().str.contains(self.experts_kernel.lower(), literal=True))
+        if named.is_empty():
+            raise BadInput(
+                f"no table of {self.engine} has experts of a kernel named *{self.experts_kernel}* ({op.grouping})",
+                where="cost.experts_kernel",
+                mend=f"name a part of one of: {', '.join(sorted(rows['kernel'].unique())) or 'none there'}",
+            )
+        return named
 
     def _expert_table(self, shape: Shape, source: str, table: pl.DataFrame) -> ExpertTable | None:
         """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""

@@ -17,6 +17,7 @@ from validate.silicon_settings import (
     FRONT_END_S,
     MTP_ACCEPTANCE,
     ONE_PROCESS_S,
+    PROMPT_TOKEN_S,
     SGLANG_COLD_S,
     Settings,
     layout_of,
@@ -197,7 +198,9 @@ def test_a_cold_server_delays_the_first_wave_by_its_pause() -> None:
     ],
 )
 def test_the_front_end_of_each_engine(changes: dict[str, Any], seconds: float) -> None:
-    assert told(**changes).front_end_s == seconds
+    """And the tokenizer's time: prompts of 1,024 tokens nominally are 0.9 x 1,024 in the mean."""
+    assert told(**changes, isl=1024).front_end_s == pytest.approx(seconds + 921.6 * PROMPT_TOKEN_S)
+    assert told(**changes, isl=8192).front_end_s == pytest.approx(seconds + 7372.8 * PROMPT_TOKEN_S)
 
 
 @pytest.mark.parametrize(
@@ -304,3 +307,45 @@ def test_racks_of_the_benchmark_ran_disaggregated(tmp_path: Any) -> None:
         scenario_of(rack, tmp_path)
     assert error.value.reason == "summed_pools"
     assert scenario_of(replace(rack, source="gap-analysis/data"), tmp_path).cluster.nodes == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({"engine": "vllm", "model": OSS, "system": "h100_sxm"}, "wna16marlin"),
+        ({"engine": "vllm", "model": OSS}, "wna16marlin"),
+        ({"engine": "vllm", "model": OSS, "system": "b200_sxm"}, None),
+        ({"engine": "vllm", "model": OSS, "source": "gap-analysis/data"}, None),
+        ({"engine": "vllm", "model": MINIMAX}, None),
+        (trt(model=OSS), None),
+    ],
+)
+def test_whose_experts_are_marlin(changes: dict[str, Any], kernel: str | None, tmp_path: Any) -> None:
+    """VLLM_MXFP4_USE_MARLIN=1 of the scripts for gpt-oss on Hopper."""
+    assert told(**changes).experts_kernel == kernel
+    (tmp_path / one(**changes).system).mkdir()
+    assert scenario_of(one(**changes), tmp_path).cost.experts_kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("changes", "hidden"),
+    [
+        ({}, True),
+        ({"load": 256}, False),
+        ({"system": "h200_sxm"}, False),
+        ({"engine": "trtllm"}, False),
+        ({"model": KIMI}, False),
+        ({"source": "gap-analysis/data"}, False),
+    ],
+)
+def test_a_concurrency_that_was_only_the_clients_is_refused(
+    changes: dict[str, Any], hidden: bool, tmp_path: Any
+) -> None:
+    """512 at once to a server of fewer places: gpt-oss on H100 had `--max-concurrency 512` written into its script."""
+    asked = one(**({"engine": "vllm", "model": OSS, "system": "h100_sxm", "load": 512} | changes))
+    (tmp_path / asked.system).mkdir()
+    if hidden:
+        with pytest.raises(Infeasible, match="fewer places"):
+            scenario_of(asked, tmp_path)
+    else:
+        assert scenario_of(asked, tmp_path).serving is not None
