@@ -12,6 +12,8 @@ from validate.silicon_settings import ROUNDS, Settings, benchmark, clients_limit
 # The package's names of systems -> cluster presets.
 SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
 GPUS_PER_NODE = {"gb200": 4, "gb300": 4}
+# What each engine's own memory option is a share of.
+FRACTION_OF = {"sglang": "static", "trtllm": "free"}
 RACKS = tuple(GPUS_PER_NODE)
 FEWEST_REQUESTS = 40
 
@@ -95,7 +97,11 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                     "gather_steps": settings.gather_steps,
                 },
                 "balance": settings.balance,
-                "memory": {"fraction": settings.memory, "admission": _admission(row)},
+                "memory": {
+                    "fraction": settings.memory,
+                    "fraction_of": FRACTION_OF.get(row.engine, "all"),
+                    "admission": _admission(row),
+                },
                 **_speculative(settings),
             },
         },

@@ -37,7 +37,7 @@ class Settings:
 
     batch_tokens, running: of one attention-DP rank. chunked: whether prompts are cut. kv: type of the KV cache. dense,
     attention, experts: types of the products. experts_from: the engine whose expert kernels ran, where another engine's
-    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: share of the GPU. drafts, acceptance: of
+    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: the engine's own memory option. drafts, acceptance: of
     multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing warmed the
     server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config. balance: which attention-DP rank a request goes to.
@@ -156,7 +156,7 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         experts_from=_kernels(row, layout),
         experts_version=_kernel_version(row),
         poll_steps=_poll(row, concurrency),
-        memory={"sglang": 0.85, "trtllm": 0.9, "vllm": 0.92}.get(row.engine, 0.9),
+        memory=_memory(row),
         range_ratio=RANGE_RATIO,
         drafts=_drafts(row, layout),
         acceptance=MTP_ACCEPTANCE,
@@ -232,6 +232,25 @@ def _kv(row: SiliconRow) -> str:
     if "MiniMax" in row.model:
         return "fp8" if blackwell and version_of(row) >= (0, 19) else "bf16"
     return "bf16"
+
+
+def _memory(row: SiliconRow) -> float:
+    """The engine's own memory option, by script; else the engine's default (SGLang has none that is fixed: 0.85).
+
+    SGLang's dsr1_fp8_{b200,h200}.sh, dsr1_fp4_b200.sh and glm5_fp8_{b200,h200}.sh; TensorRT-LLM's dsr1_fp4_b200_trt.sh,
+    dsr1_fp8_{b200,h200}_trt.sh and gptoss_fp4_{b200,h200}_trt.sh; vLLM's kimik2.5_*, minimaxm2.5_* and gptoss_fp4_*.
+    """
+    if not benchmark(row):
+        return {"sglang": 0.85, "trtllm": 0.9, "vllm": 0.9}.get(row.engine, 0.9)
+    deepseek, fp8 = "DeepSeek" in row.model, row.precision == "fp8"
+    if row.engine == "sglang":
+        small = row.layout.tp * row.layout.attention_dp == 4 and row.system not in HOPPER
+        return (0.95 if small else 0.82) if deepseek and fp8 else 0.85
+    if row.engine == "trtllm":
+        if not deepseek:
+            return 0.85
+        return 0.75 if row.system in HOPPER else 0.8
+    return 0.9 if "gpt-oss" in row.model or ("Kimi" in row.model and row.precision == "fp4") else 0.95
 
 
 def _budget(row: SiliconRow, here: int) -> tuple[int, bool]:

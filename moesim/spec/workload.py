@@ -102,6 +102,12 @@ class MemorySpec(Spec):
     """How much of the GPU the engine may use."""
 
     fraction: float = Field(default=0.9, gt=0, le=1)
+    fraction_of: Literal["all", "static", "free"] = Field(
+        default="all",
+        description="what `fraction` is a share of: all = of the GPU, for everything (vLLM's gpu_memory_utilization); "
+        "static = of what is free before the weights come, for weights and cache (SGLang's mem_fraction_static); "
+        "free = of what weights and buffers leave, for the cache (TensorRT-LLM's free_gpu_memory_fraction)",
+    )
     reserved_bytes: float = Field(default=0.0, ge=0)
     admission: Literal["reserve", "engine"] = Field(
         default="reserve", description="reserve whole contexts, or as the engine does it, with preemption"
