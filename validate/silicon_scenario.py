@@ -95,6 +95,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                     "poll_steps": settings.poll_steps,
                     "hold_steps": settings.hold_steps,
                     "gather_steps": settings.gather_steps,
+                    "wait_steps": settings.wait_steps,
+                    "wait_share": settings.wait_share,
                 },
                 "balance": settings.balance,
                 "memory": {

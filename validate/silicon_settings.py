@@ -25,6 +25,8 @@ ONE_PROCESS_S = 0.115
 PROMPT_TOKEN_S = 4e-6
 SGLANG_COLD_S = 70.0
 MTP_ACCEPTANCE = 0.7
+# batch_wait_timeout_iters and batch_wait_max_tokens_ratio of the scripts that set them.
+DELAYED = (40, 0.8)
 # vLLM's Marlin kernel as the tables name it for weights of 4 bits. Its MXFP4 rows are of a model of 896 experts, whose
 # sorting takes 30 us more than that of the 384 experts of the int4 rows; gpt-oss has 128.
 WNA16_MARLIN = "wna16marlin"
@@ -37,10 +39,11 @@ class Settings:
 
     batch_tokens, running: of one attention-DP rank. chunked: whether prompts are cut. kv: type of the KV cache. dense,
     attention, experts: types of the products. experts_from: the engine whose expert kernels ran, where another engine's
-    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: the engine's own memory option. drafts, acceptance: of
-    multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing warmed the
-    server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
+    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: the engine's own option. drafts,
+    acceptance: of multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing
+    warmed the server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config. balance: which attention-DP rank a request goes to.
+    experts_kernel: word in the name of the kernel that ran. wait_steps, wait_share: TensorRT-LLM's batch_wait options.
     """
 
     batch_tokens: int
@@ -64,6 +67,8 @@ class Settings:
     gather_steps: int = 0
     balance: str = "round_robin"
     experts_kernel: str | None = None
+    wait_steps: int = 0
+    wait_share: float = 0.0
 
 
 def benchmark(row: SiliconRow) -> bool:
@@ -168,6 +173,8 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         gather_steps=held[1] if row.engine == "trtllm" else 0,
         balance="shortest_queue" if row.engine in ("vllm", "trtllm") else "round_robin",
         experts_kernel=WNA16_MARLIN if _marlin(row) else None,
+        wait_steps=DELAYED[0] if _delayed(row, layout) else 0,
+        wait_share=DELAYED[1] if _delayed(row, layout) else 0.0,
     )
 
 
@@ -291,6 +298,13 @@ def _kernel_version(row: SiliconRow) -> str | None:
     """
     early = row.engine == "vllm" and row.precision == "fp8" and (0,) < version_of(row) < (0, 19)
     return "0.19.0" if early and "MiniMax" in row.model and row.system in ("b200_sxm", "h200_sxm") else None
+
+
+def _delayed(row: SiliconRow, layout: Layout) -> bool:
+    """DELAY_BATCHING of dsr1_fp8_b200_trt.sh, in the script of release 1.2 (with TRTLLM as its MoE backend)."""
+    fp8 = row.engine == "trtllm" and "DeepSeek" in row.model and row.precision == "fp8" and row.system not in HOPPER
+    short = row.isl == row.osl == 1024 and (row.in_flight or 0) >= 64
+    return fp8 and short and layout.attention_dp == 1 and benchmark(row) and version_of(row) >= (1, 2)
 
 
 def _marlin(row: SiliconRow) -> bool:

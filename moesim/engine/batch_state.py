@@ -74,6 +74,7 @@ class Limits(NamedTuple):
     draft_tokens, acceptance: of speculative decoding, 0 = none; draft_seed fixes which drafts are accepted. poll_steps:
     decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config, see `_held_back`; 0 = prompts are not held back.
+    wait_steps, wait_tokens: its batch_wait options, see `_waits`; 0 = prompts do not wait for a fuller batch.
     """
 
     max_tokens: int
@@ -88,6 +89,8 @@ class Limits(NamedTuple):
     poll_steps: int = 1
     hold_steps: int = 0
     gather_steps: int = 0
+    wait_steps: int = 0
+    wait_tokens: float = 0.0
 
 
 class Plan(NamedTuple):

@@ -87,6 +87,10 @@ class BatchingSpec(Spec):
         default=0, ge=0, description="steps that prompts wait for attention-DP ranks without one; reserve only"
     )
     gather_steps: int = Field(default=0, ge=0, description="steps that they wait then, for more of them")
+    wait_steps: int = Field(
+        default=0, ge=0, description="steps that prompts wait beside decoding, without attention DP, for a fuller batch"
+    )
+    wait_share: float = Field(default=0.0, ge=0, le=1, description="of the batch tokens, at which they wait no more")
     cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 
@@ -152,6 +156,10 @@ class ServingSpec(Spec):
             raise ValueError("hold_steps holds prompts back with memory.admission reserve only")
         if self.batching.gather_steps and not self.batching.hold_steps:
             raise ValueError("gather_steps needs hold_steps: prompts gather where they wait for each other")
+        if self.batching.wait_steps and self.memory.admission == "engine":
+            raise ValueError("wait_steps lets prompts wait with memory.admission reserve only")
+        if bool(self.batching.wait_steps) != bool(self.batching.wait_share):
+            raise ValueError("wait_steps and wait_share go together: how long prompts wait, and for how full a batch")
         return self
 
 

@@ -349,3 +349,49 @@ def test_a_concurrency_that_was_only_the_clients_is_refused(
             scenario_of(asked, tmp_path)
     else:
         assert scenario_of(asked, tmp_path).serving is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [
+        ({}, (40, 0.8)),
+        ({"load": 32}, (0, 0.0)),
+        ({"osl": 8192}, (0, 0.0)),
+        ({"version": "1.1.0"}, (0, 0.0)),
+        ({"precision": "fp4"}, (0, 0.0)),
+        ({"system": "h200_sxm"}, (0, 0.0)),
+        ({"layout": ADP8}, (0, 0.0)),
+    ],
+)
+def test_which_scripts_delay_batches(changes: dict[str, Any], waits: tuple[int, float], tmp_path: Any) -> None:
+    base = {"precision": "fp8", "system": "b200_sxm", "version": "1.2.0", "isl": 1024, "osl": 1024, "load": 64}
+    asked = one(**trt(**(base | changes)))
+    found = settings_of(asked, layout_of(asked))
+    assert (found.wait_steps, found.wait_share) == waits
+    (tmp_path / asked.system).mkdir()
+    batching = scenario_of(asked, tmp_path).serving.batching  # type: ignore[union-attr]
+    assert (batching.wait_steps, batching.wait_share) == waits
+
+
+@pytest.mark.parametrize(
+    ("changes", "fraction", "of_what"),
+    [
+        ({}, 0.82, "static"),
+        ({"system": "b200_sxm", "layout": Layout(4, 1, 1, 4, 1)}, 0.95, "static"),
+        ({"precision": "fp4", "system": "b200_sxm"}, 0.85, "static"),
+        (trt(), 0.75, "free"),
+        (trt(system="b200_sxm"), 0.8, "free"),
+        (trt(model=OSS), 0.85, "free"),
+        ({"engine": "vllm", "model": OSS}, 0.9, "all"),
+        ({"engine": "vllm", "model": MINIMAX}, 0.95, "all"),
+        ({"engine": "vllm", "model": KIMI, "precision": "fp4"}, 0.9, "all"),
+        (trt(source="gap-analysis/data"), 0.9, "free"),
+    ],
+)
+def test_the_memory_options_of_the_scripts(
+    changes: dict[str, Any], fraction: float, of_what: str, tmp_path: Any
+) -> None:
+    asked = one(**({"precision": "fp8"} | changes))
+    (tmp_path / asked.system).mkdir()
+    memory = scenario_of(asked, tmp_path).serving.memory  # type: ignore[union-attr]
+    assert (memory.fraction, memory.fraction_of) == (fraction, of_what)
