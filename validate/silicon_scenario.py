@@ -7,7 +7,7 @@ from pathlib import Path
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.scenario import Scenario
 from validate.silicon_rows import SiliconRow
-from validate.silicon_settings import ROUNDS, Settings, benchmark, clients_limit, layout_of, settings_of
+from validate.silicon_settings import Settings, benchmark, clients_limit, layout_of, settings_of
 
 # The package's names of systems -> cluster presets.
 SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
@@ -84,7 +84,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                 "workload": {
                     "isl": row.isl,
                     "osl": row.osl,
-                    "requests": max(ROUNDS * in_flight, FEWEST_REQUESTS),
+                    "requests": max(settings.rounds * in_flight, FEWEST_REQUESTS),
                     "arrivals": {"concurrency": in_flight},
                     "range_ratio": settings.range_ratio,
                 },

@@ -44,6 +44,7 @@ class Settings:
     warmed the server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config. balance: which attention-DP rank a request goes to.
     experts_kernel: word in the name of the kernel that ran. wait_steps, wait_share: TensorRT-LLM's batch_wait options.
+    rounds: prompts for each place of the closed loop.
     """
 
     batch_tokens: int
@@ -69,6 +70,7 @@ class Settings:
     experts_kernel: str | None = None
     wait_steps: int = 0
     wait_share: float = 0.0
+    rounds: int = ROUNDS
 
 
 def benchmark(row: SiliconRow) -> bool:
@@ -173,6 +175,8 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         gather_steps=held[1] if row.engine == "trtllm" else 0,
         balance="shortest_queue" if row.engine in ("vllm", "trtllm") else "round_robin",
         experts_kernel=WNA16_MARLIN if _marlin(row) else None,
+        # glm5_fp8_h200.sh sends five prompts for each place, all other scripts ten.
+        rounds=5 if "GLM" in row.model and row.system in HOPPER and benchmark(row) else ROUNDS,
         wait_steps=DELAYED[0] if _delayed(row, layout) else 0,
         wait_share=DELAYED[1] if _delayed(row, layout) else 0.0,
     )

@@ -395,3 +395,10 @@ def test_the_memory_options_of_the_scripts(
     (tmp_path / asked.system).mkdir()
     memory = scenario_of(asked, tmp_path).serving.memory  # type: ignore[union-attr]
     assert (memory.fraction, memory.fraction_of) == (fraction, of_what)
+
+
+def test_how_many_prompts_the_client_sends(tmp_path: Any) -> None:
+    (tmp_path / "h200_sxm").mkdir()
+    for model, rounds in ((R1, 10), ("zhipuai/GLM-5", 5)):
+        workload = scenario_of(one(model=model, load=32), tmp_path).serving.workload  # type: ignore[union-attr]
+        assert workload.requests == rounds * 32
