@@ -60,6 +60,14 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def width_of(told: Mapping[str, Any]) -> Width:
+    """A width from `Width.as_dict`. Raises KeyError, TypeError or ValueError where it is none."""
+    plain, scaled = float(told["plain"]), None if told["scaled"] is None else float(told["scaled"])
+    if not all(0.0 <= value < math.inf for value in (plain, scaled or 0.0)):
+        raise ValueError("no width")
+    return Width(plain, scaled, bool(told["normalised"]))
+
+
 def sigma_of(one: Prediction, figure: str) -> float | None:
     """One standard deviation of ln(true / predicted) by the errors of a prediction's own costs; None where not told."""
     if one.causes is None or one.ttft_s is None or one.tpot_s is None:

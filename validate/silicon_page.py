@@ -250,7 +250,7 @@ def _worst(side: Half, groups: Sequence[tuple[float, float, list[int]]]) -> str:
     if not rows:
         return ""
     head = ["group", "Spearman", "regret", "predicted best", "measured best"]
-    return details(f"The {len(rows)} groups of even cells with the most regret", _table(head, rows))
+    return details(f"Groups of even cells with the most regret: {len(rows)}", _table(head, rows))
 
 
 def _layout(side: Half, at: int, rate: float) -> str:

@@ -19,7 +19,7 @@ from profiles.importers.aiconfigurator import find_package
 from profiles.store import read_parquet
 from validate.silicon import AS_IT_IS, Asked, Prediction, predict_all, run_of
 from validate.silicon_causes import FRONT_END, PARTS, Causes
-from validate.silicon_intervals import Width, calibrate
+from validate.silicon_intervals import Width, calibrate, width_of
 from validate.silicon_rows import SiliconRow, clean
 from validate.silicon_scored import halves
 
@@ -130,8 +130,8 @@ def recorded_widths(folder: Path = FOLDER) -> dict[str, Width]:
     if not (folder / DESCRIPTION).is_file():
         return {}
     try:
-        return {str(name): Width(**told) for name, told in _description(folder).get("intervals", {}).items()}
-    except (AttributeError, TypeError):
+        return {str(name): width_of(told) for name, told in _description(folder).get("intervals", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput("its intervals are damaged", where=str(folder / DESCRIPTION), mend=MAKE) from None
 
 
