@@ -114,7 +114,7 @@ def _goals(told: Summary) -> str:
     verdicts = {
         True: '<span class="met">met</span>',
         False: '<span class="missed">missed</span>',
-        None: "not told here",
+        None: "not\u00a0told\u00a0here",
     }
     rows = [
         [

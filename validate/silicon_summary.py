@@ -19,9 +19,9 @@ READ_CAUSES = (
     "waiting (before the own prompt is read: queueing) and beside prompts (steps that read other prompts) are made "
     "of the families' time and stand across them. What overlap hides is in no share. Dearer: by how much a cause would "
     "have to be dearer, with its standard error, for predictions to come nearest to what was measured (robust "
-    "regression of ln(measured / predicted) on the shares; causes under 1 % left out). It tells where errors and "
-    "shares go together, which is a correlation and no cause proven; nothing is fitted to it, and what it tells of odd "
-    "cells is not used at all."
+    "regression of ln(measured / predicted) on the shares; causes under 1 % left out); where the standard error is as "
+    "large, nothing can be told. It says where errors and shares go together, which is a correlation and no cause "
+    "proven; nothing is fitted to it, and what it says of odd cells is not used at all."
 )
 READ_INTERVALS = (
     "Intervals reach from predicted / factor to predicted x factor, made on even cells alone (conformal: the 90 % "
