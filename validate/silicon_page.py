@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from moesim.output.page import details, exact, key, number, section
 from validate import silicon_pictures as pictures
 from validate.accuracy import each_choice
 from validate.silicon_rows import choice_groups
-from validate.silicon_score import NAMES, TOLD, share, split_cells, split_head
+from validate.silicon_score import NAMES, TOLD, kind, share, split_cells, split_head
 from validate.silicon_scored import FIGURES, HALVES, SPLITS, Half
 from validate.silicon_summary import (
     READ_CAUSES,
@@ -260,12 +261,23 @@ def _layout(side: Half, at: int, rate: float) -> str:
 
 def _reasons(told: Summary) -> str:
     names = list(dict.fromkeys(name for half in HALVES for name in told.score[half]["reasons"]))
-    rows = [[name, *(f"{told.score[half]['reasons'].get(name, 0):,}" for half in HALVES)] for name in names]
+    examples = {kind(one.reason): one.reason for side in told.sides.values() for one in side.counted if one.reason}
+    rows = [
+        [
+            shorten(examples[name], 160, placeholder=" …"),
+            *(f"{told.score[half]['reasons'].get(name, 0):,}" for half in HALVES),
+        ]
+        for name in names
+    ]
     counted = {id(one) for side in told.sides.values() for one in side.counted}
     rest = Counter(
         _rest(one.row.aggregated, one.row.moe) for one in told.found if one.reason and id(one) not in counted
     )
-    shown = _table(["reason, rows that are scored", *(f"{half} cells" for half in HALVES)], rows) if rows else ""
+    shown = (
+        _table(["reason (of one row of its kind), rows that are scored", *(f"{half} cells" for half in HALVES)], rows)
+        if rows
+        else ""
+    )
     shown = shown or "<p>Every row that is scored is priced.</p>"
     if rest:
         others = [[name, f"{count:,}"] for name, count in rest.most_common()]

@@ -54,14 +54,14 @@ def _half(side: Half) -> dict[str, Any]:
     return {
         "rows": len(side.counted),
         "priced": len(side.priced),
-        "reasons": dict(Counter(_kind(one.reason) for one in side.counted if one.reason).most_common()),
+        "reasons": dict(Counter(kind(one.reason) for one in side.counted if one.reason).most_common()),
         **{name: errors(side.predicted[name], side.measured[name]).as_dict() for name in FIGURES},
         "choices": {name: None if math.isnan(value) else value for name, value in vars(order).items()},
         **{f"{figure}_by": {split: {} for split in SPLITS} for figure in SPLIT},
     }
 
 
-def _kind(reason: str) -> str:
+def kind(reason: str) -> str:
     """A reason without its figures, to count by."""
     return "".join("#" if char.isdigit() else char for char in reason)[:80]
 
