@@ -10,7 +10,7 @@ export NUMBA_NUM_THREADS = 1
 export POLARS_MAX_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types imports tests bench accuracy accuracy-check clean
+.PHONY: demo test lint types imports tests bench accuracy accuracy-check accuracy-page clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -53,6 +53,11 @@ accuracy: $(TEST_VENV)/.installed
 
 accuracy-check: $(TEST_VENV)/.installed
 	$(TEST_VENV)/bin/moesim validate silicon --check --workers $(WORKERS)
+
+# One page of the record beside the measurements, runs/accuracy.html; prices nothing.
+accuracy-page: $(TEST_VENV)/.installed
+	mkdir -p runs
+	$(TEST_VENV)/bin/moesim validate silicon --recorded --report runs/accuracy.html
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) runs build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from validate.silicon import Prediction
+from validate.silicon_causes import FRONT_END, PARTS, Causes
 from validate.silicon_rows import COLUMNS, MEASURED, Layout, SiliconRow
 
 ROW = {
@@ -42,3 +49,55 @@ def row(number: int) -> SiliconRow:
         precision="fp8", mode="agg", isl=1024, osl=64, dense="fp8", experts="fp8_block", layout=own, batch=8,
         concurrency=8, prefill=None, decode=None, ttft_ms=200.0 + number, tpot_ms=10.0,
     )  # fmt: skip
+
+
+MODELS = (
+    "deepseek-ai/DeepSeek-R1",
+    "Qwen/Qwen3-235B-A22B",
+    "openai/gpt-oss-120b",
+    "MiniMaxAI/MiniMax-M2",
+    "zai-org/GLM-5",
+)
+LAYOUTS = (Layout(8, 1, 1, 8, 1), Layout(4, 1, 1, 4, 1), Layout(8, 1, 1, 1, 8), Layout(1, 1, 8, 1, 8))
+
+
+def predictions(
+    count: int = 600,
+    *,
+    dearer: Mapping[str, float] | None = None,
+    noise: float = 0.05,
+    sigma: float = 0.1,
+    seed: int = 1,
+) -> list[Prediction]:
+    """Predictions of rows of both halves, with causes, of runs in which parts cost `dearer` times as much.
+
+    noise: of ln(measured / predicted), beside it. sigma: what each prediction tells of its own costs; it is half or
+    twice that in every second row, and the noise with it.
+    """
+    rng = np.random.default_rng(seed)
+    names = (*PARTS, FRONT_END)
+    found = []
+    for number in range(count):
+        group, layout = divmod(number, len(LAYOUTS))
+        one = replace(
+            row(number),
+            model=MODELS[group % len(MODELS)],
+            system=("h200_sxm", "b200_sxm", "h100_sxm")[group // len(MODELS) % 3],
+            engine=("sglang", "vllm")[group // (3 * len(MODELS)) % 2],
+            isl=(1024, 8192)[group % 2],
+            concurrency=2 ** (group % 8),
+            layout=LAYOUTS[layout],
+        )
+        ttft, tpot = (dict(zip(names, rng.dirichlet(np.ones(len(names))), strict=True)) for _ in range(2))
+        times = {"ttft": 0.2 * math.exp(rng.normal()), "tpot": 0.01 * math.exp(rng.normal())}
+        loud = 0.5 if number % 2 else 2.0
+        causes = Causes(ttft, tpot, rng.random(), rng.random(), sigma * loud, sigma * loud)
+        measured = {
+            name: times[name]
+            * (1.0 + sum(shares[part] * (factor - 1.0) for part, factor in (dearer or {}).items()))
+            * math.exp(noise * loud * rng.normal())
+            for name, shares in (("ttft", ttft), ("tpot", tpot))
+        }
+        one = replace(one, ttft_ms=1e3 * measured["ttft"], tpot_ms=1e3 * measured["tpot"])
+        found.append(Prediction(one, times["ttft"], times["tpot"], causes=causes))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +75,20 @@ def choices(groups: Sequence[Sequence[int]], predicted: Floats, measured: Floats
 
     A group whose predictions are all alike counts as no correlation (0): it tells nothing.
     """
-    kept = [np.asarray(group) for group in groups if len(group) >= 3]
-    if not kept:
+    found = each_choice(groups, predicted, measured)
+    if not found:
         return Choices(0, math.nan, math.nan)
-    correlations = [spearman(predicted[group], measured[group]) for group in kept]
-    found = [0.0 if math.isnan(value) else value for value in correlations]
-    lost = [regret(predicted[group], measured[group]) for group in kept]
-    return Choices(len(kept), float(np.mean(found)), float(np.mean(lost)))
+    mean = np.mean(found, axis=0)
+    return Choices(len(found), float(mean[0]), float(mean[1]))
 
 
-def split_errors(labels: Sequence[str], predicted: Floats, measured: Floats) -> Mapping[str, Errors]:
-    """Errors of each label, in order of name."""
-    names = np.asarray(labels)
-    return {name: errors(predicted[names == name], measured[names == name]) for name in sorted(set(labels))}
+def each_choice(groups: Sequence[Sequence[int]], predicted: Floats, measured: Floats) -> list[tuple[float, float]]:
+    """Rank correlation and top-1 regret of each group of at least 3 indices, in order; see `choices`."""
+    found = []
+    for group in (np.asarray(group) for group in groups if len(group) >= 3):
+        order = spearman(predicted[group], measured[group])
+        found.append((0.0 if math.isnan(order) else order, regret(predicted[group], measured[group])))
+    return found
 
 
 def coverage(low: Floats, high: Floats, measured: Floats) -> dict[str, Any]:

@@ -189,6 +189,12 @@ def silicon(
         Path | None, typer.Option(help="Page of the generated table. [default: docs/accuracy.md where it is]")
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Folder of the record. [default: the committed one]")] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Price nothing: take the predictions on record, in seconds.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write one HTML page of errors, causes and intervals here.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Rows that --check prices again.")] = 160,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -196,6 +202,7 @@ def silicon(
 
     --check exits 1 when predictions are no longer those on record, and names the costs that moved.
     """
+    from moesim.errors import BadInput
     from moesim.output.console import progress_bar
     from validate import silicon_command as command
 
@@ -203,19 +210,26 @@ def silicon(
         typer.echo(line, err=True)
 
     scaled = command.scales(scale or ())
-    if update or check:
+    if recorded and (update or check):
+        raise BadInput("--update and --check price rows", where="--recorded", mend="leave one of them out")
+    if recorded:
+        from validate.silicon_keep import recorded as on_record
+
+        result = on_record(rows=rows, record=record, out=out, report=report, scale=scaled)
+    elif update or check:
         from validate.silicon_keep import kept
 
         with progress_bar("pricing measured runs") as progress:
             result = kept(
                 update_first=update, check_then=check, rows=rows, profiles=profiles, workers=workers, docs=docs,
-                record=record, scale=scaled, most=sample, say=say, progress=progress,
+                record=record, scale=scaled, most=sample, report=report, say=say, progress=progress,
             )  # fmt: skip
     else:
         with progress_bar("pricing measured runs") as progress:
             result = command.run(
-                rows=rows, out=out, profiles=profiles, say=say, progress=progress, workers=workers, scale=scaled
-            )
+                rows=rows, out=out, profiles=profiles, say=say, progress=progress, workers=workers, scale=scaled,
+                record=record, report=report,
+            )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result, allow_nan=False, default=str))
     else:

@@ -1,17 +1,12 @@
-"""Measured serving runs priced by simulation: a prediction for each row, and how far off they are."""
+"""Measured serving runs priced by simulation: a prediction for each row."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from moesim.engine.deployment import Groundwork, groundwork, resolve
 from moesim.engine.serving import Served
@@ -20,9 +15,8 @@ from moesim.engine.visible import as_seen, with_pause
 from moesim.errors import MoesimError
 from moesim.output.metrics import serving_metrics
 from moesim.spec.scenario import Scenario
-from validate.accuracy import choices, errors, split_errors
 from validate.silicon_causes import Causes, adjusted, causes_of
-from validate.silicon_rows import SiliconRow, choice_groups, clean
+from validate.silicon_rows import SiliconRow
 from validate.silicon_scenario import reason_of, scenario_of
 from validate.silicon_settings import layout_of, settings_of
 from validate.silicon_workers import in_workers
@@ -147,87 +141,3 @@ def predictions_csv(found: Sequence[Prediction]) -> str:
         times = ("" if value is None else f"{value * 1e3:.4f}" for value in (one.ttft_s, one.tpot_s))
         writer.writerow((one.row.id, one.status, *times, one.reason))
     return out.getvalue()
-
-
-def score(found: Sequence[Prediction]) -> dict[str, Any]:
-    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts."""
-    by_id = {id(one.row): one for one in found}
-    rows = [row for row in clean(one.row for one in found) if row.tpot_ms is not None and row.ttft_ms is not None]
-    return {half: _half([by_id[id(row)] for row in rows if row.cell == half]) for half in ("even", "odd")}
-
-
-def _half(found: Sequence[Prediction]) -> dict[str, Any]:
-    priced = [one for one in found if one.status == OK]
-    rows = [one.row for one in priced]
-    ttft, tpot = (np.asarray([getattr(one, name) for one in priced], dtype=np.float64) for name in ("ttft_s", "tpot_s"))
-    true_ttft = np.asarray([row.ttft_ms for row in rows], dtype=np.float64) * 1e-3
-    true_tpot = np.asarray([row.tpot_ms for row in rows], dtype=np.float64) * 1e-3
-    rate, true_rate = (
-        np.asarray([row.throughput(first, each) for row, first, each in zip(rows, *pair, strict=True)])
-        for pair in ((ttft, tpot), (true_ttft, true_tpot))
-    )
-    order = choices(list(choice_groups(rows).values()), rate, true_rate)
-    layouts = ["attention DP" if r.layout.attention_dp > 1 else "EP" if r.layout.ep > 1 else "TP" for r in rows]
-    splits = {
-        "layout": layouts,
-        "engine": [row.engine for row in rows],
-        "system": [row.system for row in rows],
-        "model": [row.model for row in rows],
-    }
-    return {
-        "rows": len(found),
-        "priced": len(priced),
-        "reasons": dict(Counter(_kind(one.reason) for one in found if one.reason).most_common()),
-        "tpot": errors(tpot, true_tpot).as_dict(),
-        "ttft": errors(ttft, true_ttft).as_dict(),
-        "tokens_per_s_per_gpu": errors(rate, true_rate).as_dict(),
-        "choices": {name: None if math.isnan(value) else value for name, value in vars(order).items()},
-        "tpot_by": {
-            name: {label: one.as_dict() for label, one in split_errors(labels, tpot, true_tpot).items()}
-            for name, labels in splits.items()
-        },
-    }
-
-
-def _kind(reason: str) -> str:
-    """A reason without its figures, to count by."""
-    return "".join("#" if char.isdigit() else char for char in reason)[:80]
-
-
-def score_table(found: dict[str, Any]) -> str:
-    """The score for a person, as a Markdown table."""
-    lines = ["| check | odd cells (blind) | even cells (calibrated) |", "| --- | --- | --- |"]
-
-    def share(value: float | None) -> str:
-        return "-" if value is None or math.isnan(value) else f"{value:.1%}"
-
-    def plain(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    def row(name: str, of: Callable[[dict[str, Any]], str]) -> None:
-        lines.append(f"| {name} | {of(found['odd'])} | {of(found['even'])} |")
-
-    row(
-        "rows, priced",
-        lambda half: f"{half['rows']}, {half['priced']} ({share(half['priced'] / max(half['rows'], 1))})",
-    )
-    for key, name in (("tpot", "TPOT"), ("ttft", "TTFT"), ("tokens_per_s_per_gpu", "tokens/s/GPU")):
-        row(
-            f"{name}: MAPE, median, p90, bias",
-            lambda half, key=key: ", ".join(share(half[key][one]) for one in ("mape", "median", "p90", "bias")),  # type: ignore[misc]
-        )
-    row(
-        "choice groups: number, Spearman, regret",
-        lambda half: (
-            f"{half['choices']['groups']}, {plain(half['choices']['spearman'])}, {share(half['choices']['regret'])}"
-        ),
-    )
-    for label in ("TP", "EP", "attention DP"):
-        row(
-            f"TPOT, {label}: rows, MAPE",
-            lambda half, label=label: (  # type: ignore[misc]
-                f"{half['tpot_by']['layout'].get(label, {}).get('n', 0)}, "
-                f"{share(half['tpot_by']['layout'].get(label, {}).get('mape'))}"
-            ),
-        )
-    return "\n".join(lines)

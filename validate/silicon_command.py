@@ -8,9 +8,14 @@ from typing import Any
 
 from moesim.errors import BadInput
 from moesim.files import write_text
-from validate.silicon import Asked, Prediction, predict_all, predictions_csv, score, score_table
+from validate.silicon import Asked, Prediction, predict_all, predictions_csv
+from validate.silicon_intervals import with_intervals
+from validate.silicon_page import write_page
 from validate.silicon_profiles import cached_profiles, sample_path
+from validate.silicon_record import FOLDER, price_for_record, recorded_widths
 from validate.silicon_rows import read_rows
+from validate.silicon_score import score_table
+from validate.silicon_summary import Summary, summarized
 
 
 def run(
@@ -22,25 +27,42 @@ def run(
     progress: Callable[[float], None] | None,
     workers: int = 1,
     scale: Mapping[str, float] | None = None,
+    record: Path | None = None,
+    report: Path | None = None,
 ) -> dict[str, Any]:
     """Price the rows and score those that were measured; writes predictions where asked. Raises BadInput, MissingPart.
 
     profiles: a folder with a profile for each system; without, those of the installed aiconfigurator-core, imported
-    once into the user's cache. workers: processes. scale: costs made wrong on purpose, part -> factor.
+    once into the user's cache. workers: processes. scale: costs made wrong on purpose, part -> factor. record: folder
+    of the record that says how wide intervals are. report: the page, for which shares by cause are priced, too.
     """
     table = rows if rows is not None else sample_path()
     read = read_rows(table)
     if not read:
         raise BadInput("the table has no rows", where=str(table), mend="give rows as silicon_sample.csv has them")
     folder = profiles if profiles is not None else cached_profiles(read, say, workers)
-    found = predict_all(read, folder, progress, Asked(scale=scale or {}), workers)
+    asked = Asked(scale=scale or {})
+    if report is None:
+        found = predict_all(read, folder, progress, asked, workers)
+    else:
+        found = price_for_record(read, folder, workers, progress, asked)
+    return result_of(summarized(found), table, FOLDER if record is None else record, out, report)
+
+
+def result_of(told: Summary, table: Path, record: Path, out: Path | None, report: Path | None) -> dict[str, Any]:
+    """What is told of predictions, JSON-ready; writes them, and the page, where asked. Raises BadInput."""
     if out is not None:
-        write_text(out, predictions_csv(found))
+        write_text(out, predictions_csv(told.found))
+    if report is not None:
+        write_page(report, told, table)
+    widths = recorded_widths(record) or told.widths
     return {
-        "rows": len(read),
-        "priced": _priced(found),
-        "score": score(found),
+        "rows": len(told.found),
+        "priced": _priced(told.found),
+        **told.as_dict(),
+        "predictions": [with_intervals(one, widths) for one in told.found],
         "out": None if out is None else str(out),
+        "report": None if report is None else str(report),
     }
 
 
@@ -51,9 +73,10 @@ def _priced(found: Sequence[Prediction]) -> int:
 def told(result: dict[str, Any]) -> str:
     """The result for a person."""
     if "text" in result:
-        return str(result["text"])
+        return "\n".join([str(result["text"]), *([f"report: {result['report']}"] if result.get("report") else [])])
     lines = [f"{result['priced']} of {result['rows']} rows priced.", score_table(result["score"])]
-    return "\n".join([*lines, f"predictions: {result['out']}"] if result["out"] else lines)
+    lines += [f"{what}: {result[key]}" for key, what in (("out", "predictions"), ("report", "report")) if result[key]]
+    return "\n".join(lines)
 
 
 def scales(given: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`validate silicon --update` and `--check`: the record of predictions and the table of it made, and held to."""
+"""`validate silicon --update`, `--check` and `--recorded`: the record and the table of it made, held to, and told."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from moesim.errors import BadInput, CheckFailed
 from validate import silicon_table
 from validate.silicon import Asked, Prediction, predict_all
 from validate.silicon_check import drift, words
+from validate.silicon_command import result_of
+from validate.silicon_page import write_page
 from validate.silicon_profiles import cached_profiles, sample_path
 from validate.silicon_record import FOLDER, MAKE, price_for_record, read_record, sampled, write_record
 from validate.silicon_rows import SiliconRow, read_rows
-from validate.silicon_summary import summary
+from validate.silicon_summary import markdown, summarized
 
 Say = Callable[[str], None]
 Progress = Callable[[float], None] | None
@@ -21,11 +23,12 @@ Progress = Callable[[float], None] | None
 
 def kept(
     *, update_first: bool, check_then: bool, rows: Path | None, profiles: Path | None, workers: int, docs: Path | None,
-    record: Path | None, scale: Mapping[str, float], most: int, say: Say, progress: Progress,
+    record: Path | None, scale: Mapping[str, float], most: int, report: Path | None, say: Say, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Update the record, check against it, or both in turn; the last one's result. Raises BadInput, MissingPart.
 
     docs: the page with the generated part; without one the checkout's where the command runs in one, else none.
+    report: an HTML page of what is on record then.
     """
     if docs is None and silicon_table.DOCS.is_file():
         docs = silicon_table.DOCS
@@ -42,7 +45,21 @@ def kept(
             rows=rows, profiles=profiles, workers=workers, docs=docs, scale=scale, most=most, say=say,
             progress=progress, folder=folder,
         )  # fmt: skip
-    return result
+    if report is not None:
+        table, read = _table(rows)
+        write_page(report, summarized(_all(read, table, folder)), table)
+    return {**result, "report": None if report is None else str(report)}
+
+
+def recorded(
+    *, rows: Path | None, record: Path | None, out: Path | None, report: Path | None, scale: Mapping[str, float]
+) -> dict[str, Any]:
+    """What is on record, told as if it had just been priced. Raises BadInput, and CheckFailed for another table."""
+    if scale:
+        raise BadInput("the record is of the costs as they are", where="--scale", mend="leave it out with --recorded")
+    folder = FOLDER if record is None else record
+    table, read = _table(rows)
+    return result_of(summarized(_all(read, table, folder)), table, folder, out, report)
 
 
 def update(
@@ -56,10 +73,11 @@ def update(
     table, read = _table(rows)
     found = price_for_record(read, _profiles(profiles, read, say, workers), workers, progress)
     write_record(folder, found, table)
-    told, text = summary(_all(read, table, folder))
+    told = summarized(_all(read, table, folder))
+    text = markdown(told)
     if docs is not None:
         silicon_table.put(docs, text)
-    return {"rows": len(read), "priced": sum(not one.reason for one in found), **told, "text": text}
+    return {"rows": len(read), "priced": sum(not one.reason for one in found), **told.as_dict(), "text": text}
 
 
 def check(
@@ -80,7 +98,7 @@ def check(
     holds = moved.holds
     if docs is not None:
         try:
-            silicon_table.check(docs, summary(list(record.predictions.values()))[1])
+            silicon_table.check(docs, markdown(summarized(list(record.predictions.values()))))
             lines.append(f"{docs}: its table is the record's.")
         except CheckFailed as error:
             holds = False

@@ -19,7 +19,9 @@ from profiles.importers.aiconfigurator import find_package
 from profiles.store import read_parquet
 from validate.silicon import AS_IT_IS, Asked, Prediction, predict_all, run_of
 from validate.silicon_causes import FRONT_END, PARTS, Causes
+from validate.silicon_intervals import Width, calibrate, width_of
 from validate.silicon_rows import SiliconRow, clean
+from validate.silicon_scored import halves
 
 FOLDER = Path(__file__).parent / "data"
 TABLE, DESCRIPTION = "silicon.parquet", "silicon.json"
@@ -85,20 +87,14 @@ def write_record(folder: Path, found: Sequence[Prediction], table: Path) -> None
         "package_version": find_package(None)[1],
         "table_sha256": table_digest(table),
         "rows": len(found),
+        "intervals": {name: width.as_dict() for name, width in calibrate(halves(found)["even"]).items()},
     }
     write_json(folder / DESCRIPTION, told, indent=1)
 
 
 def read_record(rows: Sequence[SiliconRow], table: Path, folder: Path = FOLDER) -> Record:
     """The record of these rows of `table`. Raises BadInput, and CheckFailed where it is of another table."""
-    if not (folder / DESCRIPTION).is_file():
-        raise BadInput("no record of predictions", where=str(folder), mend=MAKE)
-    try:
-        told = json.loads(read_text(folder / DESCRIPTION, what="record of predictions"))
-    except ValueError:
-        told = None
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        raise BadInput(f"not a {FORMAT}", where=str(folder / DESCRIPTION), mend=MAKE)
+    told = _description(folder)
     if told.get("table_sha256") != table_digest(table):
         raise CheckFailed(
             f"the record is of the table of aiconfigurator-core {told.get('package_version')}, not of this one",
@@ -114,6 +110,29 @@ def read_record(rows: Sequence[SiliconRow], table: Path, folder: Path = FOLDER) 
         raise CheckFailed("the record holds other rows than the table", where=str(folder / TABLE), mend=MAKE)
     predictions = {name: _prediction(by_id[name], line) for name, line in found.items()}
     return Record(str(told["table_sha256"]), str(told.get("package_version")), predictions)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What a record says of itself. Raises BadInput."""
+    if not (folder / DESCRIPTION).is_file():
+        raise BadInput("no record of predictions", where=str(folder), mend=MAKE)
+    try:
+        told = json.loads(read_text(folder / DESCRIPTION, what="record of predictions"))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        raise BadInput(f"not a {FORMAT}", where=str(folder / DESCRIPTION), mend=MAKE)
+    return told
+
+
+def recorded_widths(folder: Path = FOLDER) -> dict[str, Width]:
+    """How wide intervals are by the record, for rows that are not on it; empty where there is none. Raises BadInput."""
+    if not (folder / DESCRIPTION).is_file():
+        return {}
+    try:
+        return {str(name): width_of(told) for name, told in _description(folder).get("intervals", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput("its intervals are damaged", where=str(folder / DESCRIPTION), mend=MAKE) from None
 
 
 def table_digest(table: Path) -> str:

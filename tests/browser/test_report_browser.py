@@ -17,6 +17,9 @@ from moesim.output.report import write_run_report
 from profiles.check_page import Check, profile_page, tables_page
 from profiles.check_tables import LeftOut
 from tests.report_run import write_run_folder
+from tests.silicon_rows import predictions
+from validate.silicon_page import silicon_page
+from validate.silicon_summary import summarized
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -115,6 +118,13 @@ def test_the_pages_of_a_profile_check_fit_as_well(browser: str, tmp_path: Path, 
         page = tmp_path / f"{name}.html"
         page.write_text(text)
         fits(measured(browser, page, tmp_path, width), pictures)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_of_measured_runs_fits_as_well(browser: str, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "silicon.html"
+    page.write_text(silicon_page(summarized(predictions()), "rows.csv", "2025-01-02"))
+    fits(measured(browser, page, tmp_path, width), 20)
 
 
 def test_the_console_stays_silent(browser: str, page: Path, tmp_path: Path) -> None:

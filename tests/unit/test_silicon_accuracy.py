@@ -166,6 +166,20 @@ def test_a_record_is_made_held_to_and_refused_as_a_user_would(
     assert run([*base, "--check", "--docs", str(page), "--scale", "experts=1.5"]) == 1
     assert "the costs that moved: experts x 1.5" in capsys.readouterr().out
 
+    html, again = tmp_path / "report.html", tmp_path / "pred.csv"
+    assert run([*base, "--recorded", "--report", str(html), "--out", str(again), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["priced"], told["out"], told["report"]) == (8, str(again), str(html))
+    assert told["score"]["odd"]["priced"] == 8
+    assert {goal["name"]: goal["met"] for goal in told["goals"]}["rows priced, odd cells"] is True
+    assert told["predictions"][0]["id"] == "row0"
+    assert told["intervals"] == {}  # no even cell to make them from
+    assert again.read_text().splitlines()[0] == "id,status,ttft_ms,tpot_ms,reason"
+    assert "How far predictions" in html.read_text()
+    for more in (["--update"], ["--check"], ["--scale", "experts=2"]):
+        assert run([*base, "--recorded", *more]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
     page.write_text(page.read_text().replace("| TPOT: MAPE", "| TPOT: mape"))
     assert run([*base, "--check", "--docs", str(page)]) == 1
     assert "the table is not the record's" in capsys.readouterr().out

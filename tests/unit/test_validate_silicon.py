@@ -15,10 +15,11 @@ import pytest
 from moesim.cli import run
 from moesim.errors import BadInput, Infeasible, MoesimError
 from profiles.store import DATA
-from validate.accuracy import choices, coverage, errors, regret, spearman, split_errors
-from validate.silicon import OK, UNSUPPORTED, predict_all, predictions_csv, score, score_table
+from validate.accuracy import choices, coverage, errors, regret, spearman
+from validate.silicon import OK, UNSUPPORTED, predict_all, predictions_csv
 from validate.silicon_rows import COLUMNS, MEASURED, Layout, SiliconRow, choice_groups, clean, read_rows
 from validate.silicon_scenario import scenario_of
+from validate.silicon_score import score, score_table
 from validate.silicon_settings import layout_of, settings_of
 
 ROLES = [f"{role}_{name}" for role in ("prefill", "decode") for name in ("batch_size", "num_workers", "tp_size")]
@@ -199,6 +200,4 @@ def test_figures_by_hand() -> None:
     told = choices([[0, 1, 2], [3, 4]], np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 2, 3, 5, 4]))
     assert (told.groups, told.spearman, told.regret) == (1, pytest.approx(1), 0)
     assert choices([[0, 1, 2]], np.ones(3), np.array([1.0, 2, 3])).spearman == 0
-    parts = split_errors(["a", "b", "a"], np.array([2.0, 1.0, 2.0]), np.ones(3))
-    assert parts["a"].mape == pytest.approx(1)
     assert coverage(np.zeros(2), np.ones(2), np.array([0.5, 2.0]))["share"] == 0.5
