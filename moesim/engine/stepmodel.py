@@ -16,7 +16,7 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
-from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
+from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
 from moesim.engine.routing_draws import shared_draws
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
@@ -37,6 +37,7 @@ FIDELITIES: dict[str, Fidelity] = {"table": "table", "maxplus": "maxplus", "des"
 # Points of the attention tables: a factor of two in context, graph sizes in sequences.
 _SEQS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 _FEWEST_KV = 16.0
+_NOTHING = np.zeros(0)
 
 
 class StepModel:
@@ -212,6 +213,20 @@ class TimedModel:
     def compilable(self) -> bool:
         """Whether `compiled` times steps as this model does: it knows no captured prompts and no drafts."""
         return not self.model.captures_prompts and self.model.drafts == 0
+
+    @property
+    def role_compilable(self) -> bool:
+        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts."""
+        return not self.model.captures_prompts
+
+    def drafting(self) -> Drafting:
+        """What drafting costs beside a verifying step; its table is priced when first asked for."""
+        drafts, layers = self.model.drafts, self.model.deployment.setup.model.layers
+        if drafts == 0:
+            return Drafting(0, 0.0, layers, _NOTHING, _NOTHING, _NOTHING)
+        self._logits_s(1.0)
+        assert self._drafting is not None
+        return Drafting(drafts, self._step_overhead_s, layers, self.model.grid("decode").tokens, *self._drafting)
 
     def attention(self) -> DecodeAttention:
         """Decode attention of one layer."""
