@@ -19,6 +19,7 @@ from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
 from moesim.engine.routing_draws import shared_draws
+from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import FULL, Detail, GridAsked, PricedGrid, StepTable, price_grid, time_grid
@@ -389,7 +390,8 @@ def batch_limits(deployment: Deployment) -> Limits:
     queries = 1 + draft_tokens(deployment.serving)
     setup = deployment.setup
     if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
-        running = min(running, deployment.rules.low_latency_tokens * setup.parallel.tp // queries)
+        most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
+        running = min(running, most * setup.parallel.tp // queries)
         if running == 0:
             raise BadInput(
                 f"low-latency dispatch takes fewer tokens than the {queries} that one sequence verifies",
