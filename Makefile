@@ -10,7 +10,7 @@ export NUMBA_NUM_THREADS = 1
 export POLARS_MAX_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types imports tests bench clean
+.PHONY: demo test lint types imports tests bench accuracy accuracy-check clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -27,7 +27,7 @@ test: lint types imports tests
 $(TEST_VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is not on the path; install it"; exit 3; }
 	test -x $(TEST_VENV)/bin/python || $(PYTHON) -m venv $(TEST_VENV)
-	$(TEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hardware]'
+	$(TEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hardware,silicon]'
 	@touch $@
 
 lint: $(TEST_VENV)/.installed
@@ -45,6 +45,14 @@ tests: $(TEST_VENV)/.installed
 
 bench: $(TEST_VENV)/.installed
 	$(TEST_VENV)/bin/pytest tests/bench -s
+
+# Prices all measured serving runs and writes the record and the table of it: half an hour of CPU, after a change of the
+# model. The check prices some of them again: two and a half minutes of CPU, a minute and a half of it importing tables.
+accuracy: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/moesim validate silicon --update --workers $(WORKERS)
+
+accuracy-check: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/moesim validate silicon --check --workers $(WORKERS)
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) runs build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -30,7 +30,7 @@ def place(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
-    from moesim.engine.relayout import refuse_relayout
+    from moesim.engine.moving import refuse_changes
     from moesim.errors import BadInput
     from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
@@ -45,7 +45,7 @@ def place(
     spec = None if scenario is None else load_scenario(scenario, tuple(set_ or ()))
     if spec is not None:
         refuse_faults(spec.faults, "place")
-        refuse_relayout(spec, "place")
+        refuse_changes(spec, "place")
     asked = planning.ask(
         scenario=spec,
         load_files=loads or [],

@@ -11,7 +11,7 @@ import yaml
 from moesim.engine.deployment import Groundwork, groundwork, refuse_roles
 from moesim.engine.draws import LEVEL
 from moesim.engine.explain import explain
-from moesim.engine.relayout import refuse_relayout
+from moesim.engine.moving import refuse_changes
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, MissingPart
 from moesim.files import write_json, write_text
@@ -77,7 +77,7 @@ def tune(
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
     refuse_faults(spec.faults, "tune")
-    refuse_relayout(spec, "tune")
+    refuse_changes(spec, "tune")
     folder = out or Path("runs") / scenario.stem
     refuse_roles(spec)
     ground = groundwork(spec)

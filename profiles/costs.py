@@ -96,18 +96,20 @@ def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) ->
         scenario.cost.extrapolate == "allow",
         cluster.model_dump_json(),
         scenario.cost.experts_from,
+        scenario.cost.experts_version,
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _shared(
-    system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None
-) -> StoreCosts:
+    system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None,
+    version: str | None,
+) -> StoreCosts:  # fmt: skip
     """One model for all scenarios alike: a tuner asks a thousand times."""
     if not names:
         raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
     profiles = tuple(open_profile(name, system) for name in names)
-    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)), experts)
+    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)), experts, version)
 
 
 def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
@@ -138,6 +140,7 @@ class StoreCosts:
     allow: bool
     roofline: Roofline
     experts_engine: str | None = None
+    experts_version: str | None = None
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
     _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -214,8 +217,10 @@ class StoreCosts:
 
     def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
         slots = int(op.tokens.shape[-1])
+        version = {} if self.experts_version is None else {"version": self.experts_version}
         rows = self._rows(
             "experts",
+            **version,
             engines=None if self.experts_engine is None else (self.experts_engine,),
             grouping=op.grouping,
             dtype=op.dtype,

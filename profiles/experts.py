@@ -1,15 +1,16 @@
 """The time of a rank's experts as a function of how many tokens each of them gets, anchored on measured rows.
 
 The physical model of `grouped` orders histograms; the measured balanced points give its scale. For a histogram on L
-local experts, the balanced load with the same model time is found, and its measured time is the answer. So a balanced
-histogram at a measured point returns the measurement, more tokens never cost less, and experts without tokens read no
-weights.
+local experts, the balanced load with the same model time is found, and its measured time is the answer. Where balanced
+rows cannot be trusted, skewed rows give the scale, each in the place of the balanced run that takes as long. So a
+balanced histogram at a measured point returns the measurement, more tokens never cost less, and experts without tokens
+read no weights.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ Tags = NDArray[np.int8]
 
 UNIFORM = "uniform"
 POWER_LAW = "power_law_"
+# Not the rows that a balancer laid out ("power_law_1.01_eplb"): which ranks they fill is not published.
+SKEWED = r"^power_law_[0-9.]+$"
 # The collectors time each skewed point over this many draws (collect_wideep_deepep_moe.py); their seeds are unknown.
 SKEWED_DRAWS = 5
 _FORMULA = int(Tag.FORMULA)
@@ -176,11 +179,36 @@ def balanced_runs(shape: Shape, table: pl.DataFrame) -> list[Run]:
     return [balanced_run(shape, slots, routed, seconds) for slots, routed, seconds in rows.iter_rows()]
 
 
+def skewed_alone(shape: Shape, table: pl.DataFrame) -> pl.DataFrame:
+    """Skewed rows of fused kernels beyond the last trusted balanced row of their number of local experts."""
+    import polars as pl
+
+    if shape.grouping != "fused":
+        return table.clear()
+    last = trusted_rows(shape, table).group_by("local_experts").agg(pl.col("routed").max().alias("last"))
+    skewed = table.filter(pl.col("distribution").str.contains(SKEWED)).join(last, on="local_experts", how="left")
+    return skewed.filter(pl.col("routed") > pl.col("last").fill_null(0.0)).drop("last")
+
+
+def as_balanced(shape: Shape, physics: Physics, slots: int, runs: Sequence[Run]) -> tuple[Floats, Floats]:
+    """Skewed runs as points of the balanced axis: the routed pairs of as long a balanced run, and the seconds.
+
+    Both rise, for `medians`; runs outside the range of balanced runs of 1 to 2^24 pairs are left out.
+    """
+    routed = np.exp2(np.arange(0.0, 24.01, 0.125))
+    loads = predicted(physics, shape, [balanced_run(shape, slots, float(pairs), 1.0) for pairs in routed])
+    loads = np.maximum.accumulate(loads)
+    asked = predicted(physics, shape, runs)
+    inside = (asked >= loads[0]) & (asked <= loads[-1])
+    found = np.exp(np.interp(np.log(asked[inside]), np.log(loads), np.log(routed)))
+    return found, np.array([run.seconds for run in runs])[inside]
+
+
 def skewed_runs(shape: Shape, table: pl.DataFrame) -> Iterator[tuple[int, float, Run]]:
     """The skewed rows as (local experts, exponent, run), their histograms drawn again as the collectors draw them."""
     import polars as pl
 
-    rows = table.filter(pl.col("distribution").str.starts_with(POWER_LAW))
+    rows = table.filter(pl.col("distribution").str.contains(SKEWED))
     for slots, distribution, routed, seconds in rows.select(
         "local_experts", "distribution", "routed", LATENCY
     ).iter_rows():
@@ -197,6 +225,8 @@ def skewed_runs(shape: Shape, table: pl.DataFrame) -> Iterator[tuple[int, float,
             exponent=exponent,
             draws=SKEWED_DRAWS,
         )
+        if not histograms.any():  # the collector's own draw was another
+            continue
         walked = 0.0 if shape.grouping == "deepep_low_latency" else float(tokens)
         yield slots, exponent, Run(histograms, np.full(SKEWED_DRAWS, walked), seconds)
 
@@ -205,14 +235,27 @@ def expert_table(
     shape: Shape, table: pl.DataFrame, fitted: tuple[Physics, dict[int, float]] | None
 ) -> ExpertTable | None:
     """The lookup of one version's rows; physics is fitted here where the profile does not bring it."""
-    rows = trusted_rows(shape, table)
-    if not rows.height:
+    import polars as pl
+
+    rows, alone = trusted_rows(shape, table), skewed_alone(shape, table)
+    skewed: dict[int, list[Run]] = {}
+    for slots, _, run in skewed_runs(shape, alone):
+        skewed.setdefault(slots, []).append(run)
+    if not rows.height and not skewed:
         return None
-    physics, limits = fitted if fitted is not None else (fit_physics(shape, balanced_runs(shape, table)), {})
-    by_slots = {}
+    if fitted is not None:
+        physics, limits = fitted
+    else:
+        runs = [*balanced_runs(shape, table), *(run for part in skewed.values() for run in part)]
+        physics, limits = fit_physics(shape, runs), {}
+    points = {count: as_balanced(shape, physics, count, found) for count, found in skewed.items()}
     for (slots,), part in rows.partition_by(["local_experts"], as_dict=True).items():
-        by_slots[int(slots)] = medians(part["routed"].to_numpy(), part[LATENCY].to_numpy())
-    return ExpertTable(shape, physics, by_slots, limits)
+        more = points.get(int(slots), (np.empty(0), np.empty(0)))
+        own = part["routed"].cast(pl.Float64).to_numpy(), part[LATENCY].to_numpy()
+        points[int(slots)] = np.concatenate([own[0], more[0]]), np.concatenate([own[1], more[1]])
+    by_slots = {count: medians(*found) for count, found in points.items()}
+    by_slots = {count: found for count, found in by_slots.items() if len(found[0]) > 1}
+    return ExpertTable(shape, physics, by_slots, limits) if by_slots else None
 
 
 def physics_name(shape: Shape, engine: str, version: str) -> str:
@@ -243,8 +286,9 @@ def balanced_residuals(table: ExpertTable) -> Floats:
 def skewed_residuals(table: ExpertTable, runs: list[tuple[int, float, Run]]) -> Floats:
     """ln(predicted / measured) of skewed runs, priced as histograms are (their own token rows, as measured)."""
     found = []
+    curves = {slots: table.at(slots) for slots in {slots for slots, _, _ in runs}}
     for slots, _, run in runs:
-        by_slots = table.at(slots)
+        by_slots = curves[slots]
         if by_slots is None:
             continue
         walked = np.asarray(run.rows).mean() / max(float(run.histograms.sum(axis=1).mean()), 1.0)
@@ -258,6 +302,7 @@ def skewed_residuals(table: ExpertTable, runs: list[tuple[int, float, Run]]) -> 
 def limits_of(shape: Shape, physics: Physics, runs: list[tuple[int, float, Run]]) -> dict[int, float]:
     """By local experts, the largest model seconds of the skewed runs."""
     limits: dict[int, float] = {}
-    for slots, _, run in runs:
-        limits[slots] = max(limits.get(slots, 0.0), float(predicted(physics, shape, [run])[0]))
+    seconds = predicted(physics, shape, [run for _, _, run in runs]) if runs else ()
+    for (slots, _, _), reached in zip(runs, seconds, strict=True):
+        limits[slots] = max(limits.get(slots, 0.0), float(reached))
     return limits

@@ -175,25 +175,50 @@ def silicon(
     profiles: Annotated[
         Path | None, typer.Option(help="Folder with a profile for each system; without, imported once into the cache.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that price.")] = 1,
+    scale: Annotated[
+        list[str] | None, typer.Option(help="PART=FACTOR: costs made wrong on purpose, to try a check; repeats.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Price all rows; write the committed record and the table in --docs.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Price some rows again; hold them and --docs to the committed record.")
+    ] = False,
+    docs: Annotated[
+        Path | None, typer.Option(help="Page of the generated table. [default: docs/accuracy.md where it is]")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Folder of the record. [default: the committed one]")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Rows that --check prices again.")] = 160,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Price measured serving runs, and say how far predictions are from what was measured."""
-    from moesim.output.console import progress_bar
-    from validate.silicon import score_table
-    from validate.silicon_command import run
+    """Price measured serving runs, and say how far predictions are from what was measured.
 
-    with progress_bar("pricing measured runs") as progress:
-        result = run(
-            rows=rows,
-            out=out,
-            profiles=profiles,
-            say=lambda line: typer.echo(line, err=True),
-            progress=progress,
-        )
+    --check exits 1 when predictions are no longer those on record, and names the costs that moved.
+    """
+    from moesim.output.console import progress_bar
+    from validate import silicon_command as command
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    scaled = command.scales(scale or ())
+    if update or check:
+        from validate.silicon_keep import kept
+
+        with progress_bar("pricing measured runs") as progress:
+            result = kept(
+                update_first=update, check_then=check, rows=rows, profiles=profiles, workers=workers, docs=docs,
+                record=record, scale=scaled, most=sample, say=say, progress=progress,
+            )  # fmt: skip
+    else:
+        with progress_bar("pricing measured runs") as progress:
+            result = command.run(
+                rows=rows, out=out, profiles=profiles, say=say, progress=progress, workers=workers, scale=scaled
+            )
     if as_json:
         typer.echo(json.dumps(result, allow_nan=False, default=str))
-        return
-    typer.echo(f"{result['priced']} of {result['rows']} rows priced.")
-    typer.echo(score_table(result["score"]))
-    if result["out"]:
-        typer.echo(f"predictions: {result['out']}")
+    else:
+        typer.echo(command.told(result))
+    if not result.get("holds", True):
+        raise typer.Exit(1)

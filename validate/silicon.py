@@ -6,38 +6,39 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moesim.engine.deployment import Groundwork, groundwork, resolve
+from moesim.engine.serving import Served
 from moesim.engine.simulate import simulate
-from moesim.engine.visible import as_seen
+from moesim.engine.visible import as_seen, with_pause
 from moesim.errors import MoesimError
 from moesim.output.metrics import serving_metrics
 from moesim.spec.scenario import Scenario
 from validate.accuracy import choices, errors, split_errors
+from validate.silicon_causes import Causes, adjusted, causes_of
 from validate.silicon_rows import SiliconRow, choice_groups, clean
 from validate.silicon_scenario import reason_of, scenario_of
+from validate.silicon_settings import layout_of, settings_of
+from validate.silicon_workers import in_workers
 
-# Seconds that HTTP, tokenizer and detokenizer take with a request before its prompt is queued, by engine: the value of
-# the least median error of TTFT over the even cells (validate/silicon_rows.py says which those are). SGLang's holds
-# cold first waves as well: most of its rows were measured before the client warmed servers up.
-FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.14}
 OK, UNSUPPORTED = "ok", "unsupported"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted of a row, in seconds; reason: why it is not supported."""
+    """What is predicted of a row, in seconds; reason: why it is not supported; causes: what it is made of, if asked."""
 
     row: SiliconRow
     ttft_s: float | None
     tpot_s: float | None
     reason: str = ""
+    causes: Causes | None = None
 
     @property
     def status(self) -> str:
@@ -45,16 +46,40 @@ class Prediction:
         return UNSUPPORTED if self.reason else OK
 
 
-def predict(row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | None = None) -> Prediction:
+@dataclass(frozen=True)
+class Asked:
+    """How rows are priced. scale: costs made wrong on purpose, part -> factor. causes: whether to tell shares too."""
+
+    scale: Mapping[str, float] = field(default_factory=dict)
+    causes: bool = False
+
+
+AS_IT_IS = Asked()
+
+
+def predict(
+    row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | None = None, asked: Asked = AS_IT_IS
+) -> Prediction:
     """Mean TTFT and TPOT of a row, by simulating its benchmark. grounds: kept for rows of the same model and system."""
     try:
         scenario = scenario_of(row, profiles)
-        served = simulate(resolve(_ground(scenario, {} if grounds is None else grounds)), draws=0).served
-        seen = as_seen(served, lag=True, front_end_s=FRONT_END_S.get(row.engine, 0.0))
+        settings = settings_of(row, layout_of(row))
+
+        def seen(served: Served) -> tuple[float, float]:
+            if settings.cold_s:
+                served = with_pause(served, settings.batch_tokens, settings.cold_s)
+            served = as_seen(served, lag=True, front_end_s=settings.front_end_s)
+            metrics = serving_metrics(served, row.gpus)
+            return metrics["ttft_s"]["mean"], metrics["tpot_s"]["mean"]
+
+        ground = _ground(scenario, {} if grounds is None else grounds)
+        ground = adjusted(ground, asked.scale) if asked.scale or asked.causes else ground
+        simulation = simulate(resolve(ground), draws=0)
+        ttft_s, tpot_s = seen(simulation.served)
+        causes = causes_of(simulation, seen, settings.front_end_s) if asked.causes else None
     except MoesimError as error:
         return Prediction(row, None, None, reason_of(error))
-    metrics = serving_metrics(seen, row.gpus)
-    return Prediction(row, metrics["ttft_s"]["mean"], metrics["tpot_s"]["mean"])
+    return Prediction(row, ttft_s, tpot_s, causes=causes)
 
 
 def _ground(scenario: Scenario, grounds: dict[str, Groundwork]) -> Groundwork:
@@ -66,24 +91,50 @@ def _ground(scenario: Scenario, grounds: dict[str, Groundwork]) -> Groundwork:
 
 
 def predict_all(
-    rows: Sequence[SiliconRow], profiles: Path, progress: Callable[[float], None] | None = None
+    rows: Sequence[SiliconRow],
+    profiles: Path,
+    progress: Callable[[float], None] | None = None,
+    asked: Asked = AS_IT_IS,
+    workers: int = 1,
 ) -> list[Prediction]:
-    """A prediction for each row, in order; rows that ask for the same run are simulated once."""
-    known: dict[tuple[object, ...], Prediction] = {}
-    grounds: dict[str, Groundwork] = {}
-    found = []
-    for index, row in enumerate(rows):
-        key = (
-            row.model, row.system, row.engine, row.version, row.precision, row.mode, row.isl, row.osl, row.layout,
-            row.concurrency, row.prefill, row.decode, row.source[-40:] if "measured=" not in row.source else row.source,
-        )  # fmt: skip
-        if key not in known:
-            known[key] = predict(row, profiles, grounds)
-        one = known[key]
-        found.append(Prediction(row, one.ttft_s, one.tpot_s, one.reason))
-        if progress is not None:
-            progress((index + 1) / len(rows))
-    return found
+    """A prediction for each row, in order; rows that ask for the same run are simulated once.
+
+    workers: processes; each takes the rows of a model and system together, in parts.
+    """
+    alike: dict[tuple[object, ...], SiliconRow] = {}
+    for row in rows:
+        alike.setdefault(run_of(row), row)
+    parts = _parts(list(alike.values()), workers)
+    priced = in_workers(_predict_part, [(part, profiles, asked) for part in parts], workers, progress)
+    known = {run_of(one.row): one for part in priced for one in part}
+    return [replace(known[run_of(row)], row=row) for row in rows]
+
+
+PART = 24  # rows that a worker takes at once
+
+
+def _parts(rows: list[SiliconRow], workers: int) -> list[list[SiliconRow]]:
+    """Rows of one model, system and engine together, which share tables; cut so that workers end at about one time."""
+    ordered = sorted(rows, key=lambda row: (row.system, row.model, row.engine)) if workers > 1 else rows
+    return [ordered[start : start + PART] for start in range(0, len(ordered), PART)]
+
+
+def run_of(row: SiliconRow) -> tuple[object, ...]:
+    """What tells the benchmark run that a row is priced by."""
+    return (
+        row.model, row.system, row.engine, row.version, row.precision, row.mode, row.isl, row.osl, row.layout,
+        row.concurrency, row.prefill, row.decode, row.source[-40:] if "measured=" not in row.source else row.source,
+    )  # fmt: skip
+
+
+_grounds: dict[Path, dict[str, Groundwork]] = {}
+
+
+def _predict_part(task: tuple[list[SiliconRow], Path, Asked]) -> list[Prediction]:
+    """Predictions of some rows; groundworks stay for the next part of this process, for one set of profiles."""
+    rows, profiles, asked = task
+    grounds = _grounds.setdefault(profiles, {})
+    return [predict(row, profiles, grounds, asked) for row in rows]
 
 
 def predictions_csv(found: Sequence[Prediction]) -> str:

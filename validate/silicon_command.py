@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import BadInput
 from moesim.files import write_text
-from profiles.importers.aiconfigurator import find_package
-from profiles.importers.aiconfigurator_profile import import_profile
-from profiles.store import DESCRIPTION
-from validate.silicon import Prediction, predict_all, predictions_csv, score
+from validate.silicon import Asked, Prediction, predict_all, predictions_csv, score, score_table
+from validate.silicon_profiles import cached_profiles, sample_path
 from validate.silicon_rows import read_rows
-
-SAMPLE = "silicon_sample.csv"
 
 
 def run(
@@ -25,19 +20,20 @@ def run(
     profiles: Path | None,
     say: Callable[[str], None],
     progress: Callable[[float], None] | None,
+    workers: int = 1,
+    scale: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Price the rows and score those that were measured; writes predictions where asked. Raises BadInput, MissingPart.
 
     profiles: a folder with a profile for each system; without, those of the installed aiconfigurator-core, imported
-    once into the user's cache.
+    once into the user's cache. workers: processes. scale: costs made wrong on purpose, part -> factor.
     """
-    table = rows if rows is not None else find_package(None)[0].parent / SAMPLE
+    table = rows if rows is not None else sample_path()
     read = read_rows(table)
     if not read:
         raise BadInput("the table has no rows", where=str(table), mend="give rows as silicon_sample.csv has them")
-    wanted = sorted({row.system for row in read if row.moe and row.aggregated})
-    folder = profiles if profiles is not None else cached_profiles(wanted, say)
-    found = predict_all(read, folder, progress)
+    folder = profiles if profiles is not None else cached_profiles(read, say, workers)
+    found = predict_all(read, folder, progress, Asked(scale=scale or {}), workers)
     if out is not None:
         write_text(out, predictions_csv(found))
     return {
@@ -52,14 +48,23 @@ def _priced(found: Sequence[Prediction]) -> int:
     return sum(one.status == "ok" for one in found)
 
 
-def cached_profiles(systems: Sequence[str], say: Callable[[str], None]) -> Path:
-    """The folder of imported profiles in the user's cache; those that are missing are imported (minutes each)."""
-    data, version = find_package(None)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "moesim" / f"aiconfigurator-{version}"
-    for system in systems:
-        if not (data / system).is_dir() or (folder / system / DESCRIPTION).is_file():
-            continue
-        say(f"importing the tables of {system}, once ...")
-        import_profile(folder / system, system=system, engine="all", source=None, priced=True, say=lambda line: None)
-    return folder
+def told(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    if "text" in result:
+        return str(result["text"])
+    lines = [f"{result['priced']} of {result['rows']} rows priced.", score_table(result["score"])]
+    return "\n".join([*lines, f"predictions: {result['out']}"] if result["out"] else lines)
+
+
+def scales(given: Sequence[str]) -> dict[str, float]:
+    """Factors by part of `PART=FACTOR` options. Raises BadInput."""
+    found = {}
+    for text in given:
+        name, _, factor = text.partition("=")
+        try:
+            found[name.strip()] = float(factor)
+        except ValueError:
+            raise BadInput(
+                f"{text!r} is not PART=FACTOR", where="--scale", mend="write for instance --scale experts=1.5"
+            ) from None
+    return found

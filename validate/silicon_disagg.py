@@ -8,9 +8,9 @@ from pathlib import Path
 from moesim import plugins
 from moesim.cost.estimate import CostModel
 from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
-from moesim.engine.simulate import role_pool, kv_transfer
 from moesim.engine.roles import serve_roles
 from moesim.engine.serving import Served
+from moesim.engine.simulate import kv_transfer, role_pool
 from moesim.engine.stepmodel import StepModel
 from moesim.engine.workload import make_load
 from moesim.spec.scenario import Scenario
@@ -57,7 +57,7 @@ def _models(scenario: Scenario, node: int, kept: Kept) -> tuple[Deployment, Step
 def _ground(scenario: Scenario, node: int, kept: Kept) -> Groundwork:
     """The groundwork on a cluster whose nodes are `node` GPUs: in a rack NVLink joins more than a tray."""
     parts = (scenario.model, scenario.cluster, scenario.cost, scenario.engine.name)
-    key = f"{node}|" + "|".join(part if isinstance(part, str) else part.model_dump_json() for part in parts)
+    key = f"{node}|" + "|".join(part if isinstance(part, str) else part.model_dump_json() for part in parts)  # type: ignore[union-attr]
     if key not in kept.grounds:
         ground = groundwork(scenario)
         if node != ground.cluster.gpus_per_node:

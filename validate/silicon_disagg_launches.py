@@ -1,10 +1,11 @@
 """How the disaggregated deployments behind the measured rows were launched: pools, layouts, batch limits, drafts.
 
-Read in `.github/configs/nvidia-master.yaml` of SemiAnalysisAI/InferenceX (commits 0004cf5f of March and 07d3a741, a fork
-of May 2026) and InferenceMAX/InferenceMAX (525079ad, January 2026); concurrencies of H200, and that its prefill workers
-at 8192 tokens run without attention DP, in the recipes of ishandhanani/srt-slurm (`recipes/trtllm/h200`, 4893f83e),
-which multiply those of the file names by the decode workers. The first FP8 runs on four GPUs of GB200 stand as DEP4 with
-the note that scripts decide; they were TP, as later files have it: with attention on every GPU the weights do not fit.
+Read in `.github/configs/nvidia-master.yaml` of SemiAnalysisAI/InferenceX (commits 0004cf5f of March and 07d3a741, a
+fork of May 2026) and InferenceMAX/InferenceMAX (525079ad, January 2026); concurrencies of H200, and that its prefill
+workers at 8192 tokens run without attention DP, in the recipes of ishandhanani/srt-slurm (`recipes/trtllm/h200`,
+4893f83e), which multiply those of the file names by the decode workers. The first FP8 runs on four GPUs of GB200 stand
+as DEP4 with the note that scripts decide; they were TP, as later files have it: with attention on every GPU the weights
+do not fit.
 
 A group's head: family of models, system, engine, precision, start of the engine's version. Its lines: lengths,
 concurrencies, prefill workers, decode workers, most running requests of a decode rank (- where the engine's default
@@ -157,7 +158,8 @@ deepseek h200_sxm sglang fp8 0.5.8
 1k1k 1,4,8,16,32,64,128,256 1xTP8 9xTP8 -; 512,1024,2048 1xTP8 6xTP8 -; 128,256,512,1024,2048 1xDEP8 6xDEP8 -
 1k1k 1,4,8,16,32,64,128,256 1xTP8 9xTP8 - mtp2; 512,1024,2048 1xTP8 6xTP8 - mtp2
 1k1k 128,256,512,1024,2048 1xDEP8 6xDEP8 - mtp2
-8k1k 1,4,8 1xTP8 7xTP8 -; 4,8,16 1xTP8 6xTP8 -; 8,16,32 1xTP8 3xTP8 -; 32,64,128 2xTP8 3xTP8 -; 64,128,256 1xTP8 1xDEP8 -
+8k1k 1,4,8 1xTP8 7xTP8 -; 4,8,16 1xTP8 6xTP8 -; 8,16,32 1xTP8 3xTP8 -; 32,64,128 2xTP8 3xTP8 -
+8k1k 64,128,256 1xTP8 1xDEP8 -
 8k1k 1,4,8 1xTP8 7xTP8 - mtp2; 2,4,8,16,32 1xTP8 6xTP8 - mtp2; 4,8,16,32,64 1xTP8 3xTP8 - mtp2
 8k1k 32,64,128 2xTP8 3xTP8 - mtp2; 32,64,128,256,512 1xTP8 1xDEP8 - mtp2
 deepseek h100_sxm sglang fp8 0.5.8
@@ -169,7 +171,8 @@ deepseek h100_sxm sglang fp8 0.5.8
 8k1k 1,2,4,8,16,32,64,128 1xTP16 1xTP16 - mtp2; 1,2,4,8,16,32,64 1xTP16 1xDEP16 - mtp2
 deepseek b200_sxm sglang fp4 0.5.8
 1k1k 16,128 1xDEP4 5xTEP8 -; 32,64,256 1xDEP4 6xTEP8 -; 512 1xDEP4 1xDEP8 -; 512 1xDEP4 2xDEP8 -
-8k1k 64,128 1xDEP4 1xTEP8 -; 8 1xDEP4 5xTEP8 -; 4,128 2xDEP4 5xTEP8 -; 4,8,16,64 1xTP4 1xTP8 -; 1024,2048 7xDEP4 2xDEP8 -
+8k1k 64,128 1xDEP4 1xTEP8 -; 8 1xDEP4 5xTEP8 -; 4,128 2xDEP4 5xTEP8 -; 4,8,16,64 1xTP4 1xTP8 -
+8k1k 1024,2048 7xDEP4 2xDEP8 -
 deepseek b200_sxm sglang fp8 0.5.8
 1k1k 4 1xTEP8 1xTEP8 -; 16,32,64,128,256 1xTEP8 3xTEP8 -; 1024,2048,4096 1xDEP8 5xDEP8 -; 2048,4096 2xDEP8 5xDEP8 -
 1k1k 4,64 1xTEP8 1xTEP8 - mtp2; 4,8,16,32,128 1xTEP8 3xTEP8 - mtp2; 512,4096 1xDEP8 5xDEP8 - mtp2
@@ -203,7 +206,10 @@ class Workers:
 
 @dataclass(frozen=True)
 class Launch:
-    """One deployment. running: most requests of a decode rank, None where the engine's default stands; drafts: of MTP."""
+    """One deployment. running: most requests of a decode rank, None where the engine's default stands.
+
+    drafts: tokens that multi-token prediction drafts in a step; 0 = none.
+    """
 
     family: str
     system: str
@@ -240,17 +246,17 @@ def launches() -> tuple[Launch, ...]:
         if "k" not in first or not first[0].isdigit():
             head = line.split()
             continue
-        for one in rest.split("; "):
-            concurrency, prefill, decode, *more = one.split()
+        for text in rest.split("; "):
+            concurrency, prefill, decode, *more = text.split()
             drafts = int(more.pop()[3:]) if more[-1].startswith("mtp") else 0
             running = None if more[0] == "-" else int(more[0])
-            found.append(
-                Launch(
-                    head[0], head[1], head[2], head[3], head[4].rstrip("-"), _TOKENS[first[0]], _TOKENS[first[2]],
-                    tuple(int(part) for part in concurrency.split(",")), _workers(prefill), _workers(decode), running,
-                    drafts,
-                )  # fmt: skip
-            )
+            lengths = _TOKENS[first[0]], _TOKENS[first[2]]
+            many = tuple(int(part) for part in concurrency.split(","))
+            one = Launch(
+                head[0], head[1], head[2], head[3], head[4].rstrip("-"), lengths[0], lengths[1], many,
+                _workers(prefill), _workers(decode), running, drafts,
+            )  # fmt: skip
+            found.append(one)
     return tuple(found)
 
 

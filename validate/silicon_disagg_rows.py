@@ -63,9 +63,7 @@ def ran(row: SiliconRow) -> Ran:
 def _of_lengths(row: SiliconRow) -> list[Launch]:
     """Launches of the row's model, system, engine, types and lengths; those of its version where there are any."""
     asked = (family_of(row), row.system, row.engine, row.precision, row.isl, row.osl)
-    same = [
-        one for one in launches() if asked == (one.family, one.system, one.engine, one.precision, one.isl, one.osl)
-    ]
+    same = [one for one in launches() if asked == (one.family, one.system, one.engine, one.precision, one.isl, one.osl)]
     return [one for one in same if row.version.startswith(one.version)] or same
 
 
@@ -101,8 +99,8 @@ def _told(prefill: PoolRow, decode: PoolRow, known: list[Launch]) -> Ran:
         ]
         if all(alike) and one.drafts == 0:
             return Ran(one.prefill, one.decode, one.running, 0)
-    pools = (Workers(pool.workers, _whole(pool.layout)) for pool in (prefill, decode))
-    return Ran(*pools, None, 0)
+    reading, decoding = (Workers(pool.workers, _whole(pool.layout)) for pool in (prefill, decode))
+    return Ran(reading, decoding, None, 0)
 
 
 def _whole(layout: Layout) -> Layout:

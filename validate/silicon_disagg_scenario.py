@@ -126,7 +126,7 @@ def joined_gpus(row: SiliconRow, ran: Ran) -> int:
 
 
 def _kernels(row: SiliconRow, ran: Ran, settings: Settings) -> str | None:
-    """The engine whose expert kernels ran: SGLang's wide FP4 runs take CUTLASS and CuteDSL, which stand in TRT-LLM's."""
+    """The engine whose expert kernels ran: SGLang's wide FP4 runs took CUTLASS and CuteDSL, as TRT-LLM's tables."""
     if row.engine == "sglang" and row.precision == "fp4" and ran.decode.layout.attention_dp > 1:
         return "trtllm"
     return settings.experts_from

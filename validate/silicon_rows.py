@@ -88,6 +88,16 @@ class SiliconRow:
         return sum(pool.workers * pool.layout.gpus for pool in (self.prefill, self.decode))
 
     @property
+    def in_flight(self) -> int | None:
+        """Requests in flight at one instance: `batch_size` x attention DP where the concurrency is a multiple of it.
+
+        Nearly everywhere the two are equal; where they are not, `batch_size` is that of each of several replicas.
+        """
+        each = self.batch * self.layout.attention_dp
+        several = self.concurrency is not None and self.batch > 1 and self.concurrency % each == 0
+        return each if several and self.aggregated else self.concurrency
+
+    @property
     def aggregated(self) -> bool:
         """Whether one pool serves both phases."""
         return self.mode == "agg"

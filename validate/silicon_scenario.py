@@ -7,11 +7,12 @@ from pathlib import Path
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.scenario import Scenario
 from validate.silicon_rows import SiliconRow
-from validate.silicon_settings import ROUNDS, Settings, layout_of, settings_of
+from validate.silicon_settings import ROUNDS, Settings, benchmark, layout_of, settings_of
 
 # The package's names of systems -> cluster presets.
 SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
 GPUS_PER_NODE = {"gb200": 4, "gb300": 4}
+RACKS = tuple(GPUS_PER_NODE)
 FEWEST_REQUESTS = 40
 
 
@@ -22,8 +23,14 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
     """
     if not row.aggregated:
         raise Infeasible("disaggregated rows are not priced yet", reason="disaggregated")
-    if row.concurrency is None:
+    in_flight = row.in_flight
+    if in_flight is None:
         raise Infeasible("the row does not say how many requests were in flight", reason="no_concurrency")
+    if row.system in RACKS and benchmark(row):
+        raise Infeasible(
+            "the benchmark ran GB200 and GB300 disaggregated alone: the row sums the GPUs of both pools",
+            reason="summed_pools",
+        )
     layout = layout_of(row)
     if layout.pp > 1:
         raise Infeasible("pipeline parallelism is not simulated in serving", reason="pipeline")
@@ -42,6 +49,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
     cost = {"source": "store", "profiles": [str(folder)], "extrapolate": "allow"}
     if settings.experts_from is not None:
         cost["experts_from"] = settings.experts_from
+    if settings.experts_version is not None:
+        cost["experts_version"] = settings.experts_version
     return Scenario.read(
         {
             "schema_version": 1,
@@ -67,8 +76,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                 "workload": {
                     "isl": row.isl,
                     "osl": row.osl,
-                    "requests": max(ROUNDS * row.concurrency, FEWEST_REQUESTS),
-                    "arrivals": {"concurrency": row.concurrency},
+                    "requests": max(ROUNDS * in_flight, FEWEST_REQUESTS),
+                    "arrivals": {"concurrency": in_flight},
                     "range_ratio": settings.range_ratio,
                 },
                 "batching": {
@@ -76,8 +85,12 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                     "max_running_requests_per_dp_rank": settings.running,
                     "chunked_prefill": settings.chunked,
                     "poll_steps": settings.poll_steps,
+                    "hold_steps": settings.hold_steps,
+                    "gather_steps": settings.gather_steps,
                 },
+                "balance": settings.balance,
                 "memory": {"fraction": settings.memory, "admission": _admission(row)},
+                **_speculative(settings),
             },
         },
         where=row.id,
@@ -95,7 +108,17 @@ def _precision(settings: Settings) -> dict[str, str]:
     }
     if settings.attention is not None:
         found["attention"] = settings.attention
+    if settings.gather is not None:
+        found["gather"] = settings.gather
     return found
+
+
+def _speculative(settings: Settings) -> dict[str, dict[str, object]]:
+    if not settings.drafts:
+        return {}
+    return {
+        "speculative": {"method": "mtp", "draft_tokens": settings.drafts, "acceptance": settings.acceptance},
+    }
 
 
 def _admission(row: SiliconRow) -> str:

@@ -16,6 +16,14 @@ from validate.silicon_rows import Layout, SiliconRow
 HOPPER = ("h100_sxm", "h200_sxm")
 # utils/bench_serving: lengths are drawn evenly from 0.8 of the nominal one to it; ten prompts for each place.
 RANGE_RATIO, ROUNDS = 0.8, 10
+# What was calibrated, each the value of the least median error over even cells (validate/silicon_rows.py says which
+# those are). Seconds that HTTP, tokenizer and detokenizer take with a request, by engine, and of TensorRT-LLM where one
+# process does all of it; seconds of SGLang's first step of full size, when its kernels are compiled; the share of MTP
+# drafts that is accepted.
+FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.08}
+ONE_PROCESS_S = 0.09
+SGLANG_COLD_S = 70.0
+MTP_ACCEPTANCE = 0.5
 _DATE = re.compile(r"measured=(\d{4}-\d{2}-\d{2})")
 
 
@@ -25,7 +33,10 @@ class Settings:
 
     batch_tokens, running: of one attention-DP rank. chunked: whether prompts are cut. kv: type of the KV cache. dense,
     attention, experts: types of the products. experts_from: the engine whose expert kernels ran, where another engine's
-    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: share of the GPU.
+    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: share of the GPU. drafts, acceptance: of
+    multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing warmed the
+    server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
+    hold_steps, gather_steps: TensorRT-LLM's attention_dp_config. balance: which attention-DP rank a request goes to.
     """
 
     batch_tokens: int
@@ -36,9 +47,18 @@ class Settings:
     attention: str | None
     experts: str
     experts_from: str | None
+    experts_version: str | None
     poll_steps: int
     memory: float
     range_ratio: float
+    drafts: int = 0
+    acceptance: float = 0.0
+    cold_s: float = 0.0
+    front_end_s: float = 0.0
+    gather: str | None = None
+    hold_steps: int = 0
+    gather_steps: int = 0
+    balance: str = "round_robin"
 
 
 def benchmark(row: SiliconRow) -> bool:
@@ -65,7 +85,7 @@ def layout_of(row: SiliconRow) -> Layout:
     measurements stand in the other dump as TP with EP. Scripts of SGLang for DeepSeek in FP4, and vLLM's first ones for
     MiniMax-M2.5, spread whole experts whatever the row says.
     """
-    layout = row.layout
+    layout = _of_trtllm(row)
     if layout.attention_dp == layout.tp > 1 and layout.ep == layout.tp**2:
         if "MiniMax" in row.model and row.system not in HOPPER and version_of(row) >= (0, 19):
             return Layout(1, layout.pp, layout.tp, 1, layout.tp)
@@ -78,25 +98,88 @@ def layout_of(row: SiliconRow) -> Layout:
     return layout
 
 
+def _of_trtllm(row: SiliconRow) -> Layout:
+    """TensorRT-LLM's scripts for DeepSeek before version 1.2 (February 2026) spread experts and attention by load.
+
+    dsr1_{fp4_b200,fp8_b200,fp8_h200}_trt.sh: EP = TP for FP8; for FP4 at TP8 from 16 in flight on, at TP4 from 64 on,
+    of long prompts at TP4 always. Attention DP above 64 in flight (FP4: from 256 on), of long prompts above 32 (FP4:
+    from 64 on). Rows of the second dump say EP 1 for all of them.
+    """
+    layout, load = row.layout, row.in_flight or 0
+    early = row.engine == "trtllm" and "DeepSeek" in row.model and version_of(row) < (1, 2) and benchmark(row)
+    if not early or layout.attention_dp > 1 or layout.tp < 2:
+        return layout
+    long = row.isl > 4096
+    if row.precision == "fp4":
+        spread = load >= 64 if layout.tp == 4 else load >= 16
+        spread = layout.tp == 4 or load >= 64 if long else spread
+        parted = load >= (64 if long else 256)
+    else:
+        spread, parted = True, load > (32 if long else 64)
+    if parted:
+        return Layout(1, layout.pp, layout.tp, 1, layout.tp)
+    return Layout(layout.tp, layout.pp, 1, 1, layout.tp) if spread else layout
+
+
 def settings_of(row: SiliconRow, layout: Layout) -> Settings:
     """The settings of a row's server."""
     dense, attention, experts = _types(row)
-    concurrency = max(1, row.concurrency or 1)
+    concurrency = max(1, row.in_flight or 1)
     here = -(-concurrency // layout.attention_dp)
     tokens, chunked = _budget(row, here)
+    # attention_dp_config: gpt-oss has the defaults of the engine, DeepSeek 60 and 0.
+    held = (50, 10) if "gpt-oss" in row.model else (60, 0)
     return Settings(
         batch_tokens=tokens,
-        running=here,
+        running=concurrency if layout.attention_dp > 1 else here,
         chunked=chunked,
         kv=_kv(row),
         dense=dense,
         attention=attention,
         experts=experts,
-        experts_from=_kernels(row),
+        experts_from=_kernels(row, layout),
+        experts_version=_kernel_version(row),
         poll_steps=_poll(row, concurrency),
         memory={"sglang": 0.85, "trtllm": 0.9, "vllm": 0.92}.get(row.engine, 0.9),
-        range_ratio=RANGE_RATIO if benchmark(row) else 1.0,
+        range_ratio=RANGE_RATIO,
+        drafts=_drafts(row, layout),
+        acceptance=MTP_ACCEPTANCE,
+        cold_s=SGLANG_COLD_S if _cold(row) else 0.0,
+        front_end_s=_front_end_s(row),
+        # NVFP4 is quantised before the all-gather (TensorRT-LLM: post-quant all-gather; vLLM: FlashInfer's).
+        gather="nvfp4" if experts == "nvfp4" and row.engine in ("trtllm", "vllm") else None,
+        hold_steps=held[0] if row.engine == "trtllm" else 0,
+        gather_steps=held[1] if row.engine == "trtllm" else 0,
+        balance="shortest_queue" if row.engine in ("vllm", "trtllm") else "round_robin",
     )
+
+
+def _drafts(row: SiliconRow, layout: Layout) -> int:
+    """Tokens that multi-token prediction drafts in a step; no column says so, but the source text does for some rows.
+
+    Release 1.2.0rc6.post3 of TensorRT-LLM was the image of the *-trt-mtp configurations only: perf-changelog.yaml,
+    #632, and the note that the tags of plain and MTP configurations, `.post2` and `.post3`, were later made one. On
+    2026-01-14 the run was that of #392, which added these configurations. The scripts draft three tokens, and one under
+    attention DP (dsr1_*_trt_mtp.sh).
+    """
+    if row.engine != "trtllm" or "DeepSeek" not in row.model or not benchmark(row):
+        return 0
+    if row.version == "1.2.0rc6.post3" or measured_on(row) == "2026-01-14":
+        return 1 if layout.attention_dp > 1 else 3
+    return 0
+
+
+def _cold(row: SiliconRow) -> bool:
+    """SGLang on Blackwell from v0.5.5 (November 2025) until the client warmed servers up (#480, end of January)."""
+    blackwell = row.system not in HOPPER
+    return row.engine == "sglang" and blackwell and benchmark(row) and "2025-11-03" <= measured_on(row) < "2026-01-29"
+
+
+def _front_end_s(row: SiliconRow) -> float:
+    """TensorRT-LLM's scripts for gpt-oss give replies four processes of their own; those for DeepSeek do not."""
+    if row.engine == "trtllm" and "gpt-oss" not in row.model and benchmark(row):
+        return ONE_PROCESS_S
+    return FRONT_END_S.get(row.engine, 0.0)
 
 
 def _types(row: SiliconRow) -> tuple[str, str | None, str]:
@@ -125,8 +208,10 @@ def _kv(row: SiliconRow) -> str:
         return "fp8" if blackwell else "bf16"
     if "gpt-oss" in row.model:
         return "fp8" if blackwell and measured_on(row) >= "2025-12" else "bf16"
+    if row.precision == "fp4":
+        return "fp8"  # as NVIDIA's checkpoints say (hf_quant_config.json), which vLLM heeds since #29980
     if "Kimi" in row.model:
-        return "fp8" if row.precision == "fp4" and measured_on(row) >= "2026-04" else "bf16"
+        return "bf16"
     if "MiniMax" in row.model:
         return "fp8" if blackwell and version_of(row) >= (0, 19) else "bf16"
     return "bf16"
@@ -151,16 +236,25 @@ def _budget(row: SiliconRow, here: int) -> tuple[int, bool]:
     return 16384 if row.system not in HOPPER else 8192, True
 
 
-def _kernels(row: SiliconRow) -> str | None:
+def _kernels(row: SiliconRow, layout: Layout) -> str | None:
     """TensorRT-LLM's TRTLLM backend and vLLM's FlashInfer MXFP8 experts: the kernels of SGLang's FlashInfer tables."""
     blackwell = row.system not in HOPPER
     if not blackwell:
         return None
     if row.engine == "trtllm" and "gpt-oss" not in row.model:
         # FP4 ran on TRTLLM kernels from the start (CUTLASS under attention DP), FP8 since 1.2.
-        fp4 = row.precision == "fp4" and row.layout.attention_dp == 1
+        fp4 = row.precision == "fp4" and layout.attention_dp == 1
         return "sglang" if fp4 or (row.precision == "fp8" and version_of(row) >= (1, 2)) else None
     return "sglang" if row.engine == "vllm" and "gpt-oss" in row.model else None
+
+
+def _kernel_version(row: SiliconRow) -> str | None:
+    """Triton experts of vLLM until v0.18 (minimaxm2.5_fp8_b200.sh: VLLM_USE_FLASHINFER_MOE_FP8=0): v0.19's tables.
+
+    From v0.19 on the scripts leave the choice to vLLM, which takes FlashInfer's on Blackwell.
+    """
+    early = row.engine == "vllm" and row.precision == "fp8" and (0,) < version_of(row) < (0, 19)
+    return "0.19.0" if early and "MiniMax" in row.model and row.system in ("b200_sxm", "h200_sxm") else None
 
 
 def _poll(row: SiliconRow, concurrency: int) -> int:

@@ -45,7 +45,8 @@ class Ranks(NamedTuple):
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
     idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
     output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
-    decode steps since it looked at new requests. preemptions; recomputed_tokens: thrown away by them.
+    decode steps since it looked at new requests. held [2]: of the whole group, steps since prompts were held back for
+    ranks without one, and since for more of them. preemptions; recomputed_tokens: thrown away by them.
     """
 
     head: Ints
@@ -60,6 +61,7 @@ class Ranks(NamedTuple):
     output_share: Floats
     full: NDArray[np.bool_]
     unpolled: Ints
+    held: Ints
     preemptions: Ints
     recomputed_tokens: Ints
     cache: PrefixCache
@@ -70,6 +72,7 @@ class Limits(NamedTuple):
 
     draft_tokens, acceptance: of speculative decoding, 0 = none; draft_seed fixes which drafts are accepted. poll_steps:
     decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
+    hold_steps, gather_steps: TensorRT-LLM's attention_dp_config, see `_held_back`; 0 = prompts are not held back.
     """
 
     max_tokens: int
@@ -82,6 +85,8 @@ class Limits(NamedTuple):
     acceptance: float = 0.0
     draft_seed: int = 0
     poll_steps: int = 1
+    hold_steps: int = 0
+    gather_steps: int = 0
 
 
 class Plan(NamedTuple):
@@ -140,6 +145,7 @@ def new_ranks(ranks: int, max_running: int, *, rule: MemoryRule = RESERVE, cache
         output_share=np.full(ranks, rule.first_ratio),
         full=np.zeros(ranks, np.bool_),
         unpolled=zero.copy(),
+        held=np.zeros(2, np.int64),
         preemptions=zero.copy(),
         recomputed_tokens=zero.copy(),
         cache=new_prefix_cache(0, ranks, 0, zero, zero) if cache is None else cache,

@@ -134,9 +134,41 @@ def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
 
 
 @njit(cache=True)
+def _held_back(ranks: Ranks, limits: Limits) -> bool:
+    """Whether waiting prompts are held back so that all attention-DP ranks read in the same step.
+
+    They wait until every rank has one and room for it, at most `hold_steps` steps or until a rank has nothing to
+    decode; then `gather_steps` more, for others to come (TensorRT-LLM, PyExecutor._balance_adp_requests: timeout_iters
+    and batching_wait_iters).
+    """
+    waiting = decoding = ready = 0
+    for rank in range(len(ranks.head)):
+        has = ranks.head[rank] != NONE or ranks.reading[rank] != NONE
+        waiting += has
+        decoding += ranks.running_seqs[rank] > 0
+        ready += has and ranks.running_seqs[rank] < limits.max_running
+    if waiting == 0:
+        return False
+    every = len(ranks.head)
+    if ready == every:
+        ranks.held[0] = 0
+        if decoding == every and ranks.held[1] < limits.gather_steps:
+            ranks.held[1] += 1
+            return True
+        ranks.held[1] = 0
+        return False
+    ranks.held[0] += 1
+    if ranks.held[0] >= limits.hold_steps or decoding < every:
+        ranks.held[0] = 0
+        return False
+    return True
+
+
+@njit(cache=True)
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
     decodes = prompts = fullest = 0
+    held = limits.hold_steps > 0 and _held_back(ranks, limits)
     for rank in range(len(ranks.head)):
         plan.decode_seqs[rank] = 0
         plan.decode_kv[rank] = 0.0
@@ -151,6 +183,10 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
                 fullest = max(fullest, ranks.kv_tokens[rank])
                 continue
             ranks.unpolled[rank] = 0
+        if held and limits.rule.code == CONTEXT:
+            decodes += _decode_on(requests, ranks, plan, rank)
+            fullest = max(fullest, ranks.kv_tokens[rank])
+            continue
         # Calls between compiled functions count references of every array: ranks that only decode are spared them.
         if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
             ranks.context[rank] = NONE

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 STREAMS = 3
+BESIDE = 64  # steps: half a megabyte for a thousand tasks
 # Schedules whose every task takes one priced part's time, so that a skeleton says all of it.
 SCHEDULES = ("sequential", "two_batch")
 
@@ -57,9 +58,9 @@ def collapsed_seconds(
     if found is None:
         found = _skeletons[key] = _skeleton(setup, priced, normal)
     steps = priced[0].batch.steps
-    durations = np.empty((steps, len(found.sources)))
-    for column, (micro, part, row) in enumerate(found.sources):
-        durations[:, column] = builders[micro].seconds(part, row)[:, 0]
+    durations = np.empty((len(found.sources), steps))
+    for place, (micro, part, row) in enumerate(found.sources):
+        durations[place] = builders[micro].seconds(part, row)[:, 0]
     if not (durations.min() >= 0.0 and durations.max() < np.inf):
         return None  # the executor says which task it is
     seconds = np.empty(steps)
@@ -99,17 +100,31 @@ def _skeleton(setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[s
 
 @njit(cache=True)
 def _advance(stream: Ints, start: Ints, dependency: Ints, source: Ints, durations: Floats, seconds: Floats) -> None:
-    """Fill `seconds` [steps] from durations [steps, sources]: tasks start when their stream and what they await end."""
-    tasks = stream.size
-    ends = np.empty(tasks)
-    free = np.empty(STREAMS)
-    for step in range(seconds.size):
+    """Fill `seconds` [steps] from durations [sources, steps]: tasks start when their stream and what they await end.
+
+    BESIDE steps go side by side, which a processor does at once, and few enough for what they hold to stay near.
+    """
+    ends = np.empty((stream.size, BESIDE))
+    free = np.empty((STREAMS, BESIDE))
+    ready = np.empty(BESIDE)
+    for first in range(0, seconds.size, BESIDE):
+        wide = min(BESIDE, seconds.size - first)
         free[:] = 0.0
-        for task in range(tasks):
-            ready = free[stream[task]]
+        for task in range(stream.size):
+            lane, end = free[stream[task]], ends[task]
+            lasts = durations[source[task], first : first + wide]
+            for step in range(wide):
+                ready[step] = lane[step]
             for position in range(start[task], start[task + 1]):
-                ready = max(ready, ends[dependency[position]])
-            end = ready + durations[step, source[task]]
-            ends[task] = end
-            free[stream[task]] = end
-        seconds[step] = free.max()
+                before = ends[dependency[position]]
+                for step in range(wide):
+                    ready[step] = max(ready[step], before[step])
+            for step in range(wide):
+                end[step] = ready[step] + lasts[step]
+            for step in range(wide):
+                lane[step] = end[step]
+        for step in range(wide):
+            finish = free[0, step]
+            for other in range(1, STREAMS):
+                finish = max(finish, free[other, step])
+            seconds[first + step] = finish

@@ -145,10 +145,12 @@ def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
     counters: Ints, clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints, concurrency: int,
+    shortest: bool,
 ) -> int:  # fmt: skip
     """Run one instance until it is done or needs something; returns why it stopped.
 
-    concurrency: requests of a closed loop, 0 = an open one, whose requests come at `admitted_s`.
+    concurrency: requests of a closed loop, 0 = an open one, whose requests come at `admitted_s`. shortest: those of a
+    closed loop go to the rank with the fewest, see `balance.shortest_queue`; else in turn.
     """
     ranks = len(group.head)
     while counters[ENDED] < len(mine):
@@ -156,7 +158,13 @@ def _advance(
             for _ in range(min(concurrency + counters[ENDED], len(mine)) - counters[NEXT]):
                 request = mine[counters[NEXT]]
                 requests.arrival_s[request] = clock[NOW]
-                arrive(requests, group, request % ranks, request)
+                to = request % ranks
+                if shortest:
+                    for other in range(1, ranks):
+                        rank = (request + other) % ranks
+                        if group.requests_in[rank] < group.requests_in[to]:
+                            to = rank
+                arrive(requests, group, to, request)
                 counters[NEXT] += 1
             if plan_step(requests, group, limits, plan) == 0:
                 return DONE
@@ -260,12 +268,15 @@ class Instances(StepTables):
 
     def __init__(
         self, requests: Requests, arrival_s: Floats, limits: Limits, ranks: int, instances: int, timed: Timed,
-        concurrency: int = 0,
+        concurrency: int = 0, shortest: bool = False,
     ) -> None:  # fmt: skip
-        """arrival_s: of an open loop. concurrency: of a closed one, of a single instance; arrivals are ignored then."""
+        """arrival_s: of an open loop. concurrency: of a closed one, of a single instance; arrivals are ignored then.
+
+        shortest: requests of a closed loop go to the rank with the fewest.
+        """
         super().__init__(timed)
         self.requests, self.limits, self.ranks, self.instances = requests, limits, ranks, instances
-        self.concurrency = concurrency
+        self.concurrency, self.shortest = concurrency, shortest
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
         self.gap_s, self.gap_n = np.zeros(FIRST_STEPS), np.zeros(FIRST_STEPS, np.int64)
@@ -299,7 +310,7 @@ class Instances(StepTables):
             why = _advance(
                 self.requests, group, self.limits, plan, mine, self.instances, self.admitted_s, self.scheduled_s,
                 self.decode, self.prefill, attention, graphs, self.prompts, counters, clock, self.gap_s, self.gap_n,
-                log, ended, self.concurrency,
+                log, ended, self.concurrency, self.shortest,
             )  # fmt: skip
             if why == DONE:
                 break

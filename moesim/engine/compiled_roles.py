@@ -55,7 +55,8 @@ class Timing(NamedTuple):
 
 
 class PoolState(NamedTuple):
-    """One pool: rank r of instance i is row i x ranks + r of `groups` and `plans`; totals [instances, 3].
+    """One pool: rank r of instance i is row i x ranks + r of `groups` and `plans`; totals [instances, 3], held [2 x
+    instances].
 
     until_s, last_s [instances]: end and length of the running step. state [instances]. position [requests]: where each
     was sent, as balance.py counts. joined_s [requests]: start of its first decode step in this pool. log, gap_s, gap_n,
@@ -90,13 +91,13 @@ class TimedRole(Timed, Protocol):
 @njit(cache=True)
 def _ranks_of(groups: Ranks, first: int, stop: int) -> Ranks:
     """The ranks of one instance."""
-    cache = groups.cache
+    cache, instance = groups.cache, first // (stop - first)
     return Ranks(
         groups.head[first:stop], groups.tail[first:stop], groups.reading[first:stop], groups.running[first:stop],
         groups.running_seqs[first:stop], groups.context[first:stop], groups.kv_tokens[first:stop],
         groups.requests_in[first:stop], groups.tokens_in[first:stop], groups.output_share[first:stop],
-        groups.full[first:stop], groups.unpolled[first:stop], groups.preemptions[first:stop],
-        groups.recomputed_tokens[first:stop],
+        groups.full[first:stop], groups.unpolled[first:stop], groups.held[2 * instance : 2 * instance + 2],
+        groups.preemptions[first:stop], groups.recomputed_tokens[first:stop],
         PrefixCache(
             cache.tokens, cache.offsets, cache.names, cache.uses[first:stop], cache.older[first:stop],
             cache.newer[first:stop], cache.idle_tokens[first:stop], cache.shared, cache.asked_tokens[first:stop],
@@ -120,9 +121,10 @@ def _timed(plan: Plan, timing: Timing, counters: Ints, clock: Floats) -> tuple[i
     """As `compiled.step_s`, drafting included."""
     drafts = timing.drafting.drafts
     if drafts == 0:
-        return step_s(
+        why, whole_s = step_s(
             plan, timing.decode, timing.prefill, timing.attention, timing.graphs, timing.prompts, counters, clock
         )
+        return int(why), float(whole_s)
     verified = Plan(
         plan.decode_seqs * (1 + drafts), plan.decode_kv * (1.0 + drafts), plan.prefill_seqs, plan.prefill_tokens,
         plan.prefill_prefix, plan.picked, plan.chunk, plan.totals,
@@ -151,7 +153,7 @@ def _timed(plan: Plan, timing: Timing, counters: Ints, clock: Floats) -> tuple[i
         logits_s = interpolated(drafting.tokens, drafting.logits_s, rows)
         pass_s = (one_s - drafting.overhead_s - logits_s) / layers + logits_s
         found += drafts * (pass_s + interpolated(drafting.tokens, drafting.projection_s, rows))
-    return DONE, found
+    return DONE, float(found)
 
 
 @njit(cache=True)
@@ -193,7 +195,7 @@ def _begin_all(pool: PoolState, timing: Timing, now_s: float, shared: Ints) -> i
             why = _begin(pool, timing, instance, now_s)
             if why != DONE:
                 shared[ASKING_INSTANCE] = instance
-                return why
+                return int(why)
     return DONE
 
 
@@ -300,7 +302,7 @@ def _advance(
             shared[ASKING_POOL] = 1
             why = _begin_all(second, decoding, now_s, shared)
         if why != DONE:
-            return why
+            return int(why)
         reader, read_s = _earliest(first)
         decoder, decoded_s = _earliest(second)
         moved_s = links.end_s[0] if links.moving[UNDER_WAY] > 0 else np.inf
@@ -377,6 +379,7 @@ def pool_state(requests: Requests, limits: Limits, ranks: int, instances: int) -
     rows, count, none = ranks * instances, len(requests.isl), np.zeros(0, np.int64)
     cache = new_prefix_cache(count, rows, 0, none, none)
     groups = new_ranks(rows, limits.max_running, rule=limits.rule, cache=cache)
+    groups = groups._replace(held=np.zeros(2 * instances, np.int64))
     plans = new_plan(rows, limits.max_running)._replace(totals=np.zeros((instances, 3), np.int64))
     counters = np.zeros(8, np.int64)
     counters[GAPS] = 1  # place 0 counts tokens of the same step

@@ -14,6 +14,7 @@ from moesim.engine.combinations import check_combination, check_keys
 from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
+from moesim.engine.moving import refuse_drift_with_holdout
 from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, engine_rules, low_latency_tokens
 from moesim.engine.speculative import draft_tokens, refuse_drafts
@@ -23,6 +24,7 @@ from moesim.errors import BadInput, Infeasible
 from moesim.graph.pricing import LayerSetup
 from moesim.network.instance import instance_network
 from moesim.routing.capacity.rule import capacity_rule
+from moesim.routing.drift import cut_in_blocks
 from moesim.routing.gates.choice import gate_spec
 from moesim.routing.gates.loads import gate_loads
 from moesim.routing.holdout import split
@@ -94,7 +96,7 @@ def lay_groundwork(scenario: Scenario) -> Groundwork:
         refuse_drafts(scenario.serving, model)
     cluster = load_cluster(scenario.cluster)
     rng = np.random.default_rng([scenario.seed, 1])
-    loads = resolve_routing(scenario.routing, model, rng)
+    loads = cut_in_blocks(resolve_routing(scenario.routing, model, rng), scenario.routing.drift)
     fit, judge = split(loads, scenario.routing.holdout, np.random.default_rng([scenario.seed, 2]))
     fit, judge, model = gated(scenario, model, tuple(fit) or tuple(loads), tuple(judge))
     costs: CostModel = plugins.load(plugins.COSTS, scenario.cost.source, where="cost.source")(scenario, model, cluster)
@@ -121,6 +123,7 @@ def refuse_unsupported(scenario: Scenario) -> None:
             mend="give a trace with block hashes as serving.workload.file, or leave it out",
         )
     check_keys(scenario)
+    refuse_drift_with_holdout(scenario)
     gate_spec(scenario.policies.gate)
 
 
@@ -166,9 +169,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         policies=scenario.policies,
         max_context_tokens=lengths(scenario.serving.workload).longest_context + draft_tokens(scenario.serving),
         mtp=draft_tokens(scenario.serving) > 0,
-        low_latency_max_tokens=low_latency_tokens(
-            scenario.policies.dispatch.low_latency_tokens, scenario.engine.name
-        ),
+        low_latency_max_tokens=low_latency_tokens(scenario.policies.dispatch.low_latency_tokens, scenario.engine.name),
         rebalance=scenario.placement.rebalance is not None,
     )
     return parallel, counted

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from moesim.engine.expert_memory import relayout_staging, stored_experts
 from moesim.errors import Infeasible
-from moesim.graph.storage import STAGED_LAYERS
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -135,9 +135,9 @@ def ledger(
     hold one request; the message names the largest items and a mend.
     """
     items = weights(model, parallel, precision, slots_per_rank, policies, mtp=mtp)
-    items |= stored_experts(items["weights_experts"], model, slots_per_rank, policies)
     if rebalance:
-        items["relayout_staging"] = items["weights_experts"] / max(model.moe_layers, 1)
+        items["relayout_staging"] = relayout_staging(items["weights_experts"], model)
+    items |= stored_experts(items["weights_experts"], model, slots_per_rank, policies)
     items["activations"] = activation_bytes(model, parallel, precision, batching, policies, hot_rank_factor)
     deepep = policies.dispatch.backend == "deepep" and parallel.ep > 1
     low_latency = deepep and policies.dispatch.mode in ("auto", "low_latency")
@@ -225,20 +225,6 @@ def weights(
         layer = attention + gate + shared + slots_per_rank * expert + 2 * model.hidden**2 * dense
         items["weights_mtp"] = model.mtp_layers * layer
     return items
-
-
-def stored_experts(whole: float, model: ModelSpec, slots_per_rank: int, policies: PoliciesSpec) -> dict[str, float]:
-    """What of the experts' weight bytes `whole` is on the GPU, and the buffers that the rest arrives in.
-
-    Offload and pre-gated prefetch stage two layers in turn, a cache one: any of a layer's experts may be picked.
-    """
-    layer = whole / max(model.moe_layers, 1)
-    if policies.storage == "resident":
-        return {"weights_experts": whole}
-    if policies.expert_cache is None:
-        return {"weights_experts": 0.0, "expert_staging": min(STAGED_LAYERS, model.moe_layers) * layer}
-    kept = min(policies.expert_cache.experts_per_layer / slots_per_rank, 1.0)
-    return {"weights_experts": kept * whole, "expert_staging": layer}
 
 
 def attention_parameters(model: ModelSpec) -> tuple[int, int]:

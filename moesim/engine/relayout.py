@@ -1,292 +1,258 @@
-"""Loads that shift while a deployment serves, and experts that are laid out anew: what it costs and what it brings.
+"""Placements that are solved again while a deployment serves, and loads that change: the clock of such a run.
 
-Every `interval_steps` steps an instance solves its placement again from the counts of its last `window_steps` steps, as
-the engines' expert load balancers do (vLLM `--eplb-config`, SGLang `--enable-eplb`). It sees what it served, not what
-is to come. Its steps wait while weights move; in chunks of layers where asked, with a step between two chunks.
+The serving loop asks this clock instead of a step model, as it asks faults (`losses.Faults`): how long a step takes
+now, and until when an instance stands still. So such runs go through the SimPy loop, never the compiled one, which
+holds one table for each kind of step from a run's first to its last.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moesim import plugins
+from moesim.cost.roofline import REL_SIGMA
 from moesim.engine.batch_state import Plan
-from moesim.engine.draws import FAMILIES, LATER, Draw
+from moesim.engine.draws import Draw
 from moesim.engine.losses import Strike
-from moesim.engine.stepmodel import StepModel, TimedModel
-from moesim.errors import BadInput
-from moesim.network.moves import Moves, move_seconds, plan_moves
-from moesim.spec.plan import ExpertPlacement, PlacementRequest, max_over_mean
-from moesim.spec.scenario import RebalanceSpec, Scenario, ShiftSpec
-from moesim.units import BYTES_PER_ELEMENT
+from moesim.engine.relayout_decisions import Relayout, Solve, balance, decide, solver_seconds
+from moesim.engine.relayout_moves import MoveTime
+from moesim.engine.relayout_timers import Layouts, exchange_s
+from moesim.engine.relayout_window import Window
+from moesim.engine.stepmodel import ExactModel, Fidelity, TimedModel
+from moesim.routing.drift import LoadDrift
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.rebalance import RebalanceSpec
 
-Floats = NDArray[np.float64]
 
+@dataclass
+class _Moving:
+    """A new placement on its way: layers in place so far, and what the one that travels still needs (async)."""
 
-@dataclass(frozen=True)
-class Relayout:
-    """One re-layout of an instance. pause_s: of all chunks. balance: max/mean of the window's counts before and after.
-
-    step_before_s, step_after_s: the step before it, under the old and the new placement. moves: None where it was
-    skipped, as the ranks were even enough.
-    """
-
-    instance: int
-    at_s: float
-    pause_s: float
-    moves: Moves | None
-    expert_bytes: float
-    balance_before: float
-    balance_after: float
-    step_before_s: float
-    step_after_s: float
-
-    @property
-    def break_even_steps(self) -> float | None:
-        """Steps like the last one until the pause is made up for; None where the step did not get faster."""
-        gained_s = self.step_before_s - self.step_after_s
-        return self.pause_s / gained_s if gained_s > 0 else None
+    new: ExpertPlacement
+    time: MoveTime
+    event: int
+    ready_s: float
+    layers: int = 0
+    left_s: float = 0.0
 
 
 @dataclass
 class _Instance:
-    """What an instance remembers: its placement, its last steps as tokens by load, and what still has to move."""
+    """One lockstep group: its placement and the one before, steps since the last decision and in all, the pause."""
 
     placement: ExpertPlacement
-    window: deque[Floats]
+    window: Window
+    previous: ExpertPlacement | None = None
+    moving: _Moving | None = None
+    last: int | None = None  # event of the last decision
+    decisions: int = 0
     steps: int = 0
-    due: bool = False
-    stepped: bool = False
+    total: int = 0
     until_s: float = 0.0
-    chunks: deque[float] = field(default_factory=deque)
-    following: ExpertPlacement | None = None
-    last: Plan | None = None
+    stepped: bool = False
 
 
-@dataclass
-class Layouts:
-    """Step models by placement and solved placements by (instance, how many before): shared by a run and its draws."""
+class LayoutClock:
+    """The placements and loads of one run under one draw; it is `losses.Faults` to the serving loop."""
 
-    models: dict[bytes, StepModel] = field(default_factory=dict)
-    solved: dict[tuple[int, int], ExpertPlacement] = field(default_factory=dict)
-
-
-class RelayoutClock:
-    """Times the steps of one run under its shifts and re-layouts; takes the place of faults in the serving loop."""
-
-    def __init__(self, model: StepModel, draw: Draw | None, layouts: Layouts, *, moving: bool = True) -> None:
-        """moving: whether experts are laid out anew; shifts of the loads happen either way."""
-        scenario = model.deployment.scenario
-        self.model, self.draw, self.layouts = model, draw, layouts
-        self.spec = scenario.placement.rebalance if moving else None
-        self.shifts = shifts_of(scenario, model)
-        self.found: list[Relayout] = []
-        self.pauses: list[tuple[int, float, float]] = []  # instance, start, seconds of each chunk
-        self._timed: dict[tuple[bytes, int], TimedModel] = {}
-        self._instances: dict[int, _Instance] = {}
+    def __init__(
+        self, layouts: Layouts, *, drift: LoadDrift | None, rebalance: RebalanceSpec | None = None,
+        solve: Solve | None = None, fidelity: Fidelity = "table", draw: Draw | None = None,
+        replay: Sequence[Relayout] | None = None,
+    ) -> None:  # fmt: skip
+        """replay: decisions of another run, whose placements each instance takes in turn instead of solving."""
+        self.layouts, self.rebalance, self.drift, self.solve = layouts, rebalance, drift, solve
+        self.fidelity: Fidelity = fidelity if draw is None else "table"
+        self.draw, self.replay = draw, replay
+        deployment = layouts.model.deployment
+        self.setup = deployment.setup
+        error = 0.0 if draw is None else draw.normal["collective"]
+        self.link_factor = float(np.exp(REL_SIGMA * error))
+        self.events: list[Relayout] = []
+        self.pauses: list[tuple[int, float, float]] = []  # instance, start, seconds
+        self._timers: dict[tuple[bytes, int], TimedModel | ExactModel] = {}
+        self._routing_rng = np.random.default_rng([layouts.model.seed, 5])
+        self._instances = [
+            _Instance(self.setup.placement, Window(layouts, np.random.default_rng([layouts.model.seed, 12, instance])))
+            for instance in range(deployment.instances)
+        ]
 
     def step_s(self, plan: Plan, instance: int, now_s: float) -> float:
-        """Seconds of a planned step that an instance begins now."""
-        state, when = self._state(instance), self._when(now_s)
-        kind = "prefill" if plan.prefill_tokens.any() else "decode"
-        if self.spec is not None:
-            tokens = float(plan.decode_seqs.sum() + plan.prefill_tokens.sum())
-            state.window.append(tokens * self._mix(when, kind))
-            state.steps += 1
-            state.due = state.steps % self.spec.interval_steps == 0 and not state.chunks
-            state.last = Plan(*[part.copy() for part in plan])  # type: ignore[arg-type]
-        state.stepped = True
-        return self._model(state.placement, when)(plan)
+        """Seconds of a planned step that an instance begins now. Raises OutsideProfile."""
+        one, mix = self._instances[instance], self._mix(now_s)
+        one.stepped, one.total = True, one.total + 1
+        if one.moving is not None:
+            return self._beside(one, one.moving, plan, mix, now_s)
+        timer = self._timer(one.placement, mix)
+        seconds = float(timer(plan))
+        if self.rebalance is not None:
+            if self.replay is None and self.rebalance.interval_steps - one.steps <= self.rebalance.window_steps:
+                one.window.add(plan, mix, timer if isinstance(timer, ExactModel) else None)
+            one.steps += 1
+        return seconds
 
     def down_until(self, instance: int, now_s: float) -> float:
-        """When the instance goes on: after the chunk of layers that moves now, if one does."""
-        state = self._state(instance)
-        if now_s < state.until_s:
-            return state.until_s
-        if state.due:
-            state.due = False
-            self._begin(state, instance, now_s)
-        if state.chunks and state.stepped:
-            state.stepped = False
-            pause_s = state.chunks.popleft()
-            self.pauses.append((instance, now_s, pause_s))
-            state.until_s = now_s + pause_s
-            if not state.chunks and state.following is not None:
-                state.placement, state.following = state.following, None
-        return max(state.until_s, now_s)
+        """When the instance goes on; now, where it does not stand still."""
+        one = self._instances[instance]
+        if self.rebalance is not None and one.until_s <= now_s:
+            if one.moving is not None and one.stepped:
+                self._go_on(one, one.moving, instance, now_s)
+            elif one.moving is None and one.steps >= self.rebalance.interval_steps:
+                self._decide(one, self.rebalance, instance, now_s)
+        return max(one.until_s, now_s)
 
     def strike(self, instance: int, now_s: float) -> list[Strike]:
-        """Nothing is lost."""
+        """Nothing is ever lost."""
+        del instance, now_s
         return []
 
     def route(self, instance: int, rank: int, now_s: float) -> tuple[int, int]:
-        """Requests go where they were meant to."""
+        """Every request goes where it was meant for."""
+        del now_s
         return instance, rank
 
-    def _state(self, instance: int) -> _Instance:
-        if instance not in self._instances:
-            most = 1 if self.spec is None else self.spec.window_steps
-            self._instances[instance] = _Instance(self.model.deployment.setup.placement, deque(maxlen=most))
-        return self._instances[instance]
+    def _mix(self, now_s: float) -> int:
+        return 0 if self.drift is None else self.drift.mix_at(now_s)
 
-    def _when(self, now_s: float) -> int:
-        """Which shift is in force: 0 before the first."""
-        return sum(now_s >= at_s for at_s, _ in self.shifts)
-
-    def _weights(self, when: int) -> Floats:
-        if when > 0:
-            return self.shifts[when - 1][1]
-        return self.model.routing.weights if self.draw is None else self.draw.load_weights
-
-    def _mix(self, when: int, kind: str) -> Floats:
-        """Share of each judged load in a step of a kind: [loads], sum 1."""
-        weights, loads = self._weights(when), self.model.routing.for_phase(kind)
-        mix = np.zeros(len(weights))
-        mix[loads] = weights[loads] if weights[loads].sum() > 0 else 1.0
-        return np.asarray(mix / mix.sum())
-
-    def _model(self, placement: ExpertPlacement, when: int) -> TimedModel:
-        key = (placement.physical_to_logical.tobytes(), when)
-        if key not in self._timed:
-            step_model = self._step_model(placement)
-            normal = dict.fromkeys((*FAMILIES, *LATER), 0.0) if self.draw is None else self.draw.normal
-            plain = self.draw is None and when == 0
-            self._timed[key] = step_model.base if plain else step_model.under(Draw(normal, self._weights(when)))
-        return self._timed[key]
-
-    def _step_model(self, placement: ExpertPlacement) -> StepModel:
-        if placement is self.model.deployment.setup.placement:
-            return self.model
-        key = placement.physical_to_logical.tobytes()
-        if key not in self.layouts.models:
-            deployment = self.model.deployment
-            moved = replace(deployment, setup=replace(deployment.setup, placement=placement))
-            self.layouts.models[key] = StepModel(moved, seed=self.model.seed, detail=self.model.detail)
-        return self.layouts.models[key]
-
-    def _begin(self, state: _Instance, instance: int, now_s: float) -> None:
-        """Solve the placement from the window and plan its moves; nothing moves where the ranks are even enough."""
-        assert self.spec is not None
-        assert state.last is not None
-        number = sum(one.instance == instance for one in self.found)
-        counts = self._counts(state.window, instance, number)
-        before = float(max_over_mean(state.placement.rank_loads(counts)).mean())
-        when = self._when(now_s)
-        step_s = self._model(state.placement, when)(state.last)
-        size = expert_bytes(self.model)
-        if 1.0 / before >= self.spec.skip_above:
-            self.found.append(Relayout(instance, now_s, 0.0, None, size, before, before, step_s, step_s))
-            return
-        key = (instance, number)
-        if key not in self.layouts.solved:
-            self.layouts.solved[key] = solve(self.model, self.spec, counts)
-        new = self.layouts.solved[key]
-        setup, cluster = self.model.deployment.setup, self.model.deployment.ground.cluster
-        assert setup.network is not None
-        domain = max(1, cluster.domain_gpus // setup.parallel.expert_tp)
-        moves = plan_moves(state.placement, new, domain)
-        by_layer = move_seconds(moves, size, setup.network.cluster)
-        chunk = self.spec.layers_per_chunk or len(by_layer)
-        state.chunks = deque(float(by_layer[first : first + chunk].sum()) for first in range(0, len(by_layer), chunk))
-        state.following = new
-        after = float(max_over_mean(new.rank_loads(counts)).mean())
-        step_after_s = self._model(new, when)(state.last)
-        self.found.append(
-            Relayout(instance, now_s, float(by_layer.sum()), moves, size, before, after, step_s, step_after_s)
-        )
-
-    def _counts(self, window: Sequence[Floats], instance: int, number: int) -> Floats:
-        """Counts [layers, experts] of the window's tokens, drawn from the loads that they came from."""
-        by_load = np.sum(window, axis=0)
-        rng = np.random.default_rng([self.model.seed, 12, instance, number])
-        found = [
-            self.model.routing.counts(load, np.asarray([tokens]), rng)[0]
-            for load, tokens in enumerate(by_load)
-            if tokens >= 1.0
-        ]
-        return np.asarray(np.sum(found, axis=0))
-
-
-def expert_bytes(model: StepModel) -> float:
-    """Weight bytes of one expert on one GPU."""
-    setup = model.deployment.setup
-    return setup.model.expert_parameters() / setup.parallel.expert_tp * BYTES_PER_ELEMENT[setup.precision.experts]
-
-
-def solve(model: StepModel, spec: RebalanceSpec, counts: Floats) -> ExpertPlacement:
-    """The placement for counts [layers, experts], by the solver that re-layouts use."""
-    setup, cluster = model.deployment.setup, model.deployment.ground.cluster
-    profile = counts / counts.sum(axis=1, keepdims=True)
-    request = PlacementRequest(
-        loads=profile[None],
-        weights=np.ones(1),
-        layer_ids=setup.placement.layer_ids,
-        absolute_layers=setup.placement.absolute_layers,
-        slots=setup.placement.slots,
-        ranks=setup.placement.ranks,
-        nodes=max(1, setup.parallel.gpus // cluster.gpus_per_node),
-        groups=model.deployment.scenario.placement.groups,
-        seed=model.seed,
-    )
-    found: ExpertPlacement = plugins.load(plugins.SOLVERS, spec.solver, where="placement.rebalance.solver")(request)
-    return found
-
-
-def shifts_of(scenario: Scenario, model: StepModel) -> list[tuple[float, Floats]]:
-    """Times and weights [loads] of the scenario's shifts, by time. Raises BadInput for loads that are not judged."""
-    names = [load.name for load in model.routing.loads]
-    return [(shift.at_s, _weights_of(shift, names)) for shift in sorted(scenario.routing.shifts, key=lambda s: s.at_s)]
-
-
-def _weights_of(shift: ShiftSpec, names: Sequence[str]) -> Floats:
-    weights = np.zeros(len(names))
-    for name, weight in shift.loads.items():
-        found = [index for index, known in enumerate(names) if name in known]
-        if not found:
-            raise BadInput(
-                f"no judged load is named {name!r}",
-                where="routing.shifts",
-                mend=f"use parts of {', '.join(names[:6])}",
+    def _timer(self, placement: ExpertPlacement, mix: int) -> TimedModel | ExactModel:
+        key = (placement.physical_to_logical.tobytes(), mix)
+        if key not in self._timers:
+            self._timers[key] = (
+                self.layouts.timed(placement, mix, self.draw)
+                if self.fidelity == "table"
+                else self.layouts.exact(placement, mix, self.fidelity, self._routing_rng)
             )
-        weights[found] += weight / len(found)
-    return np.asarray(weights / weights.sum())
+        return self._timers[key]
 
+    def _decide(self, one: _Instance, spec: RebalanceSpec, instance: int, now_s: float) -> None:
+        """Solve again and, where it is worth it, begin to move."""
+        event = Relayout(instance, now_s, one.total, solver_seconds(self.setup, spec))
+        if self.replay is not None:
+            theirs = [found for found in self.replay if found.instance == instance][one.decisions : one.decisions + 1]
+            new = theirs[0].placement if theirs else None
+            event = replace(event, solve_s=theirs[0].solve_s if theirs else 0.0)
+        else:
+            event, new = self._solved(one, spec, event)
+        one.steps, one.decisions, one.last = 0, one.decisions + 1, len(self.events)
+        one.window.clear()
+        if new is not None:
+            timed = self.layouts.move_time(one.placement, new)
+            event = replace(
+                event,
+                placement=new,
+                moved_experts=timed.experts,
+                moved_bytes=sum(timed.bytes_by_level.values()),
+                bytes_by_level=timed.bytes_by_level,
+                copied_bytes=timed.copied_bytes,
+                pair_bytes=timed.pair_bytes.sum(axis=0),
+                tag=timed.tag.label,
+            )
+            ready_s = now_s + (event.solve_s if spec.mode == "async" else 0.0)
+            one.moving = _Moving(new, timed, len(self.events), ready_s)
+        self.events.append(event)
+        solving_s = event.solve_s if spec.mode == "blocking" else 0.0
+        if one.moving is None or spec.mode == "async":
+            self._pause(one, instance, now_s, solving_s)
+            one.stepped = False
+            if one.moving is not None:
+                self._next_layer(one, one.moving, now_s)
+        else:
+            self._chunk(one, one.moving, instance, now_s, solving_s)
 
-def refuse_relayout(scenario: Scenario, command: str) -> None:
-    """For commands whose plans stay as they are and whose loads do not shift. Raises BadInput."""
-    for key, asked in (
-        ("placement.rebalance", scenario.placement.rebalance is not None),
-        ("routing.shifts", bool(scenario.routing.shifts)),
-    ):
-        if asked:
-            raise BadInput(f"{command} does not model {key}", where=key, mend="leave it out, or use `moesim simulate`")
+    def _solved(self, one: _Instance, spec: RebalanceSpec, event: Relayout) -> tuple[Relayout, ExpertPlacement | None]:
+        """The decision on the window's counts, told with the step times that it leads to; judges the last one."""
+        assert self.solve is not None
+        counts = one.window.counts()
+        if one.last is not None and one.previous is not None and self.events[one.last].placement is not None:
+            self.events[one.last] = replace(
+                self.events[one.last],
+                next_balance_before=balance(one.previous, counts),
+                next_balance_after=balance(one.placement, counts),
+            )
+        found = decide(spec, self.setup, self.solve, one.placement, one.window.as_load(counts))
+        solve_s = event.solve_s if found.solved else 0.0
+        event = replace(event, balance_before=found.before, balance_after=found.after, solve_s=solve_s)
+        new = found.placement
+        if new is None:
+            return event, None
+        mix = self._mix(event.at_s)
+        timers = [self.layouts.timed(plan, mix, None) for plan in (one.placement, new)]
+        before_s, after_s = one.window.mean_step_s(timers)
+        return replace(event, step_before_s=before_s, step_after_s=after_s), new
 
+    def _chunk(self, one: _Instance, moving: _Moving, instance: int, now_s: float, solving_s: float) -> None:
+        """Blocking: stand still while the next layers move."""
+        assert self.rebalance is not None
+        layers = self.setup.placement.layers
+        last = min(moving.layers + (self.rebalance.layers_per_chunk or layers), layers)
+        part = slice(moving.layers, last)
+        seconds = float(moving.time.transfer_s[part].sum()) * self.link_factor + float(moving.time.copy_s[part].sum())
+        self._pause(one, instance, now_s, solving_s + seconds)
+        moving.layers, one.stepped = last, False
+        if last == layers:
+            self._done(one, moving, max(now_s, one.until_s))
 
-def check_relayout(scenario: Scenario, fidelity: str) -> None:
-    """What shifts and re-layouts are not modelled together with. Raises BadInput."""
-    asked = [
-        name
-        for name, given in (
-            ("placement.rebalance", scenario.placement.rebalance is not None),
-            ("routing.shifts", bool(scenario.routing.shifts)),
-        )
-        if given
-    ]
-    if not asked:
-        return
-    serving = scenario.serving
-    clashes = (
-        (serving is None, "training"),
-        (serving is not None and serving.roles is not None, "serving.roles"),
-        (bool(scenario.faults), "faults"),
-        (scenario.policies.storage != "resident", f"storage {scenario.policies.storage}"),
-        (fidelity != "table", f"fidelity {fidelity}"),
-    )
-    for clash, what in clashes:
-        if clash:
-            raise BadInput(f"{asked[0]} is not modelled together with {what}", where=asked[0], mend="leave one out")
+    def _go_on(self, one: _Instance, moving: _Moving, instance: int, now_s: float) -> None:
+        """After a step: the next chunk, or the layer that has arrived is copied into place."""
+        assert self.rebalance is not None
+        if self.rebalance.mode == "blocking":
+            self._chunk(one, moving, instance, now_s, 0.0)
+            return
+        one.stepped = False
+        if now_s > moving.ready_s and moving.left_s <= 0.0:
+            self._pause(one, instance, now_s, float(moving.time.copy_s[moving.layers]))
+            moving.layers += 1
+            self._next_layer(one, moving, max(now_s, one.until_s))
+
+    def _next_layer(self, one: _Instance, moving: _Moving, now_s: float) -> None:
+        """Async: what the next layer to travel needs; those that stay as they are take no time."""
+        seconds = moving.time.transfer_s
+        while moving.layers < len(seconds) and seconds[moving.layers] == 0.0 and moving.time.copy_s[moving.layers] == 0:
+            moving.layers += 1
+        if moving.layers == len(seconds):
+            self._done(one, moving, now_s)
+        else:
+            moving.left_s = float(seconds[moving.layers]) * self.link_factor
+
+    def _beside(self, one: _Instance, moving: _Moving, plan: Plan, mix: int, now_s: float) -> float:
+        """Seconds of a step while some layers have moved and, async, one travels.
+
+        A transfer and the step's exchanges share their link half and half: each second that both are on it delays the
+        exchange by as long as the transfer got on. An upper bound: they may use different links.
+        """
+        seconds = self._partly(one.placement, moving, plan, mix)
+        assert self.rebalance is not None
+        if self.rebalance.mode == "blocking" or now_s < moving.ready_s:
+            return seconds
+        travelled = min(moving.left_s, seconds)
+        exchanging = min(exchange_s(self.layouts.of(one.placement, mix), plan), seconds)
+        delay_s = travelled * exchanging / seconds
+        moving.left_s -= travelled
+        event = self.events[moving.event]
+        self.events[moving.event] = replace(event, delay_s=event.delay_s + delay_s)
+        return seconds + delay_s
+
+    def _partly(self, old: ExpertPlacement, moving: _Moving, plan: Plan, mix: int) -> float:
+        """A step with the first layers in their new place: exact one by one; by table, a part of either step's time."""
+        layers, done = old.layers, moving.layers
+        if self.fidelity != "table" and done:
+            rows = np.concatenate([moving.new.physical_to_logical[:done], old.physical_to_logical[done:]])
+            return float(self._timer(replace(moving.new, physical_to_logical=rows), mix)(plan))
+        before_s = float(self._timer(old, mix)(plan))
+        if not done:
+            return before_s
+        return before_s + done / layers * (float(self._timer(moving.new, mix)(plan)) - before_s)
+
+    def _done(self, one: _Instance, moving: _Moving, now_s: float) -> None:
+        self.events[moving.event] = replace(self.events[moving.event], done_s=now_s)
+        one.previous, one.placement, one.moving = one.placement, moving.new, None
+
+    def _pause(self, one: _Instance, instance: int, now_s: float, seconds: float) -> None:
+        if seconds > 0.0:
+            one.until_s = now_s + seconds
+            self.pauses.append((instance, now_s, seconds))
+            index = one.last
+            assert index is not None
+            self.events[index] = replace(self.events[index], pause_s=self.events[index].pause_s + seconds)

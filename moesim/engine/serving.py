@@ -326,15 +326,18 @@ def serve(
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
-    in turn (open, or closed over one instance) whose steps are timed by table runs in `compiled`, with the same times.
+    in turn (open, or closed over one instance), or to the shortest queue (closed, one instance), whose steps are timed
+    by table runs in `compiled`, with the same times.
     faults: see Pool; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
     admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
-    in_turn = load.blocks is None and balance == "round_robin" and (load.arrival_s is not None or instances == 1)
-    if compiled and in_turn and faults is None and getattr(step_time, "compilable", False):
-        return _compiled(load, requests, limits, ranks, instances, step_time)
+    in_turn = balance == "round_robin" and (load.arrival_s is not None or instances == 1)
+    shortest = balance == "shortest_queue" and load.arrival_s is None and instances == 1
+    known = (in_turn or shortest) and load.blocks is None and faults is None
+    if compiled and known and getattr(step_time, "compilable", False):
+        return _compiled(load, requests, limits, ranks, instances, step_time, shortest)
     environment = simpy.Environment()
     pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults)
     source = Source(load, pool)
@@ -345,11 +348,13 @@ def serve(
     return served_of(pool, source.arrived)
 
 
-def _compiled(load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any) -> Served:
+def _compiled(
+    load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any, shortest: bool
+) -> Served:
     from moesim.engine.compiled import Instances
 
     times_s = np.zeros(len(load.isl)) if load.arrival_s is None else load.arrival_s
-    run = Instances(requests, times_s, limits, ranks, instances, timed, load.concurrency or 0)
+    run = Instances(requests, times_s, limits, ranks, instances, timed, load.concurrency or 0, shortest)
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
     return record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)

@@ -15,7 +15,9 @@ from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.faults import check_faults
 from moesim.engine.losses import Faults
 from moesim.engine.outages import FaultClock
-from moesim.engine.relayout import Layouts, Relayout, RelayoutClock, check_relayout
+from moesim.engine.relayout_checks import check_relayouts
+from moesim.engine.relayout_decisions import Relayout
+from moesim.engine.relayout_runs import MovingRuns
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
@@ -115,19 +117,16 @@ def simulate(
     seed = deployment.scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     faults = deployment.scenario.faults
-    check_relayout(deployment.scenario, fidelity)
     check_faults(deployment, faults)
+    check_relayouts(deployment, fidelity)
     detail = COARSE if first_look else FULL
     model = StepModel(deployment, seed=seed, detail=detail)
     reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
     load = first_requests(load) if first_look else load
+    moving = MovingRuns(model, fidelity)
 
-    layouts = Layouts()
-    clocks: list[RelayoutClock] = []
-    rebalances = deployment.scenario.placement.rebalance is not None
-
-    def run(draw: Draw | None, *, healthy: bool = False) -> Served:
+    def run(draw: Draw | None, *, healthy: bool = False, still: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
         if reading is not None:
@@ -140,9 +139,7 @@ def simulate(
                 balance=deployment.serving.balance,
             )
         clock: Faults | None = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
-        if rebalances or deployment.scenario.routing.shifts:
-            clocks.append(RelayoutClock(model, draw, layouts, moving=not healthy))
-            clock = clocks[-1]
+        clock = clock or moving.clock(draw, still=still)
         return serve(
             load,
             model.limits,
@@ -155,7 +152,7 @@ def simulate(
 
     served = run(None)
     without_faults = run(None, healthy=True) if faults else None
-    without_relayouts = run(None, healthy=True) if rebalances else None
+    without_relayouts = run(None, still=True) if moving.spec is not None else None
     drawn, outside = [], 0
     for index, draw in enumerate(joint_draws(draws, model.routing.weights, seed)):
         if progress is not None:
@@ -177,9 +174,9 @@ def simulate(
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
         without_faults=without_faults,
-        relayouts=tuple(clocks[0].found) if clocks else (),
+        relayouts=moving.events,
         without_relayouts=without_relayouts,
-        pauses=tuple(clocks[0].pauses) if clocks else (),
+        pauses=moving.pauses,
     )
 
 

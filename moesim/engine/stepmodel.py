@@ -18,7 +18,7 @@ from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
-from moesim.engine.routing_draws import shared_draws
+from moesim.engine.mixtures import routing_of
 from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
@@ -49,7 +49,7 @@ class StepModel:
         self.seed = seed
         self.detail = detail
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
-        self.routing = shared_draws(deployment.ground.judge, deployment.setup.model.moe.top_k)
+        self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
@@ -416,6 +416,8 @@ def batch_limits(deployment: Deployment) -> Limits:
         acceptance=0.0 if speculative is None else speculative.acceptance,
         draft_seed=deployment.scenario.seed,
         poll_steps=batching.poll_steps,
+        hold_steps=batching.hold_steps if deployment.setup.parallel.attention_dp > 1 else 0,
+        gather_steps=batching.gather_steps,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesim.engine.relayout import refuse_relayout
+from moesim.engine.moving import refuse_changes
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.pipeline import check_pipeline
 from moesim.network.rank_groups import RankGrid
@@ -21,7 +21,7 @@ PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
 def refuse_unsupported_training(scenario: Scenario) -> None:
     """Name what a training scenario asks for that is not simulated. Raises BadInput."""
     policies = scenario.policies
-    refuse_relayout(scenario, "training")
+    refuse_changes(scenario, "training")
     gate_spec(policies.gate)
     refused = [
         (

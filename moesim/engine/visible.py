@@ -33,6 +33,29 @@ def as_seen(served: Served, *, lag: bool, front_end_s: float) -> Served:
     return replace(served, first_token_s=served.first_token_s + late_s, finish_s=served.finish_s + late_s)
 
 
+def with_pause(served: Served, tokens: int, seconds: float) -> Served:
+    """A run whose first step of at least `tokens` prompt tokens takes `seconds` more, and all that follows comes later.
+
+    As when kernels for so many rows are compiled at their first use. `gaps_s` and `step_s` stay as they were. Nothing
+    happens where no step is as large.
+    """
+    large = np.flatnonzero(served.step_prefill_tokens >= tokens)
+    if len(large) == 0:
+        return served
+    end_s = float(served.step_start_s[large[0]] + served.step_s[large[0]]) - 1e-9
+
+    def later(times_s: Floats) -> Floats:
+        return np.where(times_s >= end_s, times_s + seconds, times_s)
+
+    return replace(
+        served,
+        arrival_s=later(served.arrival_s),
+        first_token_s=later(served.first_token_s),
+        finish_s=later(served.finish_s),
+        step_start_s=later(served.step_start_s),
+    )
+
+
 def _step_before(served: Served, times_s: Floats) -> Floats:
     """Seconds of the step that ends at each time, or is running then: as long as the prepared one; 0 where none is."""
     starts, seconds = served.step_start_s, served.step_s

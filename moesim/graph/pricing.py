@@ -176,7 +176,7 @@ class Pricer:
             head=self._memory(rows * setup.model.hidden * self._activation_bytes * 2, "embedding"),
             projections=self._projections(batch),
             attention=self.attention(batch) if attention else Part(),
-            attention_sync=self._tensor_parallel_sync(rows),
+            attention_sync=self._head_norm_sync(rows) + self._tensor_parallel_sync(rows),
             gate=self._gate(rows),
             shared=self._swiglu(self._local_rows(rows), setup.model.moe.shared_intermediate // self._shared_split),
             replica_choice=self._replica_choice(batch),
@@ -258,8 +258,11 @@ class Pricer:
             qkv = self._gemm(
                 rows, heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim), hidden, dtype
             )
-            rope = self._memory(rows * (heads + kv_heads) * spec.head_dim * self._activation_bytes * 2, "rope")
-            return self._norm(rows) + qkv + rope + out
+            width = (heads + kv_heads) * spec.head_dim * self._activation_bytes
+            parts = self._norm(rows) + qkv + self._memory(rows * width * 2, "rope") + out
+            if spec.norm_across_heads:  # squares, then the scaling: two passes, as the sum of ranks lies between them
+                parts = parts + self._memory(rows * width, "squares") + self._memory(rows * width * 2, "head norm")
+            return parts
         latent = spec.kv_lora_rank + spec.qk_rope_head_dim
         nope = spec.head_dim - spec.qk_rope_head_dim
         if spec.q_lora_rank:
@@ -268,7 +271,7 @@ class Pricer:
         else:
             query = self._gemm(rows, heads * spec.head_dim + latent, hidden, dtype)
         small_norms = self._memory(rows * (spec.q_lora_rank + latent) * self._activation_bytes * 2, "latent norms")
-        parts = self._norm(rows) + query + small_norms + out
+        parts = self._norm(rows) + query + small_norms + out + self._indexer(rows)
         if batch.decode_seqs.any():
             for side, head_dim in (("pre", nope), ("post", spec.value_head_dim)):
                 operation = MlaAbsorb(
@@ -285,12 +288,43 @@ class Pricer:
             parts = parts + self._gemm(batch.prefill_tokens, expand, spec.kv_lora_rank, dtype)
         return parts
 
+    def _indexer(self, rows: Floats) -> Part:
+        """Queries, keys and head weights of a sparse-attention indexer, which every TP rank computes whole.
+
+        Queries come from the compressed ones. Small passes: norm and rotation of keys, rotation and quantisation of
+        queries, head weights (DeepSeek-V3.2's inference/model.py, SGLang's nsa_indexer.py).
+        """
+        spec, dtype = self.setup.model.attention, self.setup.precision.projections
+        if not spec.index_head_dim:
+            return Part()
+        width, element = spec.index_heads * spec.index_head_dim, self._activation_bytes
+        query = self._gemm(rows, width, spec.q_lora_rank or self.setup.model.hidden, dtype)
+        key = self._gemm(rows, spec.index_head_dim, self.setup.model.hidden, dtype)
+        weights = self._gemm(rows, spec.index_heads, self.setup.model.hidden, self.setup.precision.activations)
+        passes = self._memory(rows * spec.index_head_dim * element * 2, "index keys")
+        passes = passes + self._memory(rows * width * element * 2, "index queries")
+        return query + key + weights + passes + self._memory(rows * spec.index_heads * element * 2, "index weights")
+
+    def _index_scores(self, seqs: Floats, prefix: Floats) -> Part:
+        """An indexer's scores of decoding sequences against their caches, and the choice of the best: [steps, dp].
+
+        The cache holds a byte for each element; scores are written and read as fp32.
+        """
+        spec = self.setup.model.attention
+        if not spec.index_head_dim:
+            return Part()
+        tokens = seqs * prefix
+        scores = self._memory(tokens * (spec.index_head_dim + BYTES_PER_ELEMENT["fp32"]), "index scores")
+        return scores + self._memory(tokens * BYTES_PER_ELEMENT["fp32"], "index top-k")
+
     def attention(self, batch: StepBatch) -> Part:
         """The attention kernels of one layer: [steps, attention-DP ranks]."""
         part = Part()
         if batch.decode_seqs.any():
-            ones = np.ones_like(batch.decode_seqs)
-            part = part + self._kernels("decode", batch.decode_seqs, ones, batch.decode_kv)
+            ones, kept = np.ones_like(batch.decode_seqs), self.setup.model.attention.index_top_k
+            read = np.minimum(batch.decode_kv, kept) if kept else batch.decode_kv
+            part = part + self._kernels("decode", batch.decode_seqs, ones, read)
+            part = part + self._index_scores(batch.decode_seqs, batch.decode_kv)
         if batch.prefill_seqs.any():
             part = part + self._kernels("prefill", batch.prefill_seqs, batch.prefill_new, batch.prefill_prefix)
         return part
@@ -349,6 +383,13 @@ class Pricer:
             return Part()
         size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
         return self._collective("reduce_scatter" if self._scattered else "all_reduce", size, tp)
+
+    def _head_norm_sync(self, rows: Floats) -> Part:
+        """Where queries and keys are normalised over all heads, TP ranks sum two fp32 numbers a token between them."""
+        tp = self.setup.parallel.tp
+        if tp == 1 or not self.setup.model.attention.norm_across_heads:
+            return Part()
+        return self._collective("all_reduce", rows.max(axis=1, keepdims=True) * 2 * BYTES_PER_ELEMENT["fp32"], tp)
 
     def _gather(self, rows: Floats) -> Part:
         """After the MoE layer: the TP group's tokens come together again where each rank sent a part of them."""
@@ -444,8 +485,10 @@ class Pricer:
             if backend == "allreduce":
                 alone = step == "dispatch" or parallel.gpus == 1
                 return Part() if alone else self._by_layer(self._collective("all_reduce", size, parallel.gpus))
-            kind = "all_gather" if step == "dispatch" else "reduce_scatter"
-            return self._by_layer(self._collective(kind, size * parallel.attention_dp, parallel.gpus))
+            if step == "combine":
+                return self._by_layer(self._collective("reduce_scatter", size * parallel.attention_dp, parallel.gpus))
+            sent = BYTES_PER_ELEMENT[setup.precision.gather or setup.precision.activations] / self._activation_bytes
+            return self._by_layer(self._collective("all_gather", size * sent * parallel.attention_dp, parallel.gpus))
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
         operation = MoeExchange(
             step=step,

@@ -11,7 +11,7 @@ from moesim.output.console import console, shown
 from moesim.output.metrics import flatten, serving_metrics
 
 _MANIFOLD = 4.0  # from five times on
-_ROWS = (
+FIGURES = (
     ("output_tokens_per_s_per_gpu", "output tokens/s/GPU", 1.0),
     ("ttft_s.p50", "TTFT p50 (ms)", 1e3),
     ("ttft_s.p99", "TTFT p99 (ms)", 1e3),
@@ -30,15 +30,18 @@ def faults_json(simulation: Simulation) -> dict[str, Any] | None:
         return None
     gpus = simulation.deployment.ground.cluster.gpus
     healthy = serving_metrics(simulation.without_faults, gpus)
-    with_faults, without = flatten(serving_metrics(simulation.served, gpus)), flatten(healthy)
     return {
         "list": [fault.model_dump(mode="json", exclude_none=True) for fault in simulation.deployment.scenario.faults],
         "requests_failed": int((~np.isfinite(simulation.served.finish_s)).sum()),
         "without": healthy,
-        "change": {
-            name: with_faults[name] / value - 1.0 if value > 0 else None for name, value in sorted(without.items())
-        },
+        "change": changes(serving_metrics(simulation.served, gpus), healthy),
     }
+
+
+def changes(metrics: dict[str, Any], others: dict[str, Any]) -> dict[str, float | None]:
+    """Dotted metric -> one run's over the other's, less 1; None where the other has 0."""
+    found, without = flatten(metrics), flatten(others)
+    return {name: found[name] / value - 1.0 if value > 0 else None for name, value in sorted(without.items())}
 
 
 def print_faults(result: dict[str, Any]) -> None:
@@ -51,13 +54,13 @@ def print_faults(result: dict[str, Any]) -> None:
     told.add_column("figure")
     for name in ("with", "without", "change"):
         told.add_column(name, justify="right")
-    for metric, label, scale in _ROWS:
+    for metric, label, scale in FIGURES:
         change = found["change"][metric]
         told.add_row(
             label,
             shown(with_faults[metric] * scale, 4),
             shown(without[metric] * scale, 4),
-            _change(change),
+            change_of(change),
         )
     told.add_row(
         "requests completed", f"{with_faults['requests_completed']:.0f}", f"{without['requests_completed']:.0f}", ""
@@ -66,7 +69,7 @@ def print_faults(result: dict[str, Any]) -> None:
     console().print(told)
 
 
-def _change(change: float | None) -> str:
+def change_of(change: float | None) -> str:
     """`+12.0 %`, or `x 41` where a percentage says little."""
     if change is None:
         return ""

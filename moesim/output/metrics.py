@@ -15,6 +15,7 @@ from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel, Fidelity
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.output.dispersion_report import dispersion_json
 from moesim.output.network import of_simulation
 from moesim.output.routing_report import routing_json
 from moesim.output.serving_report import serving_report
@@ -209,6 +210,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "per_step_max_over_mean": float(np.average(per_step, weights=routing.weights[decoding])),
             **routing_json(simulation),
             "dispersion": routing.dispersion.tag,
+            "dispersion_parts": dispersion_json(routing),
             "judged_on": [load.name for load in deployment.ground.judge],
             "judged_on_fit": deployment.ground.judged_on_fit,
         },

@@ -1,4 +1,4 @@
-"""What laying experts out anew did to a run: the `relayouts` key of `simulate --json`, and its lines for a person."""
+"""What laying experts out anew cost and brought: the `relayouts` key of `simulate --json`, and its table."""
 
 from __future__ import annotations
 
@@ -7,93 +7,110 @@ from typing import Any
 
 import numpy as np
 
-from moesim.engine.relayout import Relayout
+from moesim.engine.relayout_decisions import Relayout
 from moesim.engine.simulate import Simulation
-from moesim.output.console import console
+from moesim.output.console import console, shown
+from moesim.output.faults import FIGURES, change_of, changes
 from moesim.output.metrics import flatten, serving_metrics
-from moesim.units import human_bytes, human_seconds
 
 
 def relayouts_json(simulation: Simulation) -> dict[str, Any] | None:
-    """Every re-layout of the run as best known, their sums, and the same run without; None where none was asked for.
+    """The re-layouts of a run beside the same run without them; None where the scenario asks for none.
 
-    change: dotted metric -> with re-layouts over without, less 1 (None where the run without has 0).
+    count: placements moved to; skipped: decisions that left it, one every interval_steps. moved_*: over all of them.
+    balance_*, step_gain_s: means over the placements moved to (`next_*`: over those with a next window).
+    break_even_steps: of a mean one; None where a step gains nothing. bytes_by_link: of the whole run. change: dotted
+    metric -> with re-layouts over without, less 1.
     """
-    if simulation.without_relayouts is None:
+    spec = simulation.deployment.scenario.placement.rebalance
+    if simulation.without_relayouts is None or spec is None:
         return None
-    gpus = simulation.deployment.ground.cluster.gpus
-    plain = serving_metrics(simulation.without_relayouts, gpus)
-    with_them, without = flatten(serving_metrics(simulation.served, gpus)), flatten(plain)
-    moved = [one for one in simulation.relayouts if one.moves is not None]
+    gpus, every = simulation.deployment.ground.cluster.gpus, simulation.relayouts
+    moved = [event for event in every if event.placement is not None]
+    judged = [event for event in moved if event.next_balance_after is not None]
+    lost_s, gain_s = _mean(moved, "lost_s"), _mean(moved, "gain_s")
+    without = serving_metrics(simulation.without_relayouts, gpus)
     return {
         "count": len(moved),
-        "skipped": len(simulation.relayouts) - len(moved),
-        "moved_experts": sum(one.moves.moved for one in moved if one.moves is not None),
+        "skipped": len(every) - len(moved),
+        "interval_steps": spec.interval_steps,
+        "moved_experts": sum(event.moved_experts for event in moved),
         "moved_bytes": {
-            "nvlink": _bytes(moved, "received_near"),
-            "nic": _bytes(moved, "received_far"),
-            "copied": _bytes(moved, "copied"),
+            "nvlink": sum(event.bytes_by_level["inside"] for event in moved),
+            "nic": sum(event.bytes_by_level["between"] for event in moved),
+            "copied": sum(event.copied_bytes for event in moved),
         },
-        "pause_s_total": float(sum(one.pause_s for one in moved)),
-        "balance_before": _mean([one.balance_before for one in moved]),
-        "balance_after": _mean([one.balance_after for one in moved]),
-        "list": [_one(one) for one in simulation.relayouts],
-        "without": plain,
-        "change": {
-            name: with_them[name] / value - 1.0 if value > 0 else None for name, value in sorted(without.items())
-        },
-        "tag": "assumed",
-    }
-
-
-def _bytes(moved: Sequence[Relayout], kind: str) -> float:
-    return float(sum(getattr(one.moves, kind).sum() * one.expert_bytes for one in moved))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _one(one: Relayout) -> dict[str, Any]:
-    return {
-        "instance": one.instance,
-        "at_s": one.at_s,
-        "skipped": one.moves is None,
-        "pause_s": one.pause_s,
-        "moved_experts": 0 if one.moves is None else one.moves.moved,
-        "balance_before": one.balance_before,
-        "balance_after": one.balance_after,
-        "step_before_s": one.step_before_s,
-        "step_after_s": one.step_after_s,
-        "break_even_steps": one.break_even_steps,
+        "bytes_by_link": _by_link(simulation, moved),
+        "pause_s_total": sum(seconds for _, _, seconds in simulation.pauses),
+        "delay_s_total": sum(event.delay_s for event in every),
+        "balance_before": _mean(moved, "balance_before"),
+        "balance_after": _mean(moved, "balance_after"),
+        "next_balance_before": _mean(judged, "next_balance_before"),
+        "next_balance_after": _mean(judged, "next_balance_after"),
+        "step_gain_s": gain_s,
+        "break_even_steps": lost_s / gain_s if lost_s is not None and gain_s is not None and gain_s > 0 else None,
+        "tag": moved[0].tag if moved else None,
+        "list": [_one(event) for event in every],
+        "without": without,
+        "change": changes(serving_metrics(simulation.served, gpus), without),
     }
 
 
 def print_relayouts(result: dict[str, Any]) -> None:
-    """A few lines: what moved, what it cost, what it brought."""
-    out, found = console(), result["relayouts"]
-    if not found["count"]:
-        out.print(f"No re-layout moved anything ({found['skipped']} skipped).")
-        return
-    moved = found["moved_bytes"]
-    change = found["change"]
-    paid = [one["break_even_steps"] for one in found["list"] if not one["skipped"]]
-    known = [steps for steps in paid if steps is not None]
-    back = f"median {np.median(known):,.0f} steps" if known else "never"
-    out.print(
-        f"{found['count']} re-layouts ({found['skipped']} skipped) moved {found['moved_experts']:,} experts, "
-        f"{human_bytes(moved['nvlink'])} over NVLink and {human_bytes(moved['nic'])} between nodes, in "
-        f"{human_seconds(found['pause_s_total'])} of pauses; rank max/mean {found['balance_before']:.3f} before, "
-        f"{found['balance_after']:.3f} after; paid back by its own step: {back}."
-    )
-    told = [
-        f"{label} {change[name]:+.1%}"
-        for name, label in (
-            ("output_tokens_per_s_per_gpu", "output tokens/s/GPU"),
-            ("tpot_s.p50", "TPOT p50"),
-            ("tpot_s.p99", "TPOT p99"),
-            ("ttft_s.p99", "TTFT p99"),
+    """The run with its re-layouts beside the same run without them."""
+    from rich.table import Table
+
+    found, with_them = result["relayouts"], flatten(result["metrics"])
+    without = flatten(found["without"])
+    told = Table(title=f"With and without re-layouts ({found['count']})", title_justify="left")
+    told.add_column("figure")
+    for name in ("with", "without", "change"):
+        told.add_column(name, justify="right")
+    for metric, label, scale in FIGURES:
+        told.add_row(
+            label,
+            shown(with_them[metric] * scale, 4),
+            shown(without[metric] * scale, 4),
+            change_of(found["change"][metric]),
         )
-        if change[name] is not None
+    console().print(told)
+    if not found["list"]:
+        console().print(f"Nothing was solved again: no instance took {found['interval_steps']} steps.")
+    elif not found["count"]:
+        console().print(f"No re-layout moved anything ({found['skipped']} skipped).")
+    else:
+        steps, moved = found["break_even_steps"], found["moved_bytes"]
+        back = "never pays back" if steps is None else f"pays back after {shown(steps, 3)} steps"
+        size = (moved["nvlink"] + moved["nic"]) / 1e9
+        console().print(
+            f"{found['moved_experts']} experts ({shown(size, 4)} GB) moved, {shown(found['pause_s_total'], 3)} s stood "
+            f"still; a mean one {back}",
+            soft_wrap=True,
+        )
+
+
+def _one(event: Relayout) -> dict[str, Any]:
+    """A decision, ready for JSON; one that was skipped has no step times to tell."""
+    left_out = ("placement", "pair_bytes")
+    plain = {name: value for name, value in vars(event).items() if name not in left_out}
+    skipped = event.placement is None
+    if skipped:
+        plain |= {"step_before_s": None, "step_after_s": None}
+    return {**plain, "skipped": skipped, "break_even_steps": event.break_even_steps}
+
+
+def _by_link(simulation: Simulation, moved: Sequence[Relayout]) -> list[dict[str, Any]]:
+    network = simulation.deployment.setup.network
+    if not moved or network is None:
+        return []
+    topology = network.exchange("flat").topology
+    edges, loads = topology.link_loads(np.sum([event.pair_bytes for event in moved], axis=0))
+    return [
+        {"from": one, "to": other, "bytes": load}
+        for (one, other), load in zip(edges, loads.tolist(), strict=True)
+        if load > 0
     ]
-    out.print(f"Against the first placement throughout: {', '.join(told)}.")
+
+
+def _mean(events: Sequence[Relayout], name: str) -> float | None:
+    return float(np.mean([getattr(event, name) for event in events])) if events else None

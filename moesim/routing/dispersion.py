@@ -12,14 +12,15 @@ hold no such information: then DEFAULT applies, and its tag is "assumed".
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import BadInput
+from moesim.routing.components import Component, fit_components
 from moesim.routing.trace import RoutingCounts
 
 # Fewer steps give no usable estimate of a variance (its relative error is about sqrt(2 / steps)).
@@ -31,6 +32,8 @@ class Dispersion:
     """Squared coefficients of variation of an expert's share: of one request, of the domain mix, of the time.
 
     tag: "measured" (fitted on steps), "assumed" (taken from other models), or "formula" (none, by definition).
+    tags: the same of each component where they differ, by "request", "domain", "time". domains_of_requests: each
+    request of a step is of a domain of its own, so that domains average out as requests do; else a step is of one.
     """
 
     request_cv2: float
@@ -38,10 +41,18 @@ class Dispersion:
     time_cv2: float
     tag: str
     source: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    domains_of_requests: bool = False
+
+    def tag_of(self, component: str) -> str:
+        """The tag of "request", "domain" or "time"."""
+        return self.tags.get(component, self.tag)
 
     def step_cv2(self, requests: ArrayLike) -> NDArray[np.float64]:
         """cv2 of steps that hold `requests` [...] requests each."""
         held = np.maximum(np.asarray(requests, dtype=np.float64), 1.0)
+        if self.domains_of_requests:
+            return np.asarray((self.request_cv2 + self.domain_cv2) / held + self.time_cv2)
         return np.asarray(self.request_cv2 / held + self.domain_cv2 + self.time_cv2)
 
 
@@ -102,7 +113,14 @@ def fit_dispersion(
 
 
 def dispersion_of(loads: Sequence[RoutingCounts], *, top_k: int = 1) -> Dispersion:
-    """Fitted on the loads that hold enough single steps (their mean, tag "measured"); else the assumed default."""
+    """Fitted on what the loads hold, the best first; the mean over loads of a kind.
+
+    Records by request tell components apart (see `fit_components`); single steps tell their sum, laid to time; with
+    neither the assumed default applies, as it does to a component that records do not tell.
+    """
+    told = [load for load in loads if load.records is not None and load.records.request is not None]
+    if told:
+        return _from_records(told, top_k)
     fitted = [
         fit_dispersion(load.counts, top_k=top_k, source=load.name)
         for load in loads
@@ -116,4 +134,25 @@ def dispersion_of(loads: Sequence[RoutingCounts], *, top_k: int = 1) -> Dispersi
         float(np.mean([one.time_cv2 for one in fitted])),
         tag="measured",
         source=", ".join(one.source for one in fitted),
+    )
+
+
+def _from_records(loads: Sequence[RoutingCounts], top_k: int) -> Dispersion:
+    """Each component as the loads' records tell it, a negative estimate 0; else as by default."""
+    default = default_dispersion()
+    fitted = [fit_components(load.records, top_k) for load in loads if load.records is not None]
+    values, tags = {}, {}
+    for name in ("request", "domain", "time"):
+        found: list[Component] = [one for parts in fitted if (one := getattr(parts, name)) is not None]
+        mean = float(np.mean([one.cv2 for one in found])) if found else float(getattr(default, f"{name}_cv2"))
+        values[name], tags[name] = max(mean, 0.0), "measured" if found else "assumed"
+    guessed = any(tags[name] == "assumed" and values[name] > 0 for name in values)
+    return Dispersion(
+        values["request"],
+        values["domain"],
+        values["time"],
+        tag="assumed" if guessed else "measured",
+        source=", ".join(load.name for load in loads),
+        tags=tags,
+        domains_of_requests=True,
     )

@@ -60,4 +60,5 @@ def _by_step(
 
 
 def _take(load: RoutingCounts, steps: NDArray[np.int64]) -> RoutingCounts:
-    return replace(load, counts=load.counts[steps], per_step=len(steps) > 1)
+    records = None if load.records is None else load.records.of_steps(steps)
+    return replace(load, counts=load.counts[steps], per_step=len(steps) > 1, records=records)

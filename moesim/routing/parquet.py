@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "a .parquet with layer_id, expert_id, count and optionally step; or, of tokens, layer_id and experts (a list of "
-    "expert ids for each token) or expert_id (a row for each pick), and optionally step"
+    "expert ids for each token) or expert_id (a row for each pick), and optionally step; request_id and domain tell "
+    "whose tokens they are"
 )
 MEND = f"give {FORMATS}"
-KEYS = ("step", "layer_id", "expert_id")
+KEYS = ("step", "layer_id", "expert_id", "request_id", "domain")
 # A file of the largest permitted size decodes in seconds.
 TIMEOUT_S = 300.0
 

@@ -11,6 +11,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from moesim.errors import BadInput, MissingPart
 from moesim.files import read_text, whole_file
-from moesim.routing.parquet import read_parquet
+from moesim.routing.records import records_of
+from moesim.routing.tables import read_table
 from moesim.routing.tensors import MAX_FILE_BYTES, check_cells, read_safetensors, tensor_to_numpy
 from moesim.routing.trace import RoutingCounts
 
@@ -40,6 +42,7 @@ def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
     path = Path(path)
     if not path.exists():
         raise BadInput("there is no such file", where=str(path), mend="give a path to a file of expert counts")
+    frame = None
     if path.is_dir():
         counts, layer_ids, per_step = _read_folder(path)
     else:
@@ -52,14 +55,18 @@ def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
             )
         reader = {".json": _read_json, ".pt": _read_pt, ".npz": _read_npz}.get(path.suffix)
         if path.suffix in (".csv", ".parquet"):
-            counts, layer_ids, per_step = _read_table(path, experts)
+            counts, layer_ids, per_step, frame = read_table(path, experts, most=MAX_AXIS)
         elif reader is not None:
             counts, layer_ids, per_step = reader(path)
         else:
             raise BadInput(f"unknown kind of file {path.suffix!r}", where=str(path), mend=f"give {SUFFIXES}")
-    return clean_counts(
+    found = clean_counts(
         counts, layer_ids, where=str(path), name=path.stem, phase=phase, weight=weight, per_step=per_step
     )
+    if frame is None:
+        return found
+    records = records_of(frame, layer_ids=found.layer_ids, experts=found.experts, where=str(path))
+    return replace(found, records=records)
 
 
 def clean_counts(
@@ -185,85 +192,6 @@ def _read_npy(archive: zipfile.ZipFile, member: str, path: Path) -> NDArray[Any]
     if len(data) != count * dtype.itemsize:
         raise BadInput(f"{member} is cut short", where=str(path), mend="save it again")
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _read_table(path: Path, experts: int | None) -> Raw:
-    """CSV or parquet with the columns layer_id, expert_id, count and, optionally, step."""
-    if path.suffix == ".csv":
-        return table_counts(_read_csv(path), experts=experts, where=str(path), first_line=2)
-    return table_counts(read_parquet(path), experts=experts, where=str(path), first_line=0)
-
-
-def _read_csv(path: Path) -> Any:
-    import polars as pl
-    from polars.exceptions import PanicException, PolarsError
-
-    try:
-        return pl.read_csv(path, infer_schema=False)  # all text: numbers are checked by line
-    except (PolarsError, PanicException, OSError, ValueError) as error:
-        fault = " ".join(str(error).split())[:100]
-        raise BadInput(
-            f"not a readable .csv file ({fault})", where=str(path), mend="write layer_id,expert_id,count"
-        ) from None
-
-
-def table_counts(frame: Any, *, experts: int | None, where: str, first_line: int) -> Raw:
-    """Counts of a Polars frame with layer_id, expert_id, count and, optionally, step."""
-    import polars as pl
-
-    missing = [name for name in ("layer_id", "expert_id", "count") if name not in frame.columns]
-    if missing:
-        raise BadInput(
-            f"the column {missing[0]} is missing", where=where, mend="give the columns layer_id,expert_id,count"
-        )
-    if frame.height == 0:
-        raise BadInput("there are no rows", where=where, mend="record a loaded server")
-    columns: dict[str, NDArray[Any]] = {}
-    for name in [name for name in ("step", "layer_id", "expert_id", "count") if name in frame.columns]:
-        kind = pl.Float64 if name == "count" else pl.Int64
-        try:
-            values = frame[name].cast(kind, strict=False)
-        except pl.exceptions.PolarsError:
-            raise BadInput(f"the column {name} holds no numbers", where=where, mend="give numbers") from None
-        if values.null_count():
-            row = int(values.is_null().arg_true()[0])
-            raise BadInput(
-                f"this {name} is no {'number' if name == 'count' else 'integer'}",
-                where=f"{where}: {'line' if first_line else 'row'} {row + first_line}",
-                mend="correct this value",
-            )
-        columns[name] = values.to_numpy()
-    layers, expert_ids = columns["layer_id"], columns["expert_id"]
-    for name, values in (("layer_id", layers), ("expert_id", expert_ids)):
-        bad = (values < 0) | (values >= MAX_AXIS)
-        if bad.any():
-            row = int(np.nonzero(bad)[0][0])
-            raise BadInput(
-                f"{name} {values[row]} lies outside 0 to {MAX_AXIS - 1}",
-                where=f"{where}: {'line' if first_line else 'row'} {row + first_line}",
-                mend="correct this value",
-            )
-    width = int(expert_ids.max()) + 1
-    if experts is not None:
-        if width > experts:
-            raise BadInput(f"expert_id {width - 1} is more than the model has", where=where, mend=f"it has {experts}")
-        width = experts
-    layer_ids, layer_rows = np.unique(layers, return_inverse=True)
-    steps, step_rows = np.unique(columns.get("step", np.zeros(len(layers), np.int64)), return_inverse=True)
-    shape = (len(steps), len(layer_ids), width)
-    check_cells(shape, where=where)
-    flat = np.ravel_multi_index((step_rows.ravel(), layer_rows.ravel(), expert_ids), shape)
-    if len(np.unique(flat)) != len(flat):
-        order = np.sort(flat)
-        step, layer, expert = np.unravel_index(int(order[1:][order[1:] == order[:-1]][0]), shape)
-        raise BadInput(
-            f"layer {layer_ids[layer]} expert {expert} stands twice in step {steps[step]}",
-            where=where,
-            mend="give each expert of a layer once",
-        )
-    counts = np.zeros(shape)
-    counts.reshape(-1)[flat] = columns["count"]
-    return counts, layer_ids.astype(np.int64), "step" in columns
 
 
 def _load_pt(path: Path) -> Mapping[str, Any]:

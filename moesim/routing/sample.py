@@ -75,20 +75,14 @@ class RoutingSampler:
         )
         small = np.nonzero((steps > 0) & (steps <= EXACT_TOKENS))[0]
         shaken = small[cv2[small] > 0]
+        even = small[cv2[small] <= 0]
         for layer in range(layers if len(small) else 0):
-            self._add_exact(self.odds[layer], layer, small[cv2[small] <= 0], steps, rng, out)
-            for step, factors in zip(shaken, self._factors(cv2[shaken], rng), strict=True):
-                self._add_exact(self.odds[layer] * factors, layer, np.asarray([step]), steps, rng, out)
+            odds, reject = self.odds[layer], bool(self.acceptance[layer] >= MIN_ACCEPTANCE)
+            _fill_exact(even, steps, self.top_k, layer, odds, reject, rng, out)
+            # Factors are drawn in NumPy: its gamma is not promised to be that of compiled code, digit for digit.
+            factors = self._factors(cv2[shaken], rng)
+            _fill_shaken(shaken, steps, self.top_k, layer, odds, factors, reject, rng, out)
         return out
-
-    def _add_exact(
-        self, odds: Floats, layer: int, which: NDArray[np.int64], steps: NDArray[np.int64], rng: np.random.Generator,
-        out: Floats,
-    ) -> None:  # fmt: skip
-        reject = bool(self.acceptance[layer] >= MIN_ACCEPTANCE)
-        limit, other = _alias(odds) if reject else (odds, which)
-        suffix = odds[None] if reject else suffix_polynomials(odds, self.top_k)
-        _fill_exact(which, steps, self.top_k, layer, limit, other, odds, suffix, reject, rng, out)
 
     def ids(self, layer: int, tokens: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Experts int64 [tokens, top_k] that each token picks in row `layer`, all different, drawn exactly."""
@@ -254,11 +248,17 @@ def _quantile(u: float, coarse: Floats, fine: Floats) -> float:
 
 @njit(cache=True)
 def _fill_exact(
-    steps: NDArray[np.int64], tokens: NDArray[np.int64], top_k: int, layer: int,
-    limit: Floats, other: NDArray[np.int64], odds: Floats, suffix: Floats, reject: bool,
+    steps: NDArray[np.int64], tokens: NDArray[np.int64], top_k: int, layer: int, odds: Floats, reject: bool,
     rng: np.random.Generator, out: Floats,
 ) -> None:  # fmt: skip
-    """Add the exactly drawn tokens of `steps` to one layer of `out`."""
+    """Add the exactly drawn tokens of `steps`, all of the same odds, to one layer of `out`."""
+    if len(steps) == 0:
+        return
+    limit, other, suffix = odds, steps, odds.reshape((1, -1))
+    if reject:
+        limit, other = _alias(odds)
+    else:
+        suffix = suffix_polynomials(odds, top_k)
     for step in steps:
         ids = np.empty((tokens[step], top_k), np.int64)
         if reject:
@@ -267,6 +267,16 @@ def _fill_exact(
             _draw_in_order(odds, suffix, rng, ids)
         for e in ids.ravel():
             out[step, layer, e] += 1.0
+
+
+@njit(cache=True)
+def _fill_shaken(
+    steps: NDArray[np.int64], tokens: NDArray[np.int64], top_k: int, layer: int, odds: Floats, factors: Floats,
+    reject: bool, rng: np.random.Generator, out: Floats,
+) -> None:  # fmt: skip
+    """The same for steps whose odds are each shaken by factors of their own [steps, experts]."""
+    for index in range(len(steps)):
+        _fill_exact(steps[index : index + 1], tokens, top_k, layer, odds * factors[index], reject, rng, out)
 
 
 @njit(cache=True)

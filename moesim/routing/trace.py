@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
+from moesim.routing.records import Records
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class RoutingCounts:
     layer_ids: int64 [layers], absolute layers of the rows (MoE layers only). absolute_layers: rows of the source's
     absolute layer axis, dense ones included. per_step: the steps are separate forward passes (else one aggregate).
     law, picks: how an expert's count in a step is distributed (moesim/routing/gates/registry.py), and the mean
-    number of experts that a token picks (None: the model's top-k).
+    number of experts that a token picks (None: the model's top-k). records: the same counts by request, where the
+    source tells requests apart.
     """
 
     counts: NDArray[np.float64]
@@ -31,6 +33,7 @@ class RoutingCounts:
     per_step: bool = False
     law: Literal["top_k", "even", "variable"] = "top_k"
     picks: float | None = None
+    records: Records | None = None
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3:

@@ -262,6 +262,7 @@ def _attention(fields: _Fields, layers: int) -> dict[str, Any]:
             "qk_rope_head_dim": rope,
             "index_heads": fields.optional(("index_n_heads",)) or 0,
             "index_head_dim": fields.optional(("index_head_dim",)) or 0,
+            "index_top_k": fields.optional(("index_topk",)) or 0,
         }
     head_dim = fields.optional(("head_dim",))
     if not head_dim:
@@ -282,6 +283,9 @@ def _attention(fields: _Fields, layers: int) -> dict[str, Any]:
         "value_head_dim": fields.optional(("v_head_dim",)) or head_dim,
         "window": window,
         "windowed_layers": windowed,
+        # MiniMax-M2 and M2.5; other models normalise each head by itself.
+        "norm_across_heads": fields.values.get("use_qk_norm") is True
+        and fields.values.get("qk_norm_type") == "per_layer",
     }
 
 

@@ -25,6 +25,10 @@ class AttentionSpec(Spec):
     windowed_layers: tuple[int, ...] = Field(default=(), description="layers that use the window")
     index_heads: int = Field(default=0, ge=0, description="heads of a sparse-attention indexer (DeepSeek-V3.2, GLM-5)")
     index_head_dim: int = Field(default=0, ge=0, description="width of one indexer head; 0 = no indexer")
+    index_top_k: int = Field(default=0, ge=0, description="tokens that the indexer leaves to attention; 0 = all")
+    norm_across_heads: bool = Field(
+        default=False, description="queries and keys are normalised over all heads, so that TP ranks sum squares"
+    )
 
     def kv_elements_per_token(self) -> int:
         """Elements that one token leaves in the KV cache of one layer, before tensor parallelism."""

@@ -93,7 +93,9 @@ class ExpertPlacement:
         index = (self.physical_to_logical + np.arange(self.layers)[:, None] * self.experts).ravel()
         slots = np.take(whole.reshape(*counts.shape[:-2], self.layers * self.experts), index, axis=-1)
         split = slots.reshape(*counts.shape[:-2], self.layers, self.slots)
-        return np.asarray(split if shares is None else split * shares, dtype=np.float64)
+        if shares is not None:
+            split = np.multiply(split, shares, out=split if split.dtype == np.float64 else None)
+        return np.asarray(split, dtype=np.float64)
 
     def rank_loads(self, counts: NDArray[np.float64], shares: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         """Tokens of each rank: [..., layers, ranks]; shares as in `slot_loads`."""

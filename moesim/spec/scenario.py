@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -12,10 +12,12 @@ from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
+from moesim.spec.drift import DriftSpec, ShiftSpec
 from moesim.spec.faults import FaultSpec
 from moesim.spec.gate import GateChosen
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
+from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4", "w4a8_mxfp4_mxfp8"]
@@ -48,6 +50,7 @@ class PrecisionSpec(Spec):
     kv_cache: Dtype = "bf16"
     dispatch: Dtype = "fp8"
     combine: Dtype = "bf16"
+    gather: Dtype | None = Field(default=None, description="what an all-gather dispatches; none = as `activations`")
 
     @property
     def projections(self) -> Dtype:
@@ -63,6 +66,9 @@ class CostSpec(Spec):
     extrapolate: Literal["refuse", "allow"] = "refuse"
     experts_from: Literal["sglang", "vllm", "trtllm"] | None = Field(
         default=None, description="engine whose tables price the experts' products; none = the scenario's own"
+    )
+    experts_version: str | None = Field(
+        default=None, description="version of the tables that price the experts' products; none = the newest"
     )
 
 
@@ -91,20 +97,15 @@ class HoldoutSpec(Spec):
     fraction: float = Field(default=0.5, gt=0, lt=1)
 
 
-class ShiftSpec(Spec):
-    """From `at_s` on, the deployment meets these judged loads: part of a load's name -> weight."""
-
-    at_s: float = Field(ge=0)
-    loads: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-
-
 class RoutingSpec(Spec):
-    """Exactly one of `loads`, `trace` and `synthetic`; `shifts` of the loads in simulated time."""
+    """Exactly one of `loads`, `trace` and `synthetic`; `shifts` or `drift` change them in simulated time."""
 
     loads: tuple[LoadFile, ...] | None = Field(default=None, min_length=1)
     trace: Path | None = None
     synthetic: SyntheticSpec | None = None
     holdout: HoldoutSpec = HoldoutSpec()
+    drift: DriftSpec | None = Field(default=None, description="loads over simulated time; none = the same throughout")
+    mix: Literal["step", "request"] = Field(default="step", description="what is of one load: a step, or a request")
     shifts: tuple[ShiftSpec, ...] = ()
 
     @model_validator(mode="after")
@@ -112,21 +113,9 @@ class RoutingSpec(Spec):
         given = [name for name in ("loads", "trace", "synthetic") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of loads, trace and synthetic, not {' and '.join(given) or 'none'}")
+        if self.shifts and self.drift is not None:
+            raise ValueError("give shifts or drift, not both")
         return self
-
-
-class RebalanceSpec(Spec):
-    """Experts laid out anew while serving; the defaults are those of vLLM's `--eplb-config`."""
-
-    solver: str = "eplb"
-    window_steps: int = Field(default=1000, gt=0, description="last steps whose counts the placement is solved from")
-    interval_steps: int = Field(default=3000, gt=0)
-    layers_per_chunk: int | None = Field(
-        default=None, gt=0, description="layers moved at a time, a step between two chunks; none = all at once"
-    )
-    skip_above: float = Field(
-        default=1.0, gt=0, le=1, description="no re-layout where mean over max of the rank loads is at least this"
-    )
 
 
 class PlacementSpec(Spec):
@@ -136,7 +125,7 @@ class PlacementSpec(Spec):
     redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
     groups: int = Field(default=1, gt=0)
     file: Path | None = None
-    rebalance: RebalanceSpec | None = None
+    rebalance: RebalanceSpec | None = Field(default=None, description="new placements while it serves")
 
     @model_validator(mode="after")
     def _one(self) -> PlacementSpec:

@@ -83,6 +83,10 @@ class BatchingSpec(Spec):
     poll_steps: int = Field(
         default=1, gt=0, description="decode steps between looks at new requests (SGLang's --scheduler-recv-interval)"
     )
+    hold_steps: int = Field(
+        default=0, ge=0, description="steps that prompts wait for attention-DP ranks without one; reserve only"
+    )
+    gather_steps: int = Field(default=0, ge=0, description="steps that they wait then, for more of them")
     cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 

@@ -59,10 +59,15 @@ def check(data: Any, *, experts: int, ranks: int, where: str) -> None:
         raise BadInput(f"expert {table.max()} of {experts}", where=where, mend=f"ids lie between 0 and {experts - 1}")
 
 
+def _load(text: str) -> Any:
+    """Maps are long: the compiled safe loader where PyYAML has it."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def write(placement: ExpertPlacement, path: Path) -> None:
     """Write the map, after checking it by TensorRT-LLM's rules, whole or not at all."""
     text = render(placement)
-    check(yaml.safe_load(text), experts=placement.experts, ranks=placement.ranks, where=str(path))
+    check(_load(text), experts=placement.experts, ranks=placement.ranks, where=str(path))
     write_text(path, text)
 
 
@@ -70,7 +75,7 @@ def read(path: Path, *, experts: int, ranks: int, absolute_layers: int) -> Exper
     """Read a map back. Raises BadInput or Infeasible."""
     text = read_text(path, what="TensorRT-LLM map")
     try:
-        data = yaml.safe_load(text)
+        data = _load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
     check(data, experts=experts, ranks=ranks, where=str(path))

@@ -8,6 +8,7 @@ converter leaves out.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -234,10 +235,6 @@ def _another_device(rows: pl.DataFrame, source: Source) -> dict[str, pl.Expr]:
 
 # Weights this large cannot come from a cache: the largest L2 of these GPUs holds 126 MB (B200).
 SURELY_FROM_HBM_BYTES = 5e8
-# How much faster than the datasheet's HBM rate a row may read the experts that its label says: a timing loop finds a
-# tenth of them in L2 (B200: 126 MB of 1.4 GB), and kernels that route from logits may touch fewer than a balanced run's
-# label says where there are few tokens. Assumed; beyond it the label is wrong.
-LABEL_TOLERANCE = 1.5
 GPUS_PER_NODE = 8  # of every system that the package describes but GB200 and GB300, whose description says 4
 
 
@@ -260,7 +257,8 @@ def _possible(rows: pl.DataFrame, hbm_bytes_per_s: float) -> pl.DataFrame:
     """Leave out balanced rows that would read the touched experts' weights faster than HBM can (there are such).
 
     Only where tokens are padded for each expert, or one kernel walks all experts: not for the contiguous rows, whose
-    balanced runs skip experts by design (see experts.trusted_rows).
+    balanced runs skip experts by design (see experts.trusted_rows). Kernels that route from logits touch fewer experts
+    than a balanced row's label says; the skewed rows beside it are kept, and prices are anchored on them from there on.
     """
     import polars as pl
 
@@ -271,11 +269,12 @@ def _possible(rows: pl.DataFrame, hbm_bytes_per_s: float) -> pl.DataFrame:
         (pl.col("distribution") == "uniform")
         & (pl.col("grouping") != "deepep_normal")
         & (read > SURELY_FROM_HBM_BYTES)
-        & (read / pl.col(LATENCY) > LABEL_TOLERANCE * hbm_bytes_per_s)
+        & (read / pl.col(LATENCY) > hbm_bytes_per_s)
     )
-    # A kernel, shape and split with such a row did not run what its label says: none of its rows in this table is kept.
+    # From such a row on a kernel, shape and split did not run what its labels say: no larger balanced row is kept.
     split = ["grouping", "dtype", "hidden", "intermediate", "experts", "top_k", "local_experts"]
-    return rows.filter(~impossible.any().over(split))
+    first = pl.col("routed").filter(impossible).min().over(split).fill_null(math.inf)
+    return rows.filter((pl.col("routed") < first) | (pl.col("distribution") != "uniform"))
 
 
 # A product of so few rows and weights takes a few microseconds on every GPU here; a kernel whose small products take

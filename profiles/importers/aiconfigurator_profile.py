@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profiles.importers.aiconfigurator import Ledger, find_package, import_tables, package_of
+
+if TYPE_CHECKING:
+    from profiles.leave_out import ExpertShape
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,24 @@ class Imported:
     errors: dict[str, Any]
 
 
+# Shapes of a kernel that judge its family where only some experts are fitted.
+JUDGED_SHAPES = 40
+
+
 def import_profile(
-    out: Path, *, system: str, engine: str, source: Path | None, priced: bool, say: Callable[[str], None]
-) -> Imported:
+    out: Path, *, system: str, engine: str, source: Path | None, priced: bool, say: Callable[[str], None],
+    experts: Collection[ExpertShape] | None = None,
+) -> Imported:  # fmt: skip
     """Convert the tables of one system and engine (or `all`) to a profile folder; an older profile there is replaced.
 
-    priced: only families that prices are looked up in. `say` is told of what is left out. Takes minutes. Raises
-    BadInput and MissingPart.
+    priced: only families that prices are looked up in. experts: (hidden, experts, top_k, dtype) that will be asked for:
+    only their physics is fitted, and errors are judged on JUDGED_SHAPES of each kernel; every row is kept,
+    so prices are those of the whole import. `say` is told of what is left out. Takes minutes, with `experts` a quarter
+    of one. Raises BadInput and MissingPart.
     """
     from profiles.leave_out import errors_of, fit_experts, fit_products
     from profiles.record import FAMILIES
-    from profiles.store import write_profile
+    from profiles.store import QUICKEST, SMALLEST, write_profile
 
     left_out: list[str] = []
 
@@ -43,9 +53,9 @@ def import_profile(
     if priced:
         tables = {name: table for name, table in tables.items() if FAMILIES[name].priced}
     say("fitting the experts' physics and leaving points out ...")
-    fitted = fit_experts(tables["experts"])
+    fitted = fit_experts(tables["experts"], experts)
     products = {name: product.as_dict() for name, product in fit_products(tables["gemm"]).items()}
-    errors = errors_of(tables, fitted)
+    errors = errors_of(tables, fitted, None if experts is None else JUDGED_SHAPES)
     rows = {name: table.height for name, table in tables.items() if table.height}
     description = {
         "system": system,
@@ -58,5 +68,5 @@ def import_profile(
         "physics": fitted["parameters"],
         "products": products,
     }
-    write_profile(out, tables, description)
+    write_profile(out, tables, description, level=SMALLEST if experts is None else QUICKEST)
     return Imported(rows, ledger, errors)

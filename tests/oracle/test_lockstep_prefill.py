@@ -104,7 +104,9 @@ def test_the_group_follows_the_prompt(engine: str, fidelity: str, tmp_path: Path
     decoding = served.step_decode_seqs[4 : 4 + len(reading)]
     assert decoding.tolist() == [31 if engine == "sglang" else 32] * len(reading)
     # From then on rank 0 decodes two sequences, and everybody waits for its attention.
-    assert served.finish_s[1] == pytest.approx(sum(expected) + (OUTPUTS - 4 - len(reading)) * decode_step(engine, 2), rel=1e-9)
+    assert served.finish_s[1] == pytest.approx(
+        sum(expected) + (OUTPUTS - 4 - len(reading)) * decode_step(engine, 2), rel=1e-9
+    )
     # SGLang stalls rank 0's own request for both chunks; vLLM serves it along.
     stalled = len(reading) if engine == "sglang" else 0
     assert served.finish_s[0] == pytest.approx(served.finish_s[1] + stalled * decode_step(engine, 2), rel=1e-9)

@@ -1,199 +1,120 @@
-"""Experts laid out anew while serving: moves and pauses by hand, and what shifting loads do to a run."""
+"""Moves and pauses of a new placement, worked out by hand: two ranks, three experts."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moesim.cli import run
-from moesim.engine.deployment import groundwork, resolve
-from moesim.engine.simulate import Simulation, simulate
-from moesim.errors import BadInput
-from moesim.network.moves import move_seconds, plan_moves
+from moesim.engine.deployment import Deployment, groundwork, resolve
+from moesim.engine.relayout_moves import match_ranks, move_time, pair_bytes, plan_moves
+from moesim.graph.pricing import LayerSetup
+from moesim.network.instance import InstanceNetwork
+from moesim.spec.parallel import ParallelSpec
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.presets import load_cluster
-from moesim.spec.scenario import ClusterChoice, load_scenario
-from tests.scenarios import small, write
+from moesim.spec.scenario import Scenario
+from tests.scenarios import small
+
+# OLMoE: three matrices of 2,048 x 1,024 in bf16.
+EXPERT_BYTES = 3 * 2048 * 1024 * 2
 
 
-def placed(table: list[list[int]], ranks: int, experts: int) -> ExpertPlacement:
-    layers = len(table)
-    return ExpertPlacement(np.asarray(table), np.arange(layers), experts, ranks, layers)
+def placed(rows: list[list[int]], *, experts: int = 3, ranks: int = 2) -> ExpertPlacement:
+    """A placement whose rows are the slots of each layer."""
+    return ExpertPlacement(np.asarray(rows), np.arange(len(rows)), experts, ranks, len(rows))
 
 
-def test_two_ranks_and_three_experts_by_hand() -> None:
-    """[0 1 | 2 0] to [2 1 | 0 1]: rank 0 lacks 2, rank 1 moves its 0 to another slot and lacks 1."""
-    moves = plan_moves(placed([[0, 1, 2, 0]], 2, 3), placed([[2, 1, 0, 1]], 2, 3), ranks_per_domain=2)
-    assert moves.received_near.tolist() == [[1, 1]]
-    assert moves.sent_near.tolist() == [[1, 1]]
-    assert moves.copied.tolist() == [[0, 1]]
-    assert moves.received_far.sum() == moves.sent_far.sum() == 0
-    apart = plan_moves(placed([[0, 1, 2, 0]], 2, 3), placed([[2, 1, 0, 1]], 2, 3), ranks_per_domain=1)
-    assert apart.received_far.tolist() == apart.sent_far.tolist() == [[1, 1]]
-    cluster = load_cluster(ClusterChoice(system="h200_sxm", nodes=2, gpus_per_node=1))
-    size = 44e6
-    wire_s = size / cluster.nvlink_bytes_per_s + cluster.nvlink_latency_s  # type: ignore[operator]
-    np.testing.assert_allclose(move_seconds(moves, size, cluster), [wire_s])
-    far_s = size / cluster.shared_nic_bytes_per_s + cluster.nic_latency_s
-    np.testing.assert_allclose(move_seconds(apart, size, cluster), [far_s])
+def instance(gpus: int, per_node: int, **parallel: int) -> Deployment:
+    """OLMoE on a few GPUs; its placement is replaced by the test's."""
+    size: dict[str, Any] = {"system": "h200_sxm", "nodes": gpus // per_node, "gpus_per_node": per_node}
+    plan = {"attention_dp": gpus, "ep": gpus, **parallel}
+    placement = {"solver": "contiguous", "redundant_experts": 0}
+    return resolve(groundwork(Scenario.read(small(cluster=size, parallel=plan, placement=placement), where="test")))
 
 
-def test_of_several_holders_the_near_one_sends_and_none_twice() -> None:
-    """Ranks 2 and 3 want expert 0: rank 0 and rank 1 hold it, far away, and send it once each."""
-    old = placed([[0, 2, 0, 3, 1, 4, 5, 1]], 4, 6)
-    new = placed([[0, 2, 1, 3, 0, 4, 5, 0]], 4, 6)
-    moves = plan_moves(old, new, ranks_per_domain=2)
-    assert moves.received_far.tolist() == [[0, 1, 1, 1]]
-    assert moves.sent_far.tolist() == [[1, 1, 1, 0]]
-    assert moves.received_near.sum() == 0
-    with pytest.raises(BadInput):
-        plan_moves(old, placed([[0, 1, 2, 3]], 4, 4), 2)
+def network_of(setup: LayerSetup) -> InstanceNetwork:
+    assert setup.network is not None
+    return setup.network
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), ranks=st.sampled_from([2, 4, 8]), domain=st.sampled_from([1, 2, 4]))
-def test_what_is_sent_arrives_and_makes_the_new_map(seed: int, ranks: int, domain: int) -> None:
-    rng = np.random.default_rng(seed)
-    experts, room, layers = ranks * 2, 3, 3
-
-    def drawn() -> ExpertPlacement:
-        rows = [
-            rng.permutation(np.concatenate([np.arange(experts), rng.integers(0, experts, ranks * room - experts)]))
-            for _ in range(layers)
-        ]
-        return placed([row.tolist() for row in rows], ranks, experts)
-
-    old, new = drawn(), drawn()
-    moves = plan_moves(old, new, domain)
-    for received, sent in ((moves.received_near, moves.sent_near), (moves.received_far, moves.sent_far)):
-        assert (received.sum(axis=1) == sent.sum(axis=1)).all()
-    held = old.physical_to_logical.reshape(layers, ranks, room)
-    wanted = new.physical_to_logical.reshape(layers, ranks, room)
-    for layer in range(layers):
-        for rank in range(ranks):
-            lacking = set(wanted[layer, rank].tolist()) - set(held[layer, rank].tolist())
-            came = moves.received_near[layer, rank] + moves.received_far[layer, rank]
-            assert came == len(lacking)
-            same = int((wanted[layer, rank] == held[layer, rank]).sum())
-            assert same + moves.copied[layer, rank] + came == room
-    assert plan_moves(old, old, domain).moved == 0
-    assert plan_moves(old, old, domain).copied.sum() == 0
+def test_two_ranks_swap_an_expert_and_keep_the_third() -> None:
+    old, new = placed([[0, 1, 2, 0]]), placed([[0, 2, 1, 0]])
+    moves = plan_moves(old, new, domains=[0, 0])
+    assert list(zip(moves.layer, moves.expert, moves.source, moves.destination, strict=True)) == [
+        (0, 1, 0, 1),  # only rank 0 had expert 1
+        (0, 2, 1, 0),  # only rank 1 had expert 2; expert 0 is on both before and after
+    ]
+    assert moves.copies.tolist() == [[0, 0]]
+    # Where what stays changes its slot, engines copy it there: expert 0 on both ranks.
+    assert plan_moves(old, placed([[2, 0, 0, 1]]), domains=[0, 0]).copies.tolist() == [[1, 1]]
 
 
-def hot(folder: Path, name: str, first: int) -> dict[str, Any]:
-    """A load file in which eight neighbouring experts of every layer, which share a rank, take half of the tokens."""
-    counts = np.ones((16, 64))
-    counts[:, first : first + 8] = 7.0
-    (folder / f"{name}.json").write_text(json.dumps({"logical_count": counts.tolist()}))
-    return {"file": str(folder / f"{name}.json"), "phase": "any"}
+def test_an_expert_with_two_slots_on_a_rank_travels_once_and_is_copied() -> None:
+    moves = plan_moves(placed([[0, 1, 2, 0]]), placed([[2, 2, 1, 0]]), domains=[0, 0])
+    assert moves.destination[moves.expert == 2].tolist() == [0]
+    assert moves.copies.tolist() == [[1, 0]]
+    held = plan_moves(placed([[0, 1, 2, 0]]), placed([[0, 1, 2, 2]]), domains=[0, 0])  # a second copy of its own
+    assert held.count == 0
+    assert held.copies.tolist() == [[0, 1]]
 
 
-def shifting(folder: Path, rebalance: dict[str, Any] | None, period_s: float, **changes: Any) -> Simulation:
-    """Two workloads in turn, under a placement fitted to neither."""
-    routing = {
-        "loads": [hot(folder, "low", 0), hot(folder, "high", 40)],
-        "holdout": {"by": "none"},
-        "shifts": [{"at_s": period_s * turn, "loads": {("low", "high")[turn % 2]: 1.0}} for turn in range(40)],
-    }
-    placement: dict[str, Any] = {"solver": "contiguous", "redundant_experts": 0}
-    if rebalance is not None:
-        placement["rebalance"] = {"solver": "greedy", **rebalance}
-    data = small(routing=routing, placement=placement)
-    data["serving"]["workload"] = {"isl": 64, "osl": 64, "requests": 1500, "arrivals": {"concurrency": 512}}
-    data.update(changes)
-    return simulate(resolve(groundwork(load_scenario(write(folder, data)))), draws=0)
+def test_the_nearest_holder_sends_and_receivers_are_dealt_over_holders() -> None:
+    old = placed([[0, 1, 1, 2]], ranks=4)
+    moves = plan_moves(old, placed([[1, 0, 2, 1]], ranks=4), domains=[0, 0, 1, 1])
+    sent = {(int(e), int(d)): int(s) for e, s, d in zip(moves.expert, moves.source, moves.destination, strict=True)}
+    # Rank 0 takes expert 1 from rank 1 (its node), rank 3 from rank 2 (its node).
+    assert sent == {(1, 0): 1, (0, 1): 0, (2, 2): 3, (1, 3): 2}
+    far = plan_moves(placed([[0, 0, 1, 2]], ranks=4), placed([[1, 2, 0, 0]], ranks=4), domains=[0, 0, 1, 1])
+    assert far.source[far.expert == 0].tolist() == [0, 1]  # each of the two holders serves one of the two
 
 
-def test_rebalancing_pays_where_a_workload_lasts_and_not_where_it_changes_faster(tmp_path: Path) -> None:
-    every = {"window_steps": 10, "interval_steps": 20}
-    lasting = shifting(tmp_path, every, period_s=1e6)
-    assert lasting.without_relayouts is not None
-    assert lasting.served.duration_s < lasting.without_relayouts.duration_s
-    first = lasting.relayouts[0]
-    assert first.balance_after < first.balance_before
-    assert first.step_after_s < first.step_before_s
-    assert first.break_even_steps == pytest.approx(first.pause_s / (first.step_before_s - first.step_after_s))
-    # From the second on the placement is what the solver would say again, but for the noise of the counts.
-    step_s = float(lasting.served.step_s.mean())
-    hasty = shifting(tmp_path, every, period_s=20 * step_s)
-    assert hasty.without_relayouts is not None
-
-    def saved(found: Simulation) -> float:
-        assert found.without_relayouts is not None
-        return 1.0 - found.served.duration_s / found.without_relayouts.duration_s
-
-    assert saved(hasty) < saved(lasting)
-
-
-def test_pauses_stand_between_steps_and_sum_to_what_is_told(tmp_path: Path) -> None:
-    whole = shifting(tmp_path, {"window_steps": 10, "interval_steps": 20}, period_s=1e6)
-    parts = shifting(tmp_path, {"window_steps": 10, "interval_steps": 20, "layers_per_chunk": 4}, period_s=1e6)
-    for found, chunks in ((whole, 1), (parts, 4)):
-        told = sum(one.pause_s for one in found.relayouts[: len(found.pauses) // chunks])
-        assert sum(seconds for _, _, seconds in found.pauses[: len(found.pauses) // chunks * chunks]) == pytest.approx(
-            told
-        )
-        ends = found.served.step_start_s + found.served.step_s
-        for _, start_s, seconds in found.pauses:
-            if seconds == 0:
-                continue
-            assert not ((found.served.step_start_s < start_s + seconds - 1e-12) & (ends > start_s + 1e-12)).any()
+def test_the_pause_is_what_the_busiest_link_and_the_copy_take() -> None:
+    deployment = instance(2, 2)
+    cluster, network = deployment.ground.cluster, network_of(deployment.setup)
+    old = placed([[0, 1, 2, 0], [0, 1, 2, 0]])
+    new = placed([[0, 2, 1, 0], [0, 1, 2, 0]])  # the second layer stays
+    setup = replace(deployment.setup, placement=old)
+    moves = plan_moves(old, new, domains=[0, 0])
+    assert pair_bytes(moves, setup).tolist() == [[[0, EXPERT_BYTES], [EXPERT_BYTES, 0]], [[0, 0], [0, 0]]]
+    timed = move_time(moves, setup, network, cluster.gpu.hbm_bytes_per_s)
+    rate = network.cluster.nvlink_bytes_per_s
+    assert timed.transfer_s == pytest.approx([cluster.nvlink_latency_s + EXPERT_BYTES / rate, 0.0])
+    assert timed.copy_s == pytest.approx([2 * EXPERT_BYTES / cluster.gpu.hbm_bytes_per_s, 0.0])
+    assert timed.bytes_by_level == {"inside": 2 * EXPERT_BYTES, "between": 0.0}
+    assert timed.copied_bytes == 0
+    turned = plan_moves(old, placed([[1, 0, 2, 0], [0, 1, 2, 0]]), domains=[0, 0])  # rank 0 turns its two around
+    copied = move_time(turned, setup, network, cluster.gpu.hbm_bytes_per_s)
+    assert copied.transfer_s.tolist() == [0.0, 0.0]
+    assert copied.copy_s == pytest.approx([4 * EXPERT_BYTES / cluster.gpu.hbm_bytes_per_s, 0.0])
+    assert copied.copied_bytes == 2 * EXPERT_BYTES
 
 
-def test_even_ranks_are_left_alone(tmp_path: Path) -> None:
-    skipped = shifting(tmp_path, {"window_steps": 10, "interval_steps": 20, "skip_above": 0.01}, period_s=1e6)
-    assert skipped.relayouts
-    assert all(one.moves is None for one in skipped.relayouts)
-    assert skipped.without_relayouts is not None
-    np.testing.assert_array_equal(skipped.served.finish_s, skipped.without_relayouts.finish_s)
+def test_between_nodes_the_nic_sets_the_pace() -> None:
+    deployment = instance(2, 1)
+    setup = replace(deployment.setup, placement=placed([[0, 1, 2, 0]]))
+    network = network_of(setup)
+    moves = plan_moves(setup.placement, placed([[2, 0, 0, 1]]), domains=[0, 1])
+    timed = move_time(moves, setup, network, deployment.ground.cluster.gpu.hbm_bytes_per_s)
+    seconds = network.cluster.nic_latency_s + EXPERT_BYTES / network.cluster.nic_bytes_per_s
+    assert timed.transfer_s == pytest.approx([seconds])
+    assert timed.bytes_by_level == {"inside": 0.0, "between": 2 * EXPERT_BYTES}
 
 
-def test_the_same_seed_gives_the_same_run_and_shifts_alone_change_it(tmp_path: Path) -> None:
-    every = {"window_steps": 10, "interval_steps": 20}
-    one, other = (shifting(tmp_path, every, period_s=0.2) for _ in range(2))
-    np.testing.assert_array_equal(one.served.finish_s, other.served.finish_s)
-    still = shifting(tmp_path, None, period_s=1e6)
-    steady = shifting(
-        tmp_path, None, period_s=1e6, routing={"loads": [hot(tmp_path, "low", 0)], "holdout": {"by": "none"}}
-    )
-    np.testing.assert_allclose(still.served.duration_s, steady.served.duration_s, rtol=0.02)
+def test_gpus_that_share_an_expert_each_send_their_part() -> None:
+    deployment = instance(4, 4)
+    parallel = ParallelSpec(attention_dp=4, ep=2, expert_tp=2)
+    setup = replace(deployment.setup, placement=placed([[0, 1, 2, 0]]), parallel=parallel)
+    pairs = pair_bytes(plan_moves(setup.placement, placed([[2, 0, 0, 1]]), domains=[0, 0]), setup)[0]
+    half = EXPERT_BYTES / 2
+    wanted = np.zeros((4, 4))
+    wanted[0, 2] = wanted[1, 3] = wanted[2, 0] = wanted[3, 1] = half
+    assert pairs.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["simulate", "--fidelity", "maxplus"], "not modelled together with fidelity maxplus"),
-        (["simulate", "--set", "faults=[{kind: jitter, sigma: 0.1}]"], "not modelled together with faults"),
-        (["simulate", "--set", "routing.shifts=[{at_s: 1, loads: {nothing: 1}}]"], "no judged load is named 'nothing'"),
-        (["tune", "--trials", "2"], "tune does not model placement.rebalance"),
-        (["place", "--gpus", "8", "--slots", "72"], "place does not model placement.rebalance"),
-    ],
-)
-def test_what_is_not_modelled_is_refused_by_name(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, small(placement={"solver": "greedy", "redundant_experts": 8, "rebalance": {}}))
-    assert run([arguments[0], str(path), *arguments[1:]]) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_the_contracts_keys_and_the_lines_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rebalance = {"window_steps": 10, "interval_steps": 20}
-    path = write(tmp_path, small(placement={"solver": "contiguous", "redundant_experts": 8, "rebalance": rebalance}))
-    asked = ["simulate", str(path), "--draws", "2", "--timeline", str(tmp_path / "t.json.gz")]
-    assert run([*asked, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    told = found["relayouts"]
-    assert told["count"] + told["skipped"] == len(told["list"]) > 0
-    assert told["moved_experts"] == sum(one["moved_experts"] for one in told["list"])
-    assert told["pause_s_total"] == pytest.approx(sum(one["pause_s"] for one in told["list"]))
-    assert found["memory"]["ledger"]["relayout_staging"] > 0
-    assert found["intervals"]
-    assert run(asked) == 0
-    assert "re-layouts" in capsys.readouterr().out
+def test_parts_are_matched_to_the_ranks_that_hold_most_of_them() -> None:
+    old = placed([[0, 1, 2, 3]], experts=4)
+    swapped = placed([[2, 3, 0, 1]], experts=4)
+    assert match_ranks(old, swapped, [0, 0]).physical_to_logical.tolist() == old.physical_to_logical.tolist()
+    assert match_ranks(old, swapped, [0, 1]).physical_to_logical.tolist() == [[2, 3, 0, 1]]  # each its own node

@@ -14,6 +14,7 @@ from moesim.routing.inclusion import chances, inclusion, solve_odds
 from moesim.routing.sample import (
     EXACT_TOKENS,
     LOW_MEAN,
+    _draw,
     _quantile,
     normal_quantiles,
     prepare,
@@ -200,3 +201,23 @@ def test_the_corrected_normal_at_the_limit() -> None:
     assert 0.5 * np.abs(got - stats.poisson.pmf(np.arange(40), mean)).sum() < 0.0025
     assert n.var() == pytest.approx(mean, rel=2e-3)
     assert NONE.tag == "formula"
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (16, 8)])  # by rejection, and expert by expert
+def test_few_tokens_are_drawn_one_by_one_from_shaken_odds(experts: int, top_k: int) -> None:
+    """The compiled loops draw what drawing each token in turn draws, from the same generator in the same order."""
+    share = np.stack([skewed(experts, top_k, seed=seed, sigma=0.2) for seed in range(3)])
+    sampler, shaken = prepare(share, top_k), Dispersion(0.3, 0.0, 0.0, tag="assumed", source="test")
+    tokens = np.asarray([5, 0, EXACT_TOKENS, 1])
+    for dispersion in (NONE, shaken):
+        found = sampler.counts(tokens, np.random.default_rng(4), dispersion)
+        rng, wanted = np.random.default_rng(4), np.zeros_like(found)
+        some = np.nonzero(tokens)[0]
+        for layer in range(len(share)):
+            cv2 = dispersion.step_cv2(tokens[some])
+            factors = np.ones((len(some), experts)) if dispersion is NONE else sampler._factors(cv2, rng)
+            for step, factor in zip(some, factors, strict=True):
+                ids = _draw(sampler.odds[layer] * factor, sampler.acceptance[layer], int(tokens[step]), top_k, rng)
+                np.add.at(wanted[step, layer], ids.ravel(), 1.0)
+        np.testing.assert_array_equal(found, wanted)
+        assert (found.sum(axis=2) == (tokens * top_k)[:, None]).all()

@@ -61,17 +61,22 @@ def same(one: Served, other: Served) -> None:
     rate=st.sampled_from([1e6, 1e9, 1e12]),
     rule=st.sampled_from([RESERVE, SGLANG, VLLM]),
     kv_tokens=st.sampled_from([512, 100000]),
+    holds=st.sampled_from([(0, 0), (2, 0), (5, 3)]),
 )
 def test_the_compiled_loop_is_the_processes(
     models: dict[str, list[RolePool]], name: str, lengths: list[tuple[int, int]], concurrency: int,
-    shape: tuple[int, int], by_layer: bool, rate: float, rule: Any, kv_tokens: int,
+    shape: tuple[int, int], by_layer: bool, rate: float, rule: Any, kv_tokens: int, holds: tuple[int, int],
 ) -> None:  # fmt: skip
     isl, osl = (np.asarray(one) for one in zip(*lengths, strict=True))
     load = Load(isl, osl, concurrency=concurrency)
     transfer = Transfer(bytes_per_token=1000.0, gpus=1, bytes_per_s=rate, latency_s=1e-5, layers=16, by_layer=by_layer)
     sized = [
         dataclasses.replace(
-            pool, instances=count, limits=pool.limits._replace(max_running=5, kv_tokens=kv_tokens, rule=rule)
+            pool,
+            instances=count,
+            limits=pool.limits._replace(
+                max_running=5, kv_tokens=kv_tokens, rule=rule, hold_steps=holds[0], gather_steps=holds[1]
+            ),
         )
         for pool, count in zip(models[name], shape, strict=True)
     ]

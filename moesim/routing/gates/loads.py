@@ -84,7 +84,9 @@ def _gated(
         chance = np.tile(hashed_chances(model.vocabulary, profile.shape[1], choice.top_k), (len(profile), 1))
     else:
         chance = np.stack([_chances(row, spec, choice, model, sample, rng, load.name) for row in profile])
-    return replace(load, counts=chance[None], per_step=False, law=law, picks=float(chance.sum(axis=1).mean()))
+    return replace(
+        load, counts=chance[None], per_step=False, law=law, picks=float(chance.sum(axis=1).mean()), records=None
+    )
 
 
 def _chances(
