@@ -222,3 +222,44 @@ def silicon(
         typer.echo(command.told(result))
     if not result.get("holds", True):
         raise typer.Exit(1)
+
+
+@app.command()
+def published(
+    manifest: Annotated[
+        Path | None, typer.Option(help="Rows with their scenarios beside it; without, those that ship.")
+    ] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; repeats.")] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Joint draws behind the intervals.")] = 20,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as docs/accuracy.md has them.")
+    ] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the tables into --docs, too.")] = False,
+    docs: Annotated[Path, typer.Option(help="Page of the generated tables.")] = Path("docs/accuracy.md"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Price published whole-system figures and ratios of pairs of them, and say how far off they are.
+
+    Exits 1 when a ratio has the wrong sign and the manifest does not say why.
+    """
+    from moesim.errors import BadInput
+    from moesim.output.console import progress_bar
+    from validate import published_manifest, published_predict, published_table
+
+    if update and row:
+        raise BadInput("the page holds all rows", where="--row", mend="leave it out with --update")
+    path = manifest if manifest is not None else published_manifest.bundled_manifest()
+    asked = published_manifest.chosen(published_manifest.read_manifest(path), tuple(row or ()))
+    with progress_bar("pricing published rows") as progress:
+        found = published_predict.predict_rows(asked.rows, draws=draws, progress=progress)
+    ratios = published_predict.set_beside(asked, found)
+    total = published_predict.summary(found, ratios)
+    if update:
+        published_table.PART.put(docs, published_table.markdown(found, ratios, total))
+    if as_json:
+        typer.echo(json.dumps(published_table.as_json(found, ratios, total), allow_nan=False))
+    else:
+        show = published_table.markdown if markdown else published_table.text
+        typer.echo(show(found, ratios, total))
+    if total["unexplained"]:
+        raise typer.Exit(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.scenario import Scenario
 from validate.silicon_rows import SiliconRow
-from validate.silicon_settings import ROUNDS, Settings, benchmark, layout_of, settings_of
+from validate.silicon_settings import ROUNDS, Settings, benchmark, clients_limit, layout_of, settings_of
 
 # The package's names of systems -> cluster presets.
 SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
@@ -30,6 +30,10 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
         raise Infeasible(
             "the benchmark ran GB200 and GB300 disaggregated alone: the row sums the GPUs of both pools",
             reason="summed_pools",
+        )
+    if clients_limit(row):
+        raise Infeasible(
+            "the client sent 512 at once to a server of fewer places, which the row does not say", reason="hidden_load"
         )
     layout = layout_of(row)
     if layout.pp > 1:

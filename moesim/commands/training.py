@@ -12,6 +12,7 @@ def simulate_training_command(
 ) -> None:
     """Run, print and write what was asked for. Raises BadInput for what training runs do not have."""
     from moesim.engine.training import simulate_training
+    from moesim.engine.training_overlap import OVERLAPPED
     from moesim.errors import BadInput
     from moesim.output.console import print_json, progress_bar
     from moesim.output.training_metrics import training_json
@@ -22,7 +23,7 @@ def simulate_training_command(
     with progress_bar("simulating") as progress:
         run = simulate_training(spec, draws=draws, progress=progress)
     result = training_json(run)
-    if explain or report is not None:
+    if explain or (report is not None and run.model.setup.policies.schedule != OVERLAPPED):
         from moesim.engine.training_explain import explain_training
         from moesim.output.training_explain import training_explanation_json
 

@@ -16,6 +16,7 @@ from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.training_checks import check_training, refuse_unsupported_training
 from moesim.engine.training_faults import TrainingFaults, check_training_faults, training_faults
 from moesim.engine.training_memory import TrainingLedger, training_ledger
+from moesim.engine.training_overlap import pair_share
 from moesim.engine.training_routing import RoutingPool, draw_pool
 from moesim.engine.training_sync import StageSync, stage_sync, stage_transfer
 from moesim.errors import BadInput
@@ -203,7 +204,7 @@ def pass_table(model: TrainingModel, draw: Draw | None) -> Floats:
     for index, chunk in enumerate(model.chunks):
         for kind in passes_of(split):
             table[index, kind] = chunk_seconds(model.layers, chunk, kind, split=split, normal=normal)
-    return table
+    return table * pair_share(model.layers, model.chunks, normal)[:, None, :]
 
 
 def _step(

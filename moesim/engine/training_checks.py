@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moesim.engine.moving import refuse_changes
+from moesim.engine.training_overlap import OVERLAPPED
 from moesim.errors import BadInput, Infeasible
-from moesim.graph.pipeline import check_pipeline
+from moesim.graph.pipeline import SPLIT, check_pipeline
 from moesim.network.rank_groups import RankGrid
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.routing.gates.choice import gate_spec
@@ -21,14 +22,27 @@ PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
 def refuse_unsupported_training(scenario: Scenario) -> None:
     """Name what a training scenario asks for that is not simulated. Raises BadInput."""
     policies = scenario.policies
+    pipeline = "1f1b" if scenario.training is None else scenario.training.pipeline.schedule
     refuse_changes(scenario, "training")
     gate_spec(policies.gate)
     refused = [
         (
-            policies.schedule != "sequential",
+            policies.schedule not in ("sequential", OVERLAPPED),
             "policies.schedule",
             f"{policies.schedule} inside a layer is not simulated in training",
-            "write `schedule: sequential`; pipeline schedules stand under training.pipeline",
+            f"write `schedule: sequential` or {OVERLAPPED}; pipeline schedules stand under training.pipeline",
+        ),
+        (
+            policies.schedule == OVERLAPPED and pipeline in SPLIT,
+            "policies.schedule",
+            f"{OVERLAPPED} pairs whole backward passes, and {pipeline} splits them",
+            "use pipeline schedule 1f1b or interleaved",
+        ),
+        (
+            policies.schedule == OVERLAPPED and bool(scenario.faults),
+            "faults",
+            f"faults under {OVERLAPPED} are not simulated",
+            "leave them out, or write `schedule: sequential`",
         ),
         (policies.storage != "resident", "policies.storage", "training keeps its weights resident", "leave it out"),
         (
@@ -42,6 +56,12 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
             "policies.dispatch.mode",
             "DeepEP's low-latency kernels have no backward pass",
             "use mode auto or normal",
+        ),
+        (
+            scenario.training is not None and scenario.training.host.posts and policies.dispatch.backend != "deepep",
+            "training.host",
+            f"CPU threads post the writes of deepep, not of {policies.dispatch.backend}",
+            "leave exchange_s and the rows out, or use backend deepep",
         ),
         (
             scenario.placement.redundant_experts > 0,

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from moesim.engine import maxplus, training_pipeline, whatif
 from moesim.engine.explain import HotLayer
 from moesim.engine.training import TrainedStep, TrainingModel, TrainingRun, pass_table
+from moesim.engine.training_overlap import OVERLAPPED
 from moesim.engine.training_pass import PassParts, pass_parts
 from moesim.engine.training_routing import draw_pool
-from moesim.errors import OutsideProfile
+from moesim.errors import BadInput, OutsideProfile
 from moesim.graph.pipeline import Pass
 from moesim.graph.task import TaskGraph
 from moesim.graph.training_passes import chunk_graph, passes_of, price_layers
@@ -74,7 +75,13 @@ class _Steps:
 
 
 def explain_training(run: TrainingRun) -> ExplainedTraining:
-    """Explain the step of a training run, as best known."""
+    """Explain the step of a training run, as best known. Raises BadInput where passes run as pairs."""
+    if run.model.setup.policies.schedule == OVERLAPPED:
+        raise BadInput(
+            "a step whose forward and backward passes run as pairs is not explained",
+            where="policies.schedule",
+            mend="explain it under `schedule: sequential`",
+        )
     model, step = run.model, run.step
     split, stages = model.program.split, model.setup.parallel.pp
     graphs = {

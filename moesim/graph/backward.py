@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.cost.estimate import CostModel, Tag, estimate
 from moesim.cost.ops import (
@@ -25,6 +26,8 @@ from moesim.cost.ops import (
 )
 from moesim.errors import BadInput
 from moesim.graph.pricing import Part
+
+Floats = NDArray[np.float64]
 
 # FLOP of the attention kernel's backward pass over its forward pass: five products of the same size (scores once more,
 # and the gradients of values, scores, queries and keys) against two (T. Dao, FlashAttention-2, arXiv:2307.08691,
@@ -51,11 +54,15 @@ ACCUMULATION_BYTES = 6.0
 
 @dataclass(frozen=True)
 class Costed:
-    """An operation, how often it is done (or its ratio to the operation's time), and the best tag it can have."""
+    """An operation, how often it is done (or its ratio to the operation's time), and the best tag it can have.
+
+    beside_s: seconds on top that no cost model knows, broadcastable to the operation's price; they are assumed.
+    """
 
     operation: Operation
     times: float = 1.0
     at_best: Tag = Tag.MEASURED
+    beside_s: Floats | float = 0.0
 
 
 def data_gradient(operation: Operation) -> tuple[Costed, ...]:
@@ -110,5 +117,9 @@ def priced(costs: CostModel, work: tuple[Costed, ...]) -> Part:
     for one in work:
         price = costs.estimate(one.operation)
         tags = np.maximum(price.tags, np.int8(one.at_best))
-        found.append(estimate(price.seconds * one.times, tags, price.family, price.rel_sigma, price.source))
+        seconds = price.seconds * one.times
+        found.append(estimate(seconds, tags, price.family, price.rel_sigma, price.source))
+        if np.any(one.beside_s):
+            beside = np.broadcast_to(np.asarray(one.beside_s, dtype=np.float64), seconds.shape)
+            found.append(estimate(beside, Tag.ASSUMED, price.family, price.rel_sigma, "training.host"))
     return Part(tuple(found))

@@ -28,6 +28,7 @@ from moesim.graph.pricing import WIDEST_GEMM_COLUMNS
 from moesim.network.rank_groups import Group, RankGrid
 from moesim.network.replicas import replica_shares
 from moesim.network.traffic import equivalent_tokens
+from moesim.network.uniform import visited
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -370,17 +371,27 @@ class LayerPieces:
                 nodes=grid.nodes("ep"),
                 dtype=dtype,
             )
-        piece = meet(step, step, work, "exchange", "moe")
         # Gradients travel in the type of the combine both ways: DeepEP's FP8 dispatch is for the forward pass.
         back = setup.precision.combine
         if isinstance(work, MoeExchange):
-            data = tuple(Costed(_typed(one.operation, back)) for one in piece.data)
+            forward = (self._posted(work),)
+            data = tuple(self._posted(_typed(one.operation, back)) for one in data_gradient(work))
         else:
+            forward = (Costed(work),)
             size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[back]
             data = (Costed(Collective("all_to_all", size, ep, grid.nodes("ep"))),)
-        return [Piece(piece.name, piece.operation, piece.forward, data, group=piece.group, redo=piece.redo)]
+        return [Piece(step, step, forward, data, group="exchange", redo={"moe": forward})]
+
+    def _posted(self, exchange: MoeExchange) -> Costed:
+        """A DeepEP exchange with what the CPU threads take that post its writes to other nodes."""
+        host, nodes, spec = self.setup.training.host, exchange.nodes, self.setup.model.moe
+        if nodes == 1 or not host.posts:
+            return Costed(exchange)
+        copies = visited(nodes, spec.experts, spec.top_k) * (nodes - 1) / nodes  # to nodes but its own
+        row_s = host.dispatch_row_s if exchange.step == "dispatch" else host.combine_row_s
+        return Costed(exchange, beside_s=host.exchange_s + exchange.tokens * (copies * row_s))
 
 
-def _typed(operation: Operation, dtype: str) -> Operation:
+def _typed(operation: Operation, dtype: str) -> MoeExchange:
     assert isinstance(operation, MoeExchange)
     return MoeExchange(**{**vars(operation), "dtype": dtype})

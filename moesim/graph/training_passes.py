@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.estimate import CostModel, Estimate
+from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
 from moesim.graph.backward import Costed, priced
 from moesim.graph.pipeline import Pass
 from moesim.graph.pricing import Part
@@ -16,6 +16,11 @@ from moesim.graph.task import Link, Stream, Task, TaskGraph
 from moesim.graph.training_layer import LayerPieces, Piece, TrainingSetup
 
 Floats = NDArray[np.float64]
+
+# One standard deviation of ln of the host's time, as for serving engines (moesim/engine/rules.py): a factor of 1.6.
+HOST_REL_SIGMA = 0.5
+# Operations of the exchanges of tokens.
+EXCHANGES = ("dispatch", "combine")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,10 @@ class PricedPiece:
 
 @dataclass(frozen=True)
 class PricedLayers:
-    """The priced pieces of every kind of layer. attention: by window; steps: micro-batches of the drawn routing."""
+    """The priced pieces of every kind of layer. attention: by window; steps: micro-batches of the drawn routing.
+
+    host: what the host adds to every layer; nothing where it adds nothing.
+    """
 
     setup: TrainingSetup
     steps: int
@@ -43,12 +51,13 @@ class PricedLayers:
     dense: tuple[PricedPiece, ...]
     moe: tuple[PricedPiece, ...]
     head: tuple[PricedPiece, ...]
+    host: tuple[PricedPiece, ...] = ()
 
     def layer(self, layer: int) -> tuple[PricedPiece, ...]:
         """The pieces of one layer in the order of its forward pass."""
         model = self.setup.model
         window = model.attention.window if layer in model.attention.windowed_layers else 0
-        return self.attention[window] + (self.moe if layer in model.moe.layer_ids else self.dense)
+        return self.host + self.attention[window] + (self.moe if layer in model.moe.layer_ids else self.dense)
 
 
 def recomputed(piece: Piece, mode: str, modules: tuple[str, ...]) -> tuple[Costed, ...]:
@@ -89,7 +98,17 @@ def price_layers(setup: TrainingSetup, costs: CostModel, counts: Floats, kept: F
         dense=of(pieces.dense()) if model.dense_layers else (),
         moe=of(pieces.moe(counts, kept)),
         head=of(pieces.head(), layer=False),
+        host=_host(training.host.layer_s),
     )
+
+
+def _host(layer_s: float) -> tuple[PricedPiece, ...]:
+    """The host's time with a layer, a third in each of the three passes: one launch each for every product."""
+    if layer_s == 0.0:
+        return ()
+    each = estimate(np.full((1, 1), layer_s / 3), Tag.ASSUMED, "overhead", HOST_REL_SIGMA, "training.host")
+    part = Part((each,))
+    return (PricedPiece(Piece("host", "engine_overhead", (), ()), part, part, part, Part()),)
 
 
 @dataclass(frozen=True)
@@ -149,24 +168,35 @@ _NAMES = {"forward": "forward", "data": "backward", "weight": "weights", "again"
 
 
 def chunk_graph(
-    layers: PricedLayers, chunk: range, kind: Pass, *, split: bool, normal: Mapping[str, float] | None = None
+    layers: PricedLayers,
+    chunk: range,
+    kind: Pass,
+    *,
+    split: bool,
+    normal: Mapping[str, float] | None = None,
+    exchanges_apart: bool = False,
 ) -> TaskGraph:
     """The graph of one pass of a chunk over the micro-batches of the drawn routing, on the ranks of a stage's instance.
 
-    normal: a joint draw, see `Part.seconds`.
+    normal: a joint draw, see `Part.seconds`. exchanges_apart: only dispatch and combine are on the communication
+    stream, for a schedule that sets another pass beside them; alone the pass takes as long.
     """
     setup = layers.setup
     ranks = setup.parallel.ep * setup.parallel.expert_tp
     everyone = np.zeros(ranks, dtype=np.int64)
     ep_rank = np.arange(ranks) // setup.parallel.expert_tp
     link = Link.NIC if setup.grid.nodes("exchange") > 1 else Link.NVLINK
+
+    def apart(step: _Step) -> bool:
+        return step.meets and (step.operation in EXCHANGES or not exchanges_apart)
+
     tasks: list[Task] = []
     for step, seconds in _durations(layers, chunk, kind, split, normal):
         tasks.append(
             Task(
                 name=step.name,
                 operation=step.operation,
-                stream=Stream.COMMUNICATION if step.meets else Stream.COMPUTE,
+                stream=Stream.COMMUNICATION if apart(step) else Stream.COMPUTE,
                 duration_s=np.ascontiguousarray(seconds[:, ep_rank] if seconds.shape[1] > 1 else seconds),
                 depends_on=(len(tasks) - 1,) if tasks else (),
                 groups=everyone if step.meets else None,

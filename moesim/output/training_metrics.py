@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.training import TrainingRun
+from moesim.engine.training_overlap import pair_share
 from moesim.graph.training_passes import chunk_estimates, passes_of
 from moesim.output.metrics import SCHEMA_VERSION, intervals
 from moesim.output.routing_report import flow_figures
@@ -67,26 +68,29 @@ def training_json(run: TrainingRun) -> dict[str, Any]:
 def step_figures(run: TrainingRun) -> dict[str, Any]:
     """Where a step's time goes: operations, waits and bubble sum to step_s in the mean over ranks.
 
+    Where passes run as pairs, each operation counts by the share that its pair takes of both alone.
     by_rank_s: computation of each GPU of an instance, stage by stage; exposed communication is the rest of the step but
     for the pipeline's bubble: collectives, waiting for the slowest rank, gradients and parameters.
     """
     model, step = run.model, run.step
     met = np.bincount(step.assigned.ravel(), minlength=model.layers.steps) / len(step.assigned)
     stages = model.setup.parallel.pp
+    shares = pair_share(model.layers, model.chunks)
     total: dict[str, float] = {}
     kinds = passes_of(model.program.split)
     by_pass = dict.fromkeys((kind.name.lower() for kind in kinds), 0.0)
     compute = []
     for stage in range(stages):
         busy: Floats = np.zeros(0)
-        for chunk in run.passes[stage::stages]:
+        for chunk, share in zip(run.passes[stage::stages], shares[stage::stages], strict=True):
+            paired = met * share
             for kind, times in zip(kinds, chunk, strict=True):
                 for name, seconds in times.busy_s.items():
-                    _add(total, name, float(met @ seconds.mean(axis=1)) / stages)
+                    _add(total, name, float(paired @ seconds.mean(axis=1)) / stages)
                 # A rank waits at a meeting, and at the end of a pass for the last rank to end it.
                 waited = times.step_s[:, None] - times.rank_end_s + times.wait_s
-                _add(total, WAITING, float(met @ waited.mean(axis=1)) / stages)
-                by_pass[kind.name.lower()] += float(met @ times.step_s) / stages
+                _add(total, WAITING, float(paired @ waited.mean(axis=1)) / stages)
+                by_pass[kind.name.lower()] += float(paired @ times.step_s) / stages
                 here = met @ times.compute_busy_s
                 busy = here if busy.size == 0 else busy + here
         compute.append(busy + step.optimizer_s[stage])

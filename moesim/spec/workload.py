@@ -160,6 +160,25 @@ class OptimizerSpec(Spec):
     overlap_parameters: bool = Field(default=False, description="gather parameters during the first forward pass")
 
 
+class HostSpec(Spec):
+    """What CPUs cost a training step beside its kernels; 0 = nothing, as where graphs are captured and GPUs ring NICs.
+
+    `exchange_s` and the rows are of DeepEP's exchanges between nodes, where a CPU thread posts their writes (on EFA).
+    """
+
+    layer_s: float = Field(
+        default=0.0, ge=0, description="host time with a layer's forward and backward pass that no kernel hides"
+    )
+    exchange_s: float = Field(default=0.0, ge=0, description="of each exchange: counts are told, writes begun")
+    dispatch_row_s: float = Field(default=0.0, ge=0, description="of each token that a dispatch sends to another node")
+    combine_row_s: float = Field(default=0.0, ge=0, description="of each token that a combine sends to another node")
+
+    @property
+    def posts(self) -> bool:
+        """Whether CPU threads post the writes of exchanges."""
+        return max(self.exchange_s, self.dispatch_row_s, self.combine_row_s) > 0
+
+
 RecomputeModule = Literal["core_attn", "layernorm", "moe_act", "moe", "mlp"]
 
 
@@ -176,6 +195,7 @@ class TrainingSpec(Spec):
     pipeline: PipelineSpec = PipelineSpec()
     router: Literal["trace", "balanced"] = "trace"
     optimizer: OptimizerSpec = OptimizerSpec()
+    host: HostSpec = HostSpec()
     memory: MemorySpec = MemorySpec()
 
 

@@ -11,7 +11,19 @@ from moesim.spec.cluster import ClusterSpec
 from moesim.spec.presets import load_cluster, presets
 from moesim.spec.scenario import ClusterChoice
 
-NAMES = ["a100_sxm", "b200_sxm", "b300_sxm", "gb200_nvl72", "gb300_nvl72", "h100_sxm", "h20", "h200_sxm", "h800"]
+NAMES = [
+    "a100_sxm",
+    "b200_sxm",
+    "b300_sxm",
+    "gb200_nvl72",
+    "gb300_nvl72",
+    "h100_sxm",
+    "h20",
+    "h200_sxm",
+    "h800",
+    "p5_48xlarge",
+    "p6_b300_48xlarge",
+]
 FILE = """
 name: mine
 gpu: {name: X, hbm_bytes: 1.0e+11, hbm_bytes_per_s: 3.0e+12, flops_per_s: {bf16: 5.0e+14}, multiprocessors: 100}

@@ -1,0 +1,211 @@
+"""Published rows: the stored figures are the sources', the documented tables are what the code says."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from moesim.engine.training import simulate_training
+from moesim.graph.training_flops import training_flops_per_token
+from moesim.spec.hf import load_model
+from moesim.spec.presets import load_cluster
+from moesim.spec.scenario import ClusterChoice, load_scenario
+from moesim.spec.workload import HostSpec, TrainingSpec
+from validate.published_manifest import Manifest, PublishedRow, bundled_manifest, read_manifest
+from validate.published_predict import Predicted, predict_rows, set_beside, summary
+from validate.published_step import time_step
+from validate.published_table import PART, markdown
+
+# Names of the sources -> what a scenario says.
+LAYERS = {"Qwen3-235B-A22B": 94, "Qwen3-30B-A3B": 48}
+RECOMPUTE = {
+    "off": ("none", ("core_attn",)),
+    "selective": ("selective", ("core_attn",)),
+    "norm,act": ("selective", ("layernorm", "moe_act")),
+    "layernorm moe": ("selective", ("layernorm", "moe")),
+}
+
+
+def trained(row: PublishedRow) -> TrainingSpec:
+    """The training part of a row's scenario."""
+    assert row.file is not None
+    found = load_scenario(row.file).training
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows() -> Manifest:
+    return read_manifest(bundled_manifest())
+
+
+@pytest.fixture(scope="module")
+def found(rows: Manifest) -> list[Predicted]:
+    return predict_rows(rows.rows, draws=20)
+
+
+def test_the_documented_tables_are_what_the_code_says(rows: Manifest, found: list[Predicted], repo: Path) -> None:
+    """The whole generated part, line by line; `moesim validate published --update` writes it."""
+    ratios = set_beside(rows, found)
+    PART.check(repo / "docs" / "accuracy.md", markdown(found, ratios, summary(found, ratios)))
+
+
+def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path) -> None:
+    """MFU of T01, the cost of a real router (T02 and T03 differ in it alone), micro-batches, what was calibrated."""
+    text = " ".join((repo / "docs" / "accuracy.md").read_text(encoding="utf-8").split())
+    by_id = {one.row.id: one for one in found}
+    first, even, real = by_id["T01"], by_id["T02"], by_id["T03"]
+    peak = load_cluster(ClusterChoice(system="h100_sxm")).gpu.peak("bf16") / 1e12
+    assert first.value and even.value and real.value
+    assert f"MFU {first.value / peak:.0%} against {first.row.reported / peak:.0%} for T01".replace("%", " %") in text
+    predicted, reported = 1 - real.value / even.value, 1 - real.row.reported / even.row.reported
+    assert predicted > 0
+    assert f"costs {predicted:.0%} where {reported:.0%} is reported".replace("%", " %") in text
+    four, one = by_id["T12"].row, by_id["T15"].row
+    assert four.step_s and one.step_s
+    assert f"({1e3 * one.step_s / 128:.0f} and {1e3 * four.step_s / 32:.0f} ms in T15 and T12)" in text
+    for name, machine in (("T07", "p6-b300"), ("T15", "p5")):
+        assert f"{1e3 * trained(by_id[name].row).host.layer_s:.3g} ms on {machine} ({name})" in text
+    errors = [abs(by_id[name].error or 0.0) for name in ("T01", "T02", "T03")]
+    assert min(errors) > 0.25 and max(errors) < 0.45  # "30 to 40 % too quick"
+    assert f"predicted is {1 + (by_id['S01'].error or 0.0):.1f}." in text
+
+
+def test_what_the_training_page_says_of_the_host(rows: Manifest, repo: Path) -> None:
+    text = " ".join((repo / "docs" / "explanation" / "training.md").read_text(encoding="utf-8").split())
+    too_quick = []
+    for row in rows.rows:
+        if row.file is not None and row.step is None and trained(row).host.layer_s:
+            plain = trained(row).model_copy(update={"host": HostSpec()})
+            run = simulate_training(load_scenario(row.file).model_copy(update={"training": plain}), draws=0)
+            too_quick.append(run.rates(run.step.step_s)[row.metric] / row.reported)
+    assert len(too_quick) == 14
+    said = f"the fourteen on EFA come out {min(too_quick):.0f} to {max(too_quick):.0f} times too quick"
+    assert said in text
+
+
+def test_what_is_said_of_wrong_signs(rows: Manifest) -> None:
+    """The figures in the manifest's explanations, computed again."""
+    by_id = {row.id: row for row in rows.rows}
+    why = {f"{one.over}/{one.under}": one.why for one in rows.ratios}
+    vllm, sglang = by_id["S09"], by_id["S03"]
+    assert vllm.file and vllm.step and sglang.file and sglang.step
+    plain, roofline = load_scenario(vllm.file), load_scenario(sglang.file)
+    replicated = plain.model_copy(
+        update={
+            "placement": plain.placement.model_copy(update={"solver": "eplb", "redundant_experts": 32}),
+            "policies": plain.policies.model_copy(update={"schedule": "two_batch"}),
+        }
+    )
+    measured = roofline.model_copy(
+        update={"cost": plain.cost, "cluster": plain.cluster.model_copy(update={"nodes": 4})}
+    )
+    rates = [
+        time_step(scenario, step).tokens_per_s_per_gpu
+        for scenario, step in (
+            (plain, vllm.step), (replicated, vllm.step), (measured, sglang.step), (roofline, sglang.step),
+        )
+    ]  # fmt: skip
+    for rate in rates:
+        assert f"{rate:,.0f}" in why["S03/S09"]
+    assert rates[1] > rates[3]  # the sign is right then
+    # Passes of a pipeline of 4 stages under 1F1B: micro-batches and 3 more. Were the host all, this alone would count.
+    for large, small, layers in (("T04", "T07", 94), ("T12", "T15", 48)):
+        four, one = by_id[large].step_s, by_id[small].step_s
+        assert four and one
+        too_quick = four / (one * (32 + 3) / (128 + 3)) - 1
+        assert f"{100 * too_quick:.0f} %" in why["T13/T12"]
+        if layers == 48:
+            uccl = by_id["T13"].step_s
+            assert uccl
+            assert f"{1e3 * (uccl - four) / (32 + 3) / (layers / 4):.1f} ms longer a layer" in why["T13/T12"]
+
+
+def test_every_row_is_there_and_every_wrong_sign_is_explained(rows: Manifest, found: list[Predicted]) -> None:
+    assert len(found) == 27
+    assert [one.row.id for one in found if one.value is None] == ["S07"]
+    assert not [one for one in set_beside(rows, found) if one.unexplained]
+    # Recorded in November 2026; a change of the model that makes them worse should be seen.
+    total = summary(found, set_beside(rows, found))
+    assert total["errors"]["serving"]["median"] <= 0.25
+    assert total["errors"]["training"]["median"] <= 0.17
+    assert total["sizes"]["median"] <= 0.17
+    assert total["signs"]["right"] >= 20
+    assert total["signs"]["wrong"] <= 6
+
+
+def test_calibrated_rows_give_back_their_figure(found: list[Predicted]) -> None:
+    known = [one for one in found if one.row.calibrated]
+    assert [one.row.id for one in known] == ["T07", "T15"]
+    assert all(abs(one.error or 0.0) < 5e-3 for one in known)
+
+
+def test_rows_of_one_machine_share_the_host_s_time(rows: Manifest) -> None:
+    """No figure is a row's own: one layer_s for a machine, one set of posting times for a library on it."""
+    by_machine: dict[str, set[float]] = {}
+    by_library: dict[tuple[str, str], set[tuple[float, ...]]] = {}
+    for row in rows.rows:
+        scenario = None if row.file is None else load_scenario(row.file)
+        if scenario is None or scenario.training is None:
+            continue
+        host = scenario.training.host
+        by_machine.setdefault(row.gpu, set()).add(host.layer_s)
+        library = next((name for name in ("UCCL", "NVSHMEM") if name in row.what), "none")
+        by_library.setdefault((row.gpu, library), set()).add((host.exchange_s, host.dispatch_row_s, host.combine_row_s))
+    assert all(len(values) == 1 for values in (*by_machine.values(), *by_library.values()))
+    assert len(by_machine) == 3
+
+
+def test_flop_are_counted_as_the_runs_counted_them(rows: Manifest) -> None:
+    """Where step time and TFLOP/s were both reported, the model's FLOP bring one from the other within 2 %."""
+    timed = [row for row in rows.rows if row.step_s is not None]
+    assert len(timed) == 15
+    for row in timed:
+        assert row.file is not None and row.gpus is not None and row.step_s is not None
+        scenario = load_scenario(row.file)
+        assert scenario.training is not None
+        tokens = scenario.training.global_batch * scenario.training.sequence_length
+        flops = training_flops_per_token(load_model(scenario.model), scenario.training.sequence_length) * tokens
+        assert flops / row.step_s / row.gpus / 1e12 == pytest.approx(row.reported, rel=0.02), row.id
+
+
+@pytest.mark.data
+def test_stored_figures_are_those_of_the_calibration_data(rows: Manifest, shared_data: Path) -> None:
+    """Row by row and in order: serving, then training."""
+
+    def table(name: str) -> list[dict[str, str]]:
+        with (shared_data / "published" / name).open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
+
+    serving, training = table("serving_results.csv"), table("training_results.csv")
+    by_id = {row.id: row for row in rows.rows}
+    assert len(by_id) == len(serving) + len(training)
+    for number, source in enumerate(serving, 1):
+        assert by_id[f"S{number:02}"].reported == float(source["value"])
+    for number, source in enumerate(training, 1):
+        row = by_id[f"T{number:02}"]
+        assert row.reported == float(source["tflops_per_gpu"])
+        assert (row.step_s or 0.0) == float(source["step_s"] or 0.0)
+        assert row.gpus == int(source["n_gpus"])
+        assert row.file is not None
+        scenario = load_scenario(row.file)
+        assert scenario.training is not None and scenario.parallel is not None
+        plan, own = scenario.parallel, scenario.training
+        assert (plan.tp, plan.pp, plan.ep) == tuple(int(source[name]) for name in ("tp", "pp", "ep"))
+        assert (own.sequence_length, own.global_batch) == (int(source["seq"]), int(source["gbs"]))
+        assert own.micro_batch == int(source["mbs"] or 1)
+        assert load_model(scenario.model).layers == (96 if source["overlap"] == "on" else LAYERS[source["model"]])
+        assert plan.attention_dp == plan.ep // plan.tp
+        assert not source["dp"] or plan.attention_dp == int(source["dp"])
+        assert scenario.policies.dispatch.backend == ("deepep" if "DeepEP" in source["dispatcher"] else "alltoall")
+        # Where it overlaps, the benchmark's script sets stages and recomputation, and the manifest says so.
+        if source["overlap"] != "on":
+            assert own.pipeline.virtual_stages == int(source["vpp"] or 1)
+            assert (own.recompute, own.recompute_modules) == RECOMPUTE[source["recompute"]]
+        else:
+            assert any("96 layers in 2 virtual stages and no recomputation" in said for said in row.assumed)
+        assert {scenario.precision.dense, scenario.precision.experts} == {source["precision"]}
+        assert (scenario.policies.schedule == "forward_backward") == (source["overlap"] == "on")
+        assert (own.router == "trace") == ("real router" in source["balance"])
