@@ -1,57 +1,163 @@
-"""Measured runs with prefill and decode pools priced by simulation: a prediction for each row."""
+"""Measured runs with prefill and decode pools priced by simulation: mean TTFT and TPOT of a row.
+
+What rows share is kept: the groundwork of a model on a cluster, the priced steps of a role's worker, and whole runs,
+since many rows repeat a run. A run of many requests is cut short, see `rounds_of`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
+from moesim.engine.compiled import StepTables
 from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
-from moesim.engine.roles import serve_roles
-from moesim.engine.serving import Served
-from moesim.engine.simulate import kv_transfer, role_pool
-from moesim.engine.stepmodel import StepModel
+from moesim.engine.roles import RolePool, serve_roles
+from moesim.engine.serving import Load, Served
+from moesim.engine.simulate import kv_transfer
+from moesim.engine.stepmodel import StepModel, TimedModel
 from moesim.engine.workload import make_load
+from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
-from validate.silicon_disagg_rows import Ran
-from validate.silicon_disagg_scenario import disagg_scenario, joined_gpus
+from validate.silicon_disagg_rows import Ran, ran
+from validate.silicon_disagg_scenario import disagg_scenario, front_end_s, joined_gpus
 from validate.silicon_rows import SiliconRow
+from validate.silicon_settings import ROUNDS
+
+Floats = NDArray[np.float64]
+# Output tokens that a run is cut to, where two rounds of requests make no more; and the fewest rounds.
+MOST_TOKENS, FEWEST_ROUNDS = 1_500_000, 2
+# Prompt lengths are drawn in steps of so many tokens: batches of prompts that are alike are priced once.
+GRAIN = 16
+
+
+@dataclass(frozen=True)
+class Priced:
+    """The timed steps of a role's worker, and the tables that runs with it filled."""
+
+    model: StepModel
+    timed: TimedModel
+    tables: StepTables
+
+    def pool(self, deployment: Deployment) -> RolePool:
+        """The role's instances in a deployment of this worker."""
+        ranks = self.model.deployment.setup.parallel.attention_dp
+        return RolePool(self.model.limits, ranks, deployment.instances, self.timed, self.tables)
 
 
 @dataclass
 class Kept:
-    """What rows share: groundworks by model, cluster and costs, and the priced steps of both roles of a deployment."""
+    """What rows priced with the same costs share, by what it is made of.
 
+    change: of a groundwork, once. runs: seconds of TTFT and TPOT, or why there are none.
+    """
+
+    change: Callable[[Groundwork], Groundwork] | None = None
     grounds: dict[str, Groundwork] = field(default_factory=dict)
-    models: dict[str, tuple[Deployment, StepModel, StepModel]] = field(default_factory=dict)
+    deployments: dict[str, Deployment] = field(default_factory=dict)
+    priced: dict[str, Priced] = field(default_factory=dict)
+    runs: dict[str, tuple[float, float] | MoesimError] = field(default_factory=dict)
 
 
-def simulated(row: SiliconRow, ran: Ran, profiles: Path, rounds: int, kept: Kept) -> Served:
-    """The row's closed loop. Raises Infeasible, BadInput and OutsideProfile."""
-    scenario = disagg_scenario(row, ran, profiles, rounds)
-    decode, reading, decoding = _models(scenario, joined_gpus(row, ran), kept)
+def disagg_times(row: SiliconRow, profiles: Path, kept: Kept) -> tuple[float, float]:
+    """Mean TTFT and TPOT of a disaggregated row in seconds. Raises MoesimError with the reason why there are none."""
+    known = ran(row)
+    scenario = disagg_scenario(row, known, profiles, rounds_of(row))
+    node, late_s = joined_gpus(row, known), front_end_s(row)
+    key = f"{node}|{late_s}|{scenario.model_dump_json()}"
+    if key not in kept.runs:
+        try:
+            kept.runs[key] = means(simulated(scenario, node, kept), row.concurrency or 1, late_s)
+        except MoesimError as error:
+            kept.runs[key] = error
+    found = kept.runs[key]
+    if isinstance(found, MoesimError):
+        raise found
+    return found
+
+
+def rounds_of(row: SiliconRow) -> int:
+    """Requests for each place of the closed loop: ROUNDS as the client sends, or fewer where they are many."""
+    tokens = max(1, (row.concurrency or 1) * row.osl)
+    return max(FEWEST_ROUNDS, min(ROUNDS, MOST_TOKENS // tokens))
+
+
+def means(served: Served, concurrency: int, front_end_s: float) -> tuple[float, float]:
+    """Mean TTFT and TPOT in seconds over ROUNDS requests for each place of the loop.
+
+    The first round, sent at once, counts once and later ones, of which fewer may be simulated, for all the rest. A
+    request's first token is sent when it joins a decode batch, which is when SGLang's decode worker
+    (`process_prebuilt`) and TensorRT-LLM's (`_handle_first_token_response`) do so: a request that waits for a place in
+    the batch waits for its first token. Prefill workers run without overlap scheduling, so no step is lagged.
+    """
+    side = served.prefill
+    assert side is not None
+    assert side.joined_s is not None
+    first_s = np.where(np.isnan(side.joined_s), served.first_token_s, side.joined_s)
+    ttft_s = first_s - served.arrival_s + front_end_s
+    tpot_s = (served.finish_s - first_s) / np.maximum(served.osl - 1, 1)
+    return _weighed(ttft_s, concurrency), _weighed(tpot_s, concurrency)
+
+
+def _weighed(values: Floats, concurrency: int) -> float:
+    first, later = values[:concurrency], values[concurrency:]
+    if len(later) == 0:
+        return float(first.mean())
+    return float(first.mean() + later.mean() * (ROUNDS - 1)) / ROUNDS
+
+
+def simulated(scenario: Scenario, node: int, kept: Kept) -> Served:
+    """The closed loop of a scenario with roles, on nodes of `node` GPUs. Raises Infeasible, BadInput, OutsideProfile."""
+    decode = _deployment(scenario, node, kept)
+    assert decode.prefill is not None
     assert scenario.serving is not None
+    drawn = make_load(scenario.serving.workload, scenario.seed, prefix_cache=False)
+    isl = np.maximum(GRAIN, (drawn.isl + GRAIN // 2) // GRAIN * GRAIN)
     return serve_roles(
-        make_load(scenario.serving.workload, scenario.seed, prefix_cache=False),
-        role_pool(reading, reading.under(None)),
-        role_pool(decoding, decoding.under(None)),
+        Load(isl, drawn.osl, concurrency=drawn.concurrency),
+        _priced(scenario, "prefill", decode.prefill, node, kept).pool(decode.prefill),
+        _priced(scenario, "decode", decode, node, kept).pool(decode),
         kv_transfer(decode),
     )
 
 
-def _models(scenario: Scenario, node: int, kept: Kept) -> tuple[Deployment, StepModel, StepModel]:
-    """The deployment and its priced steps; shared by rows that differ in how many requests are in flight."""
+def _deployment(scenario: Scenario, node: int, kept: Kept) -> Deployment:
+    key = f"{node}|{_told(scenario)}"
+    if key not in kept.deployments:
+        kept.deployments[key] = resolve(_ground(scenario, node, kept))
+    return kept.deployments[key]
+
+
+def _priced(scenario: Scenario, role: str, deployment: Deployment, node: int, kept: Kept) -> Priced:
+    """The steps of a role's worker, shared by deployments that have any number of it."""
+    key = f"{node}|{_told(scenario, role)}"
+    if key not in kept.priced:
+        model = StepModel(deployment, seed=scenario.seed)
+        timed = model.under(None)
+        kept.priced[key] = Priced(model, timed, StepTables(timed))
+    return kept.priced[key]
+
+
+def _told(scenario: Scenario, role: str | None = None) -> str:
+    """What prices hang on: how many requests there are left out; of one role, what is of the other, and replicas."""
     serving = scenario.serving
     assert serving is not None
-    workload = serving.workload.model_copy(update={"requests": 1, "arrivals": None})
-    key = scenario.model_copy(update={"serving": serving.model_copy(update={"workload": workload})}).model_dump_json()
-    if key not in kept.models:
-        decode = resolve(_ground(scenario, node, kept))
-        assert decode.prefill is not None
-        seed = scenario.seed
-        kept.models[key] = (decode, StepModel(decode.prefill, seed=seed), StepModel(decode, seed=seed))
-    return kept.models[key]
+    assert serving.roles is not None
+    changes: dict[str, Any] = {
+        "workload": serving.workload.model_copy(update={"requests": 1, "arrivals": None}),
+    }
+    text = ""
+    if role is not None:
+        one = getattr(serving.roles, role).model_copy(update={"replicas": 1})
+        text = f"{role}|{one.model_dump_json()}|"
+        changes["roles"] = None
+    return text + scenario.model_copy(update={"serving": serving.model_copy(update=changes)}).model_dump_json()
 
 
 def _ground(scenario: Scenario, node: int, kept: Kept) -> Groundwork:
@@ -67,5 +173,5 @@ def _ground(scenario: Scenario, node: int, kept: Kept) -> Groundwork:
                 scenario, ground.model, cluster
             )
             ground = replace(ground, cluster=cluster, costs=costs)
-        kept.grounds[key] = ground
+        kept.grounds[key] = ground if kept.change is None else kept.change(ground)
     return replace(kept.grounds[key], scenario=scenario)

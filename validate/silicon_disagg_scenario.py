@@ -25,7 +25,7 @@ CLUSTER_GPUS = 128
 # Tokens that one more step yields with 1, 2 and 3 drafts of DeepSeek-R1 (TensorRT-LLM, docs blog1: 1.92, 2.58, 2.82),
 # as the acceptance of each draft that gives them.
 ACCEPTANCE = {1: 0.92, 2: 0.853, 3: 0.770}
-MOST_RUNNING = 1024
+MOST_RUNNING, FEWEST_RUNNING = 1024, 32
 # SGLang's wide expert parallelism: copies of experts, and SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK.
 REDUNDANT, LOW_LATENCY_TOKENS = 32, 768
 # TensorRT-LLM's free_gpu_memory_fraction is of what weights leave; SGLang's low-latency files set 0.95 of all.
@@ -75,7 +75,7 @@ def disagg_scenario(row: SiliconRow, ran: Ran, profiles: Path, rounds: int) -> S
                 "speculative": speculative if ran.drafts else None,
                 "memory": {
                     "fraction": MEMORY.get(row.engine, decode.memory),
-                    "admission": "reserve" if row.engine == "trtllm" else "engine",
+                    "admission": _admission(row),
                 },
                 "roles": {
                     "prefill": _role(row, ran.prefill, _prefill_batching(row, ran.prefill.layout), prefill),
@@ -167,9 +167,29 @@ def _decode_batching(row: SiliconRow, ran: Ran) -> dict[str, Any]:
     ranks = ran.decode.count * ran.decode.layout.attention_dp
     share = -(-max(1, row.concurrency or 1) // ranks)
     running = ran.running or min(MOST_RUNNING, 2 * share)
-    # No rank is ever sent more than all requests in flight: smaller tables price the same run.
-    running = min(running, max(1, row.concurrency or 1))
+    # No rank is ever sent more than all requests in flight: smaller tables price the same run. Sizes are rounded up, so
+    # that loads share them.
+    load = max(FEWEST_RUNNING, row.concurrency or 1)
+    running = min(ran.running or MOST_RUNNING, _power(load if ran.running else min(load, max(FEWEST_RUNNING, running))))
     return _batching(max(16384, 2 * running * (1 + ran.drafts)), running, chunked=True)
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def _admission(row: SiliconRow) -> str:
+    """TensorRT-LLM keeps room for whole requests (GUARANTEED_NO_EVICT), and so does nearly SGLang where it decodes alone.
+
+    Its DecodePreallocQueue admits a request when its prompt and up to 512 tokens to come find room.
+    """
+    return "engine" if row.engine == "vllm" else "reserve"
+
+
+def front_end_s(row: SiliconRow) -> float:
+    """The front end's time with a request, as in aggregated rows: what routers between the pools take is not known."""
+    return _settings(row, row.layout).front_end_s
 
 
 def _batching(tokens: int, running: int, *, chunked: bool) -> dict[str, Any]:

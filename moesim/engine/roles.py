@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
@@ -13,17 +13,24 @@ from numpy.typing import NDArray
 from moesim.engine.batch_state import Limits, Requests, new_requests
 from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, record, served_of
 
+if TYPE_CHECKING:
+    from moesim.engine.compiled import StepTables
+
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RolePool:
-    """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step."""
+    """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step.
+
+    tables: what compiled runs with the same `step_time` were timed for so far, to start from and to add to.
+    """
 
     limits: Limits
     ranks: int
     instances: int
     step_time: StepTime
+    tables: StepTables | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,11 @@ def _compiled(load: Load, prefill: RolePool, decode: RolePool, transfer: Transfe
     count = len(load.isl)
     asked = (new_requests(load.isl, np.ones(count, np.int64)), _with_caches(load))
     first, second = (
-        RolePart(pool_state(requests, pool.limits, pool.ranks, pool.instances), StepTables(_timed(pool)), _timed(pool))
+        RolePart(
+            pool_state(requests, pool.limits, pool.ranks, pool.instances),
+            pool.tables or StepTables(_timed(pool)),
+            _timed(pool),
+        )
         for requests, pool in zip(asked, (prefill, decode), strict=True)
     )
     ints, nan = np.zeros(count, np.int64), np.full(count, np.nan)
