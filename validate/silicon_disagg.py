@@ -25,7 +25,7 @@ from moesim.engine.stepmodel import StepModel, TimedModel
 from moesim.engine.workload import make_load
 from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
-from validate.silicon_disagg_rows import Ran, ran
+from validate.silicon_disagg_rows import ran
 from validate.silicon_disagg_scenario import disagg_scenario, front_end_s, joined_gpus
 from validate.silicon_rows import SiliconRow
 from validate.silicon_settings import ROUNDS
@@ -113,7 +113,7 @@ def _weighed(values: Floats, concurrency: int) -> float:
 
 
 def simulated(scenario: Scenario, node: int, kept: Kept) -> Served:
-    """The closed loop of a scenario with roles, on nodes of `node` GPUs. Raises Infeasible, BadInput, OutsideProfile."""
+    """The closed loop of a scenario with roles, on nodes of `node` GPUs. Raises MoesimError."""
     decode = _deployment(scenario, node, kept)
     assert decode.prefill is not None
     assert scenario.serving is not None

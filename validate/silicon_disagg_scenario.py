@@ -114,10 +114,17 @@ def _role(row: SiliconRow, pool: Workers, batching: dict[str, Any], settings: Se
             "expert_tp": layout.expert_tp,
         },
         "policies": {"dispatch": _dispatch(row, layout)},
-        "placement": {"redundant_experts": REDUNDANT if row.engine == "sglang" and _wide(row, layout) else 0},
+        "placement": _placement(row, layout),
         "batching": batching,
         "precision": _precision(settings),
     }
+
+
+def _placement(row: SiliconRow, layout: Layout) -> dict[str, Any]:
+    """SGLang's wide expert parallelism starts from a map of `--eplb-algorithm deepseek`; others lie in order."""
+    if row.engine == "sglang" and _wide(row, layout):
+        return {"solver": "eplb", "redundant_experts": REDUNDANT}
+    return {"solver": "contiguous", "redundant_experts": 0}
 
 
 def joined_gpus(row: SiliconRow, ran: Ran) -> int:
@@ -180,9 +187,9 @@ def _power(count: int) -> int:
 
 
 def _admission(row: SiliconRow) -> str:
-    """TensorRT-LLM keeps room for whole requests (GUARANTEED_NO_EVICT), and so does nearly SGLang where it decodes alone.
+    """TensorRT-LLM keeps room for whole requests (GUARANTEED_NO_EVICT); SGLang nearly does so where it decodes alone.
 
-    Its DecodePreallocQueue admits a request when its prompt and up to 512 tokens to come find room.
+    Its DecodePreallocQueue admits a request when the prompt and up to 512 tokens to come find room.
     """
     return "engine" if row.engine == "vllm" else "reserve"
 
