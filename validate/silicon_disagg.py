@@ -21,18 +21,21 @@ from moesim.engine.deployment import Deployment, Groundwork, groundwork, resolve
 from moesim.engine.roles import RolePool, serve_roles
 from moesim.engine.serving import Load, Served
 from moesim.engine.simulate import kv_transfer
-from moesim.engine.stepmodel import StepModel, TimedModel
+from moesim.engine.speculative import draft_tokens
+from moesim.engine.stepmodel import StepModel, TimedModel, batch_limits
 from moesim.engine.workload import make_load
 from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
 from validate.silicon_disagg_rows import ran
-from validate.silicon_disagg_scenario import disagg_scenario, front_end_s, joined_gpus
+from validate.silicon_disagg_scenario import decode_tokens, disagg_scenario, front_end_s, joined_gpus
 from validate.silicon_rows import SiliconRow
 from validate.silicon_settings import ROUNDS
 
 Floats = NDArray[np.float64]
-# Output tokens that a run is cut to, where two rounds of requests make no more; and the fewest rounds.
-MOST_TOKENS, FEWEST_ROUNDS = 1_500_000, 2
+# Output tokens that a run is cut to, where the fewest rounds of requests make no more; and the most rounds simulated.
+MOST_TOKENS, FEWEST_ROUNDS, MOST_ROUNDS = 400_000, 2, 4
+# Running requests of a decode rank that steps are priced up to: workers with fewer share the prices.
+WIDTHS = (128, 512, 1024)
 # Prompt lengths are drawn in steps of so many tokens: batches of prompts that are alike are priced once.
 GRAIN = 16
 
@@ -46,9 +49,9 @@ class Priced:
     tables: StepTables
 
     def pool(self, deployment: Deployment) -> RolePool:
-        """The role's instances in a deployment of this worker."""
-        ranks = self.model.deployment.setup.parallel.attention_dp
-        return RolePool(self.model.limits, ranks, deployment.instances, self.timed, self.tables)
+        """The role's instances in a deployment of this worker, under the deployment's own limits."""
+        ranks = deployment.setup.parallel.attention_dp
+        return RolePool(batch_limits(deployment), ranks, deployment.instances, self.timed, self.tables)
 
 
 @dataclass
@@ -83,9 +86,9 @@ def disagg_times(row: SiliconRow, profiles: Path, kept: Kept) -> tuple[float, fl
 
 
 def rounds_of(row: SiliconRow) -> int:
-    """Requests for each place of the closed loop: ROUNDS as the client sends, or fewer where they are many."""
+    """Requests that are simulated for each place of the closed loop: fewer than the client's ROUNDS, see `means`."""
     tokens = max(1, (row.concurrency or 1) * row.osl)
-    return max(FEWEST_ROUNDS, min(ROUNDS, MOST_TOKENS // tokens))
+    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, MOST_TOKENS // tokens))
 
 
 def means(served: Served, concurrency: int, front_end_s: float) -> tuple[float, float]:
@@ -121,8 +124,8 @@ def simulated(scenario: Scenario, node: int, kept: Kept) -> Served:
     isl = np.maximum(GRAIN, (drawn.isl + GRAIN // 2) // GRAIN * GRAIN)
     return serve_roles(
         Load(isl, drawn.osl, concurrency=drawn.concurrency),
-        _priced(scenario, "prefill", decode.prefill, node, kept).pool(decode.prefill),
-        _priced(scenario, "decode", decode, node, kept).pool(decode),
+        _priced(scenario, "prefill", node, kept).pool(decode.prefill),
+        _priced(scenario, "decode", node, kept).pool(decode),
         kv_transfer(decode),
     )
 
@@ -134,10 +137,13 @@ def _deployment(scenario: Scenario, node: int, kept: Kept) -> Deployment:
     return kept.deployments[key]
 
 
-def _priced(scenario: Scenario, role: str, deployment: Deployment, node: int, kept: Kept) -> Priced:
-    """The steps of a role's worker, shared by deployments that have any number of it."""
+def _priced(scenario: Scenario, role: str, node: int, kept: Kept) -> Priced:
+    """The steps of a role's worker, shared by deployments that have any number of it, under any smaller limits."""
     key = f"{node}|{_told(scenario, role)}"
     if key not in kept.priced:
+        decode = _deployment(_widest(scenario, role), node, kept)
+        deployment = decode.prefill if role == "prefill" else decode
+        assert deployment is not None
         model = StepModel(deployment, seed=scenario.seed)
         timed = model.under(None)
         kept.priced[key] = Priced(model, timed, StepTables(timed))
@@ -146,6 +152,8 @@ def _priced(scenario: Scenario, role: str, deployment: Deployment, node: int, ke
 
 def _told(scenario: Scenario, role: str | None = None) -> str:
     """What prices hang on: how many requests there are left out; of one role, what is of the other, and replicas."""
+    if role is not None:
+        scenario = _widest(scenario, role)
     serving = scenario.serving
     assert serving is not None
     assert serving.roles is not None
@@ -158,6 +166,22 @@ def _told(scenario: Scenario, role: str | None = None) -> str:
         text = f"{role}|{one.model_dump_json()}|"
         changes["roles"] = None
     return text + scenario.model_copy(update={"serving": serving.model_copy(update=changes)}).model_dump_json()
+
+
+def _widest(scenario: Scenario, role: str) -> Scenario:
+    """The scenario with the limits of a decode rank raised to the next of WIDTHS, which its steps are priced up to."""
+    serving = scenario.serving
+    assert serving is not None
+    assert serving.roles is not None
+    asked = getattr(serving.roles, role)
+    running = asked.batching["max_running_requests_per_dp_rank"]
+    wide = next((width for width in WIDTHS if width >= running), running)
+    if role != "decode" or wide == running:
+        return scenario
+    tokens = max(asked.batching["max_batch_tokens_per_dp_rank"], decode_tokens(wide, draft_tokens(serving)))
+    limits = {"max_running_requests_per_dp_rank": wide, "max_batch_tokens_per_dp_rank": tokens}
+    roles = serving.roles.model_copy(update={role: asked.model_copy(update={"batching": {**asked.batching, **limits}})})
+    return scenario.model_copy(update={"serving": serving.model_copy(update={"roles": roles})})
 
 
 def _ground(scenario: Scenario, node: int, kept: Kept) -> Groundwork:

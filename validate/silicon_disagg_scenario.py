@@ -26,11 +26,15 @@ CLUSTER_GPUS = 128
 # as the acceptance of each draft that gives them.
 ACCEPTANCE = {1: 0.92, 2: 0.853, 3: 0.770}
 MOST_RUNNING, FEWEST_RUNNING = 1024, 32
+# Tokens of a decode worker's step that its buffers are made for at least.
+FEWEST_TOKENS = 2048
 # SGLang's wide expert parallelism: copies of experts, and SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK.
 REDUNDANT, LOW_LATENCY_TOKENS = 32, 768
 # TensorRT-LLM's free_gpu_memory_fraction is of what weights leave; SGLang's low-latency files set 0.95 of all.
 MEMORY = {"trtllm": 0.97, "sglang": 0.9}
-FEWEST_REQUESTS = 40
+FEWEST_REQUESTS = 16
+# Models that differ in their weights alone share prices.
+ALIKE = {"deepseek-ai/DeepSeek-V3": "deepseek-ai/DeepSeek-R1"}
 
 
 def disagg_scenario(row: SiliconRow, ran: Ran, profiles: Path, rounds: int) -> Scenario:
@@ -55,13 +59,13 @@ def disagg_scenario(row: SiliconRow, ran: Ran, profiles: Path, rounds: int) -> S
     return Scenario.read(
         {
             "schema_version": 1,
-            "model": row.model,
+            "model": ALIKE.get(row.model, row.model),
             "cluster": {
                 "system": SYSTEMS.get(row.system, row.system),
                 "nodes": -(-CLUSTER_GPUS // node),
                 "gpus_per_node": node,
             },
-            "engine": {"name": row.engine, "version": row.version or "unknown"},
+            "engine": {"name": row.engine, "version": "unknown"},  # prices do not hang on it
             "precision": _precision(decode),
             "cost": cost,
             "serving": {
@@ -178,7 +182,12 @@ def _decode_batching(row: SiliconRow, ran: Ran) -> dict[str, Any]:
     # that loads share them.
     load = max(FEWEST_RUNNING, row.concurrency or 1)
     running = min(ran.running or MOST_RUNNING, _power(load if ran.running else min(load, max(FEWEST_RUNNING, running))))
-    return _batching(max(16384, 2 * running * (1 + ran.drafts)), running, chunked=True)
+    return _batching(decode_tokens(running, ran.drafts), running, chunked=True)
+
+
+def decode_tokens(running: int, drafts: int) -> int:
+    """Tokens that a step of a decode worker may have, which reads no prompts."""
+    return max(FEWEST_TOKENS, 2 * running * (1 + drafts))
 
 
 def _power(count: int) -> int:
