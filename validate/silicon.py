@@ -22,6 +22,8 @@ from moesim.output.metrics import serving_metrics
 from moesim.spec.scenario import Scenario
 from validate.accuracy import choices, errors, split_errors
 from validate.silicon_causes import Causes, adjusted, causes_of
+from validate.silicon_disagg import Kept, disagg_times
+from validate.silicon_disagg_score import disagg_lines, disagg_score, kind
 from validate.silicon_rows import SiliconRow, choice_groups, clean
 from validate.silicon_scenario import reason_of, scenario_of
 from validate.silicon_settings import layout_of, settings_of
@@ -58,9 +60,21 @@ AS_IT_IS = Asked()
 
 
 def predict(
-    row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | None = None, asked: Asked = AS_IT_IS
+    row: SiliconRow,
+    profiles: Path,
+    grounds: dict[str, Groundwork] | None = None,
+    asked: Asked = AS_IT_IS,
+    kept: Kept | None = None,
 ) -> Prediction:
-    """Mean TTFT and TPOT of a row, by simulating its benchmark. grounds: kept for rows of the same model and system."""
+    """Mean TTFT and TPOT of a row, by simulating its benchmark; of a disaggregated one without causes.
+
+    grounds, kept: what aggregated and disaggregated rows of the same model and system share.
+    """
+    if not row.aggregated and row.moe:
+        try:
+            return Prediction(row, *disagg_times(row, profiles, kept_for(asked) if kept is None else kept))
+        except MoesimError as error:
+            return Prediction(row, None, None, reason_of(error))
     try:
         scenario = scenario_of(row, profiles)
         settings = settings_of(row, layout_of(row))
@@ -80,6 +94,12 @@ def predict(
     except MoesimError as error:
         return Prediction(row, None, None, reason_of(error))
     return Prediction(row, ttft_s, tpot_s, causes=causes)
+
+
+def kept_for(asked: Asked) -> Kept:
+    """An empty store of what disaggregated rows share, at the costs that are asked for."""
+    scale = asked.scale
+    return Kept(change=(lambda ground: adjusted(ground, scale)) if scale else None)
 
 
 def _ground(scenario: Scenario, grounds: dict[str, Groundwork]) -> Groundwork:
@@ -128,13 +148,17 @@ def run_of(row: SiliconRow) -> tuple[object, ...]:
 
 
 _grounds: dict[Path, dict[str, Groundwork]] = {}
+_kept: dict[tuple[object, ...], Kept] = {}
 
 
 def _predict_part(task: tuple[list[SiliconRow], Path, Asked]) -> list[Prediction]:
-    """Predictions of some rows; groundworks stay for the next part of this process, for one set of profiles."""
+    """Predictions of some rows; what they share stays for the next part of this process, for one set of profiles."""
     rows, profiles, asked = task
     grounds = _grounds.setdefault(profiles, {})
-    return [predict(row, profiles, grounds, asked) for row in rows]
+    key = (profiles, *sorted(asked.scale.items()))
+    if key not in _kept:
+        _kept[key] = kept_for(asked)
+    return [predict(row, profiles, grounds, asked, _kept[key]) for row in rows]
 
 
 def predictions_csv(found: Sequence[Prediction]) -> str:
@@ -149,10 +173,16 @@ def predictions_csv(found: Sequence[Prediction]) -> str:
 
 
 def score(found: Sequence[Prediction]) -> dict[str, Any]:
-    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts."""
+    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts.
+
+    `disaggregated`: the same halves of the rows with two pools, see `disagg_score`.
+    """
     by_id = {id(one.row): one for one in found}
     rows = [row for row in clean(one.row for one in found) if row.tpot_ms is not None and row.ttft_ms is not None]
-    return {half: _half([by_id[id(row)] for row in rows if row.cell == half]) for half in ("even", "odd")}
+    halves: dict[str, Any] = {
+        half: _half([by_id[id(row)] for row in rows if row.cell == half]) for half in ("even", "odd")
+    }
+    return {**halves, "disaggregated": disagg_score(found)}
 
 
 def _half(found: Sequence[Prediction]) -> dict[str, Any]:
@@ -176,7 +206,7 @@ def _half(found: Sequence[Prediction]) -> dict[str, Any]:
     return {
         "rows": len(found),
         "priced": len(priced),
-        "reasons": dict(Counter(_kind(one.reason) for one in found if one.reason).most_common()),
+        "reasons": dict(Counter(kind(one.reason) for one in found if one.reason).most_common()),
         "tpot": errors(tpot, true_tpot).as_dict(),
         "ttft": errors(ttft, true_ttft).as_dict(),
         "tokens_per_s_per_gpu": errors(rate, true_rate).as_dict(),
@@ -186,11 +216,6 @@ def _half(found: Sequence[Prediction]) -> dict[str, Any]:
             for name, labels in splits.items()
         },
     }
-
-
-def _kind(reason: str) -> str:
-    """A reason without its figures, to count by."""
-    return "".join("#" if char.isdigit() else char for char in reason)[:80]
 
 
 def score_table(found: dict[str, Any]) -> str:
@@ -229,4 +254,5 @@ def score_table(found: dict[str, Any]) -> str:
                 f"{share(half['tpot_by']['layout'].get(label, {}).get('mape'))}"
             ),
         )
+    lines += disagg_lines(found["disaggregated"])
     return "\n".join(lines)

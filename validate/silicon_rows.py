@@ -150,6 +150,15 @@ def clean(rows: Iterable[SiliconRow]) -> list[SiliconRow]:
     return found
 
 
+def clean_disaggregated(rows: Iterable[SiliconRow]) -> list[SiliconRow]:
+    """Measured MoE rows with two pools, repeats of a measurement once."""
+    found: dict[tuple[object, ...], SiliconRow] = {}
+    for row in rows:
+        if row.moe and not row.aggregated and row.tpot_ms is not None and row.ttft_ms is not None:
+            found.setdefault((row.model, row.system, row.engine, row.isl, row.osl, row.ttft_ms, row.tpot_ms), row)
+    return list(found.values())
+
+
 def choice_groups(rows: Sequence[SiliconRow]) -> dict[tuple[object, ...], list[int]]:
     """Indices of rows that differ in their layout alone: same model, system, engine, types, lengths, concurrency.
 
