@@ -124,7 +124,7 @@ def predict_all(
     alike: dict[tuple[object, ...], SiliconRow] = {}
     for row in rows:
         alike.setdefault(run_of(row), row)
-    parts = _parts(list(alike.values()), workers)
+    parts = _parts(list(alike.values()))
     priced = in_workers(_predict_part, [(part, profiles, asked) for part in parts], workers, progress)
     known = {run_of(one.row): one for part in priced for one in part}
     return [replace(known[run_of(row)], row=row) for row in rows]
@@ -133,9 +133,9 @@ def predict_all(
 PART = 24  # rows that a worker takes at once
 
 
-def _parts(rows: list[SiliconRow], workers: int) -> list[list[SiliconRow]]:
+def _parts(rows: list[SiliconRow]) -> list[list[SiliconRow]]:
     """Rows of one model, system and engine together, which share tables; cut so that workers end at about one time."""
-    ordered = sorted(rows, key=lambda row: (row.system, row.model, row.engine)) if workers > 1 else rows
+    ordered = sorted(rows, key=lambda row: (row.system, row.model, row.engine))
     return [ordered[start : start + PART] for start in range(0, len(ordered), PART)]
 
 

@@ -58,18 +58,28 @@ class Priced:
 class Kept:
     """What rows priced with the same costs share, by what it is made of.
 
-    change: of a groundwork, once. runs: seconds of TTFT and TPOT, or why there are none.
+    change: of a groundwork, once. system: that all but the runs is of, as prices take memory. runs: seconds of TTFT and
+    TPOT, or why there are none.
     """
 
     change: Callable[[Groundwork], Groundwork] | None = None
+    system: str = ""
     grounds: dict[str, Groundwork] = field(default_factory=dict)
     deployments: dict[str, Deployment] = field(default_factory=dict)
     priced: dict[str, Priced] = field(default_factory=dict)
     runs: dict[str, tuple[float, float] | MoesimError] = field(default_factory=dict)
 
+    def turn_to(self, system: str) -> None:
+        """Drop the prices of another system."""
+        if system != self.system:
+            for kept in (self.grounds, self.deployments, self.priced):
+                kept.clear()
+        self.system = system
+
 
 def disagg_times(row: SiliconRow, profiles: Path, kept: Kept) -> tuple[float, float]:
     """Mean TTFT and TPOT of a disaggregated row in seconds. Raises MoesimError with the reason why there are none."""
+    kept.turn_to(row.system)
     known = ran(row)
     scenario = disagg_scenario(row, known, profiles, rounds_of(row))
     node, late_s = joined_gpus(row, known), front_end_s(row)
