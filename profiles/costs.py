@@ -35,6 +35,7 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
+from profiles.elsewhere import elsewhere
 from profiles.ep_between import exchanges_between
 from profiles.error_law import NINETY
 from profiles.experts import ExpertTable, expert_table, physics_name
@@ -97,19 +98,21 @@ def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) ->
         cluster.model_dump_json(),
         scenario.cost.experts_from,
         scenario.cost.experts_version,
+        scenario.cost.experts_kernel,
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _shared(
     system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None,
-    version: str | None,
+    version: str | None, kernel: str | None,
 ) -> StoreCosts:  # fmt: skip
     """One model for all scenarios alike: a tuner asks a thousand times."""
     if not names:
         raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
     profiles = tuple(open_profile(name, system) for name in names)
-    return StoreCosts(profiles, engine, allow, Roofline(ClusterSpec.model_validate_json(cluster)), experts, version)
+    roofline = Roofline(ClusterSpec.model_validate_json(cluster))
+    return StoreCosts(profiles, engine, allow, roofline, experts, version, kernel)
 
 
 def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
@@ -141,6 +144,7 @@ class StoreCosts:
     roofline: Roofline
     experts_engine: str | None = None
     experts_version: str | None = None
+    experts_kernel: str | None = None
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
     _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -217,18 +221,12 @@ class StoreCosts:
 
     def _experts(self, op: ExpertGemm) -> Iterator[Priced]:
         slots = int(op.tokens.shape[-1])
-        version = {} if self.experts_version is None else {"version": self.experts_version}
-        rows = self._rows(
-            "experts",
-            **version,
-            engines=None if self.experts_engine is None else (self.experts_engine,),
-            grouping=op.grouping,
-            dtype=op.dtype,
-            hidden=op.hidden,
-            intermediate=op.intermediate,
-            experts=op.experts,
-            top_k=op.top_k,
+        related = self._expert_rows(op)
+        rows = where_key(
+            related, dtype=op.dtype, hidden=op.hidden, intermediate=op.intermediate, experts=op.experts, top_k=op.top_k
         )
+        if self.experts_kernel is not None and self.allow and rows.is_empty():
+            yield from elsewhere(op, related, self._expert_table, UNKNOWN_SIGMA)
         shape = Shape(op.hidden, op.intermediate, op.dtype, op.experts, op.top_k, op.grouping)
         for source, table in versions(rows):
             found = self._expert_table(shape, source, table)
@@ -240,6 +238,27 @@ class StoreCosts:
                     by_experts(by_slots, source, sigma, place),
                     stand_in=not by_slots.measured and len(self.profiles) > 1,
                 )
+
+    def _expert_rows(self, op: ExpertGemm) -> pl.DataFrame:
+        """Rows of op's grouping, of the engine and version that the scenario names for experts.
+
+        Of op's dtype or, where a kernel is named, of that kernel in any type. Raises BadInput where there is none.
+        """
+        import polars as pl
+
+        version = {} if self.experts_version is None else {"version": self.experts_version}
+        engines = None if self.experts_engine is None else (self.experts_engine,)
+        rows = self._rows("experts", engines=engines, **version, grouping=op.grouping)
+        if self.experts_kernel is None:
+            return where_key(rows, dtype=op.dtype)
+        named = rows.filter(pl.col("kernel").str.to_lowercase().str.contains(self.experts_kernel.lower(), literal=True))
+        if named.is_empty():
+            raise BadInput(
+                f"no table of {self.engine} has experts of a kernel named *{self.experts_kernel}* ({op.grouping})",
+                where="cost.experts_kernel",
+                mend=f"name a part of one of: {', '.join(sorted(rows['kernel'].unique())) or 'none there'}",
+            )
+        return named
 
     def _expert_table(self, shape: Shape, source: str, table: pl.DataFrame) -> ExpertTable | None:
         """The balanced rows of one version, with fitted physics; kept for all numbers of local experts."""
@@ -437,7 +456,10 @@ class StoreCosts:
         """The price of the very shape from another engine's table, or None: engines share many kernels."""
         key = ("stand-in", key_of(op))
         if key not in self._tables:
-            others = (dataclasses.replace(self, engine=name, _prepared={}, _tables={}) for name in STAND_INS)
+            others = (
+                dataclasses.replace(self, engine=name, experts_version=None, _prepared={}, _tables={})
+                for name in STAND_INS
+            )
             kept = self._tables.setdefault("others", {other.engine: other for other in others})
             order = [name for name in STAND_INS if name != self.engine]
             self._tables[key] = next((kept[name] for name in order if any(True for _ in kept[name]._prepare(op))), None)

@@ -193,7 +193,7 @@ def skewed_alone(shape: Shape, table: pl.DataFrame) -> pl.DataFrame:
 def as_balanced(shape: Shape, physics: Physics, slots: int, runs: Sequence[Run]) -> tuple[Floats, Floats]:
     """Skewed runs as points of the balanced axis: the routed pairs of as long a balanced run, and the seconds.
 
-    Both rise, for `medians`; runs outside the range of balanced runs of 1 to 2^24 pairs are left out.
+    In the order of the runs; those outside the range of balanced runs of 1 to 2^24 pairs are left out.
     """
     routed = np.exp2(np.arange(0.0, 24.01, 0.125))
     loads = predicted(physics, shape, [balanced_run(shape, slots, float(pairs), 1.0) for pairs in routed])
@@ -254,7 +254,8 @@ def expert_table(
         own = part["routed"].cast(pl.Float64).to_numpy(), part[LATENCY].to_numpy()
         points[int(slots)] = np.concatenate([own[0], more[0]]), np.concatenate([own[1], more[1]])
     by_slots = {count: medians(*found) for count, found in points.items()}
-    by_slots = {count: found for count, found in by_slots.items() if len(found[0]) > 1}
+    balanced = set(rows["local_experts"].to_list())  # one skewed row alone is no curve; one balanced row is a price
+    by_slots = {count: found for count, found in by_slots.items() if len(found[0]) > 1 or count in balanced}
     return ExpertTable(shape, physics, by_slots, limits) if by_slots else None
 
 

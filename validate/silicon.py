@@ -143,7 +143,8 @@ def run_of(row: SiliconRow) -> tuple[object, ...]:
     """What tells the benchmark run that a row is priced by."""
     return (
         row.model, row.system, row.engine, row.version, row.precision, row.mode, row.isl, row.osl, row.layout,
-        row.concurrency, row.prefill, row.decode, row.source[-40:] if "measured=" not in row.source else row.source,
+        row.batch, row.concurrency, row.prefill, row.decode,
+        row.source[-40:] if "measured=" not in row.source else row.source,
     )  # fmt: skip
 
 

@@ -114,9 +114,9 @@ class SiliconRow:
         return "odd" if int(digest, 16) % 2 else "even"
 
     def throughput(self, ttft_s: float, tpot_s: float) -> float:
-        """Output tokens/s/GPU at these latencies: concurrency x OSL / (TTFT + TPOT x (OSL - 1)) / GPUs."""
+        """Output tokens/s/GPU at these latencies: in flight x OSL / (TTFT + TPOT x (OSL - 1)) / GPUs."""
         busy_s = ttft_s + tpot_s * (self.osl - 1)
-        return (self.concurrency or 0) * self.osl / busy_s / self.gpus if busy_s > 0 and self.gpus else math.nan
+        return (self.in_flight or 0) * self.osl / busy_s / self.gpus if busy_s > 0 and self.gpus else math.nan
 
 
 def read_rows(path: Path) -> list[SiliconRow]:

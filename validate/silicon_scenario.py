@@ -7,11 +7,13 @@ from pathlib import Path
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.scenario import Scenario
 from validate.silicon_rows import SiliconRow
-from validate.silicon_settings import ROUNDS, Settings, benchmark, clients_limit, layout_of, settings_of
+from validate.silicon_settings import Settings, benchmark, clients_limit, layout_of, settings_of
 
 # The package's names of systems -> cluster presets.
 SYSTEMS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
 GPUS_PER_NODE = {"gb200": 4, "gb300": 4}
+# What each engine's own memory option is a share of.
+FRACTION_OF = {"sglang": "static", "trtllm": "free"}
 RACKS = tuple(GPUS_PER_NODE)
 FEWEST_REQUESTS = 40
 
@@ -55,6 +57,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
         cost["experts_from"] = settings.experts_from
     if settings.experts_version is not None:
         cost["experts_version"] = settings.experts_version
+    if settings.experts_kernel is not None:
+        cost["experts_kernel"] = settings.experts_kernel
     return Scenario.read(
         {
             "schema_version": 1,
@@ -80,7 +84,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                 "workload": {
                     "isl": row.isl,
                     "osl": row.osl,
-                    "requests": max(ROUNDS * in_flight, FEWEST_REQUESTS),
+                    "requests": max(settings.rounds * in_flight, FEWEST_REQUESTS),
                     "arrivals": {"concurrency": in_flight},
                     "range_ratio": settings.range_ratio,
                 },
@@ -91,9 +95,15 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                     "poll_steps": settings.poll_steps,
                     "hold_steps": settings.hold_steps,
                     "gather_steps": settings.gather_steps,
+                    "wait_steps": settings.wait_steps,
+                    "wait_share": settings.wait_share,
                 },
                 "balance": settings.balance,
-                "memory": {"fraction": settings.memory, "admission": _admission(row)},
+                "memory": {
+                    "fraction": settings.memory,
+                    "fraction_of": FRACTION_OF.get(row.engine, "all"),
+                    "admission": _admission(row),
+                },
                 **_speculative(settings),
             },
         },

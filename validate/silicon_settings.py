@@ -17,13 +17,19 @@ HOPPER = ("h100_sxm", "h200_sxm")
 # utils/bench_serving: lengths are drawn evenly from 0.8 of the nominal one to it; ten prompts for each place.
 RANGE_RATIO, ROUNDS = 0.8, 10
 # What was calibrated, each the value of the least median error over even cells (validate/silicon_rows.py says which
-# those are). Seconds that HTTP, tokenizer and detokenizer take with a request, by engine, and of TensorRT-LLM where one
-# process does all of it; seconds of SGLang's first step of full size, when its kernels are compiled; the share of MTP
-# drafts that is accepted.
-FRONT_END_S = {"vllm": 0.025, "trtllm": 0.03, "sglang": 0.08}
-ONE_PROCESS_S = 0.09
+# those are). Seconds that HTTP and processes take with a request, by engine, and of TensorRT-LLM where one process does
+# all of it; seconds that a token of the prompt takes from the client's text to the queue (tokenizer); seconds of
+# SGLang's first step of full size, when its kernels are compiled; the share of MTP drafts that is accepted.
+FRONT_END_S = {"vllm": 0.015, "trtllm": 0.02, "sglang": 0.13}
+ONE_PROCESS_S = 0.115
+PROMPT_TOKEN_S = 4e-6
 SGLANG_COLD_S = 70.0
 MTP_ACCEPTANCE = 0.7
+# batch_wait_timeout_iters and batch_wait_max_tokens_ratio of the scripts that set them.
+DELAYED = (40, 0.8)
+# vLLM's Marlin kernel as the tables name it for weights of 4 bits. Its MXFP4 rows are of a model of 896 experts, whose
+# sorting takes 30 us more than that of the 384 experts of the int4 rows; gpt-oss has 128.
+WNA16_MARLIN = "wna16marlin"
 _DATE = re.compile(r"measured=(\d{4}-\d{2}-\d{2})")
 
 
@@ -33,10 +39,12 @@ class Settings:
 
     batch_tokens, running: of one attention-DP rank. chunked: whether prompts are cut. kv: type of the KV cache. dense,
     attention, experts: types of the products. experts_from: the engine whose expert kernels ran, where another engine's
-    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: share of the GPU. drafts, acceptance: of
-    multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing warmed the
-    server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
+    tables hold them. poll_steps: SGLang's --scheduler-recv-interval. memory: the engine's own option. drafts,
+    acceptance: of multi-token prediction. cold_s: what the first step of `batch_tokens` tokens takes more, as nothing
+    warmed the server up. front_end_s: of a request, before its prompt is queued. gather: type that an all-gather sends.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config. balance: which attention-DP rank a request goes to.
+    experts_kernel: word in the name of the kernel that ran. wait_steps, wait_share: TensorRT-LLM's batch_wait options.
+    rounds: prompts for each place of the closed loop.
     """
 
     batch_tokens: int
@@ -59,6 +67,10 @@ class Settings:
     hold_steps: int = 0
     gather_steps: int = 0
     balance: str = "round_robin"
+    experts_kernel: str | None = None
+    wait_steps: int = 0
+    wait_share: float = 0.0
+    rounds: int = ROUNDS
 
 
 def benchmark(row: SiliconRow) -> bool:
@@ -151,7 +163,7 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         experts_from=_kernels(row, layout),
         experts_version=_kernel_version(row),
         poll_steps=_poll(row, concurrency),
-        memory={"sglang": 0.85, "trtllm": 0.9, "vllm": 0.92}.get(row.engine, 0.9),
+        memory=_memory(row),
         range_ratio=RANGE_RATIO,
         drafts=_drafts(row, layout),
         acceptance=MTP_ACCEPTANCE,
@@ -162,6 +174,11 @@ def settings_of(row: SiliconRow, layout: Layout) -> Settings:
         hold_steps=held[0] if row.engine == "trtllm" else 0,
         gather_steps=held[1] if row.engine == "trtllm" else 0,
         balance="shortest_queue" if row.engine in ("vllm", "trtllm") else "round_robin",
+        experts_kernel=WNA16_MARLIN if _marlin(row) else None,
+        # glm5_fp8_h200.sh sends five prompts for each place, all other scripts ten.
+        rounds=5 if "GLM" in row.model and row.system in HOPPER and benchmark(row) else ROUNDS,
+        wait_steps=DELAYED[0] if _delayed(row, layout) else 0,
+        wait_share=DELAYED[1] if _delayed(row, layout) else 0.0,
     )
 
 
@@ -188,9 +205,9 @@ def _cold(row: SiliconRow) -> bool:
 
 def _front_end_s(row: SiliconRow) -> float:
     """TensorRT-LLM's scripts for gpt-oss give replies four processes of their own; those for DeepSeek do not."""
-    if row.engine == "trtllm" and "gpt-oss" not in row.model and benchmark(row):
-        return ONE_PROCESS_S
-    return FRONT_END_S.get(row.engine, 0.0)
+    one_process = row.engine == "trtllm" and "gpt-oss" not in row.model and benchmark(row)
+    fixed_s = ONE_PROCESS_S if one_process else FRONT_END_S.get(row.engine, 0.0)
+    return fixed_s + PROMPT_TOKEN_S * row.isl * (1.0 + RANGE_RATIO) / 2.0
 
 
 def _types(row: SiliconRow) -> tuple[str, str | None, str]:
@@ -226,6 +243,25 @@ def _kv(row: SiliconRow) -> str:
     if "MiniMax" in row.model:
         return "fp8" if blackwell and version_of(row) >= (0, 19) else "bf16"
     return "bf16"
+
+
+def _memory(row: SiliconRow) -> float:
+    """The engine's own memory option, by script; else the engine's default (SGLang has none that is fixed: 0.85).
+
+    SGLang's dsr1_fp8_{b200,h200}.sh, dsr1_fp4_b200.sh and glm5_fp8_{b200,h200}.sh; TensorRT-LLM's dsr1_fp4_b200_trt.sh,
+    dsr1_fp8_{b200,h200}_trt.sh and gptoss_fp4_{b200,h200}_trt.sh; vLLM's kimik2.5_*, minimaxm2.5_* and gptoss_fp4_*.
+    """
+    if not benchmark(row):
+        return {"sglang": 0.85, "trtllm": 0.9, "vllm": 0.9}.get(row.engine, 0.9)
+    deepseek, fp8 = "DeepSeek" in row.model, row.precision == "fp8"
+    if row.engine == "sglang":
+        small = row.layout.tp * row.layout.attention_dp == 4 and row.system not in HOPPER
+        return (0.95 if small else 0.82) if deepseek and fp8 else 0.85
+    if row.engine == "trtllm":
+        if not deepseek:
+            return 0.85
+        return 0.75 if row.system in HOPPER else 0.8
+    return 0.9 if "gpt-oss" in row.model or ("Kimi" in row.model and row.precision == "fp4") else 0.95
 
 
 def _budget(row: SiliconRow, here: int) -> tuple[int, bool]:
@@ -266,6 +302,18 @@ def _kernel_version(row: SiliconRow) -> str | None:
     """
     early = row.engine == "vllm" and row.precision == "fp8" and (0,) < version_of(row) < (0, 19)
     return "0.19.0" if early and "MiniMax" in row.model and row.system in ("b200_sxm", "h200_sxm") else None
+
+
+def _delayed(row: SiliconRow, layout: Layout) -> bool:
+    """DELAY_BATCHING of dsr1_fp8_b200_trt.sh, in the script of release 1.2 (with TRTLLM as its MoE backend)."""
+    fp8 = row.engine == "trtllm" and "DeepSeek" in row.model and row.precision == "fp8" and row.system not in HOPPER
+    short = row.isl == row.osl == 1024 and (row.in_flight or 0) >= 64
+    return fp8 and short and layout.attention_dp == 1 and benchmark(row) and version_of(row) >= (1, 2)
+
+
+def _marlin(row: SiliconRow) -> bool:
+    """vLLM's gpt-oss on Hopper: VLLM_MXFP4_USE_MARLIN=1 in gptoss_fp4_{h100,h200}.sh (#327, December 2025; #789)."""
+    return row.engine == "vllm" and "gpt-oss" in row.model and row.system in HOPPER and benchmark(row)
 
 
 def _poll(row: SiliconRow, concurrency: int) -> int:

@@ -45,8 +45,9 @@ class Ranks(NamedTuple):
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
     idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
     output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
-    decode steps since it looked at new requests. held [2]: of the whole group, steps since prompts were held back for
-    ranks without one, and since for more of them. preemptions; recomputed_tokens: thrown away by them.
+    decode steps since it looked at new requests. held [2]: of the whole group, steps in which a rank had no prompt that
+    it could read, and steps that prompts of all ranks waited for more. preemptions; recomputed_tokens: thrown away by
+    them.
     """
 
     head: Ints
@@ -73,6 +74,7 @@ class Limits(NamedTuple):
     draft_tokens, acceptance: of speculative decoding, 0 = none; draft_seed fixes which drafts are accepted. poll_steps:
     decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config, see `_held_back`; 0 = prompts are not held back.
+    wait_steps, wait_tokens: its batch_wait options, see `_waits`; 0 = prompts do not wait for a fuller batch.
     """
 
     max_tokens: int
@@ -87,6 +89,8 @@ class Limits(NamedTuple):
     poll_steps: int = 1
     hold_steps: int = 0
     gather_steps: int = 0
+    wait_steps: int = 0
+    wait_tokens: float = 0.0
 
 
 class Plan(NamedTuple):

@@ -137,22 +137,22 @@ def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
 def _held_back(ranks: Ranks, limits: Limits) -> bool:
     """Whether waiting prompts are held back so that all attention-DP ranks read in the same step.
 
-    They wait until every rank has one and room for it, at most `hold_steps` steps or until a rank has nothing to
-    decode; then `gather_steps` more, for others to come (TensorRT-LLM, PyExecutor._balance_adp_requests: timeout_iters
-    and batching_wait_iters).
+    They wait until every rank has one and room for it, but no more once a rank has nothing to decode or the count of
+    steps in which some rank had none reaches `hold_steps`: the count runs also while nobody waits. Then they wait
+    `gather_steps` more, for others to come (TensorRT-LLM, PyExecutor._balance_adp_requests: timeout_iters and
+    batching_wait_iters).
     """
-    waiting = decoding = ready = 0
+    decoding = ready = 0
     for rank in range(len(ranks.head)):
         has = ranks.head[rank] != NONE or ranks.reading[rank] != NONE
-        waiting += has
         decoding += ranks.running_seqs[rank] > 0
         ready += has and ranks.running_seqs[rank] < limits.max_running
-    if waiting == 0:
-        return False
     every = len(ranks.head)
     if ready == every:
         ranks.held[0] = 0
-        if decoding == every and ranks.held[1] < limits.gather_steps:
+        if decoding < every:
+            return False
+        if ranks.held[1] < limits.gather_steps:
             ranks.held[1] += 1
             return True
         ranks.held[1] = 0
@@ -165,10 +165,43 @@ def _held_back(ranks: Ranks, limits: Limits) -> bool:
 
 
 @njit(cache=True)
+def _waits(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> bool:
+    """Whether the prompts of the only attention-DP rank wait for a fuller batch.
+
+    They do while the step would hold less than `wait_tokens`, its decoding sequences included, but for no more than
+    `wait_steps` steps in a row in which one could be read, and never where nothing decodes (TensorRT-LLM,
+    PyExecutor._waiting_requests: batch_wait_timeout_iters and batch_wait_max_tokens_ratio). That memory may let in
+    fewer prompts than the batch is left out.
+    """
+    decoding = ranks.running_seqs[rank]
+    request = ranks.head[rank]
+    if decoding == 0 or request == NONE or ranks.reading[rank] != NONE:
+        return False
+    tokens = decoding * (1 + limits.draft_tokens)
+    seqs = 0
+    while request != NONE and decoding + seqs < limits.max_running and tokens < limits.max_tokens:
+        target = requests.target[request]
+        if tokens + target > limits.max_tokens and not limits.chunked:
+            break
+        tokens = min(tokens + target, limits.max_tokens)
+        seqs += 1
+        request = requests.following[request]
+    if seqs == 0:
+        return False
+    if ranks.held[0] < limits.wait_steps and tokens < limits.wait_tokens:
+        ranks.held[0] += 1
+        return True
+    ranks.held[0] = 0
+    return False
+
+
+@njit(cache=True)
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
     decodes = prompts = fullest = 0
     held = limits.hold_steps > 0 and _held_back(ranks, limits)
+    if limits.wait_steps > 0 and len(ranks.head) == 1:
+        held = _waits(requests, ranks, limits, 0)
     for rank in range(len(ranks.head)):
         plan.decode_seqs[rank] = 0
         plan.decode_kv[rank] = 0.0

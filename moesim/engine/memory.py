@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from moesim.engine.expert_memory import relayout_staging, stored_experts
+from moesim.engine.memory_limits import limit_bytes
 from moesim.errors import Infeasible
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
@@ -157,8 +158,8 @@ def ledger(
     items["runtime"] = RUNTIME_BYTES
     items = {name: size for name, size in items.items() if size > 0}
 
-    limit = cluster.gpu.hbm_bytes * memory.fraction - memory.reserved_bytes
     fixed = sum(items.values())
+    limit = limit_bytes(items, cluster.gpu.hbm_bytes, memory)
     if fixed > limit:
         raise Infeasible(
             _shortage(items, fixed, limit, cluster),

@@ -418,6 +418,8 @@ def batch_limits(deployment: Deployment) -> Limits:
         poll_steps=batching.poll_steps,
         hold_steps=batching.hold_steps if deployment.setup.parallel.attention_dp > 1 else 0,
         gather_steps=batching.gather_steps,
+        wait_steps=batching.wait_steps if deployment.setup.parallel.attention_dp == 1 else 0,
+        wait_tokens=batching.wait_share * batching.max_batch_tokens_per_dp_rank,
     )
 
 

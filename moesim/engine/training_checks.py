@@ -108,6 +108,12 @@ def check_training(
         )
     grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node)
     capacity_rule(scenario.policies, model.moe.top_k)
+    if training.memory.fraction_of != "all":
+        raise BadInput(
+            f"memory.fraction_of: {training.memory.fraction_of} is about a KV cache, and training has none",
+            where="training.memory.fraction_of",
+            mend="leave it at all",
+        )
     _check_divisions(parallel, model, training)
     _check_batch(parallel, grid, training)
     backend = scenario.policies.dispatch.backend

@@ -52,6 +52,7 @@ def with_pause(served: Served, tokens: int, seconds: float) -> Served:
         arrival_s=later(served.arrival_s),
         first_token_s=later(served.first_token_s),
         finish_s=later(served.finish_s),
+        duration_s=float(later(np.asarray(served.duration_s))),
         step_start_s=later(served.step_start_s),
     )
 

@@ -123,13 +123,16 @@ def _rings(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, steps: in
     loads = np.broadcast_to(
         size[:, None, None, None] * pairs, (steps, setup.model.moe_layers, parallel.gpus, parallel.gpus)
     )
-    names: dict[Step, str] = {"combine": "ring all-reduce"}
+    names: dict[Step, tuple[str, float]] = {"combine": ("ring all-reduce", 1.0)}
     if not reduces:
-        names = {"dispatch": "ring all-gather", "combine": "ring reduce-scatter"}
+        names = {
+            "dispatch": ("ring all-gather", setup.precision.gathered_share),
+            "combine": ("ring reduce-scatter", 1.0),
+        }
     return [
         PhaseBytes(step, f"{name}, {part}", level, load, exchange)
-        for step, name in names.items()
-        for part, level, load in exchange.loads(loads)
+        for step, (name, share) in names.items()
+        for part, level, load in exchange.loads(loads * share)
     ]
 
 

@@ -487,8 +487,8 @@ class Pricer:
                 return Part() if alone else self._by_layer(self._collective("all_reduce", size, parallel.gpus))
             if step == "combine":
                 return self._by_layer(self._collective("reduce_scatter", size * parallel.attention_dp, parallel.gpus))
-            sent = BYTES_PER_ELEMENT[setup.precision.gather or setup.precision.activations] / self._activation_bytes
-            return self._by_layer(self._collective("all_gather", size * sent * parallel.attention_dp, parallel.gpus))
+            size = size * setup.precision.gathered_share
+            return self._by_layer(self._collective("all_gather", size * parallel.attention_dp, parallel.gpus))
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
         operation = MoeExchange(
             step=step,

@@ -19,6 +19,7 @@ from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
+from moesim.units import BYTES_PER_ELEMENT
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4", "w4a8_mxfp4_mxfp8"]
 Phase = Literal["prefill", "decode", "any"]
@@ -57,6 +58,11 @@ class PrecisionSpec(Spec):
         """Type of attention's projections."""
         return self.attention or self.dense
 
+    @property
+    def gathered_share(self) -> float:
+        """Bytes that an all-gather dispatches over those of the activations."""
+        return BYTES_PER_ELEMENT[self.gather or self.activations] / BYTES_PER_ELEMENT[self.activations]
+
 
 class CostSpec(Spec):
     """Which cost model prices the operations."""
@@ -69,6 +75,12 @@ class CostSpec(Spec):
     )
     experts_version: str | None = Field(
         default=None, description="version of the tables that price the experts' products; none = the newest"
+    )
+    experts_kernel: str | None = Field(
+        default=None,
+        min_length=1,
+        description="word in the name of the kernel that runs the experts' products; where its rows lack the model's "
+        "shape and `extrapolate` allows, its physics at the nearest measured shape prices them; none = any kernel",
     )
 
 

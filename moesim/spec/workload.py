@@ -87,6 +87,10 @@ class BatchingSpec(Spec):
         default=0, ge=0, description="steps that prompts wait for attention-DP ranks without one; reserve only"
     )
     gather_steps: int = Field(default=0, ge=0, description="steps that they wait then, for more of them")
+    wait_steps: int = Field(
+        default=0, ge=0, description="steps that prompts wait beside decoding, without attention DP, for a fuller batch"
+    )
+    wait_share: float = Field(default=0.0, ge=0, le=1, description="of the batch tokens, at which they wait no more")
     cuda_graph_sizes: Literal["engine", "none"] | tuple[Annotated[int, Field(gt=0)], ...] = "engine"
 
 
@@ -102,6 +106,12 @@ class MemorySpec(Spec):
     """How much of the GPU the engine may use."""
 
     fraction: float = Field(default=0.9, gt=0, le=1)
+    fraction_of: Literal["all", "static", "free"] = Field(
+        default="all",
+        description="what `fraction` is a share of: all = of the GPU, for everything (vLLM's gpu_memory_utilization); "
+        "static = of what is free before the weights come, for weights and cache (SGLang's mem_fraction_static); "
+        "free = of what weights and buffers leave, for the cache (TensorRT-LLM's free_gpu_memory_fraction)",
+    )
     reserved_bytes: float = Field(default=0.0, ge=0)
     admission: Literal["reserve", "engine"] = Field(
         default="reserve", description="reserve whole contexts, or as the engine does it, with preemption"
@@ -139,6 +149,18 @@ class ServingSpec(Spec):
     speculative: SpeculativeSpec | None = None
     memory: MemorySpec = MemorySpec()
     roles: RolesSpec | None = None
+
+    @model_validator(mode="after")
+    def _holds(self) -> ServingSpec:
+        if self.batching.hold_steps and self.memory.admission == "engine":
+            raise ValueError("hold_steps holds prompts back with memory.admission reserve only")
+        if self.batching.gather_steps and not self.batching.hold_steps:
+            raise ValueError("gather_steps needs hold_steps: prompts gather where they wait for each other")
+        if self.batching.wait_steps and self.memory.admission == "engine":
+            raise ValueError("wait_steps lets prompts wait with memory.admission reserve only")
+        if bool(self.batching.wait_steps) != bool(self.batching.wait_share):
+            raise ValueError("wait_steps and wait_share go together: how long prompts wait, and for how full a batch")
+        return self
 
 
 class PipelineSpec(Spec):

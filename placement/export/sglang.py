@@ -15,18 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from moesim.engine.memory import ledger
 from moesim.engine.rules import engine_rules
-from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
-from moesim.spec.hf import load_model
-from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import integer_rows, read_json
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import Scenario
 from placement.export.instance import instances_of
+from placement.export.memory import memory_share
 
 KEY = "physical_to_logical_map"
 FILE = "expert_location.json"
@@ -103,26 +99,6 @@ def read(path: Path, *, experts: int, ranks: int, layer_ids: Sequence[int]) -> E
     )
 
 
-def static_fraction(placement: ExpertPlacement, scenario: Scenario) -> float:
-    """SGLang's share of a GPU for weights and KV cache alone; the scenario's fraction covers everything.
-
-    The ledger's own activations, buffers and graphs are what is left out. Raises Infeasible where nothing fits.
-    """
-    assert scenario.serving is not None
-    counted = ledger(
-        load_model(scenario.model),
-        load_cluster(scenario.cluster),
-        scenario.parallel or ParallelSpec(attention_dp=placement.ranks, ep=placement.ranks),
-        scenario.precision,
-        slots_per_rank=placement.slots_per_rank,
-        batching=scenario.serving.batching,
-        memory=scenario.serving.memory,
-        policies=scenario.policies,
-        max_context_tokens=lengths(scenario.serving.workload).longest_context,
-    )
-    return (counted.weight_bytes + counted.items["kv_cache"]) / counted.hbm_bytes
-
-
 def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
     """Lines of a launch command (docs/advanced_features/server_arguments.md of sgl-project/sglang).
 
@@ -178,7 +154,7 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
             running = min(running, engine_rules("sglang").low_latency_tokens * tp)
             lines.append(f"--cuda-graph-max-bs {running}")
         lines.append(f"--max-running-requests {running * dp}")
-        lines.append(f"--mem-fraction-static {static_fraction(placement, scenario):.3f}")
+        lines.append(f"--mem-fraction-static {memory_share(placement, scenario, 'static'):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")
     return lines

@@ -18,6 +18,7 @@ from moesim.files import read_text, write_text
 from moesim.spec.placement_file import integer, integer_rows
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario, yaml_fault
+from placement.export.memory import memory_share
 
 FILE = "moe_load_balancer.yaml"
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
@@ -125,7 +126,7 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
         data["max_num_tokens"] = batching.max_batch_tokens_per_dp_rank
         data["enable_chunked_prefill"] = batching.chunked_prefill
         data["kv_cache_config"] = {
-            "free_gpu_memory_fraction": scenario.serving.memory.fraction,
+            "free_gpu_memory_fraction": round(memory_share(placement, scenario, "free"), 4),
             "enable_block_reuse": batching.prefix_cache,
         }
     data["moe_config"] = {"load_balancer": FILE}

@@ -12,6 +12,7 @@ from pathlib import Path
 from moesim.errors import BadInput
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
+from placement.export.memory import memory_share
 
 GATE = "no release of vLLM loads a static expert map yet (vllm-project/vllm issues 34297 and 49572)"
 BACKENDS = {"normal": "deepep_high_throughput", "low_latency": "deepep_low_latency", "auto": "deepep_low_latency"}
@@ -46,7 +47,7 @@ def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> lis
         batching = scenario.serving.batching
         lines.append(f"--max-num-batched-tokens {batching.max_batch_tokens_per_dp_rank}")
         lines.append(f"--max-num-seqs {batching.max_running_requests_per_dp_rank}")
-        lines.append(f"--gpu-memory-utilization {scenario.serving.memory.fraction:g}")
+        lines.append(f"--gpu-memory-utilization {round(memory_share(placement, scenario, 'all'), 4):g}")
         lines.append("--enable-prefix-caching" if batching.prefix_cache else "--no-enable-prefix-caching")
         if not batching.chunked_prefill:
             lines.append("--no-enable-chunked-prefill")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,11 +32,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepModel]:
     return found
 
 
-def both(model: StepModel, load: Load, instances: int, *, chunked: bool, kv_tokens: int) -> tuple[Served, Served]:
-    limits = model.limits._replace(chunked=chunked, kv_tokens=kv_tokens, max_running=6)
+def both(
+    model: StepModel, load: Load, instances: int, *, chunked: bool, kv_tokens: int, balance: str = "round_robin",
+    hold: int = 0, gather: int = 0,
+) -> tuple[Served, Served]:  # fmt: skip
+    limits = model.limits._replace(
+        chunked=chunked, kv_tokens=kv_tokens, max_running=6, hold_steps=hold, gather_steps=gather
+    )
     draw = next(iter(joint_draws(1, model.routing.weights, 0)))
     looped, compiled = (
-        serve(load, limits, ranks=8, instances=instances, step_time=model.under(draw), compiled=fast)
+        serve(load, limits, ranks=8, instances=instances, step_time=model.under(draw), balance=balance, compiled=fast)
         for fast in (False, True)
     )
     return looped, compiled
@@ -53,6 +59,7 @@ def same(one: Served, other: Served) -> None:
         np.testing.assert_array_equal(*values, err_msg=field.name)
 
 
+holds = st.sampled_from([0, 0, 1, 4, 30])
 # Bursts at one instant, pauses that empty the queues, and gaps about as long as a step.
 arrivals = st.lists(st.sampled_from([0.0, 1e-4, 0.004, 0.02, 5.0]), min_size=1, max_size=40)
 
@@ -60,27 +67,59 @@ arrivals = st.lists(st.sampled_from([0.0, 1e-4, 0.004, 0.02, 5.0]), min_size=1, 
 @settings(max_examples=40, deadline=None)
 @given(
     gaps=arrivals, seed=st.integers(0, 99), instances=st.integers(1, 3), engine=st.sampled_from(ENGINES),
-    chunked=st.booleans(), tight=st.booleans(),
+    chunked=st.booleans(), tight=st.booleans(), hold=holds, gather=st.integers(0, 3),
 )  # fmt: skip
 def test_both_loops_agree(
-    models: dict[str, StepModel], gaps: list[float], seed: int, instances: int, engine: str, chunked: bool, tight: bool
-) -> None:
+    models: dict[str, StepModel], gaps: list[float], seed: int, instances: int, engine: str, chunked: bool, tight: bool,
+    hold: int, gather: int,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     load = Load(rng.integers(1, 240, len(gaps)), rng.integers(1, 24, len(gaps)), arrival_s=np.cumsum(gaps))
-    same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=400 if tight else 100_000))
+    kv_tokens = 400 if tight else 100_000
+    same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=kv_tokens, hold=hold, gather=gather))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     count=st.integers(1, 60), seed=st.integers(0, 99), concurrency=st.integers(1, 80), engine=st.sampled_from(ENGINES),
-    chunked=st.booleans(), tight=st.booleans(),
+    chunked=st.booleans(), tight=st.booleans(), balance=st.sampled_from(["round_robin", "shortest_queue"]),
+    hold=holds, gather=st.integers(0, 3),
 )  # fmt: skip
 def test_both_closed_loops_agree(
-    models: dict[str, StepModel], count: int, seed: int, concurrency: int, engine: str, chunked: bool, tight: bool
-) -> None:
+    models: dict[str, StepModel], count: int, seed: int, concurrency: int, engine: str, chunked: bool, tight: bool,
+    balance: str, hold: int, gather: int,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     load = Load(rng.integers(1, 240, count), rng.integers(1, 24, count), concurrency=concurrency)
-    same(*both(models[engine], load, 1, chunked=chunked, kv_tokens=400 if tight else 100_000))
+    kv_tokens = 400 if tight else 100_000
+    asked: dict[str, Any] = {"balance": balance, "hold": hold, "gather": gather}
+    same(*both(models[engine], load, 1, chunked=chunked, kv_tokens=kv_tokens, **asked))
+
+
+@pytest.mark.parametrize("balance", ["round_robin", "shortest_queue"])
+@pytest.mark.parametrize(("hold", "gather"), [(0, 0), (7, 0), (50, 3)])
+def test_a_long_closed_loop_agrees_and_is_compiled(
+    models: dict[str, StepModel], balance: str, hold: int, gather: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths so uneven that turns and queues part ways; the compiled runs must not fall back to SimPy."""
+    rng = np.random.default_rng(7)
+    load = Load(rng.integers(1, 240, 600), rng.integers(1, 60, 600), concurrency=70)
+    one, other = both(
+        models["vllm"], load, 1, chunked=True, kv_tokens=100_000, balance=balance, hold=hold, gather=gather
+    )
+    same(one, other)
+    monkeypatch.setattr("moesim.engine.serving.Pool", None)
+    limits = models["vllm"].limits._replace(max_running=6, hold_steps=hold, gather_steps=gather)
+    serve(load, limits, ranks=8, instances=1, step_time=models["vllm"].under(None), balance=balance)
+
+
+def test_held_prompts_and_queues_change_a_run(models: dict[str, StepModel]) -> None:
+    """What the agreement above is about does something: each rule gives another run than none."""
+    rng = np.random.default_rng(7)
+    load = Load(rng.integers(1, 240, 600), rng.integers(1, 60, 600), concurrency=70)
+    asked: list[dict[str, Any]] = [{}, {"balance": "shortest_queue"}, {"hold": 7}, {"hold": 7, "gather": 3}]
+    runs = [both(models["vllm"], load, 1, chunked=True, kv_tokens=100_000, **one)[1].duration_s for one in asked]
+    assert len(set(runs)) == len(runs)
 
 
 def test_many_prompt_lengths_and_a_long_run_agree(models: dict[str, StepModel]) -> None:

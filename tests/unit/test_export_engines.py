@@ -175,9 +175,21 @@ def test_an_instance_is_started_on_its_own_nodes_only(placement: ExpertPlacement
     assert not any("--nnodes" in line for line in sglang.launch(placement, one_node))
 
 
-def test_sglangs_memory_fraction_covers_weights_and_cache_only(placement: ExpertPlacement) -> None:
-    line = next(line for line in sglang.launch(placement, scenario()) if line.startswith("--mem-fraction-static"))
-    assert 0.5 < float(line.split()[1]) < 0.9
+@pytest.mark.parametrize("of_what", ["all", "static", "free"])
+def test_each_engine_is_told_the_fraction_that_it_means(placement: ExpertPlacement, of_what: str) -> None:
+    """The flags give every engine the plan's own KV cache; a figure that means the same is handed over as it is."""
+    serving = {**scenario().model_dump(mode="json")["serving"], "memory": {"fraction": 0.85, "fraction_of": of_what}}
+    plan = scenario(serving=serving, parallel={"attention_dp": 16, "ep": 16})
+    flags = (*sglang.launch(placement, plan), *vllm.launch(placement, plan))
+    told = {
+        "static": next(line for line in flags if line.startswith("--mem-fraction-static")).split()[1],
+        "all": next(line for line in flags if line.startswith("--gpu-memory-utilization")).split()[1],
+        "free": yaml.safe_load(trtllm.options(placement, plan))["kv_cache_config"]["free_gpu_memory_fraction"],
+    }
+    assert float(told[of_what]) == pytest.approx(0.85)
+    shares = {name: float(value) for name, value in told.items()}
+    assert shares["free"] < shares["static"] < shares["all"] or of_what == "free"
+    assert len({round(value, 3) for value in shares.values()}) == 3
 
 
 def test_other_engines_keep_the_limits_of_one_attention_rank(placement: ExpertPlacement) -> None:

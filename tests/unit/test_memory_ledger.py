@@ -19,6 +19,7 @@ from moesim.engine.memory import (
     ledger,
     weights,
 )
+from moesim.engine.memory_limits import share
 from moesim.errors import Infeasible
 from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
@@ -114,6 +115,39 @@ def test_items_sum_to_the_limit_and_the_cache_is_counted_in_tokens() -> None:
     written = found.to_dict()
     assert written["ledger"] == found.items
     assert set(found.assumed) <= set(found.items)
+
+
+TP8 = ParallelSpec(tp=8, attention_dp=1, ep=8)
+
+
+@pytest.mark.parametrize("of_what", ["all", "static", "free"])
+def test_the_fraction_is_a_share_of_what_each_engine_means(of_what: Any) -> None:
+    """By hand from the ledger's own items; and the share that a ledger has in each meaning gives the ledger again."""
+    found = of(TP8, 32, policies=ALLREDUCE, memory=MemorySpec(fraction=0.82, fraction_of=of_what, reserved_bytes=1e9))
+    items, hbm = dict(found.items), H200.gpu.hbm_bytes
+    cache = items.pop("kv_cache")
+    fixed = sum(items.values())
+    weights_alone = sum(size for name, size in items.items() if name.startswith("weights_"))
+    expected = {
+        "all": 0.82 * hbm - fixed,
+        "static": 0.82 * (hbm - items["runtime"] - items["nccl_buffers"]) - weights_alone,
+        "free": 0.82 * (hbm - fixed),
+    }
+    assert cache == pytest.approx(expected[of_what] - 1e9)
+    assert sum(found.items.values()) == pytest.approx(found.limit_bytes)
+    for other in ("all", "static", "free"):
+        memory = MemorySpec(fraction=share(found.items, hbm, other), fraction_of=other)  # type: ignore[arg-type]
+        again = of(TP8, 32, policies=ALLREDUCE, memory=memory)
+        assert again.items["kv_cache"] == pytest.approx(cache)
+
+
+def test_a_static_fraction_never_takes_what_activations_need() -> None:
+    most = of(TP8, 32, policies=ALLREDUCE, memory=MemorySpec(fraction=1.0, fraction_of="static"))
+    assert most.limit_bytes == H200.gpu.hbm_bytes
+    with pytest.raises(Infeasible, match="need"):
+        of(TP8, 32, policies=ALLREDUCE, memory=MemorySpec(fraction=0.5, fraction_of="static"))
+    with pytest.raises(Infeasible, match="need"):
+        of(ParallelSpec(tp=2, ep=2), 128, policies=ALLREDUCE, memory=MemorySpec(fraction=0.9, fraction_of="free"))
 
 
 def test_low_latency_buffer_as_deepep_documents_it() -> None:

@@ -81,6 +81,41 @@ def test_glm5_keeps_an_indexer_key_beside_the_latent() -> None:
     assert model.kv_bytes_per_token("bf16") == 78 * (576 * 2 + 132)
 
 
+MLA = {
+    "q_lora_rank": 16, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+
+def test_an_indexer_is_read_and_absent_where_the_config_names_none() -> None:
+    def indexer(model: Any) -> tuple[int, int, int]:
+        return model.attention.index_heads, model.attention.index_head_dim, model.attention.index_top_k
+
+    assert indexer(load_model("zai-org/GLM-5")) == (32, 128, 2048)
+    assert indexer(load_model("deepseek-ai/DeepSeek-V3")) == (0, 0, 0)
+    sizes = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
+    assert indexer(read(**MLA, **sizes)) == (2, 16, 64)
+    assert indexer(read(**MLA, **{**sizes, "index_topk": None})) == (2, 16, 0)  # all tokens are left to attention
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"use_qk_norm": True, "qk_norm_type": "per_layer"}, True),
+        ({"use_qk_norm": True, "qk_norm_type": "per_head"}, False),
+        ({"use_qk_norm": False, "qk_norm_type": "per_layer"}, False),
+        ({"use_qk_norm": True}, False),
+        ({"qk_norm_type": "per_layer"}, False),
+        ({}, False),
+    ],
+)
+def test_which_models_normalise_across_heads(changes: dict[str, Any], expected: bool) -> None:
+    assert read(**changes).attention.norm_across_heads is expected
+
+
+def test_bundled_models_that_normalise_across_heads() -> None:
+    assert [name for name in IDS if load_model(name).attention.norm_across_heads] == ["MiniMaxAI/MiniMax-M2.5"]
+
+
 @pytest.mark.parametrize("name", ["DEEPSEEK-AI/deepseek-v3", "DeepSeek-V3", " deepseek_v3 "])
 def test_ids_and_aliases_in_any_case(name: str) -> None:
     assert load_model(name).id == "deepseek-ai/DeepSeek-V3"

@@ -94,10 +94,13 @@ def test_settings_follow_the_scripts(tmp_path: Path) -> None:
     h200, b200, trt, oss = rows(
         tmp_path,
         {},
-        {"system": "b200_sxm", "silicon_data_source": "silicon_concurrency=32"},
-        {"backend": "trtllm", "silicon_data_source": "silicon_concurrency=16; measured=2025-11-02T00:00:00Z"},
+        {"system": "b200_sxm", "silicon_data_source": "silicon_concurrency=32", "batch_size": "32"},
+        {
+            "backend": "trtllm", "silicon_data_source": "silicon_concurrency=16; measured=2025-11-02T00:00:00Z",
+            "batch_size": "16",
+        },
         {"backend": "vllm", "model_path": "openai/gpt-oss-120b", "system": "b200_sxm", "precision": "fp4"},
-    )
+    )  # fmt: skip
     told = settings_of(h200, layout_of(h200))
     assert (told.batch_tokens, told.kv, told.poll_steps, told.range_ratio) == (32768, "bf16", 1, 0.8)
     told = settings_of(b200, layout_of(b200))

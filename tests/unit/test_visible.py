@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from moesim.engine.batcher import Limits
 from moesim.engine.serving import Load, Served, serve
-from moesim.engine.visible import as_seen
+from moesim.engine.visible import as_seen, with_pause
 from moesim.engine.workload import lengths, make_load
 from moesim.errors import BadInput
 from moesim.spec.scenario import load_scenario
@@ -63,3 +64,36 @@ def test_lengths_are_drawn_over_their_range(tmp_path: Path) -> None:
         data = small()
         data["serving"]["workload"] = {"file": "t.csv", "range_ratio": 0.5}
         load_scenario(write(tmp_path, data))
+
+
+def test_a_pause_ends_the_first_full_step_later_and_moves_what_follows() -> None:
+    """Prompts of 4, 64, 64 tokens one after the other, two tokens each, a second a step: the second prompt is full."""
+    run = served(Load(np.array([4, 64, 64]), np.array([2, 2, 2]), concurrency=1))
+    assert run.step_prefill_tokens.tolist() == [4, 0, 64, 0, 64, 0]
+    paused = with_pause(run, 64, 10.0)
+    assert paused.step_start_s.tolist() == [0, 1, 2, 13, 14, 15]  # the full step itself began when it did
+    assert paused.arrival_s.tolist() == [0, 2, 14]
+    assert paused.first_token_s.tolist() == [1, 13, 15]  # the second full step pauses nobody
+    assert paused.finish_s.tolist() == [2, 14, 16]
+    assert paused.duration_s == run.duration_s + 10.0 == 16.0
+    assert paused.step_s.tolist() == run.step_s.tolist()
+    assert paused.gaps_s.tolist() == run.gaps_s.tolist()
+    first = with_pause(run, 4, 10.0)
+    assert first.first_token_s.tolist() == [11, 13, 15]
+    assert first.finish_s.tolist() == [12, 14, 16]
+    assert with_pause(run, 65, 10.0) is run
+
+
+def test_a_pause_leaves_requests_that_faults_lost_without_an_end() -> None:
+    run = served(Load(np.array([64, 4]), np.array([2, 2]), concurrency=2))
+    lost = replace(run, finish_s=np.array([run.finish_s[0], np.nan]))
+    assert np.isnan(with_pause(lost, 64, 10.0).finish_s[1])
+
+
+def test_a_pause_before_the_lag_of_results() -> None:
+    """What clients see of a paused run: the pause, and the lag of the steps that follow it."""
+    run = served(Load(np.array([64, 4]), np.array([3, 3]), concurrency=1))
+    seen, plain = (as_seen(one, lag=True, front_end_s=0.0) for one in (with_pause(run, 64, 10.0), run))
+    assert (seen.first_token_s - plain.first_token_s).tolist() == [10.0, 10.0]
+    waits = seen.first_token_s - seen.arrival_s, plain.first_token_s - plain.arrival_s
+    assert (waits[0] - waits[1]).tolist() == [10.0, 0.0]  # the second request came when all was compiled
