@@ -125,7 +125,11 @@ def _role(row: SiliconRow, pool: Workers, batching: dict[str, Any], settings: Se
 
 
 def _placement(row: SiliconRow, layout: Layout) -> dict[str, Any]:
-    """SGLang's wide expert parallelism starts from a map of `--eplb-algorithm deepseek`; others lie in order."""
+    """SGLang's wide experts lie as a map made by its `deepseek` algorithm has them; others in order.
+
+    Assumed: the arguments that SGLang publishes for wide expert parallelism (`--ep-num-redundant-experts 32
+    --eplb-algorithm deepseek --init-expert-location`), as rows name no map.
+    """
     if row.engine == "sglang" and _wide(row, layout):
         return {"solver": "eplb", "redundant_experts": REDUNDANT}
     return {"solver": "contiguous", "redundant_experts": 0}
