@@ -16,6 +16,7 @@ from moesim.errors import MoesimError
 from moesim.output.metrics import serving_metrics
 from moesim.spec.scenario import Scenario
 from validate.silicon_causes import Causes, adjusted, causes_of
+from validate.silicon_disagg import Kept, disagg_times
 from validate.silicon_rows import SiliconRow
 from validate.silicon_scenario import reason_of, scenario_of
 from validate.silicon_settings import layout_of, settings_of
@@ -52,9 +53,21 @@ AS_IT_IS = Asked()
 
 
 def predict(
-    row: SiliconRow, profiles: Path, grounds: dict[str, Groundwork] | None = None, asked: Asked = AS_IT_IS
+    row: SiliconRow,
+    profiles: Path,
+    grounds: dict[str, Groundwork] | None = None,
+    asked: Asked = AS_IT_IS,
+    kept: Kept | None = None,
 ) -> Prediction:
-    """Mean TTFT and TPOT of a row, by simulating its benchmark. grounds: kept for rows of the same model and system."""
+    """Mean TTFT and TPOT of a row, by simulating its benchmark; of a disaggregated one without causes.
+
+    grounds, kept: what aggregated and disaggregated rows of the same model and system share.
+    """
+    if not row.aggregated and row.moe:
+        try:
+            return Prediction(row, *disagg_times(row, profiles, kept_for(asked) if kept is None else kept))
+        except MoesimError as error:
+            return Prediction(row, None, None, reason_of(error))
     try:
         scenario = scenario_of(row, profiles)
         settings = settings_of(row, layout_of(row))
@@ -74,6 +87,12 @@ def predict(
     except MoesimError as error:
         return Prediction(row, None, None, reason_of(error))
     return Prediction(row, ttft_s, tpot_s, causes=causes)
+
+
+def kept_for(asked: Asked) -> Kept:
+    """An empty store of what disaggregated rows share, at the costs that are asked for."""
+    scale = asked.scale
+    return Kept(change=(lambda ground: adjusted(ground, scale)) if scale else None)
 
 
 def _ground(scenario: Scenario, grounds: dict[str, Groundwork]) -> Groundwork:
@@ -98,7 +117,7 @@ def predict_all(
     alike: dict[tuple[object, ...], SiliconRow] = {}
     for row in rows:
         alike.setdefault(run_of(row), row)
-    parts = _parts(list(alike.values()), workers)
+    parts = _parts(list(alike.values()))
     priced = in_workers(_predict_part, [(part, profiles, asked) for part in parts], workers, progress)
     known = {run_of(one.row): one for part in priced for one in part}
     return [replace(known[run_of(row)], row=row) for row in rows]
@@ -107,9 +126,9 @@ def predict_all(
 PART = 24  # rows that a worker takes at once
 
 
-def _parts(rows: list[SiliconRow], workers: int) -> list[list[SiliconRow]]:
+def _parts(rows: list[SiliconRow]) -> list[list[SiliconRow]]:
     """Rows of one model, system and engine together, which share tables; cut so that workers end at about one time."""
-    ordered = sorted(rows, key=lambda row: (row.system, row.model, row.engine)) if workers > 1 else rows
+    ordered = sorted(rows, key=lambda row: (row.system, row.model, row.engine))
     return [ordered[start : start + PART] for start in range(0, len(ordered), PART)]
 
 
@@ -123,13 +142,17 @@ def run_of(row: SiliconRow) -> tuple[object, ...]:
 
 
 _grounds: dict[Path, dict[str, Groundwork]] = {}
+_kept: dict[tuple[object, ...], Kept] = {}
 
 
 def _predict_part(task: tuple[list[SiliconRow], Path, Asked]) -> list[Prediction]:
-    """Predictions of some rows; groundworks stay for the next part of this process, for one set of profiles."""
+    """Predictions of some rows; what they share stays for the next part of this process, for one set of profiles."""
     rows, profiles, asked = task
     grounds = _grounds.setdefault(profiles, {})
-    return [predict(row, profiles, grounds, asked) for row in rows]
+    key = (profiles, *sorted(asked.scale.items()))
+    if key not in _kept:
+        _kept[key] = kept_for(asked)
+    return [predict(row, profiles, grounds, asked, _kept[key]) for row in rows]
 
 
 def predictions_csv(found: Sequence[Prediction]) -> str:

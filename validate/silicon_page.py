@@ -21,8 +21,9 @@ from moesim.output import page
 from moesim.output.page import details, exact, key, number, section
 from validate import silicon_pictures as pictures
 from validate.accuracy import each_choice
+from validate.silicon_disagg_score import kind
 from validate.silicon_rows import choice_groups
-from validate.silicon_score import NAMES, TOLD, kind, share, split_cells, split_head
+from validate.silicon_score import NAMES, TOLD, share, split_cells, split_head
 from validate.silicon_scored import FIGURES, HALVES, SPLITS, Half
 from validate.silicon_summary import (
     READ_CAUSES,

@@ -45,7 +45,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class PoolRow:
-    """A role's pool of a disaggregated row: `workers` instances of a layout, each with a batch limit."""
+    """A role's pool of a disaggregated row: `workers` instances of a layout (0: not told), each with a batch limit."""
 
     layout: Layout
     workers: int
@@ -116,7 +116,7 @@ class SiliconRow:
     def throughput(self, ttft_s: float, tpot_s: float) -> float:
         """Output tokens/s/GPU at these latencies: in flight x OSL / (TTFT + TPOT x (OSL - 1)) / GPUs."""
         busy_s = ttft_s + tpot_s * (self.osl - 1)
-        return (self.in_flight or 0) * self.osl / busy_s / self.gpus if busy_s > 0 else math.nan
+        return (self.in_flight or 0) * self.osl / busy_s / self.gpus if busy_s > 0 and self.gpus else math.nan
 
 
 def read_rows(path: Path) -> list[SiliconRow]:
@@ -148,6 +148,15 @@ def clean(rows: Iterable[SiliconRow]) -> list[SiliconRow]:
         if row.layout.expert_tp == 1 or row.layout.ep == 1:
             found.append(row)
     return found
+
+
+def clean_disaggregated(rows: Iterable[SiliconRow]) -> list[SiliconRow]:
+    """Measured MoE rows with two pools, repeats of a measurement once."""
+    found: dict[tuple[object, ...], SiliconRow] = {}
+    for row in rows:
+        if row.moe and not row.aggregated and row.tpot_ms is not None and row.ttft_ms is not None:
+            found.setdefault((row.model, row.system, row.engine, row.isl, row.osl, row.ttft_ms, row.tpot_ms), row)
+    return list(found.values())
 
 
 def choice_groups(rows: Sequence[SiliconRow]) -> dict[tuple[object, ...], list[int]]:
@@ -196,9 +205,9 @@ def _row(record: dict[str, str | None], where: str) -> SiliconRow:
         return Layout(*(whole(f"{prefix}{name}") for name in names))
 
     def pool(role: str) -> PoolRow | None:
-        if not text(f"{role}_num_workers"):
+        if not (text(f"{role}_num_workers") or text(f"{role}_tp_size")):
             return None
-        return PoolRow(layout(f"{role}_"), whole(f"{role}_num_workers"), whole(f"{role}_batch_size"))
+        return PoolRow(layout(f"{role}_"), whole(f"{role}_num_workers", 0), whole(f"{role}_batch_size"))
 
     if not text("id") or not text("model_path"):
         raise BadInput("a row has no id or no model_path", where=where, mend="correct the row")

@@ -24,7 +24,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
     Raises Infeasible or BadInput with the reason why the row is not supported.
     """
     if not row.aggregated:
-        raise Infeasible("disaggregated rows are not priced yet", reason="disaggregated")
+        raise Infeasible("disaggregated rows of dense models are not priced", reason="disaggregated")
     in_flight = row.in_flight
     if in_flight is None:
         raise Infeasible("the row does not say how many requests were in flight", reason="no_concurrency")

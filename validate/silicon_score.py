@@ -9,6 +9,7 @@ from typing import Any
 
 from validate.accuracy import choices, errors
 from validate.silicon import Prediction
+from validate.silicon_disagg_score import disagg_cells, disagg_score, kind
 from validate.silicon_rows import choice_groups
 from validate.silicon_scored import FIGURES, HALVES, SPLITS, Half, halves, parts
 
@@ -29,8 +30,11 @@ _TITLES = {"odd": "odd cells (blind)", "even": "even cells (calibrated)"}
 
 
 def score(found: Sequence[Prediction]) -> dict[str, Any]:
-    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts."""
-    return score_of(halves(found))
+    """Errors over clean, measured, aggregated MoE rows: of each half of the cells, and of their parts.
+
+    `disaggregated`: the same halves of the rows with two pools, see `disagg_score`.
+    """
+    return {**score_of(halves(found)), "disaggregated": disagg_score(found)}
 
 
 def score_of(sides: Mapping[str, Half]) -> dict[str, Any]:
@@ -59,11 +63,6 @@ def _half(side: Half) -> dict[str, Any]:
         "choices": {name: None if math.isnan(value) else value for name, value in vars(order).items()},
         **{f"{figure}_by": {split: {} for split in SPLITS} for figure in SPLIT},
     }
-
-
-def kind(reason: str) -> str:
-    """A reason without its figures, to count by."""
-    return "".join("#" if char.isdigit() else char for char in reason)[:80]
 
 
 def share(value: float | None) -> str:
@@ -112,6 +111,7 @@ def score_table(found: Mapping[str, Any]) -> str:
                 f"{share(half['tpot_by']['layout'].get(label, {}).get('mape'))}"
             ),
         )
+    lines += disagg_cells(found["disaggregated"])
     return markdown_table(["check", *(_TITLES[half] for half in HALVES)], lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from validate.silicon import Prediction
 from validate.silicon_attribution import ACROSS, Attribution, attributed, causes_in_order
+from validate.silicon_disagg_score import disagg_score
 from validate.silicon_goals import Goal, goals
 from validate.silicon_intervals import Width, calibrate, judged
 from validate.silicon_score import markdown_table, plain, score_of, score_table, share, split_tables
@@ -62,7 +63,7 @@ class Summary:
 def summarized(found: Sequence[Prediction]) -> Summary:
     """The score, causes and intervals of predictions of measured rows."""
     sides = halves(found)
-    scored = score_of(sides)
+    scored = {**score_of(sides), "disaggregated": disagg_score(found)}
     widths = calibrate(sides["even"])
     return Summary(
         tuple(found),

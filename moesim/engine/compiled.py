@@ -100,7 +100,7 @@ def _place(prompts: Prompts, seqs: int, tokens: int, prefix: float) -> int:
 
 
 @njit(cache=True)
-def _step_s(
+def step_s(
     plan: Plan, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
     counters: Ints, clock: Floats,
 ) -> tuple[int, float]:  # fmt: skip
@@ -192,14 +192,14 @@ def _advance(
             return LOG_FULL
         if counters[GAPS] + len(ended) > len(gap_s):
             return GAPS_FULL
-        why, step_s = _step_s(plan, decode, prefill, attention, graphs, prompts, counters, clock)
+        why, seconds = step_s(plan, decode, prefill, attention, graphs, prompts, counters, clock)
         if why != DONE:
             return int(why)
         row = log[counters[STEPS]]
-        row[0], row[1], row[2], row[3] = clock[NOW], step_s, plan.totals[0], plan.totals[1]
+        row[0], row[1], row[2], row[3] = clock[NOW], seconds, plan.totals[0], plan.totals[1]
         counters[STEPS] += 1
         clock[STARTED] = clock[NOW]
-        clock[NOW] += step_s
+        clock[NOW] += seconds
         gaps, done = finish_step(requests, group, limits, plan, clock[NOW], gap_s, gap_n, counters[GAPS], ended)
         counters[GAPS] = gaps
         counters[ENDED] += done
@@ -219,7 +219,51 @@ def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> No
         scheduled_s[request] = since
 
 
-class Instances:
+class StepTables:
+    """What one kind of instance has been timed for so far: two grids, and the prompts that were met."""
+
+    def __init__(self, timed: Timed) -> None:
+        self.timed = timed
+        self.tables: dict[str, StepTable] = {}
+        self.decode, self.prefill = _UNKNOWN, _UNKNOWN
+        self.prompts, self.priced = _no_prompts(FIRST_PROMPTS), 0
+
+    def answer(self, why: int, counters: Ints, clock: Floats, kind: str) -> None:
+        """Bring what a step asked for; `kind` of table it belongs to. Raises OutsideProfile."""
+        if why == NEED_PROMPT:
+            self._price(int(counters[ASKED_SEQS]), int(counters[ASKED_TOKENS]), float(clock[ASKED_PREFIX]))
+        else:
+            self._bring(why, kind)
+
+    def _bring(self, why: int, kind: str) -> None:
+        """The table that a step asks for; or the reason why it has no price, raised."""
+        if why in (TOO_SMALL, TOO_LARGE):
+            outside = self.tables[kind].lower if why == TOO_SMALL else self.tables[kind].upper
+            assert outside is not None
+            raise outside
+        kind = "prefill" if why == NEED_PREFILL else "decode"
+        self.tables[kind] = self.timed.table(kind)
+        if kind == "decode":
+            self.decode = _grid(self.tables[kind])
+        else:
+            self.prefill = _grid(self.tables[kind])
+
+    def _price(self, seqs: int, tokens: int, prefix: float) -> None:
+        """Price prompts that were not met before; the places are doubled before half of them are taken."""
+        if 2 * (self.priced + 1) > len(self.prompts.seqs):
+            old, self.prompts = self.prompts, _no_prompts(2 * len(self.prompts.seqs))
+            for place in np.flatnonzero(old.seqs):
+                self._keep(int(old.seqs[place]), int(old.tokens[place]), old.prefix[place], old.seconds[place])
+        self._keep(seqs, tokens, prefix, self.timed.prompt_s(seqs, tokens, prefix))
+        self.priced += 1
+
+    def _keep(self, seqs: int, tokens: int, prefix: float, seconds: float) -> None:
+        place = _place(self.prompts, seqs, tokens, prefix)
+        self.prompts.seqs[place], self.prompts.tokens[place] = seqs, tokens
+        self.prompts.prefix[place], self.prompts.seconds[place] = prefix, seconds
+
+
+class Instances(StepTables):
     """Runs every instance of a deployment in turn over one set of requests; see `run`."""
 
     def __init__(
@@ -230,7 +274,8 @@ class Instances:
 
         shortest: requests of a closed loop go to the rank with the fewest.
         """
-        self.requests, self.limits, self.ranks, self.instances, self.timed = requests, limits, ranks, instances, timed
+        super().__init__(timed)
+        self.requests, self.limits, self.ranks, self.instances = requests, limits, ranks, instances
         self.concurrency, self.shortest = concurrency, shortest
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
@@ -238,9 +283,6 @@ class Instances:
         self.gaps = 1  # place 0 counts tokens of the same step
         self.groups: list[Ranks] = []
         self.peak_kv_tokens = 0
-        self.tables: dict[str, StepTable] = {}
-        self.decode, self.prefill = _UNKNOWN, _UNKNOWN
-        self.prompts, self.priced = _no_prompts(FIRST_PROMPTS), 0
 
     def run(self) -> Floats:
         """Run all; returns the steps [steps, 5]: start, seconds, decoding sequences, prompt tokens, instance, by start.
@@ -277,41 +319,13 @@ class Instances:
             elif why == GAPS_FULL:
                 self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + len(ended))])
                 self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + len(ended), np.int64)])
-            elif why == NEED_PROMPT:
-                self._price(int(counters[ASKED_SEQS]), int(counters[ASKED_TOKENS]), float(clock[ASKED_PREFIX]))
             else:
-                self._bring(why, "prefill" if plan.prefill_tokens.any() else "decode")
+                self.answer(why, counters, clock, "prefill" if plan.prefill_tokens.any() else "decode")
         self.gaps = int(counters[GAPS])
         self.peak_kv_tokens = max(self.peak_kv_tokens, int(counters[PEAK_KV]))
         steps = log[: counters[STEPS]]
         steps[:, 4] = instance
         return steps
-
-    def _bring(self, why: int, kind: str) -> None:
-        """The table that a step asks for; or the reason why it has no price, raised."""
-        if why in (TOO_SMALL, TOO_LARGE):
-            outside = self.tables[kind].lower if why == TOO_SMALL else self.tables[kind].upper
-            assert outside is not None
-            raise outside
-        self.tables[kind] = self.timed.table(kind)
-        if kind == "decode":
-            self.decode = _grid(self.tables[kind])
-        else:
-            self.prefill = _grid(self.tables[kind])
-
-    def _price(self, seqs: int, tokens: int, prefix: float) -> None:
-        """Price prompts that were not met before; the places are doubled before half of them are taken."""
-        if 2 * (self.priced + 1) > len(self.prompts.seqs):
-            old, self.prompts = self.prompts, _no_prompts(2 * len(self.prompts.seqs))
-            for place in np.flatnonzero(old.seqs):
-                self._keep(int(old.seqs[place]), int(old.tokens[place]), old.prefix[place], old.seconds[place])
-        self._keep(seqs, tokens, prefix, self.timed.prompt_s(seqs, tokens, prefix))
-        self.priced += 1
-
-    def _keep(self, seqs: int, tokens: int, prefix: float, seconds: float) -> None:
-        place = _place(self.prompts, seqs, tokens, prefix)
-        self.prompts.seqs[place], self.prompts.tokens[place] = seqs, tokens
-        self.prompts.prefix[place], self.prompts.seconds[place] = prefix, seconds
 
 
 def _no_prompts(size: int) -> Prompts:

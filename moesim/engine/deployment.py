@@ -16,7 +16,7 @@ from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.moving import refuse_drift_with_holdout
 from moesim.engine.role_specs import role_scenarios
-from moesim.engine.rules import EngineRules, engine_rules
+from moesim.engine.rules import EngineRules, engine_rules, low_latency_tokens
 from moesim.engine.speculative import draft_tokens, refuse_drafts
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
@@ -169,7 +169,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         policies=scenario.policies,
         max_context_tokens=lengths(scenario.serving.workload).longest_context + draft_tokens(scenario.serving),
         mtp=draft_tokens(scenario.serving) > 0,
-        low_latency_max_tokens=engine_rules(scenario.engine.name).low_latency_tokens,
+        low_latency_max_tokens=low_latency_tokens(scenario.policies.dispatch.low_latency_tokens, scenario.engine.name),
         rebalance=scenario.placement.rebalance is not None,
     )
     return parallel, counted
@@ -316,7 +316,7 @@ def check_low_latency(scenario: Scenario, parallel: ParallelSpec) -> None:
     dispatch, serving = scenario.policies.dispatch, scenario.serving
     if serving is None or dispatch.backend != "deepep" or dispatch.mode != "low_latency":
         return
-    most = engine_rules(scenario.engine.name).low_latency_tokens * parallel.tp
+    most = low_latency_tokens(dispatch.low_latency_tokens, scenario.engine.name) * parallel.tp
     asked = serving.batching.max_batch_tokens_per_dp_rank
     if asked > most:
         raise Infeasible(

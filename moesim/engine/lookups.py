@@ -28,6 +28,18 @@ class Graphs(NamedTuple):
     eager_layer_s: float
 
 
+class Drafting(NamedTuple):
+    """What drafting costs beside a verifying step: drafts, host seconds of a step, layers; by tokens of a rank [n]:
+    seconds of the logits and of the projection before the drafting layer."""
+
+    drafts: int
+    overhead_s: float
+    layers: int
+    tokens: Floats
+    logits_s: Floats
+    projection_s: Floats
+
+
 @njit(cache=True)
 def bracket(axis: Floats, value: float) -> tuple[int, float]:
     """Lower index and share of the way to the next point; clamped to the axis."""

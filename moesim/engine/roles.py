@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from moesim.engine.batch_state import Limits, new_requests
-from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, served_of
+from moesim.engine.batch_state import Limits, Requests, new_requests
+from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, record, served_of
+
+if TYPE_CHECKING:
+    from moesim.engine.compiled import StepTables
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RolePool:
-    """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step."""
+    """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step.
+
+    tables: what compiled runs with the same `step_time` were timed for so far, to start from and to add to.
+    """
 
     limits: Limits
     ranks: int
     instances: int
     step_time: StepTime
+    tables: StepTables | None = None
 
 
 @dataclass(frozen=True)
@@ -64,16 +71,16 @@ class _Moves:
                 self._answer(request)
                 self._end(request)
             else:
-                self.prefill.environment.process(self._move(request))
+                last_step_s = self.prefill.last_step_s[int(self.prefill.position[request]) % self.prefill.instances]
+                self.prefill.environment.process(self._move(request, last_step_s))
 
-    def _move(self, request: int) -> Generator[Any, Any, None]:
+    def _move(self, request: int, last_step_s: float) -> Generator[Any, Any, None]:
         environment, transfer = self.prefill.environment, self.transfer
         target = self.decode.pick()
         self.decode.chosen += 1
         self.target[request] = target
         sender = int(self.prefill.position[request])
         seconds, now_s = transfer.seconds(int(self.prefill.requests.isl[request])), environment.now
-        last_step_s = self.prefill.last_step_s[sender % self.prefill.instances]
         ready_s = now_s - last_step_s if transfer.by_layer else now_s
         begin_s = max(ready_s, self.sending_s[sender], self.receiving_s[target])
         end_s = begin_s + seconds
@@ -98,25 +105,28 @@ class _Moves:
 
 
 def serve_roles(
-    load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer, *, balance: str = "round_robin"
-) -> Served:
+    load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer, *, balance: str = "round_robin",
+    compiled: bool = True,
+) -> Served:  # fmt: skip
     """Run all requests through a prefill pool and then a decode pool.
 
     The first token is the user's when the cache has arrived, as the decode rank answers. A request preempted in the
-    decode pool is read again there. Raises Infeasible when a request can never be admitted in either.
+    decode pool is read again there. compiled: a closed loop sent in turn, its steps timed by table, runs in
+    `compiled_roles`, with the same times. Raises Infeasible when a request can never be admitted in either.
     """
     count = len(load.isl)
     prompts = replace(load, osl=np.ones(count, np.int64))
     check_limits(prompts, prefill.limits)
     check_limits(replace(load, blocks=None), decode.limits)
+    timed = all(getattr(pool.step_time, "role_compilable", False) for pool in (prefill, decode))
+    if compiled and timed and load.concurrency is not None and load.blocks is None and balance == "round_robin":
+        return _compiled(load, prefill, decode, transfer)
     environment = simpy.Environment()
     first = Pool(
         environment, new_requests(load.isl, prompts.osl), prefill.limits, prefill.ranks, prefill.instances,
         prefill.step_time, balance, load.blocks,
     )  # fmt: skip
-    waiting = new_requests(load.isl, load.osl)
-    waiting.read[:] = load.isl
-    waiting.generated[:] = 1
+    waiting = _with_caches(load)
     second = Pool(
         environment, waiting, decode.limits, decode.ranks, decode.instances, decode.step_time, balance
     )  # fmt: skip
@@ -130,6 +140,72 @@ def serve_roles(
     read, done = served_of(first, source.arrived), served_of(second, 0)
     moved = np.isfinite(moves.taken_s)
     sent = float(load.isl[moved].sum()) * transfer.bytes_per_token * transfer.gpus
+    return _both(read, done, PrefillSide(read, moves.taken_s, sent, first.position, moves.target))
+
+
+def _with_caches(load: Load) -> Requests:
+    """Requests as they come to the decode pool: prompts read, first tokens made."""
+    waiting = new_requests(load.isl, load.osl)
+    waiting.read[:] = load.isl
+    waiting.generated[:] = 1
+    return waiting
+
+
+def _compiled(load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer) -> Served:
+    from moesim.engine.compiled import StepTables
+    from moesim.engine.compiled_roles import RolePart, pool_state, run_closed
+    from moesim.engine.compiled_transfers import Links
+
+    count = len(load.isl)
+    asked = (new_requests(load.isl, np.ones(count, np.int64)), _with_caches(load))
+    first, second = (
+        RolePart(
+            pool_state(requests, pool.limits, pool.ranks, pool.instances),
+            pool.tables or StepTables(_timed(pool)),
+            _timed(pool),
+        )
+        for requests, pool in zip(asked, (prefill, decode), strict=True)
+    )
+    ints, nan = np.zeros(count, np.int64), np.full(count, np.nan)
+    links = Links(
+        sending_s=np.zeros(prefill.ranks * prefill.instances),
+        receiving_s=np.zeros(decode.ranks * decode.instances),
+        end_s=np.zeros(count),
+        order=ints.copy(),
+        request=ints.copy(),
+        target=ints.copy(),
+        taken_s=nan,
+        moving=np.zeros(2, np.int64),
+        bytes_per_token=float(transfer.bytes_per_token),
+        bytes_per_s=float(transfer.bytes_per_s),
+        latency_s=float(transfer.latency_s),
+        layers=transfer.layers,
+        by_layer=transfer.by_layer,
+    )
+    now_s = run_closed(first, second, links, int(load.concurrency or 0))
+    read, done = (_served(part, count, now_s) for part in (first, second))
+    moved = np.isfinite(links.taken_s)
+    sent = float(load.isl[moved].sum()) * transfer.bytes_per_token * transfer.gpus
+    side = PrefillSide(read, links.taken_s, sent, first.state.position, links.target, second.state.joined_s)
+    return _both(read, done, side)
+
+
+def _timed(pool: RolePool) -> Any:
+    return pool.step_time
+
+
+def _served(part: Any, count: int, now_s: float) -> Served:
+    from moesim.engine.compiled_roles import GAPS, PEAK_KV, STEPS
+
+    state = part.state
+    gaps = int(state.counters[GAPS])
+    log = state.log[: state.counters[STEPS]]
+    kept = state.gap_s[:gaps].copy(), state.gap_n[:gaps].copy()
+    return record(state.requests, log, kept, len(log) + count, int(state.counters[PEAK_KV]), [state.groups], now_s)
+
+
+def _both(read: Served, done: Served, side: PrefillSide) -> Served:
+    """The run as a whole, told by its decode pool."""
     return replace(
         done,
         events=done.events + read.events,
@@ -137,5 +213,5 @@ def serve_roles(
         recomputed_tokens=done.recomputed_tokens + read.recomputed_tokens,
         prefix_asked_tokens=read.prefix_asked_tokens,
         prefix_found_tokens=read.prefix_found_tokens,
-        prefill=PrefillSide(read, moves.taken_s, sent, first.position, moves.target),
+        prefill=side,
     )

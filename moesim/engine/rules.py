@@ -69,6 +69,11 @@ _RULES = {
 }
 
 
+def low_latency_tokens(asked: int | None, name: str) -> int:
+    """DeepEP's low-latency dispatch limit per GPU: as the scenario sets it, or else the engine."""
+    return asked or engine_rules(name).low_latency_tokens
+
+
 def engine_rules(name: str, *, where: str = "engine.name") -> EngineRules:
     """The rules of an engine. Raises BadInput for one whose rules are not modelled."""
     if name not in _RULES:

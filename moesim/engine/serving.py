@@ -94,7 +94,8 @@ class PrefillSide:
 
     served: of the pool, its requests ending with their first token. transfer_s [requests]: from the first token to the
     whole KV cache being at the decode rank. transfer_bytes: of all requests, by all GPUs. sender, receiver [requests]:
-    positions (see balance.py) in the two pools, of use where a cache moved.
+    positions (see balance.py) in the two pools, of use where a cache moved. joined_s [requests]: start of the first
+    decode step, NaN where there is none; told by compiled runs only.
     """
 
     served: Served
@@ -102,6 +103,7 @@ class PrefillSide:
     transfer_bytes: float
     sender: Ints
     receiver: Ints
+    joined_s: Floats | None = None
 
 
 class StepLog:
@@ -355,7 +357,7 @@ def _compiled(
     run = Instances(requests, times_s, limits, ranks, instances, timed, load.concurrency or 0, shortest)
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
-    return _record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
+    return record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
 
 
 def served_of(pool: Pool, arrived: int) -> Served:
@@ -363,10 +365,10 @@ def served_of(pool: Pool, arrived: int) -> Served:
     gaps = pool.gap_s[: pool.gaps].copy(), pool.gap_n[: pool.gaps].copy()
     log = pool.log.rows[: pool.log.used]
     events, now_s = pool.events + arrived, float(pool.environment.now)
-    return _record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
+    return record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
 
 
-def _record(
+def record(
     requests: Requests, log: Floats, gaps: tuple[Floats, Ints], events: int, peak_kv_tokens: int, groups: list[Ranks],
     now_s: float,
 ) -> Served:  # fmt: skip

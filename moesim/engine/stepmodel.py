@@ -16,9 +16,10 @@ from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
-from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_ranks, sizes_of
+from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
 from moesim.engine.mixtures import routing_of
+from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import FULL, Detail, GridAsked, PricedGrid, StepTable, price_grid, time_grid
@@ -37,6 +38,7 @@ FIDELITIES: dict[str, Fidelity] = {"table": "table", "maxplus": "maxplus", "des"
 # Points of the attention tables: a factor of two in context, graph sizes in sequences.
 _SEQS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 _FEWEST_KV = 16.0
+_NOTHING = np.zeros(0)
 
 
 class StepModel:
@@ -213,6 +215,20 @@ class TimedModel:
         """Whether `compiled` times steps as this model does: it knows no captured prompts and no drafts."""
         return not self.model.captures_prompts and self.model.drafts == 0
 
+    @property
+    def role_compilable(self) -> bool:
+        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts."""
+        return not self.model.captures_prompts
+
+    def drafting(self) -> Drafting:
+        """What drafting costs beside a verifying step; its table is priced when first asked for."""
+        drafts, layers = self.model.drafts, self.model.deployment.setup.model.layers
+        if drafts == 0:
+            return Drafting(0, 0.0, layers, _NOTHING, _NOTHING, _NOTHING)
+        self._logits_s(1.0)
+        assert self._drafting is not None
+        return Drafting(drafts, self._step_overhead_s, layers, self.model.grid("decode").tokens, *self._drafting)
+
     def attention(self) -> DecodeAttention:
         """Decode attention of one layer."""
         return self._attention
@@ -374,7 +390,8 @@ def batch_limits(deployment: Deployment) -> Limits:
     queries = 1 + draft_tokens(deployment.serving)
     setup = deployment.setup
     if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
-        running = min(running, deployment.rules.low_latency_tokens * setup.parallel.tp // queries)
+        most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
+        running = min(running, most * setup.parallel.tp // queries)
         if running == 0:
             raise BadInput(
                 f"low-latency dispatch takes fewer tokens than the {queries} that one sequence verifies",

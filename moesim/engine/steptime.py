@@ -13,6 +13,7 @@ from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
+from moesim.engine.rules import low_latency_tokens
 from moesim.engine.step_graph import step_seconds
 from moesim.engine.workload import lengths
 from moesim.errors import OutsideProfile
@@ -83,7 +84,8 @@ def _timed(
 ) -> TimedPlacements:
     first = next(iter(deployments.values()))
     asked = first.setup.policies.dispatch.mode
-    limit = first.rules.low_latency_tokens * first.setup.parallel.tp
+    most = low_latency_tokens(first.setup.policies.dispatch.low_latency_tokens, first.rules.name)
+    limit = most * first.setup.parallel.tp
     if first.setup.policies.dispatch.backend != "deepep":
         modes = ["normal"]
     elif asked == "auto":

@@ -181,6 +181,9 @@ class DispatchSpec(Spec):
         default=None, ge=0, description="time of one layer's replica choice; none = as measured on a CPU core"
     )
     compression: CompressionSpec | None = None
+    low_latency_tokens: int | None = Field(
+        default=None, gt=0, description="DeepEP's low-latency limit per GPU; none = as the engine sets it"
+    )
 
     @property
     def scatters(self) -> bool:
