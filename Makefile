@@ -10,7 +10,7 @@ export NUMBA_NUM_THREADS = 1
 export POLARS_MAX_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types imports tests bench accuracy accuracy-check accuracy-page clean
+.PHONY: demo test lint types imports tests bench accuracy accuracy-check accuracy-page clean clean-kernels
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -59,5 +59,9 @@ accuracy-page: $(TEST_VENV)/.installed
 	mkdir -p runs
 	$(TEST_VENV)/bin/moesim validate silicon --recorded --report runs/accuracy.html
 
-clean:
+clean: clean-kernels
 	rm -rf $(VENV) $(TEST_VENV) runs build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Numba's cache: a kernel is not told stale when a function that it calls has changed.
+clean-kernels:
+	find moesim profiles placement validate tests -name '*.nb[ic]' -delete
