@@ -17,7 +17,7 @@ from moesim.spec.scenario import Scenario
 from validate.silicon_disagg_launches import Workers
 from validate.silicon_disagg_rows import Ran
 from validate.silicon_rows import Layout, SiliconRow
-from validate.silicon_scenario import GPUS_PER_NODE, SYSTEMS
+from validate.silicon_scenario import GPUS_PER_NODE, SYSTEMS, precision_of
 from validate.silicon_settings import HOPPER, Settings, settings_of
 
 # GPUs of the cluster that all deployments of a system are cut from, so that they share its prices.
@@ -66,7 +66,7 @@ def disagg_scenario(row: SiliconRow, ran: Ran, profiles: Path, rounds: int) -> S
                 "gpus_per_node": node,
             },
             "engine": {"name": row.engine, "version": "unknown"},  # prices do not hang on it
-            "precision": _precision(decode),
+            "precision": precision_of(replace(decode, gather=None)),
             "cost": cost,
             "serving": {
                 "workload": {
@@ -120,7 +120,7 @@ def _role(row: SiliconRow, pool: Workers, batching: dict[str, Any], settings: Se
         "policies": {"dispatch": _dispatch(row, layout)},
         "placement": _placement(row, layout),
         "batching": batching,
-        "precision": _precision(settings),
+        "precision": precision_of(replace(settings, gather=None)),
     }
 
 
@@ -218,17 +218,3 @@ def _batching(tokens: int, running: int, *, chunked: bool) -> dict[str, Any]:
         "max_running_requests_per_dp_rank": running,
         "chunked_prefill": chunked,
     }
-
-
-def _precision(settings: Settings) -> dict[str, str]:
-    found = {
-        "dense": settings.dense,
-        "experts": settings.experts,
-        "activations": "bf16",
-        "kv_cache": settings.kv,
-        "dispatch": "bf16",
-        "combine": "bf16",
-    }
-    if settings.attention is not None:
-        found["attention"] = settings.attention
-    return found

@@ -69,7 +69,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
                 "gpus_per_node": min(gpus, node),
             },
             "engine": {"name": row.engine, "version": row.version or "unknown"},
-            "precision": _precision(settings),
+            "precision": precision_of(settings),
             "cost": cost,
             "parallel": {
                 "tp": layout.tp,
@@ -111,7 +111,8 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
     )
 
 
-def _precision(settings: Settings) -> dict[str, str]:
+def precision_of(settings: Settings) -> dict[str, str]:
+    """The scenario's `precision` of a server's types."""
     found = {
         "dense": settings.dense,
         "experts": settings.experts,
