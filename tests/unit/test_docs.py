@@ -66,3 +66,18 @@ def test_readme_names_only_make_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"\$ make (\w+)", (REPO / "README.md").read_text()):
         assert target in targets
+
+
+def test_the_readme_tells_the_errors_of_the_accuracy_page() -> None:
+    """The page's table is generated and held to the record; the README repeats five figures of its blind column."""
+    blind = {
+        cells[1].strip(): cells[2].strip()
+        for line in (REPO / "docs/accuracy.md").read_text().splitlines()
+        if len(cells := line.split("|")) == 5
+    }
+    told = (REPO / "README.md").read_text().partition("## How right it is")[2].partition("\n## ")[0]
+    rows = blind["rows, priced"].split(", ")[1].split(" ")[0]
+    errors = [blind[f"{name}: MAPE, median, p90, bias"].split(",")[0] for name in ("TPOT", "TTFT", "tokens/s/GPU")]
+    regret = blind["choice groups: number, Spearman, regret"].split(", ")[2]
+    assert f"On {int(rows):,} measured runs" in told
+    assert re.findall(r"[0-9.]+%", told) == [*errors, regret]
