@@ -114,13 +114,14 @@ def predict_all(
 
     workers: processes; each takes the rows of a model and system together, in parts.
     """
+    runs = [run_in(row, profiles) for row in rows]
     alike: dict[tuple[object, ...], SiliconRow] = {}
-    for row in rows:
-        alike.setdefault(run_of(row), row)
+    for run, row in zip(runs, rows, strict=True):
+        alike.setdefault(run, row)
     parts = _parts(list(alike.values()))
     priced = in_workers(_predict_part, [(part, profiles, asked) for part in parts], workers, progress)
-    known = {run_of(one.row): one for part in priced for one in part}
-    return [replace(known[run_of(row)], row=row) for row in rows]
+    known = {run_in(one.row, profiles): one for part in priced for one in part}
+    return [replace(known[run], row=row) for run, row in zip(runs, rows, strict=True)]
 
 
 PART = 24  # rows that a worker takes at once
@@ -139,6 +140,24 @@ def run_of(row: SiliconRow) -> tuple[object, ...]:
         row.batch, row.concurrency, row.prefill, row.decode,
         row.source[-40:] if "measured=" not in row.source else row.source,
     )  # fmt: skip
+
+
+def run_in(row: SiliconRow, profiles: Path) -> tuple[object, ...]:
+    """What tells the simulation that a row is priced by: its scenario, and how a client sees the run.
+
+    Two dumps tell of one measurement in different words, and no price hangs on an engine's version. Rows that are not
+    supported, and those with two pools, are told by what they say.
+    """
+    if not (row.aggregated and row.moe):
+        return run_of(row)
+    try:
+        scenario = scenario_of(row, profiles)
+    except MoesimError:
+        return run_of(row)
+    settings = settings_of(row, layout_of(row))
+    engine = scenario.engine.model_copy(update={"version": "any"})
+    text = scenario.model_copy(update={"engine": engine}).model_dump_json()
+    return text, settings.cold_s, settings.front_end_s, settings.batch_tokens
 
 
 _grounds: dict[Path, dict[str, Groundwork]] = {}

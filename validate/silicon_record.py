@@ -17,7 +17,7 @@ from moesim.errors import BadInput, CheckFailed
 from moesim.files import read_text, whole_file, write_json
 from profiles.importers.aiconfigurator import find_package
 from profiles.store import read_parquet
-from validate.silicon import AS_IT_IS, Asked, Prediction, predict_all, run_of
+from validate.silicon import AS_IT_IS, Asked, Prediction, predict_all, run_in
 from validate.silicon_causes import FRONT_END, PARTS, Causes
 from validate.silicon_intervals import Width, calibrate, width_of
 from validate.silicon_rows import SiliconRow, clean
@@ -51,8 +51,9 @@ def price_for_record(
 ) -> list[Prediction]:
     """A prediction for each row, in order; with causes where a score counts the row (which takes twice as long)."""
     scored = clean(rows)
-    known = {run_of(row) for row in scored}
-    rest = [row for row in rows if run_of(row) not in known]
+    runs = [run_in(row, profiles) for row in rows]
+    known = {run_in(row, profiles) for row in scored}
+    rest = [row for run, row in zip(runs, rows, strict=True) if run not in known]
     share = len(scored) / max(len(rows), 1)
 
     def part(start: float, length: float) -> Callable[[float], None] | None:
@@ -60,8 +61,8 @@ def price_for_record(
 
     told = predict_all(scored, profiles, part(0.0, share), replace(asked, causes=True), workers)
     told += predict_all(rest, profiles, part(share, 1.0 - share), asked, workers)
-    priced = {run_of(one.row): one for one in told}
-    return [replace(priced[run_of(row)], row=row) for row in rows]
+    priced = {run_in(one.row, profiles): one for one in told}
+    return [replace(priced[run], row=row) for run, row in zip(runs, rows, strict=True)]
 
 
 def write_record(folder: Path, found: Sequence[Prediction], table: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from moesim.errors import Infeasible
 from profiles.store import DATA
 from tests.silicon_rows import row
-from validate.silicon import predict, run_of
+from validate.silicon import predict, run_in, run_of
 from validate.silicon_rows import Layout, SiliconRow
 from validate.silicon_scenario import scenario_of
 from validate.silicon_settings import (
@@ -402,3 +402,23 @@ def test_how_many_prompts_the_client_sends(tmp_path: Any) -> None:
     for model, rounds in ((R1, 10), ("zhipuai/GLM-5", 5)):
         workload = scenario_of(one(model=model, load=32), tmp_path).serving.workload  # type: ignore[union-attr]
         assert workload.requests == rounds * 32
+
+
+def test_one_measurement_in_two_dumps_is_one_run(tmp_path: Any) -> None:
+    """Words and versions that no price hangs on tell no runs apart; what a client sees, lengths and layouts do."""
+    (tmp_path / "h200_sxm").mkdir()
+    told = [
+        run_in(one(**changes), tmp_path)
+        for changes in (
+            {"source": "first; measured=2026-03-25"}, {"source": "second; measured=2026-03-26", "version": "0.5.10"},
+            {"osl": 65}, {"load": 16}, {"engine": "vllm"}, {"layout": ADP8},
+        )
+    ]  # fmt: skip
+    assert told[0] == told[1]
+    assert len(set(told)) == 5
+    cold = {"system": "b200_sxm", "precision": "fp4", "version": "0.5.5"}
+    (tmp_path / "b200_sxm").mkdir()
+    dates = ("measured=2025-12-01", "measured=2026-03-01")
+    assert len({run_in(one(**cold, source=f"dump; {date}"), tmp_path) for date in dates}) == 2
+    unsupported = one(layout=Layout(4, 2, 1, 4, 1))
+    assert run_in(unsupported, tmp_path) == run_of(unsupported)
