@@ -9,6 +9,7 @@ from typing import Any
 from validate.silicon import Prediction
 from validate.silicon_attribution import ACROSS, Attribution, attributed, causes_in_order
 from validate.silicon_disagg_score import disagg_score
+from validate.silicon_gap import Gap, gap_section, gaps
 from validate.silicon_goals import Goal, goals
 from validate.silicon_intervals import Width, calibrate, judged
 from validate.silicon_score import markdown_table, plain, score_of, score_table, share, split_tables
@@ -40,7 +41,10 @@ READ_SPLITS = (
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is told of predictions. widths: figure -> width of its intervals; causes: half -> figure -> causes."""
+    """All that is told of predictions. widths: figure -> width of its intervals; causes: half -> figure -> causes.
+
+    gaps: figure -> how much larger errors are on odd cells.
+    """
 
     found: tuple[Prediction, ...]
     sides: Mapping[str, Half]
@@ -49,6 +53,7 @@ class Summary:
     causes: Mapping[str, Mapping[str, Attribution]]
     widths: Mapping[str, Width]
     intervals: Mapping[str, Any]
+    gaps: Mapping[str, Gap]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -57,6 +62,7 @@ class Summary:
             "goals": [goal.as_dict() for goal in self.goals],
             "causes": {half: {figure: one.as_dict() for figure, one in of.items()} for half, of in self.causes.items()},
             "intervals": dict(self.intervals),
+            "gaps": {name: one.as_dict() for name, one in self.gaps.items()},
         }
 
 
@@ -73,12 +79,16 @@ def summarized(found: Sequence[Prediction]) -> Summary:
         {half: attributed(side) for half, side in sides.items()},
         widths,
         judged(widths, sides),
+        gaps(sides),
     )
 
 
 def markdown(told: Summary) -> str:
     """The generated part of docs/accuracy.md."""
-    parts = [score_table(told.score), "### By part", READ_SPLITS, split_tables(told.score)]
+    parts = [score_table(told.score)]
+    if told.gaps:
+        parts += ["### Between the halves", gap_section(told.gaps, told.sides)]
+    parts += ["### By part", READ_SPLITS, split_tables(told.score)]
     if any(one.rows for of in told.causes.values() for one in of.values()):
         parts += ["### By cause", READ_CAUSES, causes_table(told)]
     if told.intervals:
