@@ -160,18 +160,28 @@ def run_in(row: SiliconRow, profiles: Path) -> tuple[object, ...]:
     return text, settings.cold_s, settings.front_end_s, settings.batch_tokens
 
 
-_grounds: dict[Path, dict[str, Groundwork]] = {}
-_kept: dict[tuple[object, ...], Kept] = {}
+@dataclass
+class _Shared:
+    """What the rows of one model and system share in a process; parts come in their order, so one at a time is kept."""
+
+    key: tuple[object, ...] = ()
+    grounds: dict[str, Groundwork] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+
+
+_shared = _Shared()
 
 
 def _predict_part(task: tuple[list[SiliconRow], Path, Asked]) -> list[Prediction]:
-    """Predictions of some rows; what they share stays for the next part of this process, for one set of profiles."""
+    """Predictions of some rows; what they share stays for the next rows of their model and system in this process."""
     rows, profiles, asked = task
-    grounds = _grounds.setdefault(profiles, {})
-    key = (profiles, *sorted(asked.scale.items()))
-    if key not in _kept:
-        _kept[key] = kept_for(asked)
-    return [predict(row, profiles, grounds, asked, _kept[key]) for row in rows]
+    found = []
+    for row in rows:
+        key = (profiles, row.system, row.model, *sorted(asked.scale.items()))
+        if _shared.key != key:
+            _shared.key, _shared.grounds, _shared.kept = key, {}, kept_for(asked)
+        found.append(predict(row, profiles, _shared.grounds, asked, _shared.kept))
+    return found
 
 
 def predictions_csv(found: Sequence[Prediction]) -> str:
