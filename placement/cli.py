@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from placement.dispatch import ChoiceTimes
     from placement.planning import Placed
 
 
@@ -25,6 +26,9 @@ def place(
     form: Annotated[
         str, typer.Option("--format", help="Format of --out: moesim, sglang, trtllm, vllm or vllm-ascend.")
     ] = "moesim",
+    replica_choices: Annotated[
+        bool, typer.Option("--replica-choices", help="Compare which replica tokens go to, in balance and in step time.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -58,7 +62,7 @@ def place(
         seed=seed,
     )
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
-        placed = planning.place(asked)
+        placed = planning.place(asked, choices=replica_choices)
     if out is not None:
         write_map(placed.placement, form, out)
     report = placed.to_json()
@@ -128,9 +132,44 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         console.print(_step_table(placed))
         for tokens, reason in placed.step_time.unpriced.items():
             console.print(f"not priced at {tokens} tokens per GPU: {reason}")
+    if placed.choices is not None:
+        console.print(_choices_table(placed.choices))
+        for reason, names in placed.choices.reasons().items():
+            console.print(f"not priced: {reason} ({', '.join(names)})")
     console.print(placed.verdict.text)
     if out is not None:
         console.print(f"Wrote {out} ({form}).")
+
+
+def _choices_table(choices: ChoiceTimes) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from moesim.units import MILLI
+    from placement.dispatch import REFERENCE
+
+    title = "which replica tokens go to: max/mean of a step, its ms, and what it gains over equal parts in %"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
+    names = list(dict.fromkeys(name for times in choices.step_s.values() for name in times))
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for tokens, times in choices.step_s.items():
+        cells = []
+        for name in names:
+            if name not in times:
+                cells.append("-")
+                continue
+            time, gain = times[name], choices.gains[tokens][name]
+            saved = (
+                ""
+                if name == REFERENCE
+                else f"\n{100 * gain.value:+.1f} ({100 * gain.low:+.1f}..{100 * gain.high:+.1f})"
+            )
+            best = " *" if choices.best(tokens) == name else ""
+            cells.append(f"{choices.balance[tokens][name]:.3f}\n{time.value / MILLI:.4g}{best}{saved}")
+        table.add_row(str(tokens), *cells)
+    return table
 
 
 def _step_table(placed: Placed) -> Any:

@@ -19,6 +19,7 @@ from placement.compare import (
     judge_splits,
     make_splits,
 )
+from placement.dispatch import ChoiceTimes, judge_choices
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
 from placement.steps import StepTime, judge_steps
@@ -56,6 +57,7 @@ class Placed:
     held: HeldOut | None
     step_time: StepTime | None
     verdict: Verdict
+    choices: ChoiceTimes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -87,6 +89,7 @@ class Placed:
             "holdout": None if held is None else held.to_json(),
             "gain": gain,
             "step_time": None if self.step_time is None else self.step_time.to_json(),
+            "replica_choices": None if self.choices is None else self.choices.to_json(),
             "verdict": self.verdict.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
@@ -188,10 +191,11 @@ def _holdout(scenario: Scenario | None, loads: Sequence[RoutingCounts], fraction
     return spec
 
 
-def place(asked: Asked, *, draws: int = 200) -> Placed:
+def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
     """Fit the map to every load, and judge separate fits on what they were not fitted to.
 
-    draws: of the joint draws behind the intervals of step time. Raises what the solver and the cost model raise.
+    draws: of the joint draws behind the intervals of step time. choices: judge every replica choice, too. Raises what
+    the solver and the cost model raise.
     """
     request = request_from_loads(
         asked.loads,
@@ -208,6 +212,15 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:
         step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
+    judged = None
+    if choices:
+        if held is None or asked.scenario is None or asked.scenario.serving is None:
+            raise BadInput(
+                "replica choices are judged in time, on loads that the map was not fitted to",
+                where="--replica-choices",
+                mend="give a serving scenario and loads of which some can be held out",
+            )
+        judged = judge_choices(asked.scenario, splits, request, asked.solver, draws)
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -218,6 +231,7 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
         held=held,
         step_time=step_time,
         verdict=_verdict(asked, held, step_time),
+        choices=judged,
     )
 
 

@@ -64,11 +64,7 @@ def judge_steps(
     from moesim.engine.deployment import groundwork, refuse_roles
     from moesim.engine.steptime import TimedPlacements, timed_placements
 
-    def decodes(split: Split) -> list[RoutingCounts]:
-        return [load for load in split.judge if load.phase == "decode"]
-
-    split = next((found for found in splits if decodes(found)), splits[0])
-    judge = decodes(split) or list(split.judge)
+    split, judge = judged_split(splits)
     found = contenders(refit(request, split.fit), solver)
     refuse_roles(scenario)
     ground = groundwork(scenario)
@@ -96,6 +92,16 @@ def judge_steps(
         replicas=replicas,
         unpriced=unpriced,
     )
+
+
+def judged_split(splits: Sequence[Split]) -> tuple[Split, list[RoutingCounts]]:
+    """The first split that holds a decode load out (else the first), and its loads that judge: decode alone if any."""
+
+    def decodes(split: Split) -> list[RoutingCounts]:
+        return [load for load in split.judge if load.phase == "decode"]
+
+    split = next((found for found in splits if decodes(found)), splits[0])
+    return split, decodes(split) or list(split.judge)
 
 
 def with_interval(values: NDArray[np.float64]) -> Figure:

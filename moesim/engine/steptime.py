@@ -20,6 +20,7 @@ from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.plan_pricer import PlanPricer
 from moesim.graph.pricing import PricedStep, Pricer
+from moesim.network.choice import CHOICES, STALE, following
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
@@ -65,7 +66,40 @@ def timed_placements(
     }
     routing = RoutingDraws(judge, ground.model.moe.top_k)
     truths: list[Draw | None] = [None, *joint_draws(draws, routing.weights, seed)]
-    return [_timed(ground, deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+    return [_timed(deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+
+
+def timed_choices(
+    ground: Groundwork,
+    placement: ExpertPlacement,
+    judge: Sequence[RoutingCounts],
+    tokens_per_rank: Sequence[int],
+    draws: int,
+    seed: int,
+    *,
+    choices: Sequence[str] = (*CHOICES, STALE),
+) -> list[TimedPlacements]:
+    """Step times of one placement under several replica choices; other arguments and errors as above.
+
+    What looks at a batch's counts pays for its exchange of counts, its solve and its map in every layer, `stale_lp`
+    for its map alone.
+    """
+    check_background(ground.cluster, fidelity="maxplus", draws=draws)
+    spec = variant_for(ground.scenario, placement)
+    deployments = {
+        name: resolve(ground, with_choice(spec, "lp" if name == STALE else name), placement) for name in choices
+    }
+    routing = RoutingDraws(judge, ground.model.moe.top_k)
+    truths: list[Draw | None] = [None, *joint_draws(draws, routing.weights, seed)]
+    return [_timed(deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+
+
+def with_choice(scenario: Scenario, replica: str) -> Scenario:
+    """The scenario under another replica choice; a solve time of its own stays with choices that solve."""
+    dispatch = scenario.policies.dispatch
+    solve_s = dispatch.replica_solve_s if CHOICES[replica].exchanges_counts else None
+    dispatch = dispatch.model_copy(update={"replica": replica, "replica_solve_s": solve_s})
+    return scenario.model_copy(update={"policies": scenario.policies.model_copy(update={"dispatch": dispatch})})
 
 
 def variant_for(scenario: Scenario, placement: ExpertPlacement) -> Scenario:
@@ -75,7 +109,6 @@ def variant_for(scenario: Scenario, placement: ExpertPlacement) -> Scenario:
 
 
 def _timed(
-    ground: Groundwork,
     deployments: Mapping[str, Deployment],
     routing: RoutingDraws,
     tokens: int,
@@ -94,7 +127,9 @@ def _timed(
         modes = [asked]
     for position, mode in enumerate(modes):
         try:
-            priced = {name: _price(one, routing, tokens, mode, seed) for name, one in deployments.items()}
+            priced = {
+                name: _price(one, routing, tokens, mode, seed, stale=name == STALE) for name, one in deployments.items()
+            }
             break
         except OutsideProfile:
             if position == len(modes) - 1:
@@ -114,7 +149,9 @@ def _timed(
     return TimedPlacements(tokens, mode, step_s, _balance(deployments, routing, tokens, seed))
 
 
-def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int) -> PricedStep:
+def _price(
+    deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int, *, stale: bool
+) -> PricedStep:
     setup = deployment.setup
     asked = lengths(deployment.serving.workload)
     context = asked.mean_isl + asked.mean_osl / 2
@@ -128,7 +165,16 @@ def _price(deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
     counts = _counts(routing, float(micro.tokens[0].sum()), seed)
-    return PlanPricer(setup, deployment.ground.costs).price(micro, counts, mode=mode, graphed=graphs.holds(tokens))
+    pricer = PlanPricer(setup, deployment.ground.costs)
+    if stale:
+        pricer.replicas = following(pricer.replicas, _before(counts))
+    return pricer.price(micro, counts, mode=mode, graphed=graphs.holds(tokens))
+
+
+def _before(counts: Floats) -> Floats:
+    """The counts of the step before each: steps of a load follow each other, its first one its last."""
+    by_load = counts.reshape(-1, STEPS_PER_LOAD, *counts.shape[1:])
+    return np.roll(by_load, 1, axis=1).reshape(counts.shape)
 
 
 def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:
@@ -145,5 +191,7 @@ def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, token
     for name, one in deployments.items():
         counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
         replicas = Pricer(one.setup, one.ground.costs).replicas
+        if name == STALE:
+            replicas = following(replicas, _before(counts))
         found[name] = float(max_over_mean(replicas.rank_loads(counts)).mean())
     return found

@@ -32,7 +32,7 @@ def choice_estimates(
     picks: [steps, 1] of the fullest rank. solve_s: a figure of one's own for the solve; none = measured on a CPU core
     (`network.choice`), with the spread of host times. gpus: of the instance, and of a node. Raises OutsideProfile.
     """
-    if not replicas.choice.exchanges_counts:
+    if not replicas.choice.updates_map:
         return ()
     plan = replicas.placement
     whole, node = gpus
@@ -41,8 +41,11 @@ def choice_estimates(
     seconds = np.full((1, 1), replicas.solve_s() if solve_s is None else solve_s)
     # The map: for each slot and each sender its part, written and read once; each pick reads its expert, writes a slot.
     moved = (2 * plan.slots * plan.ranks + 2 * picks) * NUMBER_BYTES
+    update = costs.estimate(MemoryBound(bytes=moved, name="replica map"))
+    if not replicas.choice.exchanges_counts:  # solved while the step before runs
+        return (update,)
     return (
         costs.estimate(Collective(kind="all_reduce", bytes=counts, gpus=whole, nodes=-(-whole // node))),
         estimate(seconds, Tag.ASSUMED, "overhead", host_rel_sigma, source),
-        costs.estimate(MemoryBound(bytes=moved, name="replica map")),
+        update,
     )

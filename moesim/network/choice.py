@@ -3,13 +3,14 @@
 "local_first" and "equal" are fixed shares (`replicas`). The others look at each batch: "round_robin" deals every
 expert's tokens out in turns; "fewest_activated" gives an expert's tokens to one replica, so that no rank reads more
 experts' weights than it must; "lp" makes the busiest rank least busy. Every choice gives each token to one replica of
-its expert; fixed shares do so on average.
+its expert; fixed shares do so on average. "stale_lp" splits a batch as "lp" would have split the one before, and waits
+for nothing but the new map. It needs steps that follow each other: `following` makes it, and no scenario names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ Ints = NDArray[np.int64]
 # slots on 32 ranks, 4,096 tokens; tests/bench/test_bench_replicas.py prints it). Measured on the machine that runs the
 # tests, assumed elsewhere: `policies.dispatch.replica_solve_s` takes a figure of one's own, of a GPU kernel for one.
 SOLVE_S_PER_SLOT = {"fewest_activated": 3.5e-8, "lp": 1.2e-7}
+STALE = "stale_lp"
 # Tokens that an average over many batches is scaled to before a choice that deals whole tokens is asked.
 AVERAGE_TOKENS = 2.0**32
 
@@ -41,13 +43,18 @@ class Choice:
     fixed: bool
     exchanges_counts: bool
 
+    @property
+    def updates_map(self) -> bool:
+        """Whether every step has a map of its own to write and to look up."""
+        return self.exchanges_counts or self.name == STALE
+
 
 @dataclass(frozen=True, eq=False)
 class Replicas:
     """A placement under a replica choice, ready for any number of batches; `prepare` makes it.
 
-    shares: [layers, slots] of a fixed choice. held, slot: [layers, pairs], the ranks that hold each expert and the slot
-    there; starts: [layers, experts + 1].
+    shares: [layers, slots] of a fixed choice, [steps, layers, slots] of a stale one. held, slot: [layers, pairs], the
+    ranks that hold each expert and the slot there; starts: [layers, experts + 1].
     """
 
     placement: ExpertPlacement
@@ -122,6 +129,21 @@ def prepare(placement: ExpertPlacement, *, policy: str, nodes: int) -> Replicas:
     choice = CHOICES[policy]
     shares = replica_shares(placement, policy=policy, nodes=nodes) if choice.fixed else None
     return Replicas(placement, choice, shares, *_holders(placement))
+
+
+def following(replicas: Replicas, previous: Floats) -> Replicas:
+    """The choice `stale_lp`: each step splits as `lp` would have split the counts of the step before it.
+
+    replicas: prepared for `lp`. previous: [steps, layers, experts]; an expert without tokens there is split evenly.
+    What comes back is for these steps alone.
+    """
+    plan = replicas.placement
+    split = replicas.slot_loads(previous)
+    rows = np.arange(plan.layers)[:, None]
+    whole = previous[:, rows, plan.physical_to_logical]
+    even = np.broadcast_to(1.0 / plan.replica_counts()[rows, plan.physical_to_logical], whole.shape)
+    shares = np.divide(split, whole, out=np.array(even), where=whole > 0)
+    return replace(replicas, choice=Choice(STALE, _fixed, fixed=False, exchanges_counts=False), shares=shares)
 
 
 def _holders(placement: ExpertPlacement) -> tuple[Ints, Ints, Ints]:

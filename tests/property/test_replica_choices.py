@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from moesim.errors import BadInput
-from moesim.network.choice import AVERAGE_TOKENS, CHOICES, Replicas, prepare
+from moesim.network.choice import AVERAGE_TOKENS, CHOICES, Replicas, following, prepare
 from moesim.spec.plan import ExpertPlacement
 
 NODES = 2
@@ -135,3 +135,19 @@ def test_averages_are_those_of_very_many_tokens() -> None:
 def test_choices_that_there_are_not_are_refused() -> None:
     with pytest.raises(BadInput, match=r"nearest.*round_robin"):
         prepare(one_layer([0, 1], ranks=2), policy="nearest", nodes=1)
+
+
+@given(seeds)
+@settings(max_examples=40, deadline=None)
+def test_a_stale_choice_keeps_every_token_and_is_the_fresh_one_on_its_own_counts(seed: int) -> None:
+    plan, counts = drawn(seed)
+    replicas = prepare(plan, policy="lp", nodes=NODES)
+    np.testing.assert_allclose(
+        following(replicas, counts).slot_loads(counts), replicas.slot_loads(counts), rtol=1e-12, atol=1e-9
+    )
+    before = np.roll(counts, 1, axis=0)
+    stale = following(replicas, before)
+    loads = stale.slot_loads(counts)
+    assert (loads >= 0.0).all()
+    np.testing.assert_allclose(by_expert(stale, loads), counts, rtol=1e-9, atol=1e-9)
+    assert stale.choice.updates_map and not stale.choice.exchanges_counts
