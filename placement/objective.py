@@ -12,12 +12,12 @@ from moesim.engine.deployment import Deployment, Groundwork, resolve, solve
 from moesim.engine.draws import joint_draws
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, simulate
-from moesim.errors import Infeasible, OutsideProfile
+from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.output.metrics import flatten, outside_share, serving_metrics
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
-from placement.space import Plan
+from placement.space import Plan, own_options
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Evaluator:
             return Outcome("outside_profile", detail=error.line())
         except Infeasible as error:
             return Outcome(error.reason, detail=error.line())
+        except BadInput as error:
+            if plan.options == own_options(self.scenario):
+                raise  # the scenario's own fault, not that of a value which the search tried
+            return Outcome("contradictory", detail=error.line())
         return outcome_of(simulation)
 
 

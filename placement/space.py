@@ -1,18 +1,32 @@
-"""The plans that the hardware allows: layouts x solvers x replica budgets x schedules, illegal ones counted."""
+"""The plans that the hardware allows: layouts x solvers x replica budgets x schedules x further axes.
+
+Illegal plans are counted by reason. A grid of up to ENUMERATED plans is checked whole; of a larger one a sample says
+how many are legal, and each plan is checked when it is asked for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from moesim.engine.deployment import Groundwork, check_plan, resolve
 from moesim.engine.stepmodel import price_light_steps
 from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
+from placement.axes import Axis, Scalar, axes_of, value_at, with_value
 
+# Plans of a grid that are all checked (50 microseconds each); of more, a sample of SAMPLED tells how many are legal.
+ENUMERATED = 40_000
+SAMPLED = 4_000
 # Replica budgets tried when the scenario names none, in slots for each rank and layer beyond an even spread.
 _EXTRA_SLOTS_PER_RANK = (0, 1, 2, 4)
 _BACKEND_NAMES = {"deepep": "DeepEP", "allreduce": "AR", "allgather_reducescatter": "AG+RS", "alltoall": "A2A"}
@@ -21,13 +35,14 @@ SOLVERS = ("contiguous", "eplb", "greedy", "robust")
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice on each axis that the tuner searches."""
+    """One choice on each axis that the tuner searches. options: key of the scenario and value, of the further axes."""
 
     parallel: ParallelSpec
     backend: str
     solver: str
     redundant_experts: int
     schedule: str
+    options: tuple[tuple[str, Scalar], ...] = ()
 
     @property
     def layout(self) -> str:
@@ -37,7 +52,8 @@ class Plan:
     def label(self) -> str:
         """Short name of the whole plan."""
         overlap = "" if self.schedule == "sequential" else f" {self.schedule}"
-        return f"{self.layout}{overlap}, {self.solver} +{self.redundant_experts}"
+        more = "".join(f", {key.rpartition('.')[2]} {_told(value)}" for key, value in self.options)
+        return f"{self.layout}{overlap}, {self.solver} +{self.redundant_experts}{more}"
 
     def params(self) -> dict[str, str]:
         """The plan as the categorical parameters that samplers see."""
@@ -45,6 +61,7 @@ class Plan:
             "layout": self.layout,
             "schedule": self.schedule,
             "placement": f"{self.solver} +{self.redundant_experts}",
+            **{key: _told(value) for key, value in self.options},
         }
 
     def apply(self, scenario: Scenario) -> Scenario:
@@ -54,26 +71,87 @@ class Plan:
         placement = scenario.placement.model_copy(
             update={"solver": self.solver, "redundant_experts": self.redundant_experts, "file": None}
         )
-        return scenario.model_copy(update={"parallel": self.parallel, "policies": policies, "placement": placement})
+        found = scenario.model_copy(update={"parallel": self.parallel, "policies": policies, "placement": placement})
+        for key, value in self.options:
+            found = with_value(found, key, value)
+        return found
+
+
+def _told(value: Scalar) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
 class Space:
-    """All legal plans in a fixed order, and why the others are not: reason -> count."""
+    """Legal plans, and why the others are not: reason -> count.
+
+    plans: all legal ones in a fixed order; of a grid that was not checked whole, those of the sample. infeasible: of
+    the grid, or of the sample. size: legal plans, `estimated` from the sample. bases: the grid without the further
+    axes, whose values are `axes`. why_not: None where a plan is legal, else the reason.
+    """
 
     plans: tuple[Plan, ...]
     infeasible: dict[str, int]
+    size: int
+    estimated: bool
+    bases: tuple[Plan, ...] = field(repr=False)
+    axes: tuple[Axis, ...] = field(repr=False)
+    why_not: Callable[[Plan], str | None] = field(repr=False)
 
     @functools.cached_property
-    def by_params(self) -> dict[tuple[str, ...], Plan]:
-        """Plans by their parameter values."""
-        return {tuple(plan.params().values()): plan for plan in self.plans}
+    def _bases(self) -> dict[tuple[str, ...], Plan]:
+        cut = len(self.bases[0].params()) - len(self.axes)
+        return {tuple(plan.params().values())[:cut]: plan for plan in self.bases}
+
+    @functools.cached_property
+    def _legal(self) -> frozenset[Plan]:
+        return frozenset(self.plans)
 
     @functools.cached_property
     def choices(self) -> dict[str, list[str]]:
-        """The values of each parameter, in order."""
-        names = list(self.plans[0].params())
-        return {name: sorted({values[axis] for values in self.by_params}) for axis, name in enumerate(names)}
+        """The values of each parameter, in order; those that no legal plan has are left out where all are known."""
+        named = [plan.params() for plan in (self.bases if self.estimated else self.plans)]
+        found = {name: sorted({one[name] for one in named}) for name in named[0]}
+        if self.estimated:
+            found |= {axis.key: [_told(value) for value in axis.values] for axis in self.axes}
+        return found
+
+    def __contains__(self, plan: Plan) -> bool:
+        return plan in self._legal or (self.estimated and self.why_not(plan) is None)
+
+    def find(self, values: Sequence[str]) -> Plan | None:
+        """The legal plan with these parameter values, in the order of `choices`; None where there is none."""
+        cut = len(values) - len(self.axes)
+        base = self._bases.get(tuple(values[:cut]))
+        if base is None:
+            return None
+        options = []
+        for axis, told in zip(self.axes, values[cut:], strict=True):
+            value = next((one for one in axis.values if _told(one) == told), self)
+            if value is self:
+                return None
+            options.append((axis.key, value))
+        plan = replace(base, options=tuple(options))  # type: ignore[arg-type]
+        return plan if plan in self else None
+
+    def untried(self, seen: AbstractSet[Plan], room: int, rng: np.random.Generator) -> list[Plan]:
+        """Up to `room` legal plans outside `seen`, at random."""
+        if not self.estimated:
+            left = [plan for plan in self.plans if plan not in seen]
+            return [left[int(index)] for index in rng.permutation(len(left))[:room]]
+        found: list[Plan] = []
+        for _ in range(1000 * room):
+            if len(found) == room:
+                break
+            plan = _drawn(self.bases, self.axes, rng)
+            if plan not in seen and plan not in found and self.why_not(plan) is None:
+                found.append(plan)
+        return found
+
+
+def _drawn(bases: Sequence[Plan], axes: Sequence[Axis], rng: np.random.Generator) -> Plan:
+    base = bases[int(rng.integers(len(bases)))]
+    return replace(base, options=tuple((axis.key, axis.values[int(rng.integers(len(axis.values)))]) for axis in axes))
 
 
 def own_plan(ground: Groundwork, scenario: Scenario) -> Plan:
@@ -85,42 +163,79 @@ def own_plan(ground: Groundwork, scenario: Scenario) -> Plan:
         solver=scenario.placement.solver or "greedy",
         redundant_experts=scenario.placement.redundant_experts,
         schedule=scenario.policies.schedule,
+        options=own_options(scenario),
     )
+
+
+def own_options(scenario: Scenario) -> tuple[tuple[str, Scalar], ...]:
+    """The scenario's own values on the further axes."""
+    return tuple((key, value_at(scenario, key, where=f"search.axes.{key}")) for key in scenario.search.axes or {})
 
 
 def baseline_plan(ground: Groundwork, scenario: Scenario) -> Plan:
     """The plain baseline: the scenario's own parallelism, contiguous placement, no redundancy, nothing overlapped."""
     own = own_plan(ground, scenario)
     spare = -ground.model.moe.experts % own.parallel.ep
-    return Plan(own.parallel, own.backend, "contiguous", spare, "sequential")
+    return Plan(own.parallel, own.backend, "contiguous", spare, "sequential", own.options)
 
 
 def plain_placement(ground: Groundwork, plan: Plan) -> Plan:
     """The same plan with contiguous experts and no redundancy."""
-    return Plan(plan.parallel, plan.backend, "contiguous", -ground.model.moe.experts % plan.parallel.ep, plan.schedule)
+    spare = -ground.model.moe.experts % plan.parallel.ep
+    return replace(plan, solver="contiguous", redundant_experts=spare)
 
 
 def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
-    """Every plan of the grid, checked before anything is simulated: legality, memory, and whether it can be priced.
+    """The grid's plans, checked before anything is simulated: legality, memory, and whether it can be priced.
 
-    A layout that the cost model cannot price even at a light load leaves with all its plans under `outside_profile`.
+    A layout that the cost model cannot price even at a light load leaves with all its plans under `outside_profile`;
+    values that contradict each other are counted as `contradictory`. Raises BadInput for the scenario's own faults.
     """
-    priced: dict[str, bool] = {}
-    legal: list[Plan] = []
+    axes = axes_of(scenario)
+    bases = tuple(_grid(ground, scenario))
+    why_not = _checker(ground, scenario)
+    own = baseline_plan(ground, scenario)
+    with contextlib.suppress(Infeasible):
+        check_plan(ground, own.apply(scenario))  # a scenario that contradicts itself is told, not counted
+    grid = len(bases) * math.prod(len(axis.values) for axis in axes)
+    whole = grid <= ENUMERATED
+    options = [[(axis.key, value) for value in axis.values] for axis in axes]
+    rng = np.random.default_rng([scenario.seed, 10])
+    looked: Iterator[Plan] = (
+        (replace(base, options=chosen) for base in bases for chosen in itertools.product(*options))
+        if whole
+        else (_drawn(bases, axes, rng) for _ in range(SAMPLED))
+    )
+    legal: dict[Plan, None] = {}
     reasons: Counter[str] = Counter()
-    for plan in _grid(ground, scenario):
+    seen = good = 0
+    for plan in looked:
+        seen += 1
+        reason = why_not(plan)
+        if reason is not None:
+            reasons[reason] += 1
+            continue
+        good += 1
+        legal[plan] = None
+    size = len(legal) if whole else round(grid * good / seen)
+    return Space(tuple(legal), dict(sorted(reasons.items())), size, not whole, bases, axes, why_not)
+
+
+def _checker(ground: Groundwork, scenario: Scenario) -> Callable[[Plan], str | None]:
+    priced: dict[str, bool] = {}
+
+    def why_not(plan: Plan) -> str | None:
         try:
             check_plan(ground, plan.apply(scenario))
         except Infeasible as error:
-            reasons[error.reason] += 1
-            continue
+            return error.reason
+        except BadInput:
+            return "contradictory"
         if plan.layout not in priced:
             priced[plan.layout] = _priced(ground, plan.apply(scenario))
-        if priced[plan.layout]:
-            legal.append(plan)
-        else:
-            reasons["outside_profile"] += 1
-    return Space(tuple(legal), dict(sorted(reasons.items())))
+        return None if priced[plan.layout] else "outside_profile"
+
+    return why_not
 
 
 def _priced(ground: Groundwork, scenario: Scenario) -> bool:
@@ -148,7 +263,7 @@ def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
             if schedule == "two_batch" and backend == "allreduce":
                 continue  # two-batch overlap is an all-to-all schedule in the engines
             for solver, redundant in _placements(ground, scenario, parallel.ep, own):
-                plan = Plan(parallel, backend, solver, redundant, schedule)
+                plan = Plan(parallel, backend, solver, redundant, schedule, own.options)
                 if plan != base:
                     yield plan
 

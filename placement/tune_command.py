@@ -90,9 +90,9 @@ def tune(
     base = baseline_plan(ground, spec)
     search_started = time.perf_counter()
     with start_workers(spec, evaluator, workers) as pool:
-        with progress_bar(f"searching {len(space.plans)} plans") as progress:
+        with progress_bar(f"searching {_how_many(space)} plans") as progress:
             found = search(
-                study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space.plans), progress=progress
+                study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space), progress=progress
             )
         if first_look:
             found = settled(found, pool, spec, [base, own_plan(ground, spec)])
@@ -113,7 +113,7 @@ def tune(
     plain_final = Finalist(chosen[0], drawn[plain_placement(ground, plans[0])])
     result["placement_gain"] = {metric: gain_json(finalists[0], plain_final, metric) for metric in (LATENCY, SHOWN[0])}
     if not found.exhausted:
-        result["verdict"]["text"] += f" {len(found.trials)} of {len(space.plans)} legal plans were tried."
+        result["verdict"]["text"] += f" {len(found.trials)} of {_how_many(space)} legal plans were tried."
     result["verdict"]["text"] += _placement_sentence(plans[0], result["placement_gain"][LATENCY])
     for name, run in (("best plan", simulation), ("baseline", base_simulation)):
         fault = None if run is None else steadiness(run).fault
@@ -140,19 +140,22 @@ def tune(
     return result
 
 
-def _recipes(ground: Groundwork, scenario: Scenario, plans: tuple[Plan, ...]) -> list[Plan]:
+def _how_many(space: Space) -> str:
+    return f"about {space.size:.2g}" if space.estimated else str(space.size)
+
+
+def _recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[Plan]:
     """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
     every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them.
     """
     known: dict[str, Plan] = {}
-    for plan in plans:
+    for plan in space.bases:
         node = ground.cluster.gpus_per_node
         usual = plan.parallel.gpus <= node or (plan.backend == "deepep" and plan.parallel.tp < node)
-        if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy"):
+        if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy") and plan in space:
             known.setdefault(plan.layout, plan)
     wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario), *known.values()]
-    legal = set(plans)
-    return [plan for plan in wanted if plan in legal]
+    return [plan for plan in wanted if plan in space]
 
 
 def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
@@ -182,7 +185,7 @@ def _result(
     levels = level_metrics(scenario)
     base_plan = baseline_plan(ground, scenario)
     if base_trial is None:
-        base_reason = "it is not a legal plan here" if base_plan not in space.plans else "it was not tried"
+        base_reason = "it is not a legal plan here" if base_plan not in space else "it was not tried"
     elif base_trial.outcome.status != "ok":
         base_reason = base_trial.outcome.status
     elif base_trial.outcome.violation > 0:
@@ -221,7 +224,8 @@ def _result(
         ],
         "pareto": [plan_json(trial) for trial in pareto(found, scenario)],
         "trials": len(found.trials),
-        "space": len(space.plans),
+        "space": space.size,
+        "space_estimated": space.estimated,
         "exhausted": found.exhausted,
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
@@ -287,7 +291,8 @@ def print_tune(result: dict[str, Any]) -> None:
 
     out = console()
     how = "all of them evaluated" if result["exhausted"] else f"{result['trials']} evaluated"
-    out.print(f"{result['space']} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
+    size = f"about {result['space']:.2g}" if result["space_estimated"] else result["space"]
+    out.print(f"{size} legal plans, {how}; not legal or not priced: {_counts(result['infeasible'])}.")
     table = Table(title="Plans, best first (90 % interval over joint draws of costs and routing)", title_justify="left")
     for column in (
         "plan",

@@ -135,12 +135,11 @@ def search(
     Recipes come first; then the sampler, seeded by batch. Where the whole space is no larger than `trials`, all of it
     is evaluated in order instead.
     """
-    by_params = space.by_params
-    finished = list(_stored(study, by_params))
+    finished = list(_stored(study, space))
     frozen = [_frozen(trial.plan, trial.outcome, space) for trial in finished]
     resumed = len(finished)
-    target = min(trials, len(space.plans))
-    whole = trials >= len(space.plans)
+    target = min(trials, space.size)
+    whole = not space.estimated and trials >= space.size
     while len(finished) < target:
         # A batch follows from the trials before it alone, so that one cut short by a crash goes on as it was.
         start = len(finished) - len(finished) % BATCH
@@ -158,9 +157,11 @@ def search(
             frozen.append(_frozen(plan, outcome, space))
             _store(study, frozen[-1])
             finished.append(Trial(len(finished), plan, outcome))
+        if not batch:
+            break  # a large space in which no untried legal plan is found any more
         if progress is not None:
             progress(len(finished) / target)
-    return Search(tuple(finished), len(finished) >= len(space.plans), resumed)
+    return Search(tuple(finished), not space.estimated and len(finished) >= space.size, resumed)
 
 
 def _telling(trials: list[Trial]) -> list[Trial]:
@@ -195,18 +196,16 @@ def _ask(
     scratch.add_trials(stored)
     found: list[Plan] = []
     # Over half of the space is tried: a sampler would mostly ask for the same plans again.
-    asks = _ASKS * room if 2 * len(seen) < len(space.plans) else 0
+    asks = _ASKS * room if 2 * len(seen) < space.size else 0
     for _ in range(asks):
         if len(found) == room:
             return found
         trial = scratch.ask()
         values = tuple(trial.suggest_categorical(name, choices) for name, choices in space.choices.items())
-        plan = space.by_params.get(values)
+        plan = space.find(values)
         if plan is not None and plan not in seen and plan not in found:
             found.append(plan)
-    untried = [plan for plan in space.plans if plan not in seen and plan not in found]
-    chosen = rng.permutation(len(untried))[: room - len(found)]
-    return found + [untried[int(index)] for index in chosen]
+    return found + space.untried(seen | set(found), room - len(found), rng)
 
 
 def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
@@ -235,11 +234,11 @@ def _store(study: optuna.Study, trial: FrozenTrial) -> None:
         ) from None
 
 
-def _stored(study: optuna.Study, by_params: dict[tuple[str, ...], Plan]) -> list[Trial]:
+def _stored(study: optuna.Study, space: Space) -> list[Trial]:
     """Finished trials of a resumed study, in order. Raises BadInput when they are not of this space."""
     found: list[Trial] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        plan = by_params.get(tuple(str(value) for value in trial.params.values()))
+        plan = space.find([str(trial.params.get(name)) for name in space.choices])
         outcome = trial.user_attrs.get(_OUTCOME)
         if plan is None or outcome is None:
             raise BadInput("the stored trials are of another search", mend="choose another --out")

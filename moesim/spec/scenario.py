@@ -221,6 +221,9 @@ class SearchSpec(Spec):
     solvers: tuple[str, ...] | None = None
     capacity_factor: tuple[float, float] | None = None
     schedules: tuple[Literal["sequential", "two_batch"], ...] | None = None
+    axes: dict[str, tuple[str | int | float | bool | None, ...]] | None = Field(
+        default=None, description="further keys of the scenario, dotted, with the values to try"
+    )
     sampler: Literal["tpe", "random"] = "tpe"
 
 

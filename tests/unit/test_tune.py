@@ -143,7 +143,7 @@ def test_illegal_plans_are_counted_by_reason(tmp_path: Path) -> None:
     space = enumerate_space(ground, ground.scenario)
     assert space.infeasible["slots_not_divisible"] > 0
     assert len(set(space.plans)) == len(space.plans)
-    assert len(space.by_params) == len(space.plans)
+    assert len({tuple(plan.params().values()) for plan in space.plans}) == len(space.plans) == space.size
 
 
 def test_the_baseline_is_contiguous_without_redundancy(tmp_path: Path) -> None:
