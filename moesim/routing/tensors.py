@@ -15,6 +15,8 @@ from moesim.errors import BadInput
 
 MAX_CELLS = 64_000_000  # 0.5 GB as float64: 4,000 steps of 61 layers x 256 experts
 MAX_FILE_BYTES = 2**30
+# More layers or experts than this is no model that exists (the largest published have 128 layers and 1,024 experts).
+MAX_AXIS = 65_536
 # Element types of the safetensors format (huggingface/safetensors, README "Format"), little endian.
 DTYPES = {
     "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",

@@ -56,7 +56,7 @@ def export_placement(
         return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":
         options = trtllm.options(placement, scenario)
-        trtllm.write(placement, folder / trtllm.FILE)
+        trtllm.write(placement, folder / trtllm.FILE, scenario)
         write_text(folder / trtllm.OPTIONS_FILE, options)
         launch = write_launch(folder, trtllm.launch(placement, scenario), note=note)
         return [folder / trtllm.FILE, folder / trtllm.OPTIONS_FILE, launch]
@@ -68,7 +68,7 @@ def export_placement(
             write_launch(
                 folder,
                 vllm.launch(placement, scenario),
-                note="; ".join(filter(None, [f"{vllm.GATE}: flags only, no map", note])),
+                note="; ".join(filter(None, [vllm.note(placement, scenario), note])),
             )
         ]
     if engine == "megatron":
