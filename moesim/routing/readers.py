@@ -147,12 +147,19 @@ def _read_json(path: Path) -> Raw:
         )
     try:
         array = np.asarray(data["logical_count"])
+        if ("true" in text or "false" in text) and _holds_bool(data["logical_count"]):
+            raise BadInput("logical_count holds true or false", where=str(path), mend="give a matrix of counts")
     except (ValueError, OverflowError):
         raise BadInput(
             "the rows of logical_count differ in length", where=str(path), mend="give a full matrix of counts"
         ) from None
     counts, per_step = _as_steps(array, where=f"{path}: logical_count")
     return counts, None, per_step
+
+
+def _holds_bool(value: Any) -> bool:
+    """Whether a nested list holds a truth value, which NumPy would take for 0 or 1."""
+    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_bool, value)))
 
 
 def _read_npz(path: Path) -> Raw:

@@ -86,15 +86,18 @@ class Passes:
     def _add_record(self, record: Any, table: NDArray[np.int64], where: str) -> None:
         if not isinstance(record, dict) or "forward_pass_id" not in record:
             raise BadInput("a record lacks forward_pass_id", where=where, mend="give the whole dump")
-        number, rank, gatherer = (record.get(key) for key in ("forward_pass_id", "rank", "gatherer_key"))
-        if type(number) is not int or number < 0:
-            raise BadInput("forward_pass_id is no number from 0 on", where=where, mend="give the whole dump")
-        if type(rank) is int:
-            if (number, rank, str(gatherer)) in self.seen:
-                raise BadInput(
-                    f"pass {number} of rank {rank} stands twice", where=where, mend="give dumps of one run, each once"
-                )
-            self.seen.add((number, rank, str(gatherer)))
+        number, rank, gatherer = record["forward_pass_id"], record.get("rank", 0), record.get("gatherer_key", "primary")
+        for key, value in (("forward_pass_id", number), ("rank", rank)):
+            if type(value) is not int or value < 0:
+                raise BadInput(f"{key} is no number from 0 on", where=where, mend="give the whole dump")
+        if not isinstance(gatherer, str):
+            raise BadInput("gatherer_key is no text", where=where, mend="give the whole dump")
+        # Without ranks in the records, nothing tells whether a pass stands twice.
+        if "rank" in record and (number, rank, gatherer) in self.seen:
+            raise BadInput(
+                f"pass {number} of rank {rank} stands twice", where=where, mend="give dumps of one run, each once"
+            )
+        self.seen.add((number, rank, gatherer))
         experts = int(table.max()) + 1
         physical = _physical_counts(record, table.shape, where)
         if number not in self.counts:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.engine.rules import engine_rules
+from moesim.engine.speculative import draft_tokens
 from moesim.files import write_text
 from moesim.spec.maps.sglang import KEY, check
 from moesim.spec.plan import ExpertPlacement
@@ -97,4 +98,8 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         lines.append(f"--mem-fraction-static {memory_share(placement, scenario, 'static'):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")
+        drafts = draft_tokens(scenario.serving)
+        if drafts:
+            lines += ["--speculative-algorithm EAGLE", f"--speculative-num-steps {drafts}"]
+            lines += ["--speculative-eagle-topk 1", f"--speculative-num-draft-tokens {drafts + 1}"]
     return lines

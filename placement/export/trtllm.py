@@ -76,6 +76,9 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
             "free_gpu_memory_fraction": round(memory_share(placement, scenario, "free"), 4),
             "enable_block_reuse": batching.prefix_cache,
         }
+        drafts = draft_tokens(scenario.serving)
+        if drafts:
+            data["speculative_config"] = {"decoding_type": "MTP", "num_nextn_predict_layers": drafts}
     data["moe_config"] = {"load_balancer": FILE}
     return str(yaml.safe_dump(data, sort_keys=False))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moesim.engine.speculative import draft_tokens
 from moesim.errors import BadInput
 from moesim.spec.hf import load_model
 from moesim.spec.plan import ExpertPlacement
@@ -59,6 +60,10 @@ def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> lis
         lines.append("--enable-prefix-caching" if batching.prefix_cache else "--no-enable-prefix-caching")
         if not batching.chunked_prefill:
             lines.append("--no-enable-chunked-prefill")
+        drafts = draft_tokens(scenario.serving)
+        if drafts:
+            config = {"method": "mtp", "num_speculative_tokens": drafts}
+            lines.append(f"--speculative-config '{json.dumps(config)}'")
     return lines
 
 

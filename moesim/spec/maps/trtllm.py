@@ -27,9 +27,22 @@ ASSIGNMENTS = "initial_global_assignments"
 KEYS = ("num_slots", ASSIGNMENTS, "layer_updates_per_iter")
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Maps are long: the compiled safe loader where PyYAML has it; a key that stands twice is refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+        return found
+
+
 def parse(text: str) -> Any:
-    """A YAML document; maps are long, so by the compiled safe loader where PyYAML has it."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """A YAML document, by the rules of PyYAML's own safe loader, which the engine uses. Raises yaml.YAMLError."""
+    tab = text.find("\t")
+    if tab >= 0:  # the compiled loader would take some
+        raise yaml.YAMLError(f"line {text.count(chr(10), 0, tab) + 1} holds a tab")
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> Any:
