@@ -28,7 +28,10 @@ def _json(path: Path) -> Any:
             raise ValueError
         return dict(pairs)
 
-    return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=distinct)
+    def number(name: str) -> float:
+        raise ValueError(name)
+
+    return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=distinct, parse_constant=number)
 
 
 def _matrix(value: Any) -> NDArray[Any] | None:

@@ -8,10 +8,14 @@ must refuse the file, and the other way round.
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
+import subprocess
+import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +36,8 @@ from tests.second_readers import Counts, Held
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
+# Another set of damages: FUZZ_SEED=7 pytest ...
+SEED = os.environ.get("FUZZ_SEED", "0")
 LAYERS, EXPERTS, RANKS = [1, 2, 3], 16, 4
 ABSOLUTE = 4
 CONFIG = {
@@ -275,7 +281,7 @@ def watched(record_testsuite_property: Callable[[str, object], None]) -> Any:
 def test_damaged_loads(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], watched: Any) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("safetensors")
-    rng, kind, ended = random.Random(form), LOADS[form], Counter[str]()
+    rng, kind, ended = random.Random(f"{form} {SEED}"), LOADS[form], Counter[str]()
     out = tmp_path / "out" / "map.json"
     for _ in range(kind.number):
         path = kind.write(tmp_path, rng)
@@ -307,7 +313,7 @@ def test_damaged_loads(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("form", MAPS)
 def test_damaged_maps(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], watched: Any) -> None:
-    rng, kind, ended = random.Random(form), MAPS[form], Counter[str]()
+    rng, kind, ended = random.Random(f"{form} {SEED}"), MAPS[form], Counter[str]()
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     given = [] if form == "moesim map" else ["--model", str(tmp_path / "config.json"), "--gpus", str(RANKS)]
     out = tmp_path / "out"
@@ -336,3 +342,111 @@ def test_damaged_maps(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     print(form, dict(ended))
     assert ended["refused"] >= kind.number // 4
     assert ended["read"] > 0
+
+
+def one_refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    begin = time.process_time()
+    code = run([*arguments, str(path)] if arguments[0] == "export" else [*arguments, "--loads", str(path)])
+    printed = capsys.readouterr()
+    one_line(code, printed, path.name)
+    assert time.process_time() - begin < MOST_CPU_S
+    return printed.err
+
+
+PLACE = ("place", "--gpus", str(RANKS), "--slots", str(EXPERTS), "--holdout", "0")
+
+
+def test_archives_that_unpack_to_far_more_are_refused_unread(tmp_path: Path, capsys: Any, watched: Any) -> None:
+    """Four gigabytes of zeros in some megabytes: an .npz by its header, a .pt as torch.save never compresses."""
+    torch = pytest.importorskip("torch")
+    header = tmp_path / "big.npz"
+    with zipfile.ZipFile(header, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("counts.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": "<i8", "fortran_order": False, "shape": (1000, 1000, 500)}
+        )
+        for _ in range(64):
+            member.write(bytes(1_000_000))
+    assert "more than" in one_refused(header, capsys, *PLACE)
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"rank": 0, "logical_count": torch.zeros(1, ABSOLUTE, EXPERTS)}, plain)
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for member in archive.infolist():
+            other.writestr(member.filename, archive.read(member))
+    assert "compressed" in one_refused(packed, capsys, *PLACE)
+    wide = tmp_path / "wide.pt"  # eight bytes of storage, strides of 0: a terabyte when it is laid out
+    torch.save({"rank": 0, "logical_count": torch.ones(1).expand(1000, 1000, 1000)}, wide)
+    assert "more than" in one_refused(wide, capsys, *PLACE)
+    watched()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("deep.json", b'{"logical_count": ' + b"[" * 300_000 + b"]" * 300_000 + b"}"),
+        ("deep.csv", b"layer_id,expert_id,count\n" + b'"' * 100_000),
+        ("long.json", b'{"logical_count": [[' + b"9" * 1_000_000 + b"]]}"),
+        ("wide.csv", b"layer_id,expert_id,count\n65535,65535,1\n" + b"".join(b"%d,0,1\n" % one for one in range(2000))),
+        ("nothing.json", b""),
+        ("nothing.pt", b""),
+        ("nothing.npz", b""),
+        ("nothing.csv", b""),
+        ("pickle.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
+        ("counts.npy", b"\x93NUMPY"),
+    ],
+)
+def test_extreme_loads_are_one_line(name: str, content: bytes, tmp_path: Path, capsys: Any, watched: Any) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    one_refused(path, capsys, *PLACE)
+    watched()
+
+
+# Each alias names the ten before it: 10^9 entries when it is laid out.
+LAUGHS = "a0: &a0 [0]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("deep.json", b'{"physical_to_logical_map": ' + b"[" * 300_000 + b"}"),
+        ("deep.yaml", b"num_slots: " + b"[" * 300_000),
+        ("block.yaml", b"num_slots: 2\ninitial_global_assignments:\n " + b"- " * 300_000),
+        ("laughs.yaml", LAUGHS.encode() + b"num_slots: *a9\n"),
+        ("assigned.yaml", LAUGHS.encode().replace(b"a9: ", b"initial_global_assignments: ") + b"num_slots: 2\n"),
+        ("tag.yaml", b"num_slots: !!python/object/apply:os.system ['true']\n"),
+        ("many.json", json.dumps({"physical_to_logical_map": [[999_999] * 16] * ABSOLUTE}).encode()),
+        ("nothing.json", b""),
+        ("nothing.yaml", b""),
+        ("utf16.json", sglang.render(placement()).encode("utf-16")),
+    ],
+)
+def test_extreme_maps_are_one_line(name: str, content: bytes, tmp_path: Path, capsys: Any, watched: Any) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    given = ("--model", str(tmp_path / "config.json"), "--gpus", str(RANKS), "--out", str(tmp_path / "out"))
+    one_refused(path, capsys, "export", "--engine", "sglang", *given)
+    assert not (tmp_path / "out").exists()
+    watched()
+
+
+def test_a_sample_through_processes_of_their_own(tmp_path: Path) -> None:
+    """As a shell meets it: exit code and one line, without this process's warnings filter or loaded modules."""
+    pytest.importorskip("torch")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    given = ["--engine", "sglang", "--model", str(tmp_path / "config.json"), "--gpus", str(RANKS)]
+    for form, kind in {**LOADS, **MAPS}.items():
+        rng = random.Random(f"{form} {SEED} process")
+        for _ in range(100):
+            path = kind.write(tmp_path, rng)
+            if form == "parquet" or kind.read(path) is None:
+                break
+        arguments = [*PLACE, "--loads", str(path)] if form in LOADS else ["export", str(path), *given]
+        command = [sys.executable, "-m", "moesim.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+        assert done.returncode == 2, f"{form}: {done.stderr}"
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1, done.stderr
