@@ -25,6 +25,7 @@ def place(
     form: Annotated[
         str, typer.Option("--format", help="Format of --out: moesim, sglang, trtllm, vllm or vllm-ascend.")
     ] = "moesim",
+    page: Annotated[Path | None, typer.Option("--report", help="Page of pictures to write (.html).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -64,10 +65,17 @@ def place(
     report = placed.to_json()
     if out is not None:
         report["out"] = {"file": str(out), "format": form}
+    if page is not None:
+        from placement.page import write_place_page
+
+        write_place_page(page, placed, written="" if out is None else f"{out} ({form})")
+        report["report"] = str(page)
     if json_output:
         _print_json(report)
     else:
         _print_place(placed, out, form)
+        if page is not None:
+            typer.echo(f"Wrote {page}.")
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:

@@ -126,7 +126,7 @@ def _tensor(value: Any) -> NDArray[Any] | None:
     if isinstance(value, torch.Tensor):
         if value.dtype == torch.bool or value.is_complex():
             return None
-        return (value.double() if value.is_floating_point() else value).numpy()
+        return np.asarray((value.double() if value.is_floating_point() else value).numpy())
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):

@@ -259,7 +259,7 @@ def compare_loads(found: Counts, report: dict[str, Any], written: Path) -> None:
 
 def fits(found: Counts) -> bool:
     """Whether 16 slots on 4 ranks can hold a file's experts."""
-    return found[0].shape[2] <= EXPERTS <= found[0].shape[2] * RANKS
+    return bool(found[0].shape[2] <= EXPERTS <= found[0].shape[2] * RANKS)
 
 
 @pytest.fixture
@@ -370,8 +370,8 @@ def test_archives_that_unpack_to_far_more_are_refused_unread(tmp_path: Path, cap
     plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
     torch.save({"rank": 0, "logical_count": torch.zeros(1, ABSOLUTE, EXPERTS)}, plain)
     with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
-        for member in archive.infolist():
-            other.writestr(member.filename, archive.read(member))
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
     assert "compressed" in one_refused(packed, capsys, *PLACE)
     wide = tmp_path / "wide.pt"  # eight bytes of storage, strides of 0: a terabyte when it is laid out
     torch.save({"rank": 0, "logical_count": torch.ones(1).expand(1000, 1000, 1000)}, wide)
