@@ -77,7 +77,8 @@ def workloads(placed: Placed) -> str:
             title = f"{name}: {label}: {found[name]:.3f}"
             body.append(mark(Mark(found[name], 0.0, title, colour, shape), x, y))
     said = "; ".join(f"{name}: {', '.join(f'{label} {of[name]:.3f}' for label, _, _, of in shown)}" for name in names)
-    return figure(1120, bottom + 46, f"Largest over mean rank load by workload. {said}", body) + key(
+    drawn = figure(1120, bottom + 46, f"Largest over mean rank load by workload. {said}", body)
+    return f'<div class="scroll"><div style="min-width:680px">{drawn}</div></div>' + key(
         [(f"{label}{' (ring)' if shape == 'ring' else ''}", colour) for label, colour, shape, _ in shown]
     )
 
