@@ -36,7 +36,7 @@ def place(
     from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
     from placement import planning
-    from placement.export.engines import FORMATS, write_map
+    from placement.export.engines import FORMATS, suffix_note, write_map
     from placement.export.vllm import GATE
 
     if form not in FORMATS:
@@ -61,7 +61,9 @@ def place(
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
         placed = planning.place(asked)
     if out is not None:
-        write_map(placed.placement, form, out)
+        write_map(placed.placement, form, out, spec)
+        if suffix_note(form, out):
+            typer.echo(suffix_note(form, out), err=True)
     report = placed.to_json()
     if out is not None:
         report["out"] = {"file": str(out), "format": form}

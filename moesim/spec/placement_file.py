@@ -11,7 +11,7 @@ import numpy as np
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.maps import sglang, trtllm, vllm_ascend
 from moesim.spec.maps.frame import MapFrame
-from moesim.spec.maps.values import integer, integer_rows, read_json, short
+from moesim.spec.maps.values import integer, integer_rows, read_json, read_map_text, short
 from moesim.spec.plan import FORMAT, ExpertPlacement
 
 KEYS = ("format", "schema_version", "experts", "ranks", "absolute_layers", "layer_ids", "physical_to_logical")
@@ -28,7 +28,7 @@ def read_placement(path: Path, frame: MapFrame | None = None) -> ExpertPlacement
     other content.
     """
     path = Path(path)
-    if path.suffix in YAML_SUFFIXES:
+    if _is_yaml(path):
         data: Any = trtllm.read_yaml(path)
         if not isinstance(data, dict) or not set(data) & set(trtllm.KEYS):
             raise BadInput("not a load balancer file of TensorRT-LLM", where=str(path), mend=f"give {FORMATS}")
@@ -51,6 +51,13 @@ def read_placement(path: Path, frame: MapFrame | None = None) -> ExpertPlacement
         raise BadInput(error.what, where=where, mend=error.mend) from None
     except BadInput as error:
         raise BadInput(error.what, where=error.where or where, mend=error.mend) from None
+
+
+def _is_yaml(path: Path) -> bool:
+    """By the suffix; a name without one of ours is YAML where it does not start as a JSON mapping does."""
+    if path.suffix in (*YAML_SUFFIXES, ".json"):
+        return path.suffix != ".json"
+    return not read_map_text(path, what="placement map").lstrip().startswith("{")
 
 
 def _engine(data: Any) -> tuple[str, Reader] | None:

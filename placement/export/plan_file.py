@@ -12,7 +12,7 @@ from moesim.files import read_text
 from moesim.spec.hf import load_model
 from moesim.spec.maps import trtllm
 from moesim.spec.maps.frame import MapFrame
-from moesim.spec.placement_file import read_placement
+from moesim.spec.placement_file import YAML_SUFFIXES, read_placement
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario, load_scenario, resolve_paths, yaml_fault
 
@@ -29,7 +29,7 @@ def read_plan(
     path = Path(path)
     if path.is_dir():
         raise BadInput("a plan is a file, not a folder", where=str(path), mend="give its plan.yaml")
-    if path.suffix == ".json" or _is_trtllm(path):
+    if path.suffix == ".json" or _is_map(path):
         return _read_map(path, model, ranks), None
     if model is not None or ranks is not None:
         raise BadInput("a plan names its model and its ranks itself", where=str(path), mend="leave out --model, --gpus")
@@ -55,9 +55,11 @@ def _load(path: Path) -> Any:
         raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
 
 
-def _is_trtllm(path: Path) -> bool:
-    """Whether a YAML file starts as TensorRT-LLM's maps do: with one of their keys, at the top level."""
+def _is_map(path: Path) -> bool:
+    """Whether a file that is not named .json is a map: a JSON mapping, or with TensorRT-LLM's keys at its top level."""
     text = read_text(path, what="plan")
+    if path.suffix not in YAML_SUFFIXES and text.lstrip().startswith("{"):
+        return True
     return any(line.split(":")[0].strip() in trtllm.KEYS for line in text.splitlines() if line[:1] not in (" ", "#"))
 
 

@@ -19,7 +19,7 @@ TABLE = np.stack([np.roll(np.concatenate([np.arange(EXPERTS), [layer, 5 - layer]
 
 
 def picks(number: int, rank: int, tokens: int = 7) -> np.ndarray[Any, Any]:
-    """Slots [layers, tokens, 8] that a rank's tokens went to in one pass; top-4, the other places -1, as padded rows."""
+    """Slots [layers, tokens, 8] that a rank's tokens went to in one pass; top-4, the rest -1, as padded rows."""
     found = np.full((LAYERS, tokens, 8), -1)
     rng = np.random.default_rng([number, rank])
     for layer in range(1, LAYERS):
