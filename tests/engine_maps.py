@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -106,6 +107,16 @@ def _flag(flags: str, name: str, default: str | None = None) -> str:
         assert default is not None
         return default
     return found[1].strip("'")
+
+
+def loaded(engine: str, files: list[Path], *, ep: int, hidden_layers: int, moe_layers: list[int], experts: int) -> Held:
+    """What an engine holds after it was launched with the files that `export` wrote (the map first, launch.txt last)."""
+    text, flags = files[0].read_text(), files[-1].read_text().replace("\\\n", " ")
+    if engine == "sglang":
+        return sglang(text, flags, hidden_layers=hidden_layers, moe_layers=moe_layers, experts=experts)
+    if engine == "trtllm":
+        return trtllm(text, files[1].read_text(), moe_layers=moe_layers, experts=experts)
+    return vllm_ascend(text, flags, ep=ep, moe_layers=moe_layers, experts=experts)
 
 
 def held_by(placement: Any) -> Held:

@@ -87,19 +87,9 @@ def test_a_map_comes_back_as_it_went_out(form: str, slots: int, config: Path, tm
         assert again.read_bytes() == path.read_bytes()
 
 
-def launched(files: list[Path]) -> str:
-    return files[-1].read_text().replace("\\\n", " ")
-
-
 def second_opinion(engine: str, files: list[Path], model: ModelSpec) -> engine_maps.Held:
-    layers, text = list(model.moe.layer_ids), files[0].read_text()
-    if engine == "sglang":
-        return engine_maps.sglang(
-            text, launched(files), hidden_layers=model.layers, moe_layers=layers, experts=model.moe.experts
-        )
-    if engine == "trtllm":
-        return engine_maps.trtllm(text, files[1].read_text(), moe_layers=layers, experts=model.moe.experts)
-    return engine_maps.vllm_ascend(text, launched(files), ep=RANKS, moe_layers=layers, experts=model.moe.experts)
+    layers, experts = list(model.moe.layer_ids), model.moe.experts
+    return engine_maps.loaded(engine, files, ep=RANKS, hidden_layers=model.layers, moe_layers=layers, experts=experts)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "trtllm", "vllm-ascend"])

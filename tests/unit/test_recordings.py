@@ -11,7 +11,10 @@ import pytest
 
 from moesim.errors import BadInput
 from moesim.routing.readers import read_loads
+from moesim.routing.resolve import fit_to_model
+from moesim.routing.trace import RoutingCounts
 from moesim.routing.traces import read_trace
+from moesim.spec.hf import load_model
 
 LAYERS, EXPERTS, SLOTS, RANKS = 4, 6, 8, 2
 # Layer 0 is dense; in the others two experts have a replica each, elsewhere in every layer.
@@ -209,3 +212,18 @@ def test_truth_values_are_no_counts(tmp_path: Path) -> None:
     path.write_text('{"logical_count": [[1, true], [2, 3]]}')
     with pytest.raises(BadInput, match="true or false"):
         read_loads(path)
+
+
+def test_counts_of_draft_layers_are_left_out_for_the_model(tmp_path: Path) -> None:
+    """TensorRT-LLM counts layer 61 of DeepSeek-V3 when it drafts: no MoE layer of the 61 that are placed."""
+    model = load_model("deepseek-ai/DeepSeek-V3")
+    rng = np.random.default_rng(0)
+    layers = np.asarray([*model.moe.layer_ids, 61])
+    loads = RoutingCounts(rng.uniform(1.0, 2.0, (2, 59, 256)), layers, 62, "x", per_step=True)
+    found = fit_to_model(loads, model, where="x")
+    assert tuple(found.layer_ids.tolist()) == model.moe.layer_ids
+    assert found.absolute_layers == 61
+    assert np.array_equal(found.counts, loads.counts[:, :58])
+    more = RoutingCounts(rng.uniform(1.0, 2.0, (1, 59, 256)), np.asarray([*model.moe.layer_ids, 62]), 63, "x")
+    with pytest.raises(BadInput, match="layer 62 has counts"):
+        fit_to_model(more, model, where="x")
