@@ -110,7 +110,7 @@ def _flag(flags: str, name: str, default: str | None = None) -> str:
 
 
 def loaded(engine: str, files: list[Path], *, ep: int, hidden_layers: int, moe_layers: list[int], experts: int) -> Held:
-    """What an engine holds after it was launched with the files that `export` wrote (the map first, launch.txt last)."""
+    """What an engine holds when launched with the files that `export` wrote (the map first, launch.txt last)."""
     text, flags = files[0].read_text(), files[-1].read_text().replace("\\\n", " ")
     if engine == "sglang":
         return sglang(text, flags, hidden_layers=hidden_layers, moe_layers=moe_layers, experts=experts)

@@ -66,13 +66,16 @@ def export_placement(
         return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":
         options = trtllm.options(placement, scenario)
-        trtllm.write(placement, folder / trtllm.FILE, scenario)
+        map_file = [folder / trtllm.FILE] if trtllm.takes_map(placement, scenario) else []
+        for path in map_file:
+            trtllm.write(placement, path, scenario)
         write_text(folder / trtllm.OPTIONS_FILE, options)
         launch = write_launch(folder, trtllm.launch(placement, scenario), note=note)
-        return [folder / trtllm.FILE, folder / trtllm.OPTIONS_FILE, launch]
+        return [*map_file, folder / trtllm.OPTIONS_FILE, launch]
     if engine == "vllm-ascend":
         vllm_ascend.write(placement, folder / vllm_ascend.FILE)
-        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=note)]
+        told = "; ".join(filter(None, [vllm_ascend.WEIGHTS, note]))
+        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=told)]
     if engine == "vllm":
         return [
             write_launch(

@@ -46,6 +46,26 @@ def write(placement: ExpertPlacement, path: Path, scenario: Scenario | None = No
     write_text(path, text)
 
 
+def takes_map(placement: ExpertPlacement, scenario: Scenario | None) -> bool:
+    """Whether the engine loads a map for this plan; without one it lays experts out contiguous, without replicas.
+
+    Its load balancer asserts attention DP on more than one GPU (`_init_load_balancer`, as above). Raises Infeasible for
+    a placement that needs the map where the engine takes none.
+    """
+    parallel = None if scenario is None else scenario.parallel
+    attention_dp = placement.ranks if parallel is None else parallel.attention_dp
+    if attention_dp > 1 and placement.ranks > 1:
+        return True
+    if placement.redundant or (placement.physical_to_logical != np.arange(placement.slots)).any():
+        raise Infeasible(
+            f"TensorRT-LLM loads a map under attention DP and EP only, not at DP {attention_dp}, EP {placement.ranks}",
+            where="parallel",
+            mend="plan with attention_dp over 1, or with contiguous experts and no replicas",
+            reason="engine_layout",
+        )
+    return False
+
+
 def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
     """The extra options file of `trtllm-serve`: parallelism, batch limits (per attention-DP rank there as here)."""
     data: dict[str, Any] = {"moe_expert_parallel_size": placement.ranks}
@@ -79,7 +99,8 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
         drafts = draft_tokens(scenario.serving)
         if drafts:
             data["speculative_config"] = {"decoding_type": "MTP", "num_nextn_predict_layers": drafts}
-    data["moe_config"] = {"load_balancer": FILE}
+    if takes_map(placement, scenario):
+        data["moe_config"] = {"load_balancer": FILE}
     return str(yaml.safe_dump(data, sort_keys=False))
 
 

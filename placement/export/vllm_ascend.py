@@ -13,6 +13,8 @@ from moesim.spec.scenario import Scenario
 from placement.export import vllm
 
 FILE = "expert_map.json"
+# `init_eplb_config` of vllm_ascend/eplb/core/eplb_utils.py asks `supports_eplb` of the quantisation, and for EP over 1.
+WEIGHTS = "vllm-ascend takes a map for w8a8_dynamic weights only"
 
 
 def render(placement: ExpertPlacement) -> str:
@@ -32,6 +34,10 @@ def render(placement: ExpertPlacement) -> str:
 def write(placement: ExpertPlacement, path: Path) -> None:
     """Write the map, after checking it by vllm-ascend's rules, whole or not at all. Raises Infeasible or BadInput."""
     table = placement.physical_to_logical.reshape(placement.layers, placement.ranks, placement.slots_per_rank)
+    if placement.ranks == 1:
+        raise Infeasible(
+            "vllm-ascend takes no map on one rank", where=str(path), mend="leave the map out", reason="engine_layout"
+        )
     found = twice(table)
     if found is not None:
         raise Infeasible(

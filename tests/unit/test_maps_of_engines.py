@@ -12,7 +12,7 @@ import yaml
 
 from moesim import cli
 from moesim.engine.deployment import groundwork, resolve
-from moesim.errors import BadInput
+from moesim.errors import BadInput, Infeasible
 from moesim.spec.hf import load_model
 from moesim.spec.maps.frame import MapFrame
 from moesim.spec.model import ModelSpec
@@ -236,3 +236,26 @@ def test_the_content_says_the_format_not_the_name(tmp_path: Path) -> None:
     path.write_text('{"physical_to_logical_map": [[0, 1]], "physical_to_logical_map": [[1, 0]]}')
     with pytest.raises(BadInput, match="stands twice"):
         read_placement(path, frame)
+
+
+def test_trtllm_takes_a_map_under_attention_dp_only(tmp_path: Path) -> None:
+    """Its load balancer asserts attention DP and EP over 1: a contiguous plan goes without a map, others do not go."""
+    data = small()
+    model = load_model(data["model"])
+    data["parallel"] = {"tp": 4, "attention_dp": 1, "ep": 4}
+    tensor = Scenario.read(data, where="test")
+    plain = placed(model, "contiguous", slots=model.moe.experts)
+    files = export_placement(plain, "trtllm", tmp_path / "plain", tensor)
+    assert [file.name for file in files] == ["extra_llm_api_options.yaml", "launch.txt"]
+    assert "moe_config" not in yaml.safe_load(files[0].read_text())
+    for other in (placed(model, slots=model.moe.experts), placed(model, "contiguous", slots=model.moe.experts + RANKS)):
+        with pytest.raises(Infeasible, match="not at DP 1, EP 4"):
+            export_placement(other, "trtllm", tmp_path / "other", tensor)
+    assert not (tmp_path / "other").exists()
+
+
+def test_vllm_ascend_takes_no_map_on_one_rank(tmp_path: Path) -> None:
+    alone = ExpertPlacement(np.arange(4)[None, :], np.arange(1), experts=4, ranks=1, absolute_layers=1)
+    with pytest.raises(Infeasible, match="one rank"):
+        export_placement(alone, "vllm-ascend", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
