@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from moesim.cli import run
 from moesim.routing.readers import write_npz, write_parquet
@@ -32,6 +34,7 @@ from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement
 from placement.export import sglang, trtllm, vllm_ascend
 from tests import mutations, second_readers
+from tests.scenarios import small
 from tests.second_readers import Counts, Held
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -45,6 +48,7 @@ CONFIG = {
     "num_hidden_layers": ABSOLUTE, "num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": EXPERTS,
     "num_experts_per_tok": 4, "vocab_size": 1000, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
 }  # fmt: skip
+PLANS = 120
 # Bounds of one file: far above what a sound one of this size takes.
 MOST_CPU_S, MOST_BYTES = 5.0, 512 * 1024**2
 
@@ -342,6 +346,36 @@ def test_damaged_maps(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     print(form, dict(ended))
     assert ended["refused"] >= kind.number // 4
     assert ended["read"] > 0
+
+
+def test_damaged_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str], watched: Any) -> None:
+    """A plan is a scenario and the name of a map: refused in one line, or exported with the placement of that map."""
+    rng, ended = random.Random(f"plan {SEED}"), Counter[int]()
+    placement().write(tmp_path / "map.json")
+    scenario = small(parallel={"attention_dp": RANKS, "ep": RANKS}, placement={"solver": "greedy"})
+    plan = {"format": "moesim-plan", "schema_version": 1, "placement": "map.json", "scenario": scenario}
+    for number in range(PLANS):
+        path = tmp_path / "plan.yaml"
+        if number % 2:
+            path.write_text(yaml.safe_dump(mutations.of_document(plan, rng)))
+        else:
+            path.write_bytes(mutations.of_bytes(yaml.safe_dump(plan).encode(), rng))
+        out = tmp_path / "out"
+        code = run(["export", str(path), "--engine", "sglang", "--out", str(out)])
+        printed = capsys.readouterr()
+        watched()
+        ended[code] += 1
+        assert code in (0, 1, 2), printed.err
+        assert out.exists() == (code == 0)
+        if code:
+            assert printed.err.startswith("error: "), printed.err
+            assert printed.err.count("\n") == 1
+            continue
+        rows = json.loads((out / "expert_location.json").read_text())["physical_to_logical_map"]
+        assert [rows[layer] for layer in LAYERS] == placement().physical_to_logical.tolist()
+        shutil.rmtree(out)
+    assert ended[2] > PLANS // 2
+    assert ended[0] > 0
 
 
 def one_refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
