@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
-from moesim.files import read_text, whole_file
+from moesim.files import kind_of, read_text, whole_file
 from moesim.routing.recorder import Passes, load_dump, read_dumps
 from moesim.routing.records import records_of
 from moesim.routing.statistics import META, read_statistics
@@ -38,10 +38,11 @@ def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
     Raises BadInput (file, place, mend) for whatever is wrong with the file, MissingPart where `.pt` needs torch.
     """
     path = Path(path)
-    if not path.exists():
+    kind = kind_of(path)
+    if kind is None:
         raise BadInput("there is no such file", where=str(path), mend="give a path to a file of expert counts")
     frame = None
-    if path.is_dir():
+    if kind == "folder":
         counts, layer_ids, per_step = _read_folder(path)
     else:
         size = path.stat().st_size

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from moesim.errors import BadInput
-from moesim.files import read_text
+from moesim.files import kind_of, read_text
 from moesim.spec.hf import load_model
 from moesim.spec.maps import trtllm
 from moesim.spec.maps.frame import MapFrame
@@ -27,7 +27,7 @@ def read_plan(
     BadInput that names the file and the key.
     """
     path = Path(path)
-    if path.is_dir():
+    if kind_of(path) == "folder":
         raise BadInput("a plan is a file, not a folder", where=str(path), mend="give its plan.yaml")
     if path.suffix == ".json" or _is_map(path):
         return _read_map(path, model, ranks), None
