@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moesim.errors import BadInput
 
@@ -75,3 +76,14 @@ def read_text(path: Path, *, what: str) -> str:
         ) from None
     except UnicodeDecodeError:
         raise BadInput(f"the {what} is not UTF-8 text", where=str(path), mend="give a text file") from None
+    except ValueError:  # a NUL in the name
+        raise BadInput(f"the {what} has no name of a file", where=repr(str(path)), mend="give a path") from None
+
+
+def kind_of(path: Path) -> Literal["file", "folder"] | None:
+    """What lies at a path; None for nothing, and for a name that no file can have."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file"

@@ -29,6 +29,7 @@ def place(
     replica_choices: Annotated[
         bool, typer.Option("--replica-choices", help="Compare which replica tokens go to, in balance and in step time.")
     ] = False,
+    page: Annotated[Path | None, typer.Option("--report", help="Page of pictures to write (.html).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -39,7 +40,7 @@ def place(
     from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
     from placement import planning
-    from placement.export.engines import FORMATS, write_map
+    from placement.export.engines import FORMATS, suffix_note, write_map
     from placement.export.vllm import GATE
 
     if form not in FORMATS:
@@ -64,14 +65,23 @@ def place(
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
         placed = planning.place(asked, choices=replica_choices)
     if out is not None:
-        write_map(placed.placement, form, out)
+        write_map(placed.placement, form, out, spec)
+        if suffix_note(form, out):
+            typer.echo(suffix_note(form, out), err=True)
     report = placed.to_json()
     if out is not None:
         report["out"] = {"file": str(out), "format": form}
+    if page is not None:
+        from placement.page import write_place_page
+
+        write_place_page(page, placed, written="" if out is None else f"{out} ({form})")
+        report["report"] = str(page)
     if json_output:
         _print_json(report)
     else:
         _print_place(placed, out, form)
+        if page is not None:
+            typer.echo(f"Wrote {page}.")
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:
@@ -233,19 +243,22 @@ def tune(
 
 
 def export(
-    plan: Annotated[Path, typer.Argument(help="plan.yaml of a run, or a placement map of moesim.")],
+    plan: Annotated[Path, typer.Argument(help="plan.yaml of a run, or a map of moesim or of an engine.")],
     engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, megatron or vllm-ascend.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to (default: beside the plan).")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of an engine's map: an id, or a config.json.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Expert-parallel ranks of an engine's map.")] = None,
 ) -> None:
     """Write a plan as the files that an engine loads, with the flags to launch it."""
     from placement.export.engines import export_placement
     from placement.export.plan_file import read_plan
 
-    placement, scenario = read_plan(plan)
+    placement, scenario = read_plan(plan, model=model, ranks=gpus)
     folder = out if out is not None else plan.parent / engine
     for path in export_placement(placement, engine, folder, scenario):
         typer.echo(str(path))
     if engine == "vllm":
-        from placement.export.vllm import GATE
+        from placement.export.vllm import GATE, starts_with
 
-        typer.echo(f"note: {GATE}; only its flags were written", err=True)
+        if starts_with(placement, scenario) is None:
+            typer.echo(f"note: {GATE}; only its flags were written", err=True)

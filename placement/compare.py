@@ -33,11 +33,20 @@ class Split:
 
 
 @dataclass(frozen=True)
+class HeldLoads:
+    """Loads of the ranks on one held-out workload, over the mean of the layer: contender -> [layers, ranks]."""
+
+    workload: str
+    loads: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """max/mean rank load on held-out loads, for each contender, and what the plan gains.
 
-    each: contender -> weighted mean over held-out workloads. gain: planned against contiguous. replicas: planned
-    against the same solver without replicas; None where the plan has none.
+    each: contender -> weighted mean over held-out workloads; by_workload: contender -> workload -> mean over layers and
+    the splits that held it out. gain: planned against contiguous. replicas: planned against the same solver without
+    replicas; None where the plan has none. worst: loads of the ranks on the workload that the plan does worst on.
     """
 
     spec: HoldoutSpec
@@ -46,6 +55,8 @@ class HeldOut:
     each: dict[str, float]
     gain: Figure
     replicas: Figure | None
+    by_workload: dict[str, dict[str, float]]
+    worst: HeldLoads
 
     def to_json(self) -> dict[str, Any]:
         """How the loads were split, and the figures."""
@@ -55,6 +66,7 @@ class HeldOut:
             "splits": self.splits,
             "workloads": list(self.workloads),
             "max_over_mean": self.each,
+            "by_workload": self.by_workload,
             "gain_from_replicas": None if self.replicas is None else self.replicas.to_json(),
         }
 
@@ -87,10 +99,16 @@ def judge_splits(splits: Sequence[Split], request: PlacementRequest, solver: str
     """Fit every contender to each split's first part and judge it on the second. Raises what the solver raises."""
     rows: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     weight: dict[str, float] = {}
+    most, worst = 0.0, HeldLoads("", {})
     for part in splits:
         fitted = refit(request, part.fit)
-        for contender, placement in contenders(fitted, solver).items():
+        found = contenders(fitted, solver)
+        for contender, placement in found.items():
             judged = balance(placement, part.judge)
+            each = judged.by_load.mean(axis=1)
+            if contender == PLANNED and each.max() > most:
+                most = float(each.max())
+                worst = _held_loads(judged.names[int(each.argmax())], part.judge[int(each.argmax())], found)
             for name, row, load_weight in zip(judged.names, judged.by_load, judged.weights, strict=True):
                 rows.setdefault(contender, {}).setdefault(name, []).append(row)
                 weight[name] = float(load_weight)
@@ -109,7 +127,17 @@ def judge_splits(splits: Sequence[Split], request: PlacementRequest, solver: str
         each={name: float(weights @ rows.mean(axis=1) / weights.sum()) for name, rows in table.items()},
         gain=paired_gain(table[BASELINE], table[PLANNED], weights, first),
         replicas=replicas,
+        by_workload={
+            contender: dict(zip(names, map(float, figures.mean(axis=1)), strict=True))
+            for contender, figures in table.items()
+        },
+        worst=worst,
     )
+
+
+def _held_loads(name: str, load: RoutingCounts, found: dict[str, ExpertPlacement]) -> HeldLoads:
+    by_rank = {contender: placement.rank_loads(load.profile()) for contender, placement in found.items()}
+    return HeldLoads(name, {key: loads / loads.mean(axis=1, keepdims=True) for key, loads in by_rank.items()})
 
 
 def refit(request: PlacementRequest, loads: Sequence[RoutingCounts]) -> PlacementRequest:

@@ -264,7 +264,7 @@ def write_run(
         except Infeasible as error:
             # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
             result["notes"].append(f"{engine}: {error.line()}")
-            write_map(placement, engine, folder / engine / name)
+            write_map(placement, engine, folder / engine / name, chosen)
             written.append(f"{engine}/{name}")
             continue
         written += [str(path.relative_to(folder)) for path in paths]

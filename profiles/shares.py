@@ -31,6 +31,7 @@ def destination_shares(
     if skew is not None:
         raise BadInput("skew and loads exclude each other", where="--skew", mend="give one of them")
     from moesim.routing.readers import read_loads
+    from moesim.spec.maps.frame import MapFrame
     from moesim.spec.placement_file import read_placement
 
     counts = read_loads(loads)
@@ -46,7 +47,8 @@ def destination_shares(
             )
         by_rank = profile.reshape(ranks, -1).sum(axis=1)
     else:
-        held = read_placement(placement)
+        frame = MapFrame(counts.experts, tuple(ids), counts.absolute_layers, ranks)
+        held = read_placement(placement, frame)
         if held.ranks != ranks or held.experts != len(profile) or wanted not in held.layer_ids:
             raise BadInput(
                 f"a map of {held.experts} experts on {held.ranks} ranks does not fit {len(profile)} experts of layer "

@@ -32,6 +32,7 @@ from moesim.routing.resolve import resolve_routing
 from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.hf import load_model
+from moesim.spec.maps.frame import MapFrame
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import read_placement
@@ -135,6 +136,11 @@ def gated(
     return loads[: len(fit)], loads[len(fit) :], under
 
 
+def whole_cluster(cluster: ClusterSpec) -> ParallelSpec:
+    """The parallelism of a scenario that gives none: attention DP and EP over every GPU."""
+    return ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
+
+
 def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, MemoryLedger]:
     """Whether a plan is legal and fits in memory, without solving its placement; cheap.
 
@@ -142,7 +148,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     """
     assert scenario.serving is not None
     model, cluster = ground.model, ground.cluster
-    parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
+    parallel = scenario.parallel or whole_cluster(cluster)
     check_parallel(parallel, model, cluster, scenario.policies)
     check_low_latency(scenario, parallel)
     capacity_rule(scenario.policies, model.moe.top_k)
@@ -187,7 +193,8 @@ def resolve(
     if scenario.serving is not None and scenario.serving.roles is not None:
         return _resolve_roles(ground, scenario, placement)
     if placement is None and scenario.placement.file is not None:
-        placement = read_placement(scenario.placement.file)
+        ranks = (scenario.parallel or whole_cluster(ground.cluster)).ep
+        placement = read_placement(scenario.placement.file, MapFrame.of(ground.model, ranks))
     if placement is not None:
         budget = scenario.placement.model_copy(update={"redundant_experts": placement.redundant})
         scenario = scenario.model_copy(update={"placement": budget})

@@ -27,6 +27,7 @@ from moesim.graph.training_flops import training_flops_per_token
 from moesim.graph.training_layer import TrainingSetup
 from moesim.graph.training_passes import PricedLayers, chunk_graph, chunk_seconds, passes_of, price_layers
 from moesim.spec.faults import FaultSpec
+from moesim.spec.maps.frame import MapFrame
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement
@@ -148,7 +149,7 @@ def _placement(ground: Groundwork, scenario: Scenario, parallel: ParallelSpec) -
     """One expert to a slot over the EP ranks of a stage: from a map, or solved. Raises BadInput for replicas."""
     if scenario.placement.file is None:
         return place(ground, scenario.placement, parallel.model_copy(update={"pp": 1}))
-    found = read_placement(scenario.placement.file)
+    found = read_placement(scenario.placement.file, MapFrame.of(ground.model, parallel.ep))
     check_placement(found, ground.model, parallel)
     if found.redundant:
         raise BadInput(

@@ -20,6 +20,7 @@ h1 {{ font-size: 26px; line-height: 1.25; margin: 2px 0 6px; letter-spacing: -0.
 h2 {{ font-size: 18px; margin: 0 0 4px; }}
 h3 {{ font-size: 14px; margin: 0 0 4px; }}
 p {{ margin: 0 0 10px; max-width: 92ch; }}
+p, li, h1, h3 {{ overflow-wrap: break-word; }}
 .eyebrow {{ color: {MUTED}; font-size: 13px; margin: 0; }}
 .lead {{ color: {MUTED}; margin-bottom: 14px; }}
 section {{ background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 20px 22px; margin: 16px 0; }}

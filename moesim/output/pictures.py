@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -83,13 +84,25 @@ def named(operation: str) -> str:
     )
 
 
-def load_maps(panels: Sequence[tuple[str, Series]]) -> str:
-    """Heat maps of load by rank and layer, side by side on one colour scale."""
+class RankLoads(Protocol):
+    """Load of each rank over the mean of its layer, [layers][ranks], and the layers' absolute ids."""
+
+    @property
+    def layer_ids(self) -> Sequence[int]:
+        """Absolute layer of each row."""
+
+    @property
+    def rank_loads(self) -> Sequence[Sequence[float]]:
+        """1 where a rank has its share."""
+
+
+def load_maps(panels: Sequence[tuple[str, RankLoads]]) -> str:
+    """Heat maps of load by rank and layer, two in a row, all on one colour scale."""
     arrays = [np.asarray(series.rank_loads, dtype=np.float64) for _, series in panels]
     top = max([_WIDE_ENOUGH, *(float(loads.max()) for loads in arrays)])
     shown = []
     for (name, series), loads in zip(panels, arrays, strict=True):
-        layer, rank = np.unravel_index(int(np.argmax(loads)), loads.shape)
+        layer, rank = (int(at) for at in np.unravel_index(int(np.argmax(loads)), loads.shape))
         if loads.shape[1] == 1:
             told = "every GPU holds a slice of every expert, so the load is even by construction"
         else:

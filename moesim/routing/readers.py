@@ -1,8 +1,7 @@
 """Files of expert counts, in any format that an engine or moesim writes, as RoutingCounts; any fault is one line.
 
-Formats: SGLang's recorder (`.pt`) and its JSON, TensorRT-LLM's statistics folder, CSV, `.npz` and `.parquet` of moesim.
-SGLang: python/sglang/srt/eplb/expert_distribution.py (sgl-project/sglang). TensorRT-LLM: `ExpertStatistic` in
-tensorrt_llm/_torch/modules/fused_moe/moe_load_balancer.py and examples/ep_load_balancer (NVIDIA/TensorRT-LLM).
+Formats: SGLang's recorder (`.pt`, moesim/routing/recorder.py) and its JSON, TensorRT-LLM's statistics folder
+(moesim/routing/statistics.py), CSV, `.npz` and `.parquet` of moesim.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import BadInput, MissingPart
-from moesim.files import read_text, whole_file
+from moesim.errors import BadInput
+from moesim.files import kind_of, read_text, whole_file
+from moesim.routing.recorder import Passes, load_dump, read_dumps
 from moesim.routing.records import records_of
+from moesim.routing.statistics import META, read_statistics
 from moesim.routing.tables import read_table
-from moesim.routing.tensors import MAX_FILE_BYTES, check_cells, read_safetensors, tensor_to_numpy
+from moesim.routing.tensors import MAX_AXIS, MAX_FILE_BYTES, check_cells, tensor_to_numpy
 from moesim.routing.trace import RoutingCounts
 
 # Beyond this a count is a corrupt number: at 1e8 routed tokens a second it would take more than three months.
 MAX_COUNT = 1e15
-# More layers or experts than this is no model that exists (the largest published have 128 layers and 1,024 experts).
-MAX_AXIS = 65_536
 SUFFIXES = ".json, .pt, .csv, .npz, .parquet or a folder of TensorRT-LLM statistics"
 
 
@@ -40,10 +38,11 @@ def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
     Raises BadInput (file, place, mend) for whatever is wrong with the file, MissingPart where `.pt` needs torch.
     """
     path = Path(path)
-    if not path.exists():
+    kind = kind_of(path)
+    if kind is None:
         raise BadInput("there is no such file", where=str(path), mend="give a path to a file of expert counts")
     frame = None
-    if path.is_dir():
+    if kind == "folder":
         counts, layer_ids, per_step = _read_folder(path)
     else:
         size = path.stat().st_size
@@ -149,12 +148,19 @@ def _read_json(path: Path) -> Raw:
         )
     try:
         array = np.asarray(data["logical_count"])
+        if ("true" in text or "false" in text) and _holds_bool(data["logical_count"]):
+            raise BadInput("logical_count holds true or false", where=str(path), mend="give a matrix of counts")
     except (ValueError, OverflowError):
         raise BadInput(
             "the rows of logical_count differ in length", where=str(path), mend="give a full matrix of counts"
         ) from None
     counts, per_step = _as_steps(array, where=f"{path}: logical_count")
     return counts, None, per_step
+
+
+def _holds_bool(value: Any) -> bool:
+    """Whether a nested list holds a truth value, which NumPy would take for 0 or 1."""
+    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_bool, value)))
 
 
 def _read_npz(path: Path) -> Raw:
@@ -194,139 +200,30 @@ def _read_npy(archive: zipfile.ZipFile, member: str, path: Path) -> NDArray[Any]
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _load_pt(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise MissingPart("reading a .pt file needs torch", where=str(path), mend="pip install '.[hardware]'") from None
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted unpickler raises whatever a broken file makes it meet
-        raise BadInput(
-            f"not a readable .pt file of plain tensors ({type(error).__name__})",
-            where=str(path),
-            mend="give a file that SGLang's expert distribution recorder wrote",
-        ) from None
-    if not isinstance(data, dict) or not ("logical_count" in data or "records" in data):
-        raise BadInput(
-            "there is neither logical_count nor records",
-            where=str(path),
-            mend="give a file that SGLang's expert distribution recorder wrote",
-        )
-    return data
-
-
 def _read_pt(path: Path) -> Raw:
-    data = _load_pt(path)
+    data = load_dump(path)
     if "logical_count" in data:
         array = tensor_to_numpy(data["logical_count"], where=f"{path}: logical_count")
         counts, per_step = _as_steps(array, where=f"{path}: logical_count")
         return counts, None, per_step
-    passes: dict[int, NDArray[np.float64]] = {}
-    add_records(data, passes, path)
-    return _stack_passes(passes, path)
-
-
-def add_records(data: Mapping[str, Any], passes: dict[int, NDArray[np.float64]], path: Path) -> None:
-    """Add the records of one rank's per_pass or per_token dump to the logical counts [layers, experts] by pass."""
-    where = f"{path}: last_physical_to_logical_map"
-    if "last_physical_to_logical_map" not in data:
-        raise BadInput("this key is missing", where=where, mend="give the recorder's whole dump")
-    table = tensor_to_numpy(data["last_physical_to_logical_map"], where=where)
-    if table.ndim != 2 or table.dtype.kind not in "iu" or table.size == 0 or table.min() < 0 or table.max() >= MAX_AXIS:
-        raise BadInput(f"shape {table.shape} is no map of expert ids", where=where, mend="give [layers, slots]")
-    experts = int(table.max()) + 1
-    rows = np.repeat(np.arange(table.shape[0]), table.shape[1])
-    records = data["records"]
-    if not isinstance(records, list) or not records:
-        raise BadInput("records is not a filled list", where=str(path), mend="record a loaded server")
-    for index, record in enumerate(records):
-        place = f"{path}: records[{index}]"
-        if not isinstance(record, dict) or not {"forward_pass_id", "global_physical_count"} <= set(record):
-            raise BadInput(
-                "a record lacks forward_pass_id or global_physical_count", where=place, mend="give the whole dump"
-            )
-        physical = tensor_to_numpy(record["global_physical_count"], where=place)
-        number = record["forward_pass_id"]
-        if physical.shape != table.shape or physical.dtype.kind not in "iuf" or not isinstance(number, int):
-            raise BadInput(
-                f"global_physical_count has shape {physical.shape}, the map {table.shape}",
-                where=place,
-                mend="give one dump",
-            )
-        logical = passes.get(number)
-        if logical is None:
-            check_cells((len(passes) + 1, table.shape[0], experts), where=str(path))
-            logical = passes[number] = np.zeros((table.shape[0], experts))
-        if logical.shape != (table.shape[0], experts):
-            raise BadInput("the dumps of one folder differ in shape", where=str(path), mend="give dumps of one run")
-        np.add.at(logical, (rows, table.ravel().astype(np.int64)), physical.ravel())
-
-
-def _stack_passes(passes: Mapping[int, NDArray[np.float64]], path: Path) -> Raw:
-    shapes = {matrix.shape for matrix in passes.values()}
-    if len(shapes) != 1:
-        raise BadInput("the passes differ in shape", where=str(path), mend="give dumps of one run")
-    return np.stack([passes[number] for number in sorted(passes)]), None, True
+    passes = Passes()
+    passes.add(data, path)
+    return passes.stacked(), None, True
 
 
 def _read_folder(path: Path) -> Raw:
     """A TensorRT-LLM statistics folder, or one SGLang per_pass / per_token dump of each rank (summed by pass)."""
-    if (path / "meta_info.json").is_file():
-        return _read_trtllm(path)
+    if (path / META).is_file():
+        counts, layers = read_statistics(path)
+        return counts, layers, True
     dumps = sorted(path.glob("*.pt"))
     if not dumps:
         raise BadInput(
-            "the folder holds neither meta_info.json nor .pt files",
+            f"the folder holds neither {META} nor .pt files",
             where=str(path),
             mend="give a folder of TensorRT-LLM statistics or of SGLang's dumps",
         )
-    passes: dict[int, NDArray[np.float64]] = {}
-    for dump in dumps:
-        data = _load_pt(dump)
-        if "records" not in data:
-            raise BadInput(
-                "a stat dump is already summed over ranks", where=str(dump), mend="give this file alone, not its folder"
-            )
-        add_records(data, passes, dump)
-    return _stack_passes(passes, path)
-
-
-def _read_trtllm(path: Path) -> Raw:
-    meta_path = path / "meta_info.json"
-    try:
-        meta = json.loads(read_text(meta_path, what="statistics"))
-        experts = meta["num_experts"]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        raise BadInput("there is no num_experts", where=str(meta_path), mend='give {"num_experts": n, ...}') from None
-    if not isinstance(experts, int) or isinstance(experts, bool) or not 0 < experts < MAX_AXIS:
-        raise BadInput(f"num_experts is {experts!r}"[:80], where=str(meta_path), mend="give a positive integer")
-    files = [file for file in sorted(path.glob("rank*.safetensors")) if file.stem.removeprefix("rank").isdecimal()]
-    if not files:
-        raise BadInput("there is no rank*.safetensors", where=str(path), mend="give the whole statistics folder")
-    total: dict[tuple[int, int], NDArray[np.float64]] = {}
-    for file in files:
-        for key, array in read_safetensors(file).items():
-            iteration, _, layer = key.partition("_")
-            if not (iteration.isdecimal() and layer.isdecimal() and len(key) < 32) or int(layer) >= MAX_AXIS:
-                raise BadInput(f"tensor {key[:40]!r}", where=str(file), mend="name it {iteration}_{layer}")
-            if array.shape != (experts,):
-                raise BadInput(
-                    f"tensor {key} has shape {array.shape}", where=str(file), mend=f"num_experts is {experts}"
-                )
-            place = (int(iteration), int(layer))
-            total[place] = total[place] + array if place in total else array.astype(np.float64)
-    if not total:
-        raise BadInput("the files hold no tensors", where=str(path), mend="record a loaded server")
-    steps = sorted({number for number, _ in total})
-    layers = sorted({number for _, number in total})
-    check_cells((len(steps), len(layers), experts), where=str(path))
-    counts = np.zeros((len(steps), len(layers), experts))
-    step_of = {number: index for index, number in enumerate(steps)}
-    layer_of = {number: index for index, number in enumerate(layers)}
-    for place, row in total.items():
-        counts[step_of[place[0]], layer_of[place[1]]] = row
-    return counts, np.asarray(layers, dtype=np.int64), True
+    return read_dumps(dumps), None, True
 
 
 def write_npz(path: Path, loads: RoutingCounts) -> None:

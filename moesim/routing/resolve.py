@@ -47,6 +47,7 @@ def resolve_routing(routing: RoutingSpec, model: ModelSpec, rng: np.random.Gener
 def fit_to_model(loads: RoutingCounts, model: ModelSpec, *, where: Path | str) -> RoutingCounts:
     """Check that the counts are of this model; MoE-relative rows (0, 1, 2 …) get their absolute layers.
 
+    Multi-token-prediction layers, which TensorRT-LLM numbers after the model's own and counts too, are left out.
     Raises BadInput on other experts, layers that the model does not route in, layers without counts, or a share that
     the model's top-k cannot give.
     """
@@ -59,6 +60,7 @@ def fit_to_model(loads: RoutingCounts, model: ModelSpec, *, where: Path | str) -
             mend="give counts of this model",
         )
     wanted = np.asarray(moe.layer_ids, dtype=np.int64)
+    loads = _without(loads, range(model.layers, model.layers + model.mtp_layers))
     given = loads.layer_ids
     relative = np.array_equal(given, np.arange(len(wanted))) and loads.absolute_layers == len(wanted)
     if not np.array_equal(given, wanted) and not relative:
@@ -81,3 +83,17 @@ def fit_to_model(loads: RoutingCounts, model: ModelSpec, *, where: Path | str) -
             mend=f"give counts of {model.id}",
         )
     return replace(loads, layer_ids=wanted, absolute_layers=model.layers)
+
+
+def _without(loads: RoutingCounts, layers: range) -> RoutingCounts:
+    """The counts without some absolute layers, where there are others."""
+    kept = ~np.isin(loads.layer_ids, layers)
+    if kept.all() or not kept.any():
+        return loads
+    records = loads.records
+    return replace(
+        loads,
+        counts=np.ascontiguousarray(loads.counts[:, kept]),
+        layer_ids=loads.layer_ids[kept],
+        records=None if records is None else replace(records, counts=records.counts[:, kept]),
+    )

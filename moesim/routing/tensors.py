@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from moesim.errors import BadInput
 
 MAX_CELLS = 64_000_000  # 0.5 GB as float64: 4,000 steps of 61 layers x 256 experts
 MAX_FILE_BYTES = 2**30
+# More layers or experts than this is no model that exists (the largest published have 128 layers and 1,024 experts).
+MAX_AXIS = 65_536
 # Element types of the safetensors format (huggingface/safetensors, README "Format"), little endian.
 DTYPES = {
     "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8",
@@ -69,14 +72,26 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     if not 0 < length <= min(MAX_HEADER_BYTES, len(content) - 8):
         raise BadInput("the safetensors header is cut short", where=str(path), mend=mend)
     try:
-        header = json.loads(content[8 : 8 + length])
+        header = json.loads(content[8 : 8 + length], object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         raise BadInput("the safetensors header is not JSON", where=str(path), mend=mend) from None
     if not isinstance(header, dict):
         raise BadInput("the safetensors header is no mapping", where=str(path), mend=mend)
     data = memoryview(content)[8 + length :]
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: _tensor(entry, data, f"{path}: {name[:40]}") for name, entry in tensors.items()}
+    found = {name: _tensor(entry, data, f"{path}: {name[:40]}") for name, entry in tensors.items()}
+    # The format's own rule: the tensors fill the data, without holes and without sharing a byte.
+    spans = sorted(entry["data_offsets"] for entry in tensors.values())
+    if any(end != begin for (_, end), (begin, _) in pairwise([[0, 0], *spans, [len(data), len(data)]])):
+        raise BadInput("the tensors do not fill the file's data", where=str(path), mend=mend)
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def _tensor(entry: Any, data: memoryview, where: str) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import BadInput
-from moesim.files import read_text
+from moesim.files import kind_of, read_text
 from moesim.spec.base import Spec
 from moesim.spec.model import AttentionSpec, ModelSpec, MoeSpec
 
@@ -91,9 +91,10 @@ def load_model(name_or_path: str) -> ModelSpec:
     Raises BadInput that names the file and the key.
     """
     path = Path(name_or_path)
-    if name_or_path.endswith(".json") or path.is_file():
+    kind = kind_of(path)
+    if name_or_path.endswith(".json") or kind == "file":
         return _load_file(path)
-    if path.is_dir() and (path / "config.json").is_file():
+    if kind == "folder" and kind_of(path / "config.json") == "file":
         return _load_file(path / "config.json")
     model = bundled_model(name_or_path)
     return from_hf(model.config, id=model.id, source=model.source)

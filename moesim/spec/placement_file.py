@@ -1,104 +1,94 @@
-"""Reading a placement map in moesim's own format; any fault of the file is one line."""
+"""Reading a placement map in any format that moesim writes; any fault of the file is one line."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.errors import BadInput, Infeasible
-from moesim.files import read_text
+from moesim.spec.maps import sglang, trtllm, vllm_ascend
+from moesim.spec.maps.frame import MapFrame
+from moesim.spec.maps.values import integer, integer_rows, read_json, read_map_text, short
 from moesim.spec.plan import FORMAT, ExpertPlacement
 
-MAX_BYTES = 512 * 1024**2
-"""Far above any real map (61 layers x 4,096 slots are 2 MB of JSON)."""
-
-MAX_COUNT = 1_000_000
-"""Experts, ranks or layers beyond this are a fault of the file; it bounds what a corrupt file can make us allocate."""
-
 KEYS = ("format", "schema_version", "experts", "ranks", "absolute_layers", "layer_ids", "physical_to_logical")
+FORMATS = "a map of moesim, SGLang or vllm-ascend (.json) or of TensorRT-LLM (.yaml)"
+YAML_SUFFIXES = (".yaml", ".yml")
+Reader = Callable[..., ExpertPlacement]
 
 
-def read_json(path: Path, *, what: str) -> Any:
-    """Read a JSON file; raises BadInput that names the file and what is wrong with it."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-    except (OSError, ValueError):
-        size = 0
-    if size > MAX_BYTES:
-        raise BadInput(f"the {what} has {size} bytes", where=str(path), mend="give a map, not a trace")
-    text = read_text(path, what=what)
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0][:80]
-        raise BadInput(f"the {what} is not valid JSON ({reason})", where=str(path), mend="write it again") from None
+def read_placement(path: Path, frame: MapFrame | None = None) -> ExpertPlacement:
+    """Read a map of moesim, SGLang, TensorRT-LLM or vllm-ascend; the content says which it is.
 
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def integer(value: Any, *, where: str, key: str, low: int = 0, high: int = MAX_COUNT) -> int:
-    """A whole number between low and high, else BadInput."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise BadInput(f"{key} is {_short(value)}", where=where, mend=f"give a whole number between {low} and {high}")
-    return value
-
-
-def integer_rows(value: Any, *, where: str, key: str) -> NDArray[np.int64]:
-    """Rows of whole numbers, all of one length: int64 [rows, columns], else BadInput that names the row."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, list) for row in value):
-        raise BadInput(f"{key} is {_short(value)}", where=where, mend="give a list of rows, one for each layer")
-    width = len(value[0])
-    for index, row in enumerate(value):
-        if len(row) != width or width == 0:
-            raise BadInput(
-                f"row {index} of {key} has {len(row)} entries, row 0 has {width}",
-                where=where,
-                mend="give every layer the same number of slots, at least one",
-            )
-        for entry in row:
-            if type(entry) is not int or not 0 <= entry <= MAX_COUNT:
-                raise BadInput(
-                    f"row {index} of {key} holds {_short(entry)}", where=where, mend="give expert ids from 0 on"
-                )
-    return np.asarray(value, dtype=np.int64)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def read_placement(path: Path) -> ExpertPlacement:
-    """Read a map that `ExpertPlacement.write` wrote.
-
-    Raises BadInput (with the file, the key and the mend) for any other content, Infeasible where the slots do not
-    divide by the ranks.
+    frame: the model and the ranks that the map is for. An engine's map leaves out some of it, so it is needed for one;
+    moesim's own says all itself and is not held to the frame. Raises BadInput (the file, the key and the mend) for any
+    other content.
     """
     path = Path(path)
-    data = read_json(path, what="placement map")
+    if _is_yaml(path):
+        data: Any = trtllm.read_yaml(path)
+        if not isinstance(data, dict) or not set(data) & set(trtllm.KEYS):
+            raise BadInput("not a load balancer file of TensorRT-LLM", where=str(path), mend=f"give {FORMATS}")
+    else:
+        data = read_json(path, what="placement map")
     where = str(path)
+    try:
+        engine = _engine(data)
+        if engine is None:
+            return _own(data, where)
+        name, placement_of = engine
+        if frame is None:
+            raise BadInput(
+                f"a map of {name} does not name its model",
+                where=where,
+                mend="give moesim's own map here, or the model: `placement: {file: ...}` of a scenario, or --model",
+            )
+        return placement_of(data, frame, where=where)
+    except Infeasible as error:
+        raise BadInput(error.what, where=where, mend=error.mend) from None
+    except BadInput as error:
+        raise BadInput(error.what, where=error.where or where, mend=error.mend) from None
+
+
+def _is_yaml(path: Path) -> bool:
+    """By the suffix; a name without one of ours is YAML where it does not start as a JSON mapping does."""
+    if path.suffix in (*YAML_SUFFIXES, ".json"):
+        return path.suffix != ".json"
+    return not read_map_text(path, what="placement map").lstrip().startswith("{")
+
+
+def _engine(data: Any) -> tuple[str, Reader] | None:
+    """The engine whose keys the content holds, and its reader; None for moesim's own format."""
+    if not isinstance(data, dict) or "format" in data:
+        return None
+    if sglang.KEY in data:
+        return sglang.ENGINE, sglang.placement_of
+    if vllm_ascend.LAYERS in data or "moe_layer_count" in data:
+        return vllm_ascend.ENGINE, vllm_ascend.placement_of
+    if set(data) & set(trtllm.KEYS):
+        return trtllm.ENGINE, trtllm.placement_of
+    return None
+
+
+def _own(data: Any, where: str) -> ExpertPlacement:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BadInput(
-            f"not a map in moesim's format (no `format: {FORMAT}`)",
+            f"not a map in moesim's format (no `format: {FORMAT}`), nor one of an engine",
             where=where,
-            mend="give a file that `moesim place --out` wrote",
+            mend=f"give {FORMATS}",
         )
     missing = [key for key in KEYS if key not in data]
     if missing:
         raise BadInput(f"the key {missing[0]} is missing", where=where, mend="write the map again")
     unknown = sorted(set(data) - {*KEYS, "solver", "notes"})
     if unknown:
-        raise BadInput(f"unknown key {_short(unknown[0])}", where=where, mend="remove it")
-    if data["schema_version"] != 1:
+        raise BadInput(f"unknown key {short(unknown[0])}", where=where, mend="remove it")
+    if type(data["schema_version"]) is not int or data["schema_version"] != 1:
         raise BadInput(
-            f"schema_version is {_short(data['schema_version'])}", where=where, mend="this moesim reads version 1"
+            f"schema_version is {short(data['schema_version'])}", where=where, mend="this moesim reads version 1"
         )
     experts = integer(data["experts"], where=where, key="experts", low=1)
     ranks = integer(data["ranks"], where=where, key="ranks", low=1)
@@ -120,17 +110,12 @@ def read_placement(path: Path) -> ExpertPlacement:
         raise BadInput(
             f"{table.shape[1]} slots cannot hold {experts} experts", where=where, mend="correct experts or the map"
         )
-    try:
-        return ExpertPlacement(
-            physical_to_logical=table,
-            layer_ids=layer_ids,
-            experts=experts,
-            ranks=ranks,
-            absolute_layers=layers,
-            solver=solver,
-            notes=notes,
-        )
-    except BadInput as error:
-        raise BadInput(error.what, where=where, mend=error.mend) from None
-    except Infeasible as error:
-        raise Infeasible(error.what, where=where, mend=error.mend, reason=error.reason) from None
+    return ExpertPlacement(
+        physical_to_logical=table,
+        layer_ids=layer_ids,
+        experts=experts,
+        ranks=ranks,
+        absolute_layers=layers,
+        solver=solver,
+        notes=notes,
+    )

@@ -21,20 +21,30 @@ LAUNCH_FILE = "launch.txt"
 INCOMPLETE = "incomplete: a map knows neither the model nor the nodes; export the plan.yaml of a run for all flags"
 
 
-def write_map(placement: ExpertPlacement, form: str, path: Path) -> None:
-    """Write one map file in the format `form`. Raises BadInput for a format that is not there, and the format's own."""
+def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scenario | None = None) -> None:
+    """Write one map file in the format `form`. Raises BadInput for a format that is not there, and the format's own.
+
+    scenario: what the map is for; TensorRT-LLM's holds the layers of its drafts too.
+    """
     if form == "moesim":
         placement.write(path)
     elif form == "sglang":
         sglang.write(placement, path)
     elif form == "trtllm":
-        trtllm.write(placement, path)
+        trtllm.write(placement, path, scenario)
     elif form == "vllm-ascend":
         vllm_ascend.write(placement, path)
     elif form == "vllm":
         vllm.write(placement, path)
     else:
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
+
+
+def suffix_note(form: str, path: Path) -> str:
+    """A warning where the engine tells a map by its suffix, and this name has another; else empty."""
+    if form in ("sglang", "vllm-ascend") and path.suffix != ".json":
+        return f"note: {form} reads a map only from a name that ends in .json"
+    return ""
 
 
 def export_placement(
@@ -56,19 +66,22 @@ def export_placement(
         return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":
         options = trtllm.options(placement, scenario)
-        trtllm.write(placement, folder / trtllm.FILE)
+        map_file = [folder / trtllm.FILE] if trtllm.takes_map(placement, scenario) else []
+        for path in map_file:
+            trtllm.write(placement, path, scenario)
         write_text(folder / trtllm.OPTIONS_FILE, options)
         launch = write_launch(folder, trtllm.launch(placement, scenario), note=note)
-        return [folder / trtllm.FILE, folder / trtllm.OPTIONS_FILE, launch]
+        return [*map_file, folder / trtllm.OPTIONS_FILE, launch]
     if engine == "vllm-ascend":
         vllm_ascend.write(placement, folder / vllm_ascend.FILE)
-        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=note)]
+        told = "; ".join(filter(None, [vllm_ascend.WEIGHTS, note]))
+        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=told)]
     if engine == "vllm":
         return [
             write_launch(
                 folder,
                 vllm.launch(placement, scenario),
-                note="; ".join(filter(None, [f"{vllm.GATE}: flags only, no map", note])),
+                note="; ".join(filter(None, [vllm.note(placement, scenario), note])),
             )
         ]
     if engine == "megatron":

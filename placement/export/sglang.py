@@ -1,30 +1,21 @@
-"""SGLang's expert location file and its launch flags.
-
-Rules from sgl-project/sglang, python/sglang/srt/eplb/expert_location.py: the loader hands every key of the file to
-`init_by_mapping`, so any key but `physical_to_logical_map` is an error; a row for every hidden layer, dense ones
-included, as the map is indexed by absolute layer; the slots must divide by the EP size, those of a rank are
-contiguous; every row must hold every expert (static dispatch picks among an expert's slots, and fails on none).
-"""
+"""SGLang's expert location file (its rules: moesim/spec/maps/sglang.py) and its launch flags."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moesim.engine.rules import engine_rules
-from moesim.errors import BadInput, Infeasible
+from moesim.engine.speculative import draft_tokens
 from moesim.files import write_text
-from moesim.spec.placement_file import integer_rows, read_json
+from moesim.spec.maps.sglang import KEY, check
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export.instance import instances_of
 from placement.export.memory import memory_share
 
-KEY = "physical_to_logical_map"
 FILE = "expert_location.json"
 
 
@@ -36,37 +27,8 @@ def render(placement: ExpertPlacement) -> str:
     return json.dumps({KEY: rows.tolist()}) + "\n"
 
 
-def check(data: Any, *, experts: int, ranks: int, layers: int, where: str) -> None:
-    """Raise BadInput or Infeasible where SGLang would refuse the file, or load it and fail later."""
-    if not isinstance(data, dict) or KEY not in data:
-        raise BadInput(f"the key {KEY} is missing", where=where, mend="give an expert location file of SGLang")
-    others = sorted(str(key) for key in data if key != KEY)
-    if others:
-        raise BadInput(f"SGLang takes no key {others[0]!r} here", where=where, mend=f"leave only {KEY}")
-    table = integer_rows(data[KEY], where=where, key=KEY)
-    if len(table) != layers:
-        raise BadInput(
-            f"{len(table)} rows for {layers} layers", where=where, mend="give one row for each absolute layer"
-        )
-    if table.shape[1] % ranks:
-        raise Infeasible(
-            f"{table.shape[1]} slots do not divide by EP {ranks}",
-            where=where,
-            mend="change --ep-num-redundant-experts",
-            reason="slots_not_divisible",
-        )
-    if table.max() >= experts:
-        raise BadInput(f"expert {table.max()} of {experts}", where=where, mend=f"ids lie between 0 and {experts - 1}")
-    for layer, row in enumerate(table):
-        lacking = np.setdiff1d(np.arange(experts), row)
-        if len(lacking):
-            raise BadInput(
-                f"layer {layer} has no slot for expert {lacking[0]}", where=where, mend="give every expert a slot"
-            )
-
-
 def write(placement: ExpertPlacement, path: Path) -> None:
-    """Write the map, after checking it by SGLang's rules, whole or not at all."""
+    """Write the map, after checking it by SGLang's rules, whole or not at all. Raises BadInput."""
     text = render(placement)
     check(
         json.loads(text),
@@ -76,27 +38,6 @@ def write(placement: ExpertPlacement, path: Path) -> None:
         where=str(path),
     )
     write_text(path, text)
-
-
-def read(path: Path, *, experts: int, ranks: int, layer_ids: Sequence[int]) -> ExpertPlacement:
-    """Read a map back; `layer_ids` names the MoE rows, as the file does not. Raises BadInput or Infeasible."""
-    data = read_json(path, what="SGLang map")
-    rows = len(data[KEY]) if isinstance(data, dict) and isinstance(data.get(KEY), list) else 0
-    check(data, experts=experts, ranks=ranks, layers=rows, where=str(path))
-    table = np.asarray(data[KEY], dtype=np.int64)
-    ids = np.asarray(layer_ids, dtype=np.int64)
-    if len(ids) == 0 or ids.min() < 0 or ids.max() >= len(table):
-        raise BadInput(
-            f"{len(table)} rows do not reach all MoE layers", where=str(path), mend="give a map of the model"
-        )
-    return ExpertPlacement(
-        physical_to_logical=np.ascontiguousarray(table[ids]),
-        layer_ids=ids,
-        experts=experts,
-        ranks=ranks,
-        absolute_layers=len(table),
-        solver="sglang file",
-    )
 
 
 def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
@@ -157,4 +98,8 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         lines.append(f"--mem-fraction-static {memory_share(placement, scenario, 'static'):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")
+        drafts = draft_tokens(scenario.serving)
+        if drafts:
+            lines += ["--speculative-algorithm EAGLE", f"--speculative-num-steps {drafts}"]
+            lines += ["--speculative-eagle-topk 1", f"--speculative-num-draft-tokens {drafts + 1}"]
     return lines

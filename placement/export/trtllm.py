@@ -1,9 +1,4 @@
-"""TensorRT-LLM's static load balancer file and its launch flags.
-
-Rules from NVIDIA/TensorRT-LLM: `MoeLoadBalancerConfig` in tensorrt_llm/llmapi/llm_args.py is strict (num_slots,
-initial_global_assignments, layer_updates_per_iter and no other key); num_slots divides by the EP size; every absolute
-MoE layer the model asks for must be there, with num_slots entries; 0 layer updates per iteration = static.
-"""
+"""TensorRT-LLM's static load balancer file (its rules: moesim/spec/maps/trtllm.py) and its launch flags."""
 
 from __future__ import annotations
 
@@ -13,90 +8,62 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moesim.errors import BadInput, Infeasible
-from moesim.files import read_text, write_text
-from moesim.spec.placement_file import integer, integer_rows
+from moesim.engine.speculative import draft_tokens
+from moesim.errors import Infeasible
+from moesim.files import write_text
+from moesim.spec.hf import load_model
+from moesim.spec.maps.trtllm import ASSIGNMENTS, check, parse
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import Scenario, yaml_fault
+from moesim.spec.scenario import Scenario
 from placement.export.memory import memory_share
 
 FILE = "moe_load_balancer.yaml"
-KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 
 
-def render(placement: ExpertPlacement) -> str:
-    """The file's text: each layer's slots on one line, as flow-style YAML."""
-    lines = [f"num_slots: {placement.slots}", "layer_updates_per_iter: 0", "initial_global_assignments:"]
-    for layer, row in zip(placement.layer_ids.tolist(), placement.physical_to_logical.tolist(), strict=True):
-        lines.append(f"  {layer}: [{', '.join(map(str, row))}]")
+def render(placement: ExpertPlacement, mtp_layers: int = 0) -> str:
+    """The file's text: each layer's slots on one line, as flow-style YAML.
+
+    mtp_layers: multi-token-prediction layers that the engine asks for beyond the model's own; no loads tell of them, so
+    they get TensorRT-LLM's own layout (`_init_load_balancer`, tensorrt_llm/_torch/modules/fused_moe/interface.py).
+    """
+    rows = dict(zip(placement.layer_ids.tolist(), placement.physical_to_logical.tolist(), strict=True))
+    first = np.arange(placement.ranks) * placement.experts // placement.ranks
+    default = (first[:, None] + np.arange(placement.slots_per_rank)) % placement.experts
+    rows |= {placement.absolute_layers + extra: default.ravel().tolist() for extra in range(mtp_layers)}
+    lines = [f"num_slots: {placement.slots}", "layer_updates_per_iter: 0", f"{ASSIGNMENTS}:"]
+    lines += [f"  {layer}: [{', '.join(map(str, row))}]" for layer, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def check(data: Any, *, experts: int, ranks: int, where: str) -> None:
-    """Raise BadInput or Infeasible where TensorRT-LLM would refuse the file."""
-    if not isinstance(data, dict):
-        raise BadInput("not a mapping of keys", where=where, mend="give a load balancer file of TensorRT-LLM")
-    unknown = sorted(str(key) for key in data if key not in KEYS)
-    if unknown:
-        raise BadInput(f"TensorRT-LLM takes no key {unknown[0]!r} here", where=where, mend=f"use {', '.join(KEYS)}")
-    slots = integer(data.get("num_slots"), where=where, key="num_slots", low=1)
-    integer(data.get("layer_updates_per_iter", 0), where=where, key="layer_updates_per_iter")
-    assignments = data.get("initial_global_assignments")
-    if not isinstance(assignments, dict) or not assignments:
-        raise BadInput("initial_global_assignments is no mapping", where=where, mend="give layer: [experts]")
-    for layer in assignments:
-        integer(layer, where=where, key="a layer of initial_global_assignments")
-    table = integer_rows(list(assignments.values()), where=where, key="initial_global_assignments")
-    if table.shape[1] != slots:
-        raise BadInput(f"{table.shape[1]} assignments for num_slots {slots}", where=where, mend="make them agree")
-    if slots % ranks:
-        raise Infeasible(
-            f"num_slots {slots} does not divide by EP {ranks}",
-            where=where,
-            mend="change num_slots",
-            reason="slots_not_divisible",
-        )
-    if table.max() >= experts:
-        raise BadInput(f"expert {table.max()} of {experts}", where=where, mend=f"ids lie between 0 and {experts - 1}")
+def write(placement: ExpertPlacement, path: Path, scenario: Scenario | None = None) -> None:
+    """Write the map, after checking it by TensorRT-LLM's rules, whole or not at all. Raises BadInput.
 
-
-def _load(text: str) -> Any:
-    """Maps are long: the compiled safe loader where PyYAML has it."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def write(placement: ExpertPlacement, path: Path) -> None:
-    """Write the map, after checking it by TensorRT-LLM's rules, whole or not at all."""
-    text = render(placement)
-    check(_load(text), experts=placement.experts, ranks=placement.ranks, where=str(path))
+    A scenario that drafts with multi-token prediction gets those layers too: the engine fails on a layer it lacks.
+    """
+    drafts = scenario is not None and scenario.serving is not None and draft_tokens(scenario.serving) > 0
+    text = render(placement, load_model(scenario.model).mtp_layers if scenario is not None and drafts else 0)
+    check(parse(text), experts=placement.experts, ranks=placement.ranks, where=str(path))
     write_text(path, text)
 
 
-def read(path: Path, *, experts: int, ranks: int, absolute_layers: int) -> ExpertPlacement:
-    """Read a map back. Raises BadInput or Infeasible."""
-    text = read_text(path, what="TensorRT-LLM map")
-    try:
-        data = _load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
-    check(data, experts=experts, ranks=ranks, where=str(path))
-    assignments = dict(sorted(data["initial_global_assignments"].items()))
-    layer_ids = np.asarray(list(assignments), dtype=np.int64)
-    if layer_ids.max() >= absolute_layers:
-        raise BadInput(
-            f"layer {layer_ids.max()} of {absolute_layers}", where=str(path), mend="give a map of this model"
+def takes_map(placement: ExpertPlacement, scenario: Scenario | None) -> bool:
+    """Whether the engine loads a map for this plan; without one it lays experts out contiguous, without replicas.
+
+    Its load balancer asserts attention DP on more than one GPU (`_init_load_balancer`, as above). Raises Infeasible for
+    a placement that needs the map where the engine takes none.
+    """
+    parallel = None if scenario is None else scenario.parallel
+    attention_dp = placement.ranks if parallel is None else parallel.attention_dp
+    if attention_dp > 1 and placement.ranks > 1:
+        return True
+    if placement.redundant or (placement.physical_to_logical != np.arange(placement.slots)).any():
+        raise Infeasible(
+            f"TensorRT-LLM loads a map under attention DP and EP only, not at DP {attention_dp}, EP {placement.ranks}",
+            where="parallel",
+            mend="plan with attention_dp over 1, or with contiguous experts and no replicas",
+            reason="engine_layout",
         )
-    try:
-        return ExpertPlacement(
-            physical_to_logical=np.asarray(list(assignments.values()), dtype=np.int64),
-            layer_ids=layer_ids,
-            experts=experts,
-            ranks=ranks,
-            absolute_layers=absolute_layers,
-            solver="trtllm file",
-        )
-    except BadInput as error:
-        raise BadInput(error.what, where=str(path), mend=error.mend) from None
+    return False
 
 
 def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
@@ -129,7 +96,11 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
             "free_gpu_memory_fraction": round(memory_share(placement, scenario, "free"), 4),
             "enable_block_reuse": batching.prefix_cache,
         }
-    data["moe_config"] = {"load_balancer": FILE}
+        drafts = draft_tokens(scenario.serving)
+        if drafts:
+            data["speculative_config"] = {"decoding_type": "MTP", "num_nextn_predict_layers": drafts}
+    if takes_map(placement, scenario):
+        data["moe_config"] = {"load_balancer": FILE}
     return str(yaml.safe_dump(data, sort_keys=False))
 
 

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from moesim.output.report import write_run_report
+from moesim.routing.trace import RoutingCounts
+from moesim.spec.scenario import HoldoutSpec
+from placement.page import place_page
+from placement.planning import Asked, place
 from profiles.check_page import Check, profile_page, tables_page
 from profiles.check_tables import LeftOut
 from tests.report_run import write_run_folder
@@ -125,6 +129,22 @@ def test_the_page_of_measured_runs_fits_as_well(browser: str, tmp_path: Path, wi
     page = tmp_path / "silicon.html"
     page.write_text(silicon_page(summarized(predictions()), "rows.csv", "2025-01-02"))
     fits(measured(browser, page, tmp_path, width), 20)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_of_a_placement_fits_as_well(browser: str, tmp_path: Path, width: int) -> None:
+    rng = np.random.default_rng(0)
+    shared, ids = rng.lognormal(0.0, 1.0, (40, 128)), np.arange(3, 43)
+    loads = tuple(
+        RoutingCounts(
+            1e5 * shared * rng.lognormal(0.0, 0.3, (1, 40, 128)), ids, 43, f"a_workload_of_a_long_name_{n}" * 2
+        )
+        for n in range(5)
+    )
+    asked = Asked(loads, 16, 2, 144, 1, "greedy", HoldoutSpec(by="file"), 0)
+    page = tmp_path / "place.html"
+    page.write_text(place_page(place(asked)))
+    fits(measured(browser, page, tmp_path, width), 7)
 
 
 def test_the_console_stays_silent(browser: str, page: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from moesim import cli
+from moesim.spec.maps.frame import MapFrame
 from moesim.spec.placement_file import read_placement
 
 CONTRACT = {
@@ -174,11 +175,15 @@ def test_no_loads_at_all(capsys) -> None:
 
 
 @pytest.mark.parametrize("form", ["moesim", "sglang", "trtllm", "vllm-ascend"])
-def test_every_format_is_written(files: list[str], capsys, tmp_path: Path, form: str) -> None:
+def test_every_format_is_written_and_told_by_its_content(files: list[str], capsys, tmp_path: Path, form: str) -> None:
     out = tmp_path / "map"
-    code, _, _ = call(capsys, "place", *files, "--gpus", "4", "--slots", "20", "--out", str(out), "--format", form)
+    code, _, said = call(capsys, "place", *files, "--gpus", "4", "--slots", "20", "--out", str(out), "--format", form)
     assert code == 0
-    assert yaml.safe_load(out.read_text())
+    assert said.count("ends in .json") == (form in ("sglang", "vllm-ascend"))  # these two engines go by the name
+    frame = MapFrame(experts=16, layer_ids=(1, 2, 3), absolute_layers=4, ranks=4)
+    own = tmp_path / "own.json"
+    call(capsys, "place", *files, "--gpus", "4", "--slots", "20", "--out", str(own))
+    assert (read_placement(out, frame).physical_to_logical == read_placement(own).physical_to_logical).all()
 
 
 def test_as_a_process(files: list[str]) -> None:

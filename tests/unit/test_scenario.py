@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import BadInput
+from moesim.routing.readers import read_loads
+from moesim.spec.hf import load_model
+from moesim.spec.placement_file import read_placement
 from moesim.spec.scenario import Scenario, apply_override, load_scenario
 from tests.scenarios import DEMO, small, write
 
@@ -118,3 +121,21 @@ def test_overrides_replace_scalars_with_mappings() -> None:
 def test_the_scenario_survives_a_round_trip(tmp_path: Path) -> None:
     scenario = load_scenario(write(tmp_path, small()))
     assert Scenario.model_validate(scenario.model_dump(mode="json")) == scenario
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(10**30), 10**400])
+def test_numbers_that_no_computation_bears_are_named(number: int) -> None:
+    data = small()
+    data["serving"]["workload"]["isl"] = number
+    with pytest.raises(BadInput, match=r"serving\.workload\.isl: this whole number is too large"):
+        Scenario.read(data, where="test")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x" * 5000 + ".json", "a\0b.json"])
+def test_names_that_no_file_can_have_are_bad_input(name: str) -> None:
+    with pytest.raises(BadInput):
+        load_model(name)
+    with pytest.raises(BadInput):
+        read_loads(Path(name))
+    with pytest.raises(BadInput):
+        read_placement(Path(name))

@@ -74,7 +74,7 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     yield from _registered(scenario)
     yield from _loads(scenario, model)
     parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
-    redundant = _redundant(scenario, model)
+    redundant = _redundant(scenario, model, parallel.ep)
     yield from divisibility(model, cluster, parallel, scenario.precision, scenario.policies, redundant)
     slots = model.moe.experts + redundant
     tokens = _dispatch_limit(scenario)
@@ -90,13 +90,14 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     yield from _coverage(scenario, checked)
 
 
-def _redundant(scenario: Scenario, model: ModelSpec) -> int:
+def _redundant(scenario: Scenario, model: ModelSpec, ep: int) -> int:
     """Slots beyond one for each expert: those of the placement file, where there is one."""
     if scenario.placement.file is None:
         return scenario.placement.redundant_experts
+    from moesim.spec.maps.frame import MapFrame
     from moesim.spec.placement_file import read_placement
 
-    return read_placement(scenario.placement.file).slots - model.moe.experts
+    return read_placement(scenario.placement.file, MapFrame.of(model, ep)).slots - model.moe.experts
 
 
 def _dispatch_limit(scenario: Scenario) -> int:
@@ -132,10 +133,11 @@ def _loads(scenario: Scenario, model: ModelSpec) -> Iterator[Finding]:
 def _slots(scenario: Scenario, model: ModelSpec, ep: int) -> int:
     if scenario.placement.file is not None:
         from moesim.engine.deployment import check_placement
+        from moesim.spec.maps.frame import MapFrame
         from moesim.spec.parallel import ParallelSpec
         from moesim.spec.placement_file import read_placement
 
-        placement = read_placement(scenario.placement.file)
+        placement = read_placement(scenario.placement.file, MapFrame.of(model, ep))
         check_placement(placement, model, scenario.parallel or ParallelSpec(attention_dp=ep, ep=ep))
         return placement.slots_per_rank
     slots = model.moe.experts + scenario.placement.redundant_experts
