@@ -1,0 +1,181 @@
+"""The adaptive policy: single changes of single layers, worth it by how long earlier gains of their size have held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from placement.dynamics.forecast import Forecast
+from placement.dynamics.policies import TOLERANCE, Fit
+from placement.dynamics.series import KEEP, Choice, Floats, Ints, Prices
+from placement.solvers.repack import descend, hottest, row_moves
+
+CLASSES = 8
+"""Classes of possible gain: over a half of the layer's time, over a quarter, and so on, the last for all below 1/128."""
+
+RECORDS = 128
+"""Earlier decisions that are followed; when full, every other one is let go and only every other is taken in."""
+
+
+@njit(cache=True)
+def gain_class(share: float) -> int:
+    """Class of a gain by its share of what the layer takes."""
+    if share <= 0.0:
+        return CLASSES - 1
+    return min(int(np.floor(-np.log2(share))), CLASSES - 1)
+
+
+@njit(cache=True)
+def propose(
+    table: NDArray[np.int64], fresh: NDArray[np.int64], load: NDArray[np.float64], held: NDArray[np.float64],
+    regret: NDArray[np.float64], left: float, domain: NDArray[np.int64], node_ranks: int, token_s: float, near_s: float, far_s: float,
+    tolerance: float,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+    """For each layer the row that pays most, the row with the largest gain, and both gains in seconds of a step.
+
+    load: [layers, experts], tokens of a step to come. held: [classes], for how many steps gains of a class last.
+    regret: [layers], seconds that keeping the layer has cost. left: steps to come at most.
+    """
+    layers, slots = table.shape
+    experts, ranks = load.shape[1], len(domain)
+    chosen, most = table.copy(), table.copy()
+    gains, chosen_gains = np.zeros(layers), np.zeros(layers)
+    for layer in range(layers):
+        rows, loads = descend(table[layer], load[layer], ranks, node_ranks, slots, tolerance)
+        other = hottest(fresh[layer], load[layer], ranks)
+        gain = loads[0] - min(loads[-1], other)
+        if gain <= 0.0:
+            continue
+        most[layer] = rows[-1] if loads[-1] <= other else fresh[layer]
+        gains[layer] = token_s * gain
+        steps = min(held[gain_class(gain / loads[0])], left, 1.0 + regret[layer] / gains[layer])
+        best = 0.0
+        for change in range(1, len(loads) + 1):
+            row = rows[change] if change < len(loads) else fresh[layer]
+            saved = token_s * (loads[0] - (loads[change] if change < len(loads) else other))
+            if steps * saved <= best:
+                continue
+            value = steps * saved - row_moves(table[layer], row, domain, experts, near_s, far_s)[1]
+            if value > best:
+                best = value
+                chosen[layer], chosen_gains[layer] = row, saved
+    return chosen, most, chosen_gains, gains
+
+
+@njit(cache=True)
+def realised(
+    kept: NDArray[np.int64], taken: NDArray[np.int64], counts: NDArray[np.float64], ranks: int
+) -> NDArray[np.float64]:
+    """Tokens that the hottest rank is spared by `taken` [records, layers, slots] over `kept`: [records, layers]."""
+    records, layers, _ = kept.shape
+    found = np.empty((records, layers))
+    for record in range(records):
+        for layer in range(layers):
+            found[record, layer] = hottest(kept[record, layer], counts[layer], ranks) - hottest(
+                taken[record, layer], counts[layer], ranks
+            )
+    return found
+
+
+@dataclass
+class _Record:
+    """A decision that could have been taken: what was, what would have been, what it promised and has kept."""
+
+    step: int
+    kept: Ints
+    taken: Ints
+    promised: Floats
+    kept_s: Floats
+    classes: Ints
+
+
+@dataclass
+class Adaptive:
+    """Moves what is worth moving, for as long as gains of its size have been seen to hold.
+
+    Before each step it looks, layer by layer, at the changes that relieve the hottest rank (one by one) and at a fresh
+    solution, all on a forecast of the loads. A change pays if its gain in a step, times the steps that it holds, is
+    over the time of its moves. How long gains hold is measured: every decision that could have been taken is followed
+    (its old table and its new one priced on each later step), and a class of gains of one size holds as many steps as
+    such decisions have gained up to now over what they promised for a step. So after t steps of steady loads gains
+    hold t / 2, a gain that was noise holds 0, and where two loads alternate it holds half a period.
+    steps: of the whole series where known (a training run's), which no gain can outlast.
+    """
+
+    prices: Prices
+    fit: Fit
+    node_ranks: int
+    steps: int | None = None
+    name: str = "adaptive"
+    forecast: Forecast = field(default_factory=Forecast)
+    _records: list[_Record] = field(default_factory=list)
+    _stride: int = 1
+    _changes: float = 0.0
+    _last: _Record | None = None
+    _regret: Floats = field(default_factory=lambda: np.zeros(0))
+
+    def choose(self, past: Floats, table: Ints) -> Choice:
+        """Layer by layer, change by change."""
+        now = len(past)
+        if now == 0:
+            return KEEP
+        prices = self.prices
+        self._follow(past[-1], prices)
+        held = self.held()
+        between = now * len(table) / (1.0 + self._changes)
+        load = self.forecast.next_steps(past, min(between, float(held.max())))
+        fresh = self.fit(load, table)
+        left = np.inf if self.steps is None else float(self.steps - now)
+        chosen, most, saved, gains = propose(
+            table, fresh, load, held, self._regret, left, prices.domain, self.node_ranks, prices.token_s, prices.near_s,
+            prices.far_s, TOLERANCE,
+        )  # fmt: skip
+        self._take_in(now, table, most, gains, load)
+        differ = (chosen != table).any(axis=1)
+        self._regret *= 1.0 - saved / np.where(gains > 0, gains, 1.0)
+        self._changes += float(differ.sum())
+        return Choice(chosen if differ.any() else None, len(table))
+
+    def held(self) -> Floats:
+        """For how many steps gains of each class have held: [classes]; an unseen class is as the next larger one."""
+        kept, promised = np.zeros(CLASSES), np.zeros(CLASSES)
+        for one in self._records:
+            np.add.at(kept, one.classes, one.kept_s)
+            np.add.at(promised, one.classes, one.promised)
+        found = np.ones(CLASSES)
+        last = 1.0
+        for index in range(CLASSES):
+            if promised[index] > 0.0:
+                last = kept[index] / promised[index]
+            found[index] = last
+        return found
+
+    def _follow(self, counts: Floats, prices: Prices) -> None:
+        """Price a step under every decision that is followed."""
+        if self._last is None:
+            self._regret = np.zeros(len(counts))
+            return
+        followed = [self._last, *(one for one in self._records if one is not self._last)]
+        kept = np.stack([one.kept for one in followed])
+        taken = np.stack([one.taken for one in followed])
+        gained = prices.token_s * realised(kept, taken, counts, prices.ranks)
+        for one, row in zip(followed, gained, strict=True):
+            one.kept_s += row
+        self._regret = np.maximum(self._regret + gained[0], 0.0)
+
+    def _take_in(self, now: int, table: Ints, most: Ints, gains: Floats, load: Floats) -> None:
+        kept_s = self.prices.token_s * np.asarray(
+            [hottest(row, weight, self.prices.ranks) for row, weight in zip(table, load, strict=True)]
+        )
+        share = gains / np.where(kept_s > 0, kept_s, 1.0)
+        classes = np.asarray([gain_class(one) for one in share], dtype=np.int64)
+        self._last = _Record(now, table.copy(), most, gains, np.zeros(len(table)), classes)
+        if now % self._stride:
+            return
+        self._records.append(self._last)
+        if len(self._records) > RECORDS:
+            self._stride *= 2
+            self._records = [one for one in self._records if one.step % self._stride == 0]
