@@ -31,13 +31,13 @@ def gain_class(share: float) -> int:
 @njit(cache=True)
 def propose(
     table: NDArray[np.int64], fresh: NDArray[np.int64], load: NDArray[np.float64], held: NDArray[np.float64],
-    regret: NDArray[np.float64], left: float, domain: NDArray[np.int64], node_ranks: int, token_s: float, near_s: float, far_s: float,
+    peak: NDArray[np.float64], regret: NDArray[np.float64], left: float, domain: NDArray[np.int64], node_ranks: int, token_s: float, near_s: float, far_s: float,
     tolerance: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
     """For each layer the row that pays most, the row with the largest gain, and both gains in seconds of a step.
 
-    load: [layers, experts], tokens of a step to come. held: [classes], for how many steps gains of a class last.
-    regret: [layers], seconds that keeping the layer has cost. left: steps to come at most.
+    load: [layers, experts], tokens of a step to come. held, peak: [classes], for how many steps gains of a class last when nothing is moved again, and when
+    it is, at the same cost, at the best time. regret: [layers], seconds that keeping the layer has cost. left: steps to come at most.
     """
     layers, slots = table.shape
     experts, ranks = load.shape[1], len(domain)
@@ -51,14 +51,17 @@ def propose(
             continue
         most[layer] = rows[-1] if loads[-1] <= other else fresh[layer]
         gains[layer] = token_s * gain
-        steps = min(held[gain_class(gain / loads[0])], left, 1.0 + regret[layer] / gains[layer])
+        most_steps = min(left, 1.0 + regret[layer] / gains[layer])
+        stays = min(held[gain_class(gain / loads[0])], most_steps)
+        leaves = min(peak[gain_class(gain / loads[0])], most_steps)
         best = 0.0
         for change in range(1, len(loads) + 1):
             row = rows[change] if change < len(loads) else fresh[layer]
             saved = token_s * (loads[0] - (loads[change] if change < len(loads) else other))
-            if steps * saved <= best:
+            if max(stays, leaves) * saved <= best:
                 continue
-            value = steps * saved - row_moves(table[layer], row, domain, experts, near_s, far_s)[1]
+            cost_s = row_moves(table[layer], row, domain, experts, near_s, far_s)[1]
+            value = max(stays * saved - cost_s, leaves * saved - 2.0 * cost_s)
             if value > best:
                 best = value
                 chosen[layer], chosen_gains[layer] = row, saved
@@ -114,6 +117,7 @@ class Adaptive:
     _records: list[_Record] = field(default_factory=list)
     _stride: int = 1
     _changes: float = 0.0
+    _by_lag: Floats = field(default_factory=lambda: np.zeros((2, CLASSES, 0)))
     _last: _Record | None = None
     _regret: Floats = field(default_factory=lambda: np.zeros(0))
 
@@ -123,14 +127,14 @@ class Adaptive:
         if now == 0:
             return KEEP
         prices = self.prices
-        self._follow(past[-1], prices)
+        self._follow(now, past[-1], prices)
         held = self.held()
         between = now * len(table) / (1.0 + self._changes)
         load = self.forecast.next_steps(past, min(between, float(held.max())))
         fresh = self.fit(load, table)
         left = np.inf if self.steps is None else float(self.steps - now)
         chosen, most, saved, gains = propose(
-            table, fresh, load, held, self._regret, left, prices.domain, self.node_ranks, prices.token_s, prices.near_s,
+            table, fresh, load, held, self.peak(), self._regret, left, prices.domain, self.node_ranks, prices.token_s, prices.near_s,
             prices.far_s, TOLERANCE,
         )  # fmt: skip
         self._take_in(now, table, most, gains, load)
@@ -153,7 +157,20 @@ class Adaptive:
             found[index] = last
         return found
 
-    def _follow(self, counts: Floats, prices: Prices) -> None:
+    def peak(self) -> Floats:
+        """The largest sum of what gains of each class kept at lags 0, 1, 2 ..., over what they promised: [classes]."""
+        kept, promised = self._by_lag
+        share = np.divide(kept, promised, out=np.zeros_like(kept), where=promised > 0.0)
+        best = share.cumsum(axis=1).max(axis=1, initial=0.0)
+        found = np.ones(CLASSES)
+        last = 1.0
+        for index in range(CLASSES):
+            if promised[index].any():
+                last = best[index]
+            found[index] = last
+        return found
+
+    def _follow(self, now: int, counts: Floats, prices: Prices) -> None:
         """Price a step under every decision that is followed."""
         if self._last is None:
             self._regret = np.zeros(len(counts))
@@ -162,8 +179,12 @@ class Adaptive:
         kept = np.stack([one.kept for one in followed])
         taken = np.stack([one.taken for one in followed])
         gained = prices.token_s * realised(kept, taken, counts, prices.ranks)
+        self._by_lag = np.concatenate([self._by_lag, np.zeros((2, CLASSES, 1))], axis=2)
         for one, row in zip(followed, gained, strict=True):
             one.kept_s += row
+            lag = now - 1 - one.step
+            np.add.at(self._by_lag[0, :, lag], one.classes, row)
+            np.add.at(self._by_lag[1, :, lag], one.classes, one.promised)
         self._regret = np.maximum(self._regret + gained[0], 0.0)
 
     def _take_in(self, now: int, table: Ints, most: Ints, gains: Floats, load: Floats) -> None:
