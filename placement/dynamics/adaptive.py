@@ -16,6 +16,9 @@ from placement.solvers.repack import descend, hottest, row_moves
 CLASSES = 8
 """Classes of possible gain: over a half of the layer's time, over a quarter, and so on, the last for all below 1/128."""
 
+MOST_LOST = 0.02
+"""Where the end is not known: share of the time so far, had nothing moved, that moves may cost beyond what they saved."""
+
 RECORDS = 128
 """Earlier decisions that are followed; when full, every other one is let go and only every other is taken in."""
 
@@ -33,8 +36,10 @@ def propose(
     table: NDArray[np.int64], fresh: NDArray[np.int64], load: NDArray[np.float64], held: NDArray[np.float64],
     peak: NDArray[np.float64], regret: NDArray[np.float64], left: float, domain: NDArray[np.int64], node_ranks: int, token_s: float, near_s: float, far_s: float,
     tolerance: float,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
-    """For each layer the row that pays most, the row with the largest gain, and both gains in seconds of a step.
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
+    """For each layer the row that pays most, the row with the largest gain, and figures [4, layers].
+
+    The figures: both rows' gains in seconds of a step, what moving to the first costs, and what it is worth.
 
     load: [layers, experts], tokens of a step to come. held, peak: [classes], for how many steps gains of a class last when nothing is moved again, and when
     it is, at the same cost, at the best time. regret: [layers], seconds that keeping the layer has cost. left: steps to come at most.
@@ -42,7 +47,7 @@ def propose(
     layers, slots = table.shape
     experts, ranks = load.shape[1], len(domain)
     chosen, most = table.copy(), table.copy()
-    gains, chosen_gains = np.zeros(layers), np.zeros(layers)
+    figures = np.zeros((4, layers))
     for layer in range(layers):
         rows, loads = descend(table[layer], load[layer], ranks, node_ranks, slots, tolerance)
         other = hottest(fresh[layer], load[layer], ranks)
@@ -50,8 +55,8 @@ def propose(
         if gain <= 0.0:
             continue
         most[layer] = rows[-1] if loads[-1] <= other else fresh[layer]
-        gains[layer] = token_s * gain
-        most_steps = min(left, 1.0 + regret[layer] / gains[layer])
+        figures[1, layer] = token_s * gain
+        most_steps = min(left, 1.0 + regret[layer] / figures[1, layer])
         stays = min(held[gain_class(gain / loads[0])], most_steps)
         leaves = min(peak[gain_class(gain / loads[0])], most_steps)
         best = 0.0
@@ -64,8 +69,9 @@ def propose(
             value = max(stays * saved - cost_s, leaves * saved - 2.0 * cost_s)
             if value > best:
                 best = value
-                chosen[layer], chosen_gains[layer] = row, saved
-    return chosen, most, chosen_gains, gains
+                chosen[layer] = row
+                figures[0, layer], figures[2, layer], figures[3, layer] = saved, cost_s, value
+    return chosen, most, figures
 
 
 @njit(cache=True)
@@ -105,7 +111,8 @@ class Adaptive:
     (its old table and its new one priced on each later step), and a class of gains of one size holds as many steps as
     such decisions have gained up to now over what they promised for a step. So after t steps of steady loads gains
     hold t / 2, a gain that was noise holds 0, and where two loads alternate it holds half a period.
-    steps: of the whole series where known (a training run's), which no gain can outlast.
+    steps: of the whole series where known (a training run's), which no gain can outlast. Where it is not, moves are
+    paid from what has been saved so far and MOST_LOST of the time so far, so that the series may end at any time.
     """
 
     prices: Prices
@@ -118,6 +125,10 @@ class Adaptive:
     _stride: int = 1
     _changes: float = 0.0
     _by_lag: Floats = field(default_factory=lambda: np.zeros((2, CLASSES, 0)))
+    _start: Ints | None = None
+    _never_s: float = 0.0  # time so far, had nothing been moved
+    _kept_s: float = 0.0  # what was saved of it, moves not counted
+    _spent_s: float = 0.0  # on moves
     _last: _Record | None = None
     _regret: Floats = field(default_factory=lambda: np.zeros(0))
 
@@ -125,23 +136,40 @@ class Adaptive:
         """Layer by layer, change by change."""
         now = len(past)
         if now == 0:
+            self._start = table
             return KEEP
         prices = self.prices
+        assert self._start is not None
+        never_s = prices.steps_s(self._start, past[-1:]).sum()
+        self._never_s += float(never_s) + prices.other_s
+        self._kept_s += float(never_s - prices.steps_s(table, past[-1:]).sum())
         self._follow(now, past[-1], prices)
         held = self.held()
         between = now * len(table) / (1.0 + self._changes)
         load = self.forecast.next_steps(past, min(between, float(held.max())))
         fresh = self.fit(load, table)
         left = np.inf if self.steps is None else float(self.steps - now)
-        chosen, most, saved, gains = propose(
+        chosen, most, (saved, gains, cost_s, worth_s) = propose(
             table, fresh, load, held, self.peak(), self._regret, left, prices.domain, self.node_ranks, prices.token_s, prices.near_s,
             prices.far_s, TOLERANCE,
         )  # fmt: skip
         self._take_in(now, table, most, gains, load)
+        if self.steps is None:
+            dear = ~self._within_budget(cost_s, worth_s)
+            chosen[dear], saved[dear], cost_s[dear] = table[dear], 0.0, 0.0
+        self._spent_s += float(cost_s.sum())
         differ = (chosen != table).any(axis=1)
         self._regret *= 1.0 - saved / np.where(gains > 0, gains, 1.0)
         self._changes += float(differ.sum())
         return Choice(chosen if differ.any() else None, len(table))
+
+    def _within_budget(self, cost_s: Floats, worth_s: Floats) -> NDArray[np.bool_]:
+        """Which layers' moves may be paid now, the most worth for its cost first: bool [layers]."""
+        budget_s = self._kept_s + MOST_LOST * self._never_s - self._spent_s
+        order = np.argsort(-worth_s / np.where(cost_s > 0, cost_s, 1e-300), kind="stable")
+        found = np.zeros(len(cost_s), dtype=np.bool_)
+        found[order] = cost_s[order].cumsum() <= max(budget_s, 0.0)
+        return found
 
     def held(self) -> Floats:
         """For how many steps gains of each class have held: [classes]; an unseen class is as the next larger one."""
