@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from placement.planning import Placed
+    from placement.planning import Asked, Placed
 
 
 def place(
@@ -26,6 +26,12 @@ def place(
         str, typer.Option("--format", help="Format of --out: moesim, sglang, trtllm, vllm or vllm-ascend.")
     ] = "moesim",
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
+    current: Annotated[Path | None, typer.Option(help="Map that stands: for --drift and incremental.")] = None,
+    drift: Annotated[bool, typer.Option("--drift", help="When to lay experts out anew, on a file of steps.")] = False,
+    token_s: Annotated[float | None, typer.Option(help="--drift: s for a token of a layer's hottest GPU.")] = None,
+    move_s: Annotated[float | None, typer.Option(help="--drift: seconds to bring one expert to a GPU.")] = None,
+    solve_s: Annotated[float | None, typer.Option(help="--drift: seconds to solve one layer (default 0).")] = None,
+    length_known: Annotated[bool, typer.Option(help="--drift: the policy may know how many steps come.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -56,7 +62,11 @@ def place(
         solver=solver,
         holdout=holdout,
         seed=seed,
+        current=current,
     )
+    if drift:
+        _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
+        return
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
         placed = planning.place(asked)
     if out is not None:
@@ -68,6 +78,23 @@ def place(
         _print_json(report)
     else:
         _print_place(placed, out, form)
+
+
+def _drift(
+    asked: Asked, out: Path | None, token_s: float | None, move_s: float | None, solve_s: float | None,
+    length_known: bool, json_output: bool,
+) -> None:  # fmt: skip
+    from moesim.errors import BadInput
+    from placement.dynamics import command
+
+    if out is not None:
+        raise BadInput("--drift writes no map", where="--out", mend="leave it out, or leave --drift out")
+    with _waiting("running the policies over the series"):
+        found = command.drift(asked, token_s=token_s, move_s=move_s, solve_s=solve_s, length_known=length_known)
+    if json_output:
+        _print_json(found.to_json())
+    else:
+        command.print_study(found)
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:

@@ -63,7 +63,10 @@ def expert_travel(deployment: Deployment) -> ExpertTravel:
     zero = np.zeros(1, dtype=np.int64)
     copies = np.zeros((setup.placement.layers, setup.placement.ranks), dtype=np.int64)
     found, tag = {}, ""
-    for name, others in (("near", np.flatnonzero(domain == domain[0])[1:]), ("far", np.flatnonzero(domain != domain[0]))):
+    for name, others in (
+        ("near", np.flatnonzero(domain == domain[0])[1:]),
+        ("far", np.flatnonzero(domain != domain[0])),
+    ):
         if len(others):
             timed = move_time(Moves(zero, zero, zero, others[:1], copies), setup, setup.network, hbm)
             found[name], tag = float(timed.transfer_s[0] + timed.copy_s[0]), timed.tag.label

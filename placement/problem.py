@@ -71,8 +71,7 @@ def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: Placeme
     groups, nodes = (2, 2) if request.groups > 1 else (1, 1)
     current = None
     if request.current is not None:
-        shape = {"layer_ids": np.zeros(1, dtype=np.int64), "experts": 8, "ranks": 4, "absolute_layers": 1}
-        current = ExpertPlacement(np.arange(12)[None, :] % 8, **shape)
+        current = ExpertPlacement(np.arange(12)[None, :] % 8, np.zeros(1, dtype=np.int64), 8, 4, 1)
     loads = np.linspace(1.0, 2.0, 8)[None, None, :] * np.ones((len(request.weights), 1, 1))
     tiny = PlacementRequest(
         loads=np.ascontiguousarray(loads / loads.sum(axis=-1, keepdims=True)),

@@ -176,8 +176,8 @@ class PlacementRequest:
             or not np.array_equal(stands.layer_ids, self.layer_ids)
         ):
             raise BadInput(
-                f"the current placement has {stands.layers} layers x {stands.experts} experts in {stands.slots} slots on "
-                f"{stands.ranks} ranks, not {self.layers} x {experts} in {self.slots} on {self.ranks}",
+                f"the current placement has {stands.layers} layers x {stands.experts} experts in {stands.slots} slots "
+                f"on {stands.ranks} ranks, not {self.layers} x {experts} in {self.slots} on {self.ranks}",
                 where="current",
                 mend="give the placement that these loads ran under, with as many slots",
             )

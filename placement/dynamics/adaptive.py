@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from placement.dynamics.forecast import Forecast
 from placement.dynamics.policies import TOLERANCE, Fit
 from placement.dynamics.series import KEEP, Choice, Floats, Ints, Prices
-from placement.solvers.repack import descend, hottest, row_moves
+from placement.solvers.repack import descend, hottest, hottest_each, row_moves
 
 CLASSES = 8
-"""Classes of possible gain: over a half of the layer's time, over a quarter, and so on, the last for all below 1/128."""
+"""Classes of possible gain: over a half of the layer's time, over a quarter and so on; the last is all below 1/128."""
 
 MOST_LOST = 0.02
-"""Where the end is not known: share of the time so far, had nothing moved, that moves may cost beyond what they saved."""
+"""Where the end is not known: share of the time so far, had nothing moved, that moves may cost beyond their saving."""
 
 RECORDS = 128
 """Earlier decisions that are followed; when full, every other one is let go and only every other is taken in."""
@@ -34,15 +34,16 @@ def gain_class(share: float) -> int:
 @njit(cache=True)
 def propose(
     table: NDArray[np.int64], fresh: NDArray[np.int64], load: NDArray[np.float64], held: NDArray[np.float64],
-    peak: NDArray[np.float64], regret: NDArray[np.float64], left: float, domain: NDArray[np.int64], node_ranks: int, token_s: float, near_s: float, far_s: float,
-    tolerance: float,
+    peak: NDArray[np.float64], regret: NDArray[np.float64], left: float, domain: NDArray[np.int64],
+    node_ranks: int, token_s: float, near_s: float, far_s: float, tolerance: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
     """For each layer the row that pays most, the row with the largest gain, and figures [4, layers].
 
     The figures: both rows' gains in seconds of a step, what moving to the first costs, and what it is worth.
 
-    load: [layers, experts], tokens of a step to come. held, peak: [classes], for how many steps gains of a class last when nothing is moved again, and when
-    it is, at the same cost, at the best time. regret: [layers], seconds that keeping the layer has cost. left: steps to come at most.
+    load: [layers, experts], tokens of a step to come. held, peak: [classes], for how many steps gains of a class last
+    when nothing is moved again, and when it is, at the same cost, at the best time. regret: [layers], seconds that
+    keeping the layer has cost. left: steps to come at most.
     """
     layers, slots = table.shape
     experts, ranks = load.shape[1], len(domain)
@@ -128,8 +129,11 @@ class Adaptive:
     _start: Ints | None = None
     _never_s: float = 0.0  # time so far, had nothing been moved
     _kept_s: float = 0.0  # what was saved of it, moves not counted
-    _spent_s: float = 0.0  # on moves
-    _last: _Record | None = None
+    _spent_s: float = 0.0  # on moves and on solving
+    _stands: Ints | None = None  # [2, layers, slots]: the table, and the one with the largest gain
+    _reach: Floats | None = None
+    _lost_s: float = 0.0
+    _patience: float = 1.0
     _regret: Floats = field(default_factory=lambda: np.zeros(0))
 
     def choose(self, past: Floats, table: Ints) -> Choice:
@@ -144,31 +148,56 @@ class Adaptive:
         self._never_s += float(never_s) + prices.other_s
         self._kept_s += float(never_s - prices.steps_s(table, past[-1:]).sum())
         self._follow(now, past[-1], prices)
+        if not self._worth_solving(past[-1], table):
+            return KEEP
+        self._spent_s += prices.solve_s * len(table)
         held = self.held()
         between = now * len(table) / (1.0 + self._changes)
         load = self.forecast.next_steps(past, min(between, float(held.max())))
         fresh = self.fit(load, table)
         left = np.inf if self.steps is None else float(self.steps - now)
         chosen, most, (saved, gains, cost_s, worth_s) = propose(
-            table, fresh, load, held, self.peak(), self._regret, left, prices.domain, self.node_ranks, prices.token_s, prices.near_s,
-            prices.far_s, TOLERANCE,
+            table, fresh, load, held, self.peak(), self._regret, left, prices.domain, self.node_ranks,
+            prices.token_s, prices.near_s, prices.far_s, TOLERANCE,
         )  # fmt: skip
         self._take_in(now, table, most, gains, load)
         if self.steps is None:
             dear = ~self._within_budget(cost_s, worth_s)
             chosen[dear], saved[dear], cost_s[dear] = table[dear], 0.0, 0.0
         self._spent_s += float(cost_s.sum())
+        self._patience = 1.0 if saved.any() else 2.0 * self._patience
+        self._stands = np.stack([chosen, most])
+        self._reach = _hot(most, load, prices.ranks) / np.maximum(load.sum(axis=1), 1e-300)
         differ = (chosen != table).any(axis=1)
         self._regret *= 1.0 - saved / np.where(gains > 0, gains, 1.0)
         self._changes += float(differ.sum())
         return Choice(chosen if differ.any() else None, len(table))
 
+    def _worth_solving(self, counts: Floats, table: Ints) -> bool:
+        """Whether the layers have lost as much since they were last solved as solving takes, and it can be paid.
+
+        Lost: time over what the last solutions would have reached, as a share of each layer's tokens. Each solution
+        that moves nothing doubles what must be lost before the next one.
+        """
+        if self.prices.solve_s == 0.0 or self._reach is None:
+            return True
+        over = _hot(table, counts, self.prices.ranks) - self._reach * counts.sum(axis=1)
+        self._lost_s += self.prices.token_s * float(np.maximum(over, 0.0).sum())
+        solve_s = self.prices.solve_s * len(table)
+        if self._lost_s < self._patience * solve_s or solve_s > self._budget_s():
+            return False
+        self._lost_s = 0.0
+        return True
+
+    def _budget_s(self) -> float:
+        """What has been saved so far, and MOST_LOST of the time so far, less what has been spent."""
+        return max(self._kept_s + MOST_LOST * self._never_s - self._spent_s, 0.0)
+
     def _within_budget(self, cost_s: Floats, worth_s: Floats) -> NDArray[np.bool_]:
         """Which layers' moves may be paid now, the most worth for its cost first: bool [layers]."""
-        budget_s = self._kept_s + MOST_LOST * self._never_s - self._spent_s
         order = np.argsort(-worth_s / np.where(cost_s > 0, cost_s, 1e-300), kind="stable")
         found = np.zeros(len(cost_s), dtype=np.bool_)
-        found[order] = cost_s[order].cumsum() <= max(budget_s, 0.0)
+        found[order] = cost_s[order].cumsum() <= self._budget_s()
         return found
 
     def held(self) -> Floats:
@@ -200,31 +229,33 @@ class Adaptive:
 
     def _follow(self, now: int, counts: Floats, prices: Prices) -> None:
         """Price a step under every decision that is followed."""
-        if self._last is None:
+        if self._stands is None:
             self._regret = np.zeros(len(counts))
             return
-        followed = [self._last, *(one for one in self._records if one is not self._last)]
-        kept = np.stack([one.kept for one in followed])
-        taken = np.stack([one.taken for one in followed])
+        stands, most = self._stands
+        kept = np.stack([stands, *(one.kept for one in self._records)])
+        taken = np.stack([most, *(one.taken for one in self._records)])
         gained = prices.token_s * realised(kept, taken, counts, prices.ranks)
+        self._regret = np.maximum(self._regret + gained[0], 0.0)
         self._by_lag = np.concatenate([self._by_lag, np.zeros((2, CLASSES, 1))], axis=2)
-        for one, row in zip(followed, gained, strict=True):
+        for one, row in zip(self._records, gained[1:], strict=True):
             one.kept_s += row
             lag = now - 1 - one.step
             np.add.at(self._by_lag[0, :, lag], one.classes, row)
             np.add.at(self._by_lag[1, :, lag], one.classes, one.promised)
-        self._regret = np.maximum(self._regret + gained[0], 0.0)
 
     def _take_in(self, now: int, table: Ints, most: Ints, gains: Floats, load: Floats) -> None:
-        kept_s = self.prices.token_s * np.asarray(
-            [hottest(row, weight, self.prices.ranks) for row, weight in zip(table, load, strict=True)]
-        )
-        share = gains / np.where(kept_s > 0, kept_s, 1.0)
-        classes = np.asarray([gain_class(one) for one in share], dtype=np.int64)
-        self._last = _Record(now, table.copy(), most, gains, np.zeros(len(table)), classes)
         if now % self._stride:
             return
-        self._records.append(self._last)
+        kept_s = self.prices.token_s * _hot(table, load, self.prices.ranks)
+        share = gains / np.where(kept_s > 0, kept_s, 1.0)
+        classes = np.asarray([gain_class(one) for one in share], dtype=np.int64)
+        self._records.append(_Record(now, table.copy(), most, gains, np.zeros(len(table)), classes))
         if len(self._records) > RECORDS:
             self._stride *= 2
             self._records = [one for one in self._records if one.step % self._stride == 0]
+
+
+def _hot(table: Ints, load: Floats, ranks: int) -> Floats:
+    """Tokens of each layer's hottest rank: table [layers, slots], load [layers, experts]."""
+    return np.asarray(hottest_each(table, np.ascontiguousarray(load[None]), ranks)[0])

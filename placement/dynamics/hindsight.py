@@ -24,7 +24,7 @@ def _layer_best(step_s: NDArray[np.float64], move_s: NDArray[np.float64]) -> flo
                 best = min(best, value[old] + move_s[old, new])
             after[new] = best + step_s[new, step]
         value[:] = after
-    return value.min()
+    return float(value.min())
 
 
 @njit(cache=True)
@@ -46,7 +46,7 @@ def best_in_hindsight(counts: Floats, tables: list[Ints], prices: Prices) -> flo
     and it pays for moves but not for solving: a dynamic programme over steps and rows, layer by layer.
     """
     steps, layers, experts = counts.shape
-    total = prices.other_s * steps
+    total: float = prices.other_s * steps
     for layer in range(layers):
         unique: dict[bytes, Ints] = {}
         for table in tables:

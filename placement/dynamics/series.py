@@ -61,7 +61,10 @@ KEEP = Choice()
 class Policy(Protocol):
     """When to lay experts out anew. `choose` sees the counts of the steps before, and nothing later."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        ...
 
     def choose(self, past: Floats, table: Ints) -> Choice:
         """past: [steps so far, layers, experts]; table: [layers, slots] as it is."""
@@ -112,7 +115,7 @@ class Run:
 
 
 def run(policy: Policy, counts: Floats, start: Ints, prices: Prices) -> Run:
-    """Run a policy over counts [steps, layers, experts] from a table [layers, slots]; a step pays after its re-layout."""
+    """Run a policy over counts [steps, layers, experts] from a table [layers, slots]; re-layouts come before steps."""
     steps, _, experts = counts.shape
     table = start
     step_s, move_s, solve_s = np.zeros(steps), np.zeros(steps), np.zeros(steps)

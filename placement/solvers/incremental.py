@@ -21,8 +21,8 @@ def solve(request: PlacementRequest) -> ExpertPlacement:
     A path of single changes (two replicas swapped, a spare replica's slot given to another expert), each of which
     relieves the hottest rank most, is followed until the layer is within 1 % of the better of its end and a fresh
     greedy solution whose parts are dealt to the ranks that hold most of them; of the path and the fresh solution, what
-    moves less is taken. Never two replicas of an expert on a rank, and legal after every change. Raises Infeasible where
-    groups, nodes and ranks do not divide.
+    moves less is taken. Never two replicas of an expert on a rank, and legal after every change. Raises Infeasible
+    where groups, nodes and ranks do not divide.
     """
     refuse_uneven_groups(request)
     mix = np.ascontiguousarray(request.mix())

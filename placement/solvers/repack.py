@@ -20,7 +20,7 @@ def hottest(row: NDArray[np.int64], load: NDArray[np.float64], ranks: int) -> fl
         for slot in range(rank * room, (rank + 1) * room):
             total += load[row[slot]] / count[row[slot]]
         most = max(most, total)
-    return most
+    return float(most)
 
 
 @njit(cache=True)
@@ -218,11 +218,11 @@ def _after(
     rise: float,
     bound: float,
 ) -> float:
-    """Hottest of the ranks that change when `rank` gives a replica of `gone` away for one of `more`; or over `bound`."""
+    """Hottest of the ranks that change when `rank` gives up a replica of `gone` for one of `more`; or above bound."""
     fall = load[more] / count[more] - load[more] / (count[more] + 1)
     most = heat[rank] - load[gone] / count[gone] + load[more] / (count[more] + 1)
     if most >= bound:
-        return most
+        return float(most)
     for other in range(len(heat)):
         if other == rank or (holds[other, gone] == 0 and holds[other, more] == 0):
             continue
@@ -231,4 +231,4 @@ def _after(
             most = value
             if most >= bound:
                 break
-    return most
+    return float(most)
