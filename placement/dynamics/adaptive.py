@@ -35,7 +35,7 @@ def gain_class(share: float) -> int:
 def propose(
     table: NDArray[np.int64], fresh: NDArray[np.int64], load: NDArray[np.float64], held: NDArray[np.float64],
     peak: NDArray[np.float64], regret: NDArray[np.float64], left: float, domain: NDArray[np.int64],
-    node_ranks: int, token_s: float, near_s: float, far_s: float, tolerance: float,
+    node_ranks: int, token_s: float, near_s: float, far_s: float, limit: int, tolerance: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:  # fmt: skip
     """For each layer the row that pays most, the row with the largest gain, and figures [4, layers].
 
@@ -43,14 +43,14 @@ def propose(
 
     load: [layers, experts], tokens of a step to come. held, peak: [classes], for how many steps gains of a class last
     when nothing is moved again, and when it is, at the same cost, at the best time. regret: [layers], seconds that
-    keeping the layer has cost. left: steps to come at most.
+    keeping the layer has cost. left: steps to come at most. limit: changes that are looked at beside the fresh rows.
     """
-    layers, slots = table.shape
+    layers = len(table)
     experts, ranks = load.shape[1], len(domain)
     chosen, most = table.copy(), table.copy()
     figures = np.zeros((4, layers))
     for layer in range(layers):
-        rows, loads = descend(table[layer], load[layer], ranks, node_ranks, slots, tolerance)
+        rows, loads = descend(table[layer], load[layer], ranks, node_ranks, limit, tolerance)
         other = hottest(fresh[layer], load[layer], ranks)
         gain = loads[0] - min(loads[-1], other)
         if gain <= 0.0:
@@ -137,7 +137,7 @@ class Adaptive:
     _regret: Floats = field(default_factory=lambda: np.zeros(0))
 
     def choose(self, past: Floats, table: Ints) -> Choice:
-        """Layer by layer, change by change."""
+        """Layer by layer, change by change; where solving takes time, mostly the last solution again."""
         now = len(past)
         if now == 0:
             self._start = table
@@ -148,30 +148,31 @@ class Adaptive:
         self._never_s += float(never_s) + prices.other_s
         self._kept_s += float(never_s - prices.steps_s(table, past[-1:]).sum())
         self._follow(now, past[-1], prices)
-        if not self._worth_solving(past[-1], table):
-            return KEEP
-        self._spent_s += prices.solve_s * len(table)
+        solving = self._worth_solving(past[-1], table)
         held = self.held()
         between = now * len(table) / (1.0 + self._changes)
         load = self.forecast.next_steps(past, min(between, float(held.max())))
-        fresh = self.fit(load, table)
+        fresh = self.fit(load, table) if solving or self._stands is None else self._stands[1]
         left = np.inf if self.steps is None else float(self.steps - now)
         chosen, most, (saved, gains, cost_s, worth_s) = propose(
             table, fresh, load, held, self.peak(), self._regret, left, prices.domain, self.node_ranks,
-            prices.token_s, prices.near_s, prices.far_s, TOLERANCE,
+            prices.token_s, prices.near_s, prices.far_s, table.shape[1] if solving else 0, TOLERANCE,
         )  # fmt: skip
-        self._take_in(now, table, most, gains, load)
+        if solving:
+            self._spent_s += prices.solve_s * len(table)
+            self._take_in(now, table, most, gains, load)
+            self._reach = _hot(most, load, prices.ranks) / np.maximum(load.sum(axis=1), 1e-300)
         if self.steps is None:
             dear = ~self._within_budget(cost_s, worth_s)
             chosen[dear], saved[dear], cost_s[dear] = table[dear], 0.0, 0.0
         self._spent_s += float(cost_s.sum())
-        self._patience = 1.0 if saved.any() else 2.0 * self._patience
-        self._stands = np.stack([chosen, most])
-        self._reach = _hot(most, load, prices.ranks) / np.maximum(load.sum(axis=1), 1e-300)
+        if saved.any() or solving:
+            self._patience = 1.0 if saved.any() else 2.0 * self._patience
+        self._stands = np.stack([chosen, most if solving else fresh])
         differ = (chosen != table).any(axis=1)
         self._regret *= 1.0 - saved / np.where(gains > 0, gains, 1.0)
         self._changes += float(differ.sum())
-        return Choice(chosen if differ.any() else None, len(table))
+        return Choice(chosen if differ.any() else None, len(table) if solving else 0)
 
     def _worth_solving(self, counts: Floats, table: Ints) -> bool:
         """Whether the layers have lost as much since they were last solved as solving takes, and it can be paid.
