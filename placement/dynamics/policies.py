@@ -87,10 +87,10 @@ class Threshold:
 class SkiRental:
     """Moves a layer when keeping it has cost as much as moving it does; knows nothing of how long gains last.
 
-    Regret of a step: what the layer took over what the best path of changes would have made of that very step. Between
-    two moves of a layer a run pays at most one step's regret more than the next move costs, so regret and moves
-    together are at most twice the moves plus a step's regret for each: with one alternative that stays better by as
-    much, twice what the best choice in hindsight pays (A. Karlin et al., Algorithmica 3, 1988).
+    Regret of a step: what the layer took over what the best path of changes would have made of that very step. With
+    one alternative of fixed cost whose lead never turns negative, regret and cost together are at most twice what the
+    best choice in hindsight pays, and one step's regret more (A. Karlin et al., Algorithmica 3, 1988). Where loads
+    alternate faster than a change pays back, there is no such bound.
     """
 
     prices: Prices
