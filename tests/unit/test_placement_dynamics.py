@@ -11,7 +11,9 @@ import pytest
 from moesim import cli
 from moesim.errors import BadInput
 from moesim.spec.plan import PlacementRequest
+from moesim.spec.scenario import Scenario
 from placement.dynamics.adaptive import MOST_LOST, Adaptive
+from placement.dynamics.command import prices_of
 from placement.dynamics.forecast import Forecast
 from placement.dynamics.policies import Every, Never, SkiRental, Threshold
 from placement.dynamics.series import Policy, Prices, run
@@ -250,3 +252,29 @@ def test_one_snapshot_is_no_series(tmp_path: Path, capsys) -> None:
     code, _, error = call(capsys, "place", "--loads", str(path), "--gpus", "4", "--slots", "16", *PRICED)
     assert code == 2
     assert "no series" in error
+
+
+def test_a_scenario_prices_steps_and_both_kinds_of_links() -> None:
+    scenario = Scenario.model_validate(
+        {
+            "model": "deepseek-ai/DeepSeek-V3",
+            "cluster": {"system": "h200_sxm", "nodes": 4, "gpus_per_node": 8},
+            "cost": {"source": "roofline"},
+            "routing": {"synthetic": {"kind": "deepseek_like"}},
+            "parallel": {"attention_dp": 32, "ep": 32},
+            "placement": {"redundant_experts": 32},
+            "serving": {"workload": {"isl": 2000, "osl": 256, "requests": 10, "arrivals": {"concurrency": 4}}},
+        }
+    )
+    share = np.random.default_rng(0).dirichlet(np.full(256, 2.0), 58)
+    counts = np.repeat(share[None] * 32 * 512 * 8, 20, axis=0)
+    asked = PlacementRequest(share[None], np.ones(1), np.arange(3, 61), 61, 288, 32)
+    table = solve(asked, "contiguous").placement.physical_to_logical
+    found = prices_of(scenario, asked, counts, table)
+    assert found.domain.tolist() == [rank // 8 for rank in range(32)]
+    expert_bytes = 3 * 7168 * 2048  # fp8
+    assert expert_bytes / 900e9 < found.near_s < found.far_s < expert_bytes / 25e9
+    assert found.token_s > 0.0
+    assert found.other_s > 0.0
+    with pytest.raises(BadInput, match="training"):
+        prices_of(scenario.model_copy(update={"serving": None}), asked, counts, table)
