@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from placement.dispatch import ChoiceTimes
-    from placement.planning import Placed
+    from placement.planning import Asked, Placed
 
 
 def place(
@@ -31,6 +31,12 @@ def place(
     ] = False,
     page: Annotated[Path | None, typer.Option("--report", help="Page of pictures to write (.html).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
+    current: Annotated[Path | None, typer.Option(help="Map that stands: for --drift and incremental.")] = None,
+    drift: Annotated[bool, typer.Option("--drift", help="When to lay experts out anew, on a file of steps.")] = False,
+    token_s: Annotated[float | None, typer.Option(help="--drift: s for a token of a layer's hottest GPU.")] = None,
+    move_s: Annotated[float | None, typer.Option(help="--drift: seconds to bring one expert to a GPU.")] = None,
+    solve_s: Annotated[float | None, typer.Option(help="--drift: seconds to solve one layer (default 0).")] = None,
+    length_known: Annotated[bool, typer.Option(help="--drift: the policy may know how many steps come.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -61,7 +67,11 @@ def place(
         solver=solver,
         holdout=holdout,
         seed=seed,
+        current=current,
     )
+    if drift:
+        _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
+        return
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
         placed = planning.place(asked, choices=replica_choices)
     if out is not None:
@@ -82,6 +92,23 @@ def place(
         _print_place(placed, out, form)
         if page is not None:
             typer.echo(f"Wrote {page}.")
+
+
+def _drift(
+    asked: Asked, out: Path | None, token_s: float | None, move_s: float | None, solve_s: float | None,
+    length_known: bool, json_output: bool,
+) -> None:  # fmt: skip
+    from moesim.errors import BadInput
+    from placement.dynamics import command
+
+    if out is not None:
+        raise BadInput("--drift writes no map", where="--out", mend="leave it out, or leave --drift out")
+    with _waiting("running the policies over the series"):
+        found = command.drift(asked, token_s=token_s, move_s=move_s, solve_s=solve_s, length_known=length_known)
+    if json_output:
+        _print_json(found.to_json())
+    else:
+        command.print_study(found)
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:

@@ -76,7 +76,7 @@ def contenders(request: PlacementRequest, solver: str) -> dict[str, ExpertPlacem
     plain = without_redundancy(request)
     found = {BASELINE: solve(plain, BASELINE).placement}
     if request.slots > plain.slots:
-        found[WITHOUT_REPLICAS] = solve(replace(request, slots=plain.slots), solver).placement
+        found[WITHOUT_REPLICAS] = solve(replace(request, slots=plain.slots, current=None), solver).placement
     found[PLANNED] = solve(request, solver).placement
     return found
 
@@ -142,7 +142,7 @@ def _held_loads(name: str, load: RoutingCounts, found: dict[str, ExpertPlacement
 
 def refit(request: PlacementRequest, loads: Sequence[RoutingCounts]) -> PlacementRequest:
     """The same request for other loads."""
-    return request_from_loads(
+    fitted = request_from_loads(
         loads,
         slots=request.slots,
         ranks=request.ranks,
@@ -150,3 +150,4 @@ def refit(request: PlacementRequest, loads: Sequence[RoutingCounts]) -> Placemen
         groups=request.groups,
         seed=request.seed,
     )
+    return replace(fitted, current=request.current)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
+from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import HoldoutSpec, Scenario
 from placement.compare import (
@@ -42,6 +43,7 @@ class Asked:
     holdout: HoldoutSpec
     seed: int
     scenario: Scenario | None = None
+    current: ExpertPlacement | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def ask(
     solver: str | None,
     holdout: float | None,
     seed: int | None,
+    current: Path | None = None,
 ) -> Asked:
     """Fill what was not given from the scenario. Raises BadInput that names what is missing."""
     if seed is None:
@@ -153,6 +156,7 @@ def ask(
         holdout=_holdout(scenario, loads, holdout),
         seed=seed,
         scenario=scenario,
+        current=None if current is None else read_placement(current),
     )
 
 
@@ -205,6 +209,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
         groups=asked.groups,
         seed=asked.seed,
     )
+    request = replace(request, current=asked.current)
     solved = solve(request, asked.solver)
     baseline = solve(without_redundancy(request), BASELINE).placement
     splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))

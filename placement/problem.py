@@ -14,7 +14,7 @@ from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
 DEFAULT_SOLVER = "greedy"
-GROUP_SOLVERS = ("eplb", "greedy", "robust")
+GROUP_SOLVERS = ("eplb", "greedy", "robust", "incremental")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str
 def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: PlacementRequest) -> None:
     """Compile (or load from the cache) what `run` compiles, on one layer of 8 experts with the request's groups on."""
     groups, nodes = (2, 2) if request.groups > 1 else (1, 1)
+    current = None
+    if request.current is not None:
+        current = ExpertPlacement(np.arange(12)[None, :] % 8, np.zeros(1, dtype=np.int64), 8, 4, 1)
     loads = np.linspace(1.0, 2.0, 8)[None, None, :] * np.ones((len(request.weights), 1, 1))
     tiny = PlacementRequest(
         loads=np.ascontiguousarray(loads / loads.sum(axis=-1, keepdims=True)),
@@ -80,6 +83,7 @@ def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: Placeme
         nodes=nodes,
         groups=groups,
         seed=request.seed,
+        current=current,
     )
     try:
         run(tiny)
@@ -90,7 +94,7 @@ def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: Placeme
 def without_redundancy(request: PlacementRequest) -> PlacementRequest:
     """The same loads with the fewest slots that the ranks allow, and no groups: what the plain baseline gets."""
     fewest = -(-request.experts // request.ranks) * request.ranks
-    return replace(request, slots=fewest, groups=1)
+    return replace(request, slots=fewest, groups=1, current=None)
 
 
 def refuse_groups(request: PlacementRequest, solver: str) -> None:

@@ -134,7 +134,7 @@ class PlacementRequest:
 
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
-    nodes prices traffic only, unless groups > 1.
+    nodes prices traffic only, unless groups > 1. current: the placement that stands, of as many slots; None = none.
     """
 
     loads: NDArray[np.float64]
@@ -146,6 +146,7 @@ class PlacementRequest:
     nodes: int = 1
     groups: int = 1
     seed: int = 0
+    current: ExpertPlacement | None = None
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:
@@ -168,6 +169,17 @@ class PlacementRequest:
                 f"{self.slots} slots are more than one replica of {experts} experts on each of {self.ranks} ranks",
                 mend=f"use at most {experts * self.ranks} slots",
                 reason="too_many_slots",
+            )
+        stands = self.current
+        if stands is not None and (
+            (stands.experts, stands.slots, stands.ranks) != (experts, self.slots, self.ranks)
+            or not np.array_equal(stands.layer_ids, self.layer_ids)
+        ):
+            raise BadInput(
+                f"the current placement has {stands.layers} layers x {stands.experts} experts in {stands.slots} slots "
+                f"on {stands.ranks} ranks, not {self.layers} x {experts} in {self.slots} on {self.ranks}",
+                where="current",
+                mend="give the placement that these loads ran under, with as many slots",
             )
 
     @property

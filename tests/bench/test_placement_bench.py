@@ -8,7 +8,7 @@ import pytest
 from moesim.spec.plan import PlacementRequest
 from placement.problem import solve
 
-BUDGET_S = {"contiguous": 0.1, "round_robin": 0.1, "eplb": 0.1, "greedy": 0.1, "robust": 10.0}
+BUDGET_S = {"contiguous": 0.1, "round_robin": 0.1, "eplb": 0.1, "greedy": 0.1, "incremental": 0.1, "robust": 10.0}
 
 
 @pytest.mark.parametrize("name", sorted(BUDGET_S))
