@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
-from moesim.spec.plan import ExpertPlacement
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec, Scenario
 from placement.compare import (
     BASELINE,
     HeldOut,
+    Split,
     judge_splits,
     make_splits,
 )
+from placement.cross_node import CrossNode, judge_cross_node
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
 from placement.steps import StepTime, judge_steps
@@ -56,6 +58,7 @@ class Placed:
     held: HeldOut | None
     step_time: StepTime | None
     verdict: Verdict
+    cross_node: CrossNode | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -87,6 +90,7 @@ class Placed:
             "holdout": None if held is None else held.to_json(),
             "gain": gain,
             "step_time": None if self.step_time is None else self.step_time.to_json(),
+            "cross_node": None if self.cross_node is None else self.cross_node.to_json(),
             "verdict": self.verdict.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
@@ -159,14 +163,15 @@ def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[
     if scenario is None:
         if not files:
             raise BadInput("there are no loads to place for", where="--loads", mend="give --loads FILE or a scenario")
-        return [read_loads(path) for path in files]
+        return [read_loads(path, tokens=True) for path in files]
     from moesim.routing.resolve import fit_to_model, resolve_routing
     from moesim.spec.hf import load_model
 
     model = load_model(scenario.model)
     if files:
-        return [fit_to_model(read_loads(path, experts=model.moe.experts), model, where=path) for path in files]
-    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed)))
+        experts = model.moe.experts
+        return [fit_to_model(read_loads(path, experts=experts, tokens=True), model, where=path) for path in files]
+    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed), tokens=True))
 
 
 def _cluster_gpus(scenario: Scenario) -> int:
@@ -208,6 +213,7 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:
         step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
+    cross_node = _cross_node(asked, splits[0], request) if splits else None
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -217,8 +223,34 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
         baseline_balance=balance(baseline, asked.loads),
         held=held,
         step_time=step_time,
-        verdict=_verdict(asked, held, step_time),
+        verdict=_with_copies(_verdict(asked, held, step_time), asked, step_time, cross_node),
+        cross_node=cross_node,
     )
+
+
+def _cross_node(asked: Asked, split: Split, request: PlacementRequest) -> CrossNode | None:
+    """Copies between nodes on the held-out part of the first split, in bytes too where a scenario says of what."""
+    from moesim.network.traffic import message_bytes
+    from moesim.spec.hf import load_model
+
+    if asked.scenario is None:
+        return judge_cross_node(split, request, asked.solver)
+    model, precision = load_model(asked.scenario.model), asked.scenario.precision
+    size = {"hidden": model.hidden, "top_k": model.moe.top_k}
+    both = message_bytes("dispatch", "normal", dtype=precision.dispatch, **size)
+    both += message_bytes("combine", "normal", dtype=precision.combine, **size)
+    replica = "local_first" if asked.scenario.policies.dispatch.replica == "local_first" else "equal"
+    return judge_cross_node(split, request, asked.solver, replica=replica, message_bytes=both)
+
+
+def _with_copies(verdict: Verdict, asked: Asked, step_time: StepTime | None, cross_node: CrossNode | None) -> Verdict:
+    """The verdict with a sentence on the copies between nodes, where tokens were at hand to count them."""
+    if cross_node is None:
+        return verdict
+    text = f"{verdict.text} {cross_node.sentence(asked.solver)}"
+    if step_time is not None:
+        text += " Step times model the copies from counts alone and do not see the difference."
+    return replace(verdict, text=text)
 
 
 def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> Verdict:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim import plugins
 from moesim.errors import BadInput, Infeasible
+from moesim.routing.tensors import MAX_CELLS
 from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
@@ -38,6 +40,7 @@ def request_from_loads(
         if value < 1:
             raise BadInput(f"{name} is {value}", where=f"--{name}", mend="give a number above 0")
     profiles, weights = stack_profiles(loads)
+    together, onward = pair_chances(loads)
     try:
         return PlacementRequest(
             loads=np.ascontiguousarray(profiles),
@@ -49,9 +52,34 @@ def request_from_loads(
             nodes=nodes,
             groups=groups,
             seed=seed,
+            coactivation=together,
+            transitions=onward,
         )
     except Infeasible as error:
         raise Infeasible(error.what, where=f"slots {slots}", mend=error.mend, reason=error.reason) from None
+
+
+def pair_chances(
+    loads: Sequence[RoutingCounts],
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Co-activation and transitions as `PlacementRequest` has them, of the loads that tell tokens apart, by weight.
+
+    None where no load tells, or where [layers, experts, experts] would take more than half a gigabyte.
+    """
+    _, layers, experts = loads[0].counts.shape
+    told = [load for load in loads if load.tokens is not None]
+    if not told or layers * experts**2 > MAX_CELLS:
+        return None, None
+    weights = np.asarray([load.weight for load in told])
+    weights /= weights.sum()
+    together = np.zeros((layers, experts, experts))
+    onward: NDArray[np.float64] | None = np.zeros((layers - 1, experts, experts))
+    for weight, load in zip(weights, told, strict=True):
+        assert load.tokens is not None
+        together += weight * load.tokens.coactivation(experts)
+        found = load.tokens.transitions(experts)
+        onward = None if onward is None or found is None else onward + weight * found
+    return together, onward
 
 
 def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str = "--solver") -> Solved:
@@ -80,6 +108,8 @@ def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: Placeme
         nodes=nodes,
         groups=groups,
         seed=request.seed,
+        coactivation=None if request.coactivation is None else np.ones((1, 8, 8)) - np.eye(8),
+        transitions=None if request.transitions is None else np.ones((0, 8, 8)),
     )
     try:
         run(tiny)
