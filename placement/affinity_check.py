@@ -22,7 +22,7 @@ from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec
 from placement.compare import BASELINE, PLANNED
-from placement.cross_node import CrossNode, compare_copies
+from placement.cross_node import REFERENCES, CrossNode, compare_copies
 from placement.problem import request_from_loads, solve
 from placement.solvers.greedy import pack
 
@@ -80,7 +80,8 @@ def check(
         found["planted"] = planted_placement(request, home)
     judged = {
         name: compare_copies(
-            {BASELINE: found[BASELINE], "greedy": found["greedy"], "eplb": found["eplb"], PLANNED: placement},
+            {other: found[other] for other in (REFERENCES if name == "affinity" else ("greedy",))}
+            | {PLANNED: placement},
             judge,
             nodes=nodes,
             replica="equal",

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import BadInput, MissingPart
+from moesim.errors import BadInput, MissingPart, MoesimError
 from moesim.files import whole_file, write_json
 
 Ids = NDArray[np.int64]
@@ -194,7 +194,7 @@ def write_trace(path: Path, picks: NDArray[np.uint8], requests_per_step: int) ->
         frame.with_columns(pl.col("experts").arr.to_list()).write_parquet(temporary, compression_level=19)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Train, trace, and write the trace with its provenance (`.json` beside it)."""
     parser = argparse.ArgumentParser(prog="python -m profiles.router_trace", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .parquet to write; its provenance goes beside it")
@@ -205,6 +205,20 @@ def main(arguments: list[str] | None = None) -> None:
     out, root = given.pop("out"), given.pop("text")
     settings = Settings(**given)
     try:
+        told = make(out, root, settings)
+    except MoesimError as error:
+        sys.stderr.write(f"error: {error.line()}\n")
+        return error.exit_code
+    print(json.dumps(told))
+    return 0
+
+
+def make(out: Path, root: Path, settings: Settings) -> dict[str, Any]:
+    """Train on the text under `root` with one thread, and write the trace `out` and its provenance; what came of it.
+
+    Raises BadInput where there is too little text, MissingPart without torch.
+    """
+    try:
         import torch
     except ImportError:
         raise MissingPart("training needs torch", mend="pip install '.[hardware]'") from None
@@ -214,22 +228,19 @@ def main(arguments: list[str] | None = None) -> None:
     weights = new_weights(settings)
     bits = train(weights, shown, settings, say=lambda line: print(line, file=sys.stderr))
     trained_s = time.process_time() - start
-    picks = trace(weights, held, settings)
-    write_trace(out, picks, settings.requests_per_step)
-    write_json(
-        out.with_suffix(".json"),
-        {
-            "command": "python -m profiles.router_trace",
-            "settings": asdict(settings),
-            "text": f"{len(shown)} bytes of the standard library of Python {sys.version.split()[0]}",
-            "traced_files": names,
-            "torch": torch.__version__,
-            "train_bits_per_byte": bits,
-            "train_cpu_s": trained_s,
-        },
-    )
-    print(json.dumps({"out": str(out), "bytes": out.stat().st_size, "bits_per_byte": bits, "cpu_s": trained_s}))
+    write_trace(out, trace(weights, held, settings), settings.requests_per_step)
+    provenance = {
+        "command": "python -m profiles.router_trace",
+        "settings": asdict(settings),
+        "text": f"{len(shown)} bytes of the standard library of Python {sys.version.split()[0]}",
+        "traced_files": names,
+        "torch": torch.__version__,
+        "train_bits_per_byte": bits,
+        "train_cpu_s": trained_s,
+    }
+    write_json(out.with_suffix(".json"), provenance)
+    return {"out": str(out), "bytes": out.stat().st_size, "bits_per_byte": bits, "cpu_s": trained_s}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -137,6 +137,7 @@ class PlacementRequest:
     nodes prices traffic only, unless groups > 1. Where loads tell which experts a token picks together: coactivation,
     float64 [layers, experts, experts], the chance that a token picks both, symmetric, 0 on the diagonal; transitions,
     float64 [layers - 1, experts, experts], the chance that it picks one in a layer and the other in the next.
+    dispersion: float64 [layers, experts, experts], covariance of the experts' shares from step to step.
     """
 
     loads: NDArray[np.float64]
@@ -150,6 +151,7 @@ class PlacementRequest:
     seed: int = 0
     coactivation: NDArray[np.float64] | None = None
     transitions: NDArray[np.float64] | None = None
+    dispersion: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:
@@ -158,6 +160,7 @@ class PlacementRequest:
         for name, table, rows in (
             ("coactivation", self.coactivation, layers),
             ("transitions", self.transitions, layers - 1),
+            ("dispersion", self.dispersion, layers),
         ):
             if table is not None and table.shape != (rows, experts, experts):
                 raise BadInput(f"{name} of shape {table.shape}", mend=f"give [{rows}, {experts}, {experts}]")

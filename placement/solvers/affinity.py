@@ -84,19 +84,16 @@ def _regroup(
 ) -> bool:
     """Regroup one layer of table [layers, slots] in place; whether it could not, and stays as it was.
 
-    together, attract: as `regroup` takes them. Inside a node, experts that go together are then spread over the ranks:
-    their loads rise and fall together from step to step.
+    together, attract: as `regroup` takes them.
     """
     if parts == 1:
         return False
     weight = np.ascontiguousarray(request.mix()[layer])
     row, ranks = table[layer], request.ranks
     bound = max(float(row_max_over_mean(row[None], weight[None], ranks)[0]), SEARCH_ABOVE) + 1e-9
-    failed = not regroup(row, weight, together, attract, ranks, parts, 1, bound, ROUNDS, WANTED, TRIES, rng)
-    if parts < ranks:
-        none = np.zeros((ranks, request.experts))
-        regroup(row, weight, -together, none, ranks, ranks, parts, bound, ROUNDS, 1, 1, rng)
-    return failed
+    none = np.zeros((request.experts, request.experts))
+    swing = none if request.dispersion is None else np.ascontiguousarray(request.dispersion[layer])
+    return not regroup(row, weight, together, attract, swing, ranks, bound, ROUNDS, WANTED, TRIES, rng)
 
 
 def presence(row: Ints, experts: int, parts: int) -> Floats:

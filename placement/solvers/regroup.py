@@ -1,4 +1,4 @@
-"""Compiled annealing: swap replicas so that experts that tokens pick together share a node, within a bound on load."""
+"""Compiled annealing: swap replicas so that experts that tokens pick together share a node, within bounds on load."""
 
 from __future__ import annotations
 
@@ -21,47 +21,41 @@ that asks for less cannot move."""
 SAMPLE = 200
 """Swaps that are looked at to learn what a typical one changes."""
 
+TINY = 1e-12
+
 
 @njit(cache=True)
-def gather(table: Ints, pair: Floats, attract: Floats, parts: int) -> Floats:
-    """What an expert has in common with each part: float64 [parts, experts], replicas of its mates counted by share."""
-    experts = pair.shape[0]
-    per_part = len(table) // parts
-    out = attract.copy()
+def gather(table: Ints, pair: Floats, start: Floats) -> Floats:
+    """What an expert has in common with each part: float64 [parts, experts], `start` and the part's replicas."""
+    out = start.copy()
+    per_part = len(table) // len(start)
     for slot in range(len(table)):
-        part = slot // per_part
-        mate = pair[table[slot]]
-        for expert in range(experts):
-            out[part, expert] += mate[expert]
+        row, mate = out[slot // per_part], pair[table[slot]]
+        for expert in range(len(mate)):
+            row[expert] += mate[expert]
     return out
 
 
 @njit(cache=True)
-def _excess(load: float, bound: float) -> float:
-    return max(load - bound, 0.0)
+def _joined(common: Floats, pair: Floats, one: int, two: int, home: int, other: int) -> float:
+    """How much more the parts have in common when `one` leaves `home` for `other`, and `two` the other way."""
+    return float(common[other, one] + common[home, two] - common[home, one] - common[other, two] - 2.0 * pair[one, two])
 
 
 @njit(cache=True)
-def _apply(
-    table: Ints, a: int, b: int, room: int, per_part: int, holds: NDArray[np.bool_], load: Floats, share: Floats,
-    pair: Floats, common: Floats,
-) -> None:  # fmt: skip
-    """Swap the replicas in two slots, and keep who holds what, loads and `common` right."""
-    one, two = table[a], table[b]
-    rank_a, rank_b, part_a, part_b = a // room, b // room, a // per_part, b // per_part
-    table[a], table[b] = two, one
-    holds[rank_a, one] = False
-    holds[rank_a, two] = True
-    holds[rank_b, two] = False
-    holds[rank_b, one] = True
-    moved = share[two] - share[one]
-    load[rank_a] += moved
-    load[rank_b] -= moved
-    if part_a != part_b:
-        for expert in range(pair.shape[0]):
-            change = pair[two, expert] - pair[one, expert]
-            common[part_a, expert] += change
-            common[part_b, expert] -= change
+def _shift(common: Floats, pair: Floats, one: int, two: int, home: int, other: int) -> None:
+    """Keep `common` right when `one` has left `home` for `other`, and `two` the other way."""
+    for expert in range(pair.shape[0]):
+        change = pair[two, expert] - pair[one, expert]
+        common[home, expert] += change
+        common[other, expert] -= change
+
+
+@njit(cache=True)
+def _relief(load_a: float, load_b: float, moved: float, bound: float) -> float:
+    """How much less load stands above the bound when `moved` goes from rank b to rank a."""
+    before = max(load_a - bound, 0.0) + max(load_b - bound, 0.0)
+    return before - max(load_a + moved - bound, 0.0) - max(load_b - moved - bound, 0.0)
 
 
 @njit(cache=True)
@@ -70,29 +64,47 @@ def regroup(
     weight: Floats,
     together: Floats,
     attract: Floats,
+    swing: Floats,
     ranks: int,
-    parts: int,
-    spans: int,
     bound: float,
     rounds: int,
     wanted: int,
     tries: int,
     rng: np.random.Generator,
 ) -> bool:
-    """Raise what the replicas of a part have in common, in place, with no rank above `bound` x the mean load.
+    """Raise what the replicas of a part have in common, in place, and keep the ranks as even as they are bound to be.
 
-    table: [slots]. weight: [experts], load. together: [experts, experts], symmetric, 0 on the diagonal. attract:
-    [parts, experts], what an expert gains by being in a part whatever else is there. spans: the ranks in as many equal
-    runs, which no replica leaves. A pair of replicas counts by the shares of their experts' tokens that they serve.
-    Runs `anneal` until `wanted` runs kept the bound, at most `tries` times, and takes the best; False, and the table as
-    it was, where none did.
+    table: [slots]. weight: [experts], load; no rank gets more than `bound` x the mean. together: [experts, experts],
+    symmetric, 0 on the diagonal. attract: [parts, experts], what an expert gains by being in a part whatever else is
+    there. swing: [experts, experts], covariance of the experts' loads from step to step; the ranks' variance, summed,
+    does not rise above that of the given table. A pair of replicas counts by the shares of their experts' tokens that
+    they serve. Runs `anneal` until `wanted` runs kept both bounds, at most `tries` times, and takes the best; False,
+    and the table as it was, where none did.
     """
+    experts, slots = len(weight), len(table)
+    count = np.zeros(experts, dtype=np.int64)
+    for slot in range(slots):
+        count[table[slot]] += 1
+    pair = np.empty((experts, experts))
+    vary = np.zeros((experts, experts))
+    unit = 0.0
+    for one in range(experts):
+        unit += swing[one, one] / count[one]
+        for two in range(experts):
+            pair[one, two] = together[one, two] / (count[one] * count[two])
+    unit *= 0.5  # a pair counts once below
+    for one in range(experts):
+        for two in range(experts):
+            if one != two and unit > 0.0:
+                vary[one, two] = swing[one, two] / (count[one] * count[two] * unit)
+    share = weight * ranks / (max(weight.sum(), 1e-300) * count)
+    pull = attract / count
     given = table.copy()
     best, found = 0.0, 0
     for run in range(tries):
         row = given.copy()
         scale = EXCESS_SCALES[run % len(EXCESS_SCALES)]
-        value = anneal(row, weight, together, attract, ranks, parts, spans, bound, scale, rounds, rng)
+        value = anneal(row, share, pair, pull, vary, ranks, bound, scale, rounds, rng)
         if value == -np.inf:
             continue
         if found == 0 or value > best:
@@ -107,56 +119,42 @@ def regroup(
 @njit(cache=True)
 def anneal(
     table: Ints,
-    weight: Floats,
-    together: Floats,
-    attract: Floats,
+    share: Floats,
+    pair: Floats,
+    pull: Floats,
+    vary: Floats,
     ranks: int,
-    parts: int,
-    spans: int,
     bound: float,
     scale: float,
     rounds: int,
     rng: np.random.Generator,
 ) -> float:
-    """One run of `regroup`, in place: what the parts have in common at the end, or -inf with a rank above the bound.
+    """One run of `regroup`, in place: what the parts have in common at the end, or -inf where a bound is not kept.
 
-    scale: of EXCESS_SCALES. Simulated annealing (Kirkpatrick, Gelatt and Vecchi, Science 220, 1983) over swaps of two
-    replicas, `rounds` x slots of them, then the best swaps until none helps.
+    share: [experts], load of a replica over a rank's mean. pair, pull, vary: as `together`, `attract` and `swing`, by
+    replica, vary in units of the experts' own variance. scale: of EXCESS_SCALES. Simulated annealing (Kirkpatrick,
+    Gelatt and Vecchi, Science 220, 1983) over swaps of two replicas, `rounds` x slots of them, then the best swaps
+    until none helps.
     """
-    experts, slots = len(weight), len(table)
-    room, per_part, per_span = slots // ranks, slots // parts, slots // spans
-    count = np.zeros(experts, dtype=np.int64)
+    slots, experts, parts = len(table), len(share), len(pull)
+    room, per_part = slots // ranks, slots // parts
     holds = np.zeros((ranks, experts), dtype=np.bool_)
-    for slot in range(slots):
-        count[table[slot]] += 1
-        holds[slot // room, table[slot]] = True
-    share = weight * ranks / (max(weight.sum(), 1e-300) * count)
     load = np.zeros(ranks)
     for slot in range(slots):
+        holds[slot // room, table[slot]] = True
         load[slot // room] += share[table[slot]]
-    pair = np.empty((experts, experts))
-    pull = np.empty((parts, experts))
-    for one in range(experts):
-        for two in range(experts):
-            pair[one, two] = together[one, two] / (count[one] * count[two])
-        for part in range(parts):
-            pull[part, one] = attract[part, one] / count[one]
-    common = gather(table, pair, pull, parts)
+    common = gather(table, pair, pull)
+    beside = gather(table, vary, np.zeros((ranks, experts)))
 
     typical, found = 0.0, 0
     for _ in range(20 * SAMPLE):
-        a = int(rng.random() * slots)
-        b = a // per_span * per_span + int(rng.random() * per_span)
-        one, two, part_a, part_b = table[a], table[b], a // per_part, b // per_part
-        if one == two or part_a == part_b:
-            continue
-        typical += abs(
-            common[part_b, one] + common[part_a, two] - common[part_a, one] - common[part_b, two] - 2 * pair[one, two]
-        )
-        found += 1
+        a, b = int(rng.random() * slots), int(rng.random() * slots)
+        if table[a] != table[b] and a // per_part != b // per_part:
+            typical += abs(_joined(common, pair, table[a], table[b], a // per_part, b // per_part))
+            found += 1
         if found == SAMPLE:
             break
-    if found == 0 or typical == 0.0:
+    if typical == 0.0:
         return -np.inf  # nothing to tell parts apart by
     typical /= found
     price = typical / scale
@@ -164,34 +162,24 @@ def anneal(
     swaps = rounds * slots
     cooling = COOLING ** (1.0 / swaps)
     heat = typical
+    over = 0.0  # variance above that of the given table
     for _ in range(swaps):
         heat *= cooling
-        a = int(rng.random() * slots)
-        b = a // per_span * per_span + int(rng.random() * per_span)
+        a, b = int(rng.random() * slots), int(rng.random() * slots)
         one, two, rank_a, rank_b = table[a], table[b], a // room, b // room
         if rank_a == rank_b or one == two or holds[rank_b, one] or holds[rank_a, two]:
             continue
+        more = _joined(beside, vary, one, two, rank_a, rank_b)
         moved = share[two] - share[one]
-        worse = (
-            _excess(load[rank_a] + moved, bound)
-            + _excess(load[rank_b] - moved, bound)
-            - _excess(load[rank_a], bound)
-            - _excess(load[rank_b], bound)
-        ) * price
+        worse = price * (max(over + more, 0.0) - max(over, 0.0) - _relief(load[rank_a], load[rank_b], moved, bound))
         part_a, part_b = a // per_part, b // per_part
         if part_a != part_b:
-            worse -= (
-                common[part_b, one]
-                + common[part_a, two]
-                - common[part_a, one]
-                - common[part_b, two]
-                - 2.0 * pair[one, two]
-            )
+            worse -= _joined(common, pair, one, two, part_a, part_b)
         if worse > 0.0 and rng.random() >= np.exp(-worse / heat):
             continue
-        _apply(table, a, b, room, per_part, holds, load, share, pair, common)
-
-    if not _settle(table, room, per_part, per_span, bound, holds, load, share, pair, common):
+        over += more
+        _swap(table, a, b, room, per_part, holds, load, share, pair, common, vary, beside)
+    if not _settle(table, room, per_part, bound, over, holds, load, share, pair, common, vary, beside):
         return -np.inf
     value = 0.0
     for slot in range(slots):
@@ -200,60 +188,63 @@ def anneal(
 
 
 @njit(cache=True)
-def _settle(
-    table: Ints, room: int, per_part: int, per_span: int, bound: float, holds: NDArray[np.bool_], load: Floats,
-    share: Floats, pair: Floats, common: Floats,
-) -> bool:  # fmt: skip
-    """Swap while a rank is above the bound (what loses least for the load it sheds), then while a swap gains.
+def _swap(
+    table: Ints, a: int, b: int, room: int, per_part: int, holds: NDArray[np.bool_], load: Floats, share: Floats,
+    pair: Floats, common: Floats, vary: Floats, beside: Floats,
+) -> None:  # fmt: skip
+    """Swap the replicas in two slots, and keep right who holds what, loads, and what parts and ranks have in common."""
+    one, two = table[a], table[b]
+    rank_a, rank_b, part_a, part_b = a // room, b // room, a // per_part, b // per_part
+    table[a], table[b] = two, one
+    holds[rank_a, one] = False
+    holds[rank_a, two] = True
+    holds[rank_b, two] = False
+    holds[rank_b, one] = True
+    load[rank_a] += share[two] - share[one]
+    load[rank_b] -= share[two] - share[one]
+    _shift(beside, vary, one, two, rank_a, rank_b)
+    if part_a != part_b:
+        _shift(common, pair, one, two, part_a, part_b)
 
-    Whether no rank ends above the bound.
-    """
+
+@njit(cache=True)
+def _settle(
+    table: Ints, room: int, per_part: int, bound: float, over: float, holds: NDArray[np.bool_], load: Floats,
+    share: Floats, pair: Floats, common: Floats, vary: Floats, beside: Floats,
+) -> bool:  # fmt: skip
+    """Swap while a bound is not kept (what loses least for what it mends), then while a swap gains; if both hold."""
     slots = len(table)
-    tiny = 1e-12
-    for _ in range(4 * slots):
-        above = 0.0
+    for _ in range(slots):
+        above = max(over, 0.0)
         for rank in range(len(load)):
-            above += _excess(load[rank], bound)
-        shed = above > tiny
-        best, best_a, best_b = 0.0, -1, -1
+            above += max(load[rank] - bound, 0.0)
+        mend = above > TINY
+        best, best_a, best_b, changed = 0.0, -1, -1, False
         for a in range(slots):
-            rank_a, part_a, one = a // room, a // per_part, table[a]
-            for b in range((rank_a + 1) * room, (a // per_span + 1) * per_span):
-                rank_b, part_b, two = b // room, b // per_part, table[b]
+            rank_a, part_a = a // room, a // per_part
+            for b in range((rank_a + 1) * room, slots):
+                rank_b, part_b, one, two = b // room, b // per_part, table[a], table[b]
                 if one == two or holds[rank_b, one] or holds[rank_a, two]:
                     continue
-                if shed and load[rank_a] <= bound and load[rank_b] <= bound:
+                if mend and over <= 0.0 and load[rank_a] <= bound and load[rank_b] <= bound:
                     continue
-                gain = 0.0
-                if part_a != part_b:
-                    gain = (
-                        common[part_b, one]
-                        + common[part_a, two]
-                        - common[part_a, one]
-                        - common[part_b, two]
-                        - 2.0 * pair[one, two]
-                    )
-                moved = share[two] - share[one]
-                less = (
-                    _excess(load[rank_a], bound)
-                    + _excess(load[rank_b], bound)
-                    - _excess(load[rank_a] + moved, bound)
-                    - _excess(load[rank_b] - moved, bound)
-                )
-                if shed:
-                    if less <= tiny:
-                        continue
-                    value = less / (max(-gain, 0.0) + tiny)
-                else:
-                    if less < -tiny or gain <= tiny:
-                        continue
-                    value = gain
-                if value > best:
-                    best, best_a, best_b = value, a, b
-        if best_a < 0:
-            return not shed
-        _apply(table, best_a, best_b, room, per_part, holds, load, share, pair, common)
-    above = 0.0
-    for rank in range(len(load)):
-        above += _excess(load[rank], bound)
-    return above <= tiny
+                gain = 0.0 if part_a == part_b else _joined(common, pair, one, two, part_a, part_b)
+                if not mend and gain <= TINY:
+                    continue
+                more = _joined(beside, vary, one, two, rank_a, rank_b)
+                less = _relief(load[rank_a], load[rank_b], share[two] - share[one], bound)
+                less += max(over, 0.0) - max(over + more, 0.0)
+                if less <= (TINY if mend else -TINY):
+                    continue
+                if not mend:
+                    over += more
+                    _swap(table, a, b, room, per_part, holds, load, share, pair, common, vary, beside)
+                    changed = True
+                elif less / (max(-gain, 0.0) + TINY) > best:
+                    best, best_a, best_b = less / (max(-gain, 0.0) + TINY), a, b
+        if best_a >= 0:
+            over += _joined(beside, vary, table[best_a], table[best_b], best_a // room, best_b // room)
+            _swap(table, best_a, best_b, room, per_part, holds, load, share, pair, common, vary, beside)
+        elif not changed:
+            return not mend
+    return False

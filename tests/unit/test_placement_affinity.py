@@ -21,6 +21,8 @@ from moesim.spec.scenario import HoldoutSpec
 from placement.copies import MODES, count_copies
 from placement.problem import request_from_loads, solve
 from placement.solvers.affinity import align, presence
+from tests.damaged import damaged
+from tests.scenarios import small, write
 
 IDS = np.asarray([[[0, 1], [2, 3]], [[1, 0], [2, -1]], [[2, 3], [0, 1]]], dtype=np.int16)
 
@@ -213,3 +215,51 @@ def test_place_tells_copies_between_nodes_where_there_are_tokens_and_nodes(capsy
     assert "fewer than greedy" in " ".join(capsys.readouterr().out.split())
     assert cli.run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cross_node"] is None
+
+
+@pytest.mark.slow
+def test_a_scenario_with_a_trace_tells_bytes_and_that_step_times_do_not_see_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "olmoe", "hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "num_experts": 64, "num_experts_per_tok": 4, "intermediate_size": 256,
+        "vocab_size": 1000, "max_position_embeddings": 4096, "architectures": ["OlmoeForCausalLM"],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = small(
+        model=str(tmp_path / "config.json"),
+        cluster={"system": "h200_sxm", "nodes": 2, "gpus_per_node": 4},
+        routing={"trace": str(TRACE), "holdout": {"by": "time", "fraction": 0.5}},
+        placement={"solver": "affinity", "redundant_experts": 8},
+        policies={"dispatch": {"backend": "deepep", "replica": "local_first"}},
+    )
+    code = cli.run(["place", str(write(tmp_path, data)), "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    report = json.loads(said.out)
+    told = report["cross_node"]
+    assert told["replica"] == "local_first"
+    copies = told["copies"]["planned"]["normal"]
+    # bf16 both ways: 1,024 bytes and its metadata, aligned to 16
+    assert told["normal_bytes"]["planned"] == pytest.approx(copies * (1072 + 1056), rel=0.02)
+    assert told["gain"]["greedy"]["low"] > 0.0
+    assert "do not see the difference" in report["verdict"]["text"]
+
+
+@pytest.mark.slow
+def test_mutated_traces_end_in_one_line(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pl.DataFrame(
+        {"layer_id": [0, 0, 1, 1], "token_id": [0, 1, 0, 1], "experts": [[0, 1], [1, 2], [2, 0], [0, 2]]}
+    )
+    frame.write_parquet(tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    for _ in range(12):  # each is read in a process of its own
+        (tmp_path / "t.parquet").write_bytes(damaged(whole, rng))
+        try:
+            loads = read_loads(tmp_path / "t.parquet", tokens=True)
+        except BadInput as error:
+            assert "\n" not in error.line()
+        else:
+            assert loads.tokens is None or loads.tokens.ids.shape[1] == loads.counts.shape[1]
