@@ -30,6 +30,7 @@ NODES = (2, 4, 8)
 PLANTED = {"clear": (8, 0.9), "faint": (8, 0.5), "none": (1, 0.0)}
 """Communities, and the share of a token's picks that its community surely gets."""
 
+SPLITS = 6
 SOLVERS = ("greedy", "eplb", "affinity")
 
 
@@ -141,5 +142,27 @@ def _of_files(paths: Sequence[str]) -> Iterator[Row]:
             yield check(load, ranks_per_node=4, nodes=nodes)
 
 
+def over_splits(path: str) -> None:
+    """Print what affinity does on average over SPLITS splits of a trace, as one split may be lucky."""
+    load = read_loads(Path(path), tokens=True)
+    print("\n| trace, splits | nodes x GPUs | fewer copies than greedy | max/mean | greedy | a step | greedy |")
+    print("|" + " --- |" * 7)
+    for nodes in NODES:
+        judged = [check(load, ranks_per_node=4, nodes=nodes, seed=seed).judged["affinity"] for seed in range(SPLITS)]
+        cuts = [one.gains["greedy"].value for one in judged]
+        means = [
+            float(np.mean([getattr(one, figure)[name] for one in judged]))
+            for figure in ("balance", "per_step")
+            for name in (PLANNED, "greedy")
+        ]
+        print(
+            f"| {load.name}, {SPLITS} | {nodes} x 4 | {np.mean(cuts):.1%} ({min(cuts):.1%} to {max(cuts):.1%}) | "
+            f"{' | '.join(f'{mean:.3f}' for mean in means)} |",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     main(sys.argv[1:])
+    for file in sys.argv[1:]:
+        over_splits(file)

@@ -9,24 +9,29 @@ from scipy.optimize import linear_sum_assignment
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from placement.problem import refuse_groups
 from placement.solvers.greedy import SEARCH_ABOVE, pack_mix
-from placement.solvers.packing import row_max_over_mean
 from placement.solvers.regroup import regroup
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-ROUNDS = 400
-"""Proposed swaps for each slot in a run: with four times as many, a trained router's copies fall by another percent."""
+SWAPS = 100_000
+"""Proposed swaps of a run, or 400 for each slot if that is more."""
 
-WANTED, TRIES = 6, 40
-"""Runs of a layer that keep the bound, of which the best counts, and runs at most: few experts on a rank, few swaps."""
+RUNS = 1_536
+"""Runs that keep the bounds, of which the best counts, times the slots of a layer; six at least.
+
+Small layers get more, as their few swaps trap a run sooner: 64 slots take 0.1 s a layer, 288 slots 0.2 s."""
+
+TRIES = 6
+"""Runs at most, for each that is to keep the bounds: with few experts on a rank most do not."""
 
 
 def solve(request: PlacementRequest) -> ExpertPlacement:
     """Regroup the greedy placement by co-activation, then name the nodes of each layer after the layer before.
 
-    The hottest rank of a layer stays where greedy has it, or at 1.001 x the mean, whichever is more; a layer that
-    cannot, stays as greedy has it. On one node, or where ranks do not fill the nodes evenly, ranks take the place of
+    A layer stays as even as greedy has it: no rank hotter than its hottest or 1.001 x the mean, no more load above
+    1.001, and, where steps are known, no more variance of the ranks' loads from step to step. A layer that cannot stays
+    as greedy has it. On one node, or where ranks do not fill the nodes evenly, ranks take the place of
     nodes. Tokens of one pick are grouped by transitions alone, which helps only where tokens stay at their experts.
     Without co-activation it is greedy, and `notes["affinity"]` says so. Raises BadInput where groups > 1.
 
@@ -90,10 +95,11 @@ def _regroup(
         return False
     weight = np.ascontiguousarray(request.mix()[layer])
     row, ranks = table[layer], request.ranks
-    bound = max(float(row_max_over_mean(row[None], weight[None], ranks)[0]), SEARCH_ABOVE) + 1e-9
     none = np.zeros((request.experts, request.experts))
     swing = none if request.dispersion is None else np.ascontiguousarray(request.dispersion[layer])
-    return not regroup(row, weight, together, attract, swing, ranks, bound, ROUNDS, WANTED, TRIES, rng)
+    rounds, wanted = max(400, SWAPS // request.slots), max(6, RUNS // request.slots)
+    effort = (rounds, wanted, TRIES * wanted)
+    return not regroup(row, weight, together, attract, swing, ranks, SEARCH_ABOVE, *effort, rng)
 
 
 def presence(row: Ints, experts: int, parts: int) -> Floats:

@@ -21,6 +21,9 @@ that asks for less cannot move."""
 SAMPLE = 200
 """Swaps that are looked at to learn what a typical one changes."""
 
+STEEP = 10.0
+"""What load above the hottest rank of the given table costs more than load above the bound."""
+
 TINY = 1e-12
 
 
@@ -52,10 +55,16 @@ def _shift(common: Floats, pair: Floats, one: int, two: int, home: int, other: i
 
 
 @njit(cache=True)
-def _relief(load_a: float, load_b: float, moved: float, bound: float) -> float:
-    """How much less load stands above the bound when `moved` goes from rank b to rank a."""
-    before = max(load_a - bound, 0.0) + max(load_b - bound, 0.0)
-    return before - max(load_a + moved - bound, 0.0) - max(load_b - moved - bound, 0.0)
+def _excess(load: float, bound: float, top: float) -> float:
+    """Load above the bound; what is above `top`, too, counts STEEP times more."""
+    return float(max(load - bound, 0.0) + STEEP * max(load - top, 0.0))
+
+
+@njit(cache=True)
+def _relief(load_a: float, load_b: float, moved: float, bound: float, top: float) -> float:
+    """How much less excess two ranks have when `moved` goes from rank b to rank a."""
+    before = _excess(load_a, bound, top) + _excess(load_b, bound, top)
+    return float(before - _excess(load_a + moved, bound, top) - _excess(load_b - moved, bound, top))
 
 
 @njit(cache=True)
@@ -74,7 +83,8 @@ def regroup(
 ) -> bool:
     """Raise what the replicas of a part have in common, in place, and keep the ranks as even as they are bound to be.
 
-    table: [slots]. weight: [experts], load; no rank gets more than `bound` x the mean. together: [experts, experts],
+    table: [slots]. weight: [experts], load; above `bound` x the mean there is no more load, all ranks together, than in
+    the given table, and no rank is hotter than its hottest. together: [experts, experts],
     symmetric, 0 on the diagonal. attract: [parts, experts], what an expert gains by being in a part whatever else is
     there. swing: [experts, experts], covariance of the experts' loads from step to step; the ranks' variance, summed,
     does not rise above that of the given table. A pair of replicas counts by the shares of their experts' tokens that
@@ -143,6 +153,8 @@ def anneal(
     for slot in range(slots):
         holds[slot // room, table[slot]] = True
         load[slot // room] += share[table[slot]]
+    top = max(load.max(), bound)
+    above, over = 0.0, 0.0  # excess, and variance, more than in the given table
     common = gather(table, pair, pull)
     beside = gather(table, vary, np.zeros((ranks, experts)))
 
@@ -162,7 +174,6 @@ def anneal(
     swaps = rounds * slots
     cooling = COOLING ** (1.0 / swaps)
     heat = typical
-    over = 0.0  # variance above that of the given table
     for _ in range(swaps):
         heat *= cooling
         a, b = int(rng.random() * slots), int(rng.random() * slots)
@@ -171,15 +182,19 @@ def anneal(
             continue
         more = _joined(beside, vary, one, two, rank_a, rank_b)
         moved = share[two] - share[one]
-        worse = price * (max(over + more, 0.0) - max(over, 0.0) - _relief(load[rank_a], load[rank_b], moved, bound))
+        less = _relief(load[rank_a], load[rank_b], moved, bound, top)
+        worse = price * (max(over + more, 0.0) - max(over, 0.0) + max(above - less, 0.0) - max(above, 0.0))
         part_a, part_b = a // per_part, b // per_part
         if part_a != part_b:
             worse -= _joined(common, pair, one, two, part_a, part_b)
         if worse > 0.0 and rng.random() >= np.exp(-worse / heat):
             continue
         over += more
+        above -= less
         _swap(table, a, b, room, per_part, holds, load, share, pair, common, vary, beside)
-    if not _settle(table, room, per_part, bound, over, holds, load, share, pair, common, vary, beside):
+    limits = (bound, top, above, over)
+    kept = _settle(table, room, per_part, limits, holds, load, share, pair, common, vary, beside)
+    if not kept or load.max() > top + 1e-9:
         return -np.inf
     value = 0.0
     for slot in range(slots):
@@ -209,16 +224,14 @@ def _swap(
 
 @njit(cache=True)
 def _settle(
-    table: Ints, room: int, per_part: int, bound: float, over: float, holds: NDArray[np.bool_], load: Floats,
-    share: Floats, pair: Floats, common: Floats, vary: Floats, beside: Floats,
+    table: Ints, room: int, per_part: int, limits: tuple[float, float, float, float], holds: NDArray[np.bool_],
+    load: Floats, share: Floats, pair: Floats, common: Floats, vary: Floats, beside: Floats,
 ) -> bool:  # fmt: skip
     """Swap while a bound is not kept (what loses least for what it mends), then while a swap gains; if both hold."""
     slots = len(table)
+    bound, top, above, over = limits
     for _ in range(slots):
-        above = max(over, 0.0)
-        for rank in range(len(load)):
-            above += max(load[rank] - bound, 0.0)
-        mend = above > TINY
+        mend = above > TINY or over > TINY
         best, best_a, best_b, changed = 0.0, -1, -1, False
         for a in range(slots):
             rank_a, part_a = a // room, a // per_part
@@ -226,24 +239,27 @@ def _settle(
                 rank_b, part_b, one, two = b // room, b // per_part, table[a], table[b]
                 if one == two or holds[rank_b, one] or holds[rank_a, two]:
                     continue
-                if mend and over <= 0.0 and load[rank_a] <= bound and load[rank_b] <= bound:
+                if mend and over <= TINY and load[rank_a] <= bound and load[rank_b] <= bound:
                     continue
                 gain = 0.0 if part_a == part_b else _joined(common, pair, one, two, part_a, part_b)
                 if not mend and gain <= TINY:
                     continue
                 more = _joined(beside, vary, one, two, rank_a, rank_b)
-                less = _relief(load[rank_a], load[rank_b], share[two] - share[one], bound)
-                less += max(over, 0.0) - max(over + more, 0.0)
-                if less <= (TINY if mend else -TINY):
+                less = _relief(load[rank_a], load[rank_b], share[two] - share[one], bound, top)
+                mended = max(over, 0.0) - max(over + more, 0.0) + max(above, 0.0) - max(above - less, 0.0)
+                if mended <= (TINY if mend else -TINY):
                     continue
                 if not mend:
                     over += more
+                    above -= less
                     _swap(table, a, b, room, per_part, holds, load, share, pair, common, vary, beside)
                     changed = True
-                elif less / (max(-gain, 0.0) + TINY) > best:
-                    best, best_a, best_b = less / (max(-gain, 0.0) + TINY), a, b
+                elif mended / (max(-gain, 0.0) + TINY) > best:
+                    best, best_a, best_b = mended / (max(-gain, 0.0) + TINY), a, b
         if best_a >= 0:
-            over += _joined(beside, vary, table[best_a], table[best_b], best_a // room, best_b // room)
+            one, two, rank_a, rank_b = table[best_a], table[best_b], best_a // room, best_b // room
+            over += _joined(beside, vary, one, two, rank_a, rank_b)
+            above -= _relief(load[rank_a], load[rank_b], share[two] - share[one], bound, top)
             _swap(table, best_a, best_b, room, per_part, holds, load, share, pair, common, vary, beside)
         elif not changed:
             return not mend
