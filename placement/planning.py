@@ -12,14 +12,16 @@ import numpy as np
 from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.placement_file import read_placement
-from moesim.spec.plan import ExpertPlacement
+from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec, Scenario
 from placement.compare import (
     BASELINE,
     HeldOut,
+    Split,
     judge_splits,
     make_splits,
 )
+from placement.cross_node import CrossNode, judge_cross_node
 from placement.dispatch import ChoiceTimes, judge_choices
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
@@ -60,6 +62,7 @@ class Placed:
     step_time: StepTime | None
     verdict: Verdict
     choices: ChoiceTimes | None = None
+    cross_node: CrossNode | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -92,6 +95,7 @@ class Placed:
             "gain": gain,
             "step_time": None if self.step_time is None else self.step_time.to_json(),
             "replica_choices": None if self.choices is None else self.choices.to_json(),
+            "cross_node": None if self.cross_node is None else self.cross_node.to_json(),
             "verdict": self.verdict.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
@@ -166,14 +170,15 @@ def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[
     if scenario is None:
         if not files:
             raise BadInput("there are no loads to place for", where="--loads", mend="give --loads FILE or a scenario")
-        return [read_loads(path) for path in files]
+        return [read_loads(path, tokens=True) for path in files]
     from moesim.routing.resolve import fit_to_model, resolve_routing
     from moesim.spec.hf import load_model
 
     model = load_model(scenario.model)
     if files:
-        return [fit_to_model(read_loads(path, experts=model.moe.experts), model, where=path) for path in files]
-    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed)))
+        experts = model.moe.experts
+        return [fit_to_model(read_loads(path, experts=experts, tokens=True), model, where=path) for path in files]
+    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed), tokens=True))
 
 
 def _cluster_gpus(scenario: Scenario) -> int:
@@ -226,6 +231,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
                 mend="give a serving scenario and loads of which some can be held out",
             )
         judged = judge_choices(asked.scenario, splits, request, asked.solver, draws)
+    cross_node = _cross_node(asked, splits[0], request) if splits else None
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -235,9 +241,35 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
         baseline_balance=balance(baseline, asked.loads),
         held=held,
         step_time=step_time,
-        verdict=_verdict(asked, held, step_time),
         choices=judged,
+        verdict=_with_copies(_verdict(asked, held, step_time), asked, step_time, cross_node),
+        cross_node=cross_node,
     )
+
+
+def _cross_node(asked: Asked, split: Split, request: PlacementRequest) -> CrossNode | None:
+    """Copies between nodes on the held-out part of the first split, in bytes too where a scenario says of what."""
+    from moesim.network.traffic import message_bytes
+    from moesim.spec.hf import load_model
+
+    if asked.scenario is None:
+        return judge_cross_node(split, request, asked.solver)
+    model, precision = load_model(asked.scenario.model), asked.scenario.precision
+    size = {"hidden": model.hidden, "top_k": model.moe.top_k}
+    both = message_bytes("dispatch", "normal", dtype=precision.dispatch, **size)
+    both += message_bytes("combine", "normal", dtype=precision.combine, **size)
+    replica = "local_first" if asked.scenario.policies.dispatch.replica == "local_first" else "equal"
+    return judge_cross_node(split, request, asked.solver, replica=replica, message_bytes=both)
+
+
+def _with_copies(verdict: Verdict, asked: Asked, step_time: StepTime | None, cross_node: CrossNode | None) -> Verdict:
+    """The verdict with a sentence on the copies between nodes, where tokens were at hand to count them."""
+    if cross_node is None:
+        return verdict
+    text = f"{verdict.text} {cross_node.sentence(asked.solver)}"
+    if step_time is not None:
+        text += " Step times model the copies from counts alone and do not see the difference."
+    return replace(verdict, text=text)
 
 
 def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> Verdict:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim import plugins
 from moesim.errors import BadInput, Infeasible
+from moesim.routing.tensors import MAX_CELLS
 from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
@@ -38,6 +40,7 @@ def request_from_loads(
         if value < 1:
             raise BadInput(f"{name} is {value}", where=f"--{name}", mend="give a number above 0")
     profiles, weights = stack_profiles(loads)
+    pairs = pair_figures(loads)
     try:
         return PlacementRequest(
             loads=np.ascontiguousarray(profiles),
@@ -49,9 +52,63 @@ def request_from_loads(
             nodes=nodes,
             groups=groups,
             seed=seed,
+            coactivation=pairs.coactivation,
+            transitions=pairs.transitions,
+            dispersion=pairs.dispersion,
         )
     except Infeasible as error:
         raise Infeasible(error.what, where=f"slots {slots}", mend=error.mend, reason=error.reason) from None
+
+
+@dataclass(frozen=True)
+class PairFigures:
+    """What `PlacementRequest` has of pairs of experts: all [layers (- 1), experts, experts], None where not known."""
+
+    coactivation: NDArray[np.float64] | None = None
+    transitions: NDArray[np.float64] | None = None
+    dispersion: NDArray[np.float64] | None = None
+
+
+def pair_figures(loads: Sequence[RoutingCounts]) -> PairFigures:
+    """Figures of pairs of experts, of the loads that tell tokens apart, by weight.
+
+    Nothing where no load tells, or where [layers, experts, experts] would take more than half a gigabyte.
+    """
+    _, layers, experts = loads[0].counts.shape
+    told = [load for load in loads if load.tokens is not None]
+    if not told or layers * experts**2 > MAX_CELLS:
+        return PairFigures()
+    weights = np.asarray([load.weight for load in told])
+    together: list[NDArray[np.float64] | None] = []
+    onward: list[NDArray[np.float64] | None] = []
+    swing: list[NDArray[np.float64] | None] = []
+    for load in told:
+        assert load.tokens is not None
+        together.append(load.tokens.coactivation(experts))
+        onward.append(load.tokens.transitions(experts))
+        swing.append(step_covariance(load))
+    return PairFigures(*(_mixed(found, weights) for found in (together, onward, swing)))
+
+
+def _mixed(found: Sequence[NDArray[np.float64] | None], weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """The weighted mean; None where one is not known."""
+    known = [table for table in found if table is not None]
+    if len(known) < len(found):
+        return None
+    return np.asarray(np.tensordot(weights / weights.sum(), np.stack(known), axes=1))
+
+
+def step_covariance(load: RoutingCounts) -> NDArray[np.float64] | None:
+    """Covariance of the experts' shares of a layer from step to step: [layers, experts, experts]; None without steps.
+
+    A step counts by its tokens.
+    """
+    if not load.per_step:
+        return None
+    total = load.counts.sum(axis=2, keepdims=True)
+    away = (load.counts - total * load.profile()) / np.sqrt(np.maximum(total, 1.0))
+    whole = np.maximum(total.sum(axis=0)[:, :, None], 1.0)
+    return np.asarray(np.einsum("sle,slf->lef", away, away, optimize=True) / whole)
 
 
 def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str = "--solver") -> Solved:
@@ -84,6 +141,9 @@ def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: Placeme
         groups=groups,
         seed=request.seed,
         current=current,
+        coactivation=None if request.coactivation is None else np.ones((1, 8, 8)) - np.eye(8),
+        transitions=None if request.transitions is None else np.ones((0, 8, 8)),
+        dispersion=None if request.dispersion is None else np.eye(8)[None],
     )
     try:
         run(tiny)

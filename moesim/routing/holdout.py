@@ -61,4 +61,5 @@ def _by_step(
 
 def _take(load: RoutingCounts, steps: NDArray[np.int64]) -> RoutingCounts:
     records = None if load.records is None else load.records.of_steps(steps)
-    return replace(load, counts=load.counts[steps], per_step=len(steps) > 1, records=records)
+    tokens = None if load.tokens is None else load.tokens.of_steps(steps)
+    return replace(load, counts=load.counts[steps], per_step=len(steps) > 1, records=records, tokens=tokens)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMATS = (
     "a .parquet with layer_id, expert_id, count and optionally step; or, of tokens, layer_id and experts (a list of "
     "expert ids for each token) or expert_id (a row for each pick), and optionally step; request_id and domain tell "
-    "whose tokens they are"
+    "whose tokens they are, token_id which of a step's tokens"
 )
 MEND = f"give {FORMATS}"
 KEYS = ("step", "layer_id", "expert_id", "request_id", "domain")
@@ -33,11 +33,24 @@ TIMEOUT_S = 300.0
 
 def read_parquet(path: Path) -> pl.DataFrame:
     """The file as columns layer_id, expert_id, count and, where it has it, step; picks are counted. Raises BadInput."""
+    return _in_child(path)
+
+
+def read_token_rows(path: Path) -> pl.DataFrame | None:
+    """A row for each token and layer: layer_id, experts (a list) and, where the file has them, the keys of a token.
+
+    None where the file does not tell which experts one token picked. Raises BadInput.
+    """
+    frame = _in_child(path, "tokens")
+    return frame if "experts" in frame.columns else None
+
+
+def _in_child(path: Path, *what: str) -> pl.DataFrame:
     import polars as pl
 
     with tempfile.TemporaryDirectory(prefix="moesim-") as folder:
         out = Path(folder) / "plain.arrow"
-        command = [sys.executable, "-m", "moesim.routing.parquet", str(path), str(out)]
+        command = [sys.executable, "-m", "moesim.routing.parquet", str(path), str(out), *what]
         try:
             done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False, text=True)
         except subprocess.TimeoutExpired:
@@ -73,12 +86,30 @@ def decode(path: Path) -> pl.DataFrame:
     return frame.group_by(keys, maintain_order=True).agg(pl.len().cast(pl.Float64).alias("count"))
 
 
+def decode_tokens(path: Path) -> pl.DataFrame:
+    """What `read_token_rows` returns, without the column experts where there is none; as `decode`."""
+    import polars as pl
+
+    frame = pl.read_parquet(path)
+    keys = [name for name in ("step", "request_id", "token_id", "layer_id") if name in frame.columns]
+    if "count" in frame.columns or "layer_id" not in keys:
+        return frame.select(keys)
+    if "experts" in frame.columns:
+        check_cells((int(frame.select(pl.col("experts").list.len().sum()).item() or 0),), where=str(path))
+        return frame.select(*keys, pl.col("experts").cast(pl.List(pl.Int16)))
+    if "token_id" not in keys or "expert_id" not in frame.columns:
+        return frame.select(keys)
+    picks = frame.select(*keys, pl.col("expert_id").cast(pl.Int16))
+    return picks.group_by(keys, maintain_order=True).agg(pl.col("expert_id").alias("experts"))
+
+
 def main(arguments: list[str]) -> int:
-    """Decode argv[1] into the Arrow file argv[2]; a fault goes to stdout as JSON, with exit code 2."""
+    """Decode argv[1] into the Arrow file argv[2], tokens with argv[3]; a fault goes to stdout as JSON, exit code 2."""
     from polars.exceptions import PanicException, PolarsError
 
     try:
-        decode(Path(arguments[0])).write_ipc(arguments[1])
+        read = decode if len(arguments) == 2 else decode_tokens
+        read(Path(arguments[0])).write_ipc(arguments[1])
     except BadInput as error:
         print(json.dumps({"what": error.what}))
         return error.exit_code

@@ -30,11 +30,14 @@ MAX_COUNT = 1e15
 SUFFIXES = ".json, .pt, .csv, .npz, .parquet or a folder of TensorRT-LLM statistics"
 
 
-def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: int | None = None) -> RoutingCounts:
+def read_loads(
+    path: Path, *, phase: str = "any", weight: float = 1.0, experts: int | None = None, tokens: bool = False
+) -> RoutingCounts:
     """Read one file (or folder) of expert counts; the suffix says the format.
 
     Dense layers (rows that are zero in every step) are dropped, and counted in `absolute_layers`; steps without any
     token are dropped. `experts` fixes the expert axis of CSV and parquet, which may leave out experts that got nothing.
+    `tokens`: read which experts each token picked, too, where the file tells.
     Raises BadInput (file, place, mend) for whatever is wrong with the file, MissingPart where `.pt` needs torch.
     """
     path = Path(path)
@@ -62,6 +65,10 @@ def read_loads(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
     found = clean_counts(
         counts, layer_ids, where=str(path), name=path.stem, phase=phase, weight=weight, per_step=per_step
     )
+    if tokens:
+        from moesim.routing.tokens import read_tokens
+
+        found = replace(found, tokens=read_tokens(path, found))
     if frame is None:
         return found
     records = records_of(frame, layer_ids=found.layer_ids, experts=found.experts, where=str(path))

@@ -16,10 +16,12 @@ from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import RoutingSpec
 
 
-def resolve_routing(routing: RoutingSpec, model: ModelSpec, rng: np.random.Generator) -> tuple[RoutingCounts, ...]:
+def resolve_routing(
+    routing: RoutingSpec, model: ModelSpec, rng: np.random.Generator, *, tokens: bool = False
+) -> tuple[RoutingCounts, ...]:
     """Load the files, read the trace, or draw the synthetic loads; rows are the model's MoE layers, in order.
 
-    Raises BadInput that names the file and what the model has.
+    tokens: as `read_loads` takes it. Raises BadInput that names the file and what the model has.
     """
     moe = model.moe
     if routing.synthetic is not None:
@@ -34,11 +36,15 @@ def resolve_routing(routing: RoutingSpec, model: ModelSpec, rng: np.random.Gener
             rng=rng if seed is None else np.random.default_rng(seed),
         )
     if routing.trace is not None:
-        return (fit_to_model(read_trace(routing.trace, experts=moe.experts), model, where=routing.trace),)
+        return (
+            fit_to_model(read_trace(routing.trace, experts=moe.experts, tokens=tokens), model, where=routing.trace),
+        )
     assert routing.loads is not None
     return tuple(
         fit_to_model(
-            read_loads(load.file, phase=load.phase, weight=load.weight, experts=moe.experts), model, where=load.file
+            read_loads(load.file, phase=load.phase, weight=load.weight, experts=moe.experts, tokens=tokens),
+            model,
+            where=load.file,
         )
         for load in routing.loads
     )

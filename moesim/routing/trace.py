@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
 from moesim.routing.records import Records
+
+if TYPE_CHECKING:
+    from moesim.routing.picks import TokenPicks
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class RoutingCounts:
     absolute layer axis, dense ones included. per_step: the steps are separate forward passes (else one aggregate).
     law, picks: how an expert's count in a step is distributed (moesim/routing/gates/registry.py), and the mean
     number of experts that a token picks (None: the model's top-k). records: the same counts by request, where the
-    source tells requests apart.
+    source tells requests apart. tokens: the same picks by token, where they were read (`read_tokens`).
     """
 
     counts: NDArray[np.float64]
@@ -34,6 +37,7 @@ class RoutingCounts:
     law: Literal["top_k", "even", "variable"] = "top_k"
     picks: float | None = None
     records: Records | None = None
+    tokens: TokenPicks | None = None
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3:

@@ -10,8 +10,13 @@ from moesim.routing.readers import read_loads
 from moesim.routing.trace import RoutingCounts
 
 
-def read_trace(path: Path, *, phase: str = "any", weight: float = 1.0, experts: int | None = None) -> RoutingCounts:
-    """Count a per-token trace by step. Raises BadInput that names the formats, MissingPart where `.pt` needs torch."""
+def read_trace(
+    path: Path, *, phase: str = "any", weight: float = 1.0, experts: int | None = None, tokens: bool = False
+) -> RoutingCounts:
+    """Count a per-token trace by step; `tokens` as `read_loads` takes it.
+
+    Raises BadInput that names the formats, MissingPart where `.pt` needs torch.
+    """
     path = Path(path)
     if path.suffix not in (".parquet", ".pt"):
         raise BadInput(
@@ -19,4 +24,4 @@ def read_trace(path: Path, *, phase: str = "any", weight: float = 1.0, experts: 
             where=str(path),
             mend=f"give {FORMATS}; or SGLang's per_token .pt",
         )
-    return read_loads(path, phase=phase, weight=weight, experts=experts)
+    return read_loads(path, phase=phase, weight=weight, experts=experts, tokens=tokens)

@@ -135,6 +135,10 @@ class PlacementRequest:
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
     nodes prices traffic only, unless groups > 1. current: the placement that stands, of as many slots; None = none.
+    Where loads tell which experts a token picks together: coactivation,
+    float64 [layers, experts, experts], the chance that a token picks both, symmetric, 0 on the diagonal; transitions,
+    float64 [layers - 1, experts, experts], the chance that it picks one in a layer and the other in the next.
+    dispersion: float64 [layers, experts, experts], covariance of the experts' shares from step to step.
     """
 
     loads: NDArray[np.float64]
@@ -147,11 +151,21 @@ class PlacementRequest:
     groups: int = 1
     seed: int = 0
     current: ExpertPlacement | None = None
+    coactivation: NDArray[np.float64] | None = None
+    transitions: NDArray[np.float64] | None = None
+    dispersion: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:
             raise BadInput(f"loads have {self.loads.ndim} axes", mend="give [scenarios, layers, experts]")
-        experts = self.loads.shape[2]
+        layers, experts = self.loads.shape[1:]
+        for name, table, rows in (
+            ("coactivation", self.coactivation, layers),
+            ("transitions", self.transitions, layers - 1),
+            ("dispersion", self.dispersion, layers),
+        ):
+            if table is not None and table.shape != (rows, experts, experts):
+                raise BadInput(f"{name} of shape {table.shape}", mend=f"give [{rows}, {experts}, {experts}]")
         if self.slots % self.ranks:
             raise Infeasible(
                 f"{self.slots} slots do not divide by {self.ranks} ranks",

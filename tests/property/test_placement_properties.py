@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def requests(draw: st.DrawFn) -> PlacementRequest:
 
 
 @settings(max_examples=60, deadline=None)
-@given(requests(), st.sampled_from(["contiguous", "round_robin", "greedy", "robust"]))
+@given(requests(), st.sampled_from(["contiguous", "round_robin", "greedy", "robust", "affinity"]))
 def test_every_solver_keeps_replicas_apart_and_every_expert_placed(request: PlacementRequest, name: str) -> None:
     placement = solve(request, name).placement
     assert placement.duplicates_on_one_rank() == 0
@@ -93,3 +95,24 @@ def test_the_search_lowers_its_own_objective(request: PlacementRequest, doubling
         return np.tensordot(request.weights, (rank_loads ** (2**doublings)).sum(axis=-1), axes=1)
 
     assert (objective(found) <= objective(start) * (1 + 1e-9)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests(), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_affinity_is_legal_and_as_even_as_greedy(request: PlacementRequest, nodes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (request.layers, request.experts, request.experts)
+    together = rng.random(shape) * (1.0 - np.eye(request.experts))
+    steps = rng.standard_normal((request.layers, 5, request.experts))
+    asked = replace(
+        request,
+        nodes=nodes,
+        coactivation=together + together.transpose(0, 2, 1),
+        transitions=rng.random((request.layers - 1, *shape[1:])),
+        dispersion=np.einsum("lse,lsf->lef", steps, steps),
+    )
+    found, greedy = solve(asked, "affinity").placement, solve(asked, "greedy").placement
+    assert found.duplicates_on_one_rank() == 0
+    assert np.array_equal(np.sort(found.physical_to_logical), np.sort(greedy.physical_to_logical))
+    limit = np.maximum(max_over_mean(greedy.rank_loads(asked.mix())), 1.001)
+    assert (max_over_mean(found.rank_loads(asked.mix())) <= limit + 1e-6).all()

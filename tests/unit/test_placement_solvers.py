@@ -37,7 +37,7 @@ def each(placement: ExpertPlacement, loads: np.ndarray) -> float:
 
 
 def test_the_solvers_are_registered() -> None:
-    assert SOLVERS == ["contiguous", "eplb", "greedy", "incremental", "robust", "round_robin"]
+    assert set(SOLVERS) >= {"affinity", "contiguous", "eplb", "greedy", "incremental", "robust", "round_robin"}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -134,8 +134,8 @@ def test_groups_stay_on_their_node(name: str) -> None:
         assert placement.duplicates_on_one_rank() == 0
 
 
-@pytest.mark.parametrize("name", ["contiguous", "round_robin"])
-def test_plain_solvers_refuse_groups_and_name_those_that_can(name: str) -> None:
+@pytest.mark.parametrize("name", ["affinity", "contiguous", "round_robin"])
+def test_solvers_without_groups_refuse_them_and_name_those_that_can(name: str) -> None:
     with pytest.raises(BadInput, match="eplb, greedy, robust"):
         solve(request(16, 16, 4, nodes=2, groups=4), name)
 
