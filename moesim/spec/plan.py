@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_json
+
+if TYPE_CHECKING:
+    from moesim.spec.layer_cost import LayerCost
 
 FORMAT = "moesim-placement"
 
@@ -134,7 +137,7 @@ class PlacementRequest:
 
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
-    nodes prices traffic only, unless groups > 1.
+    nodes prices traffic only, unless groups > 1. cost: what a layer costs in time, for solvers on time; None = unknown.
     """
 
     loads: NDArray[np.float64]
@@ -146,6 +149,7 @@ class PlacementRequest:
     nodes: int = 1
     groups: int = 1
     seed: int = 0
+    cost: LayerCost | None = None
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:
