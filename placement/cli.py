@@ -27,6 +27,9 @@ def place(
     ] = "moesim",
     seed: Annotated[int | None, typer.Option(help="Seed of splits, draws and solver.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Redundant experts to compare in step time, e.g. 0,32,64,128; needs a scenario.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
@@ -56,6 +59,7 @@ def place(
         solver=solver,
         holdout=holdout,
         seed=seed,
+        budgets=planning.budget_list(budgets),
     )
     with _waiting(f"placing with {asked.solver}, and judging it on held-out loads"):
         placed = planning.place(asked)
@@ -129,6 +133,10 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         for tokens, reason in placed.step_time.unpriced.items():
             console.print(f"not priced at {tokens} tokens per GPU: {reason}")
     console.print(placed.verdict.text)
+    if placed.budgets is not None:
+        from placement.budget_table import print_budgets
+
+        print_budgets(console, placed.budgets)
     if out is not None:
         console.print(f"Wrote {out} ({form}).")
 

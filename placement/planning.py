@@ -13,12 +13,14 @@ from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import HoldoutSpec, Scenario
+from placement.budget import Budgets, judge_budgets
 from placement.compare import (
     BASELINE,
     HeldOut,
     judge_splits,
     make_splits,
 )
+from placement.costs import cost_of, with_cost
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
 from placement.steps import StepTime, judge_steps
@@ -41,6 +43,7 @@ class Asked:
     holdout: HoldoutSpec
     seed: int
     scenario: Scenario | None = None
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Placed:
     held: HeldOut | None
     step_time: StepTime | None
     verdict: Verdict
+    budgets: Budgets | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -88,6 +92,7 @@ class Placed:
             "gain": gain,
             "step_time": None if self.step_time is None else self.step_time.to_json(),
             "verdict": self.verdict.to_json(),
+            "budgets": None if self.budgets is None else self.budgets.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
         }
@@ -110,8 +115,15 @@ def ask(
     solver: str | None,
     holdout: float | None,
     seed: int | None,
+    budgets: Sequence[int] = (),
 ) -> Asked:
     """Fill what was not given from the scenario. Raises BadInput that names what is missing."""
+    if budgets and (scenario is None or scenario.serving is None):
+        raise BadInput(
+            "budgets are compared in step time, which takes a serving scenario",
+            where="--budgets",
+            mend="give a scenario",
+        )
     if seed is None:
         seed = scenario.seed if scenario is not None else 0
     loads = _loads(scenario, load_files, seed)
@@ -150,7 +162,21 @@ def ask(
         holdout=_holdout(scenario, loads, holdout),
         seed=seed,
         scenario=scenario,
+        budgets=tuple(budgets),
     )
+
+
+def budget_list(text: str | None) -> tuple[int, ...]:
+    """`0,32,64` as numbers, each once and rising. Raises BadInput."""
+    if text is None:
+        return ()
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [-1]
+    if found[0] < 0:
+        raise BadInput(f"{text!r} is no list of redundant experts", where="--budgets", mend="give e.g. 0,32,64,128")
+    return tuple(found)
 
 
 def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[RoutingCounts]:
@@ -201,13 +227,17 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
         groups=asked.groups,
         seed=asked.seed,
     )
-    solved = solve(request, asked.solver)
+    costs = cost_of(asked.scenario, asked.solver)
+    solved = solve(with_cost(request, asked.loads, costs), asked.solver)
     baseline = solve(without_redundancy(request), BASELINE).placement
     splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))
-    held = judge_splits(splits, request, asked.solver, asked.holdout) if splits else None
+    held = judge_splits(splits, request, asked.solver, asked.holdout, costs) if splits else None
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:
-        step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
+        step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws, costs)
+    budgets = None
+    if asked.budgets and asked.scenario is not None:
+        budgets = judge_budgets(asked.scenario, splits, request, asked.solver, asked.budgets, draws)
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -218,6 +248,7 @@ def place(asked: Asked, *, draws: int = 200) -> Placed:
         held=held,
         step_time=step_time,
         verdict=_verdict(asked, held, step_time),
+        budgets=budgets,
     )
 
 
