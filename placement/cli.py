@@ -38,6 +38,9 @@ def place(
     solve_s: Annotated[float | None, typer.Option(help="--drift: seconds to solve one layer (default 0).")] = None,
     length_known: Annotated[bool, typer.Option(help="--drift: the policy may know how many steps come.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the scenario: a.b=c.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Redundant experts to compare in step time, e.g. 0,32,64,128; needs a scenario.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Place experts on GPUs by their measured load, and judge the placement on loads it was not fitted to."""
@@ -68,6 +71,7 @@ def place(
         holdout=holdout,
         seed=seed,
         current=current,
+        budgets=planning.budget_list(budgets),
     )
     if drift:
         _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
@@ -174,6 +178,10 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         for reason, names in placed.choices.reasons().items():
             console.print(f"not priced: {reason} ({', '.join(names)})")
     console.print(placed.verdict.text)
+    if placed.budgets is not None:
+        from placement.budget_table import print_budgets
+
+        print_budgets(console, placed.budgets)
     if out is not None:
         console.print(f"Wrote {out} ({form}).")
 

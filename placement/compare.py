@@ -13,6 +13,7 @@ from moesim.routing.holdout import split
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec
+from placement.costs import CostOf, no_cost, with_cost
 from placement.judge import Figure, balance, paired_gain
 from placement.problem import request_from_loads, solve, without_redundancy
 
@@ -95,13 +96,15 @@ def make_splits(loads: Sequence[RoutingCounts], spec: HoldoutSpec, rng: np.rando
     return list(found.values())
 
 
-def judge_splits(splits: Sequence[Split], request: PlacementRequest, solver: str, spec: HoldoutSpec) -> HeldOut:
+def judge_splits(
+    splits: Sequence[Split], request: PlacementRequest, solver: str, spec: HoldoutSpec, costs: CostOf = no_cost
+) -> HeldOut:
     """Fit every contender to each split's first part and judge it on the second. Raises what the solver raises."""
     rows: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     weight: dict[str, float] = {}
     most, worst = 0.0, HeldLoads("", {})
     for part in splits:
-        fitted = refit(request, part.fit)
+        fitted = with_cost(refit(request, part.fit), part.fit, costs)
         found = contenders(fitted, solver)
         for contender, placement in found.items():
             judged = balance(placement, part.judge)
@@ -141,7 +144,7 @@ def _held_loads(name: str, load: RoutingCounts, found: dict[str, ExpertPlacement
 
 
 def refit(request: PlacementRequest, loads: Sequence[RoutingCounts]) -> PlacementRequest:
-    """The same request for other loads."""
+    """The same request for other loads, without a cost: that of the old loads would not be of these."""
     fitted = request_from_loads(
         loads,
         slots=request.slots,

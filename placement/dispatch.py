@@ -10,6 +10,7 @@ from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.plan import PlacementRequest
 from moesim.spec.scenario import Scenario
 from placement.compare import Split, refit
+from placement.costs import CostOf, no_cost, with_cost
 from placement.judge import Figure
 from placement.problem import solve
 from placement.steps import TOKENS_PER_RANK, judged_split, with_interval
@@ -77,7 +78,12 @@ class ChoiceTimes:
 
 
 def judge_choices(
-    scenario: Scenario, splits: Sequence[Split], request: PlacementRequest, solver: str, draws: int
+    scenario: Scenario,
+    splits: Sequence[Split],
+    request: PlacementRequest,
+    solver: str,
+    draws: int,
+    costs: CostOf = no_cost,
 ) -> ChoiceTimes:
     """Fit the plan to one split's first part and price its decode steps on the second under every replica choice.
 
@@ -94,7 +100,7 @@ def judge_choices(
     if request.ranks == 1:
         raise BadInput("one rank holds everything", where="--replica-choices", mend="place on more GPUs")
     split, judge = judged_split(splits)
-    placement = solve(refit(request, split.fit), solver).placement
+    placement = solve(with_cost(refit(request, split.fit), split.fit, costs), solver).placement
     refuse_roles(scenario)
     ground = groundwork(scenario)
     # The choices that wait for counts need the cost of an all-reduce over all ranks; the others do without.

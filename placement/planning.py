@@ -14,6 +14,7 @@ from moesim.routing.trace import RoutingCounts
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec, Scenario
+from placement.budget import Budgets, judge_budgets
 from placement.compare import (
     BASELINE,
     HeldOut,
@@ -21,6 +22,7 @@ from placement.compare import (
     judge_splits,
     make_splits,
 )
+from placement.costs import cost_of, with_cost
 from placement.cross_node import CrossNode, judge_cross_node
 from placement.dispatch import ChoiceTimes, judge_choices
 from placement.judge import Balance, Figure, balance
@@ -46,6 +48,7 @@ class Asked:
     seed: int
     scenario: Scenario | None = None
     current: ExpertPlacement | None = None
+    budgets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Placed:
     verdict: Verdict
     choices: ChoiceTimes | None = None
     cross_node: CrossNode | None = None
+    budgets: Budgets | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -97,6 +101,7 @@ class Placed:
             "replica_choices": None if self.choices is None else self.choices.to_json(),
             "cross_node": None if self.cross_node is None else self.cross_node.to_json(),
             "verdict": self.verdict.to_json(),
+            "budgets": None if self.budgets is None else self.budgets.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
         }
@@ -120,8 +125,15 @@ def ask(
     holdout: float | None,
     seed: int | None,
     current: Path | None = None,
+    budgets: Sequence[int] = (),
 ) -> Asked:
     """Fill what was not given from the scenario. Raises BadInput that names what is missing."""
+    if budgets and (scenario is None or scenario.serving is None):
+        raise BadInput(
+            "budgets are compared in step time, which takes a serving scenario",
+            where="--budgets",
+            mend="give a scenario",
+        )
     if seed is None:
         seed = scenario.seed if scenario is not None else 0
     loads = _loads(scenario, load_files, seed)
@@ -161,7 +173,21 @@ def ask(
         seed=seed,
         scenario=scenario,
         current=None if current is None else read_placement(current),
+        budgets=tuple(budgets),
     )
+
+
+def budget_list(text: str | None) -> tuple[int, ...]:
+    """`0,32,64` as numbers, each once and rising. Raises BadInput."""
+    if text is None:
+        return ()
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [-1]
+    if found[0] < 0:
+        raise BadInput(f"{text!r} is no list of redundant experts", where="--budgets", mend="give e.g. 0,32,64,128")
+    return tuple(found)
 
 
 def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[RoutingCounts]:
@@ -215,13 +241,14 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
         seed=asked.seed,
     )
     request = replace(request, current=asked.current)
-    solved = solve(request, asked.solver)
+    costs = cost_of(asked.scenario, asked.solver)
+    solved = solve(with_cost(request, asked.loads, costs), asked.solver)
     baseline = solve(without_redundancy(request), BASELINE).placement
     splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))
-    held = judge_splits(splits, request, asked.solver, asked.holdout) if splits else None
+    held = judge_splits(splits, request, asked.solver, asked.holdout, costs) if splits else None
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:
-        step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws)
+        step_time = judge_steps(asked.scenario, splits, request, asked.solver, draws, costs)
     judged = None
     if choices:
         if held is None or asked.scenario is None or asked.scenario.serving is None:
@@ -230,8 +257,11 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
                 where="--replica-choices",
                 mend="give a serving scenario and loads of which some can be held out",
             )
-        judged = judge_choices(asked.scenario, splits, request, asked.solver, draws)
+        judged = judge_choices(asked.scenario, splits, request, asked.solver, draws, costs)
     cross_node = _cross_node(asked, splits[0], request) if splits else None
+    budgets = None
+    if asked.budgets and asked.scenario is not None:
+        budgets = judge_budgets(asked.scenario, splits, request, asked.solver, asked.budgets, draws)
     return Placed(
         asked=asked,
         placement=solved.placement,
@@ -244,6 +274,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
         choices=judged,
         verdict=_with_copies(_verdict(asked, held, step_time), asked, step_time, cross_node),
         cross_node=cross_node,
+        budgets=budgets,
     )
 
 

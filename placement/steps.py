@@ -14,6 +14,7 @@ from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import PlacementRequest
 from moesim.spec.scenario import Scenario
 from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS, Split, contenders, refit
+from placement.costs import CostOf, no_cost, with_cost
 from placement.judge import Figure
 
 TOKENS_PER_RANK = (8, 32, 128, 512)
@@ -55,7 +56,12 @@ class StepTime:
 
 
 def judge_steps(
-    scenario: Scenario, splits: Sequence[Split], request: PlacementRequest, solver: str, draws: int
+    scenario: Scenario,
+    splits: Sequence[Split],
+    request: PlacementRequest,
+    solver: str,
+    draws: int,
+    costs: CostOf = no_cost,
 ) -> StepTime:
     """Price the contenders' steps on the first split that holds a decode load out (else the first).
 
@@ -65,7 +71,7 @@ def judge_steps(
     from moesim.engine.steptime import TimedPlacements, timed_placements
 
     split, judge = judged_split(splits)
-    found = contenders(refit(request, split.fit), solver)
+    found = contenders(with_cost(refit(request, split.fit), split.fit, costs), solver)
     refuse_roles(scenario)
     ground = groundwork(scenario)
     timed: dict[int, TimedPlacements] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +43,8 @@ from moesim.spec.workload import ServingSpec
 from moesim.systems.load import apply_system
 
 DEFAULT_SOLVER = "greedy"
+TIMED_TOKENS = 128
+"""Decode tokens of a rank that a solver on time places for, unless the scenario says."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def resolve(
         scenario = scenario.model_copy(update={"placement": budget})
     parallel, counted = check_plan(ground, scenario)
     if placement is None:
-        placement = place(ground, scenario.placement, parallel)
+        placement = place(replace(ground, scenario=scenario), scenario.placement, parallel)
     check_placement(placement, ground.model, parallel)
     rules = engine_rules(scenario.engine.name)
     cluster = ground.cluster
@@ -379,5 +381,18 @@ def solve(
         groups=groups,
         seed=ground.scenario.seed,
     )
-    found: ExpertPlacement = plugins.load(plugins.SOLVERS, solver, where="placement.solver")(request)
-    return found
+    run: Callable[[PlacementRequest], ExpertPlacement] = plugins.load(plugins.SOLVERS, solver, where="placement.solver")
+    if reads_cost(run) and ground.scenario.serving is not None:
+        from moesim.engine.layer_cost import LayerCosts
+
+        scenario = ground.scenario.model_copy(update={"parallel": parallel})
+        tokens = scenario.placement.tokens_per_rank or TIMED_TOKENS
+        request = replace(
+            request, cost=LayerCosts(replace(ground, scenario=scenario), loads, scenario.seed).at(tokens).cost
+        )
+    return run(request)
+
+
+def reads_cost(solver: Callable[[PlacementRequest], ExpertPlacement]) -> bool:
+    """Whether a solver wants `PlacementRequest.cost`: it says so by an attribute of that name."""
+    return bool(getattr(solver, "reads_cost", False))

@@ -115,20 +115,12 @@ def _timed(
     truths: Sequence[Draw | None],
     seed: int,
 ) -> TimedPlacements:
-    first = next(iter(deployments.values()))
-    asked = first.setup.policies.dispatch.mode
-    most = low_latency_tokens(first.setup.policies.dispatch.low_latency_tokens, first.rules.name)
-    limit = most * first.setup.parallel.tp
-    if first.setup.policies.dispatch.backend != "deepep":
-        modes = ["normal"]
-    elif asked == "auto":
-        modes = ["low_latency", "normal"] if tokens <= limit else ["normal"]
-    else:
-        modes = [asked]
+    modes = modes_to_try(next(iter(deployments.values())), tokens)
     for position, mode in enumerate(modes):
         try:
             priced = {
-                name: _price(one, routing, tokens, mode, seed, stale=name == STALE) for name, one in deployments.items()
+                name: price_steps(one, routing, tokens, mode, seed, stale=name == STALE)
+                for name, one in deployments.items()
             }
             break
         except OutsideProfile:
@@ -149,9 +141,24 @@ def _timed(
     return TimedPlacements(tokens, mode, step_s, _balance(deployments, routing, tokens, seed))
 
 
-def _price(
-    deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int, *, stale: bool
+def modes_to_try(deployment: Deployment, tokens: int) -> list[str]:
+    """Dispatch modes that a decode step of so many tokens a rank may run in, the preferred one first."""
+    dispatch = deployment.setup.policies.dispatch
+    if dispatch.backend != "deepep":
+        return ["normal"]
+    if dispatch.mode != "auto":
+        return [dispatch.mode]
+    limit = low_latency_tokens(dispatch.low_latency_tokens, deployment.rules.name) * deployment.setup.parallel.tp
+    return ["low_latency", "normal"] if tokens <= limit else ["normal"]
+
+
+def price_steps(
+    deployment: Deployment, routing: RoutingDraws, tokens: int, mode: str, seed: int, *, stale: bool = False
 ) -> PricedStep:
+    """The priced decode steps of a deployment, STEPS_PER_LOAD of each load in turn. Raises OutsideProfile.
+
+    stale: each step splits over replicas as `lp` would have split the one before.
+    """
     setup = deployment.setup
     asked = lengths(deployment.serving.workload)
     context = asked.mean_isl + asked.mean_osl / 2
@@ -164,7 +171,7 @@ def _price(
         padded_tokens=float(graphs.padded(tokens)),
     )
     micro = batch.half() if setup.policies.schedule == "two_batch" else batch
-    counts = _counts(routing, float(micro.tokens[0].sum()), seed)
+    counts = step_counts(routing, float(micro.tokens[0].sum()), seed)
     pricer = PlanPricer(setup, deployment.ground.costs)
     if stale:
         pricer.replicas = following(pricer.replicas, _before(counts))
@@ -177,7 +184,7 @@ def _before(counts: Floats) -> Floats:
     return np.roll(by_load, 1, axis=1).reshape(counts.shape)
 
 
-def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:
+def step_counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:
     """The same counts for every placement: [judged loads of decode x steps, layers, experts]."""
     drawn = [
         routing.counts(load, np.full(STEPS_PER_LOAD, group_tokens), np.random.default_rng([seed, 8, load]))
@@ -189,7 +196,7 @@ def _counts(routing: RoutingDraws, group_tokens: float, seed: int) -> Floats:
 def _balance(deployments: Mapping[str, Deployment], routing: RoutingDraws, tokens: int, seed: int) -> dict[str, float]:
     found = {}
     for name, one in deployments.items():
-        counts = _counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
+        counts = step_counts(routing, float(tokens * one.setup.parallel.attention_dp), seed)
         replicas = Pricer(one.setup, one.ground.costs).replicas
         if name == STALE:
             replicas = following(replicas, _before(counts))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_json
+
+if TYPE_CHECKING:
+    from moesim.spec.layer_cost import LayerCost
 
 FORMAT = "moesim-placement"
 
@@ -134,7 +137,8 @@ class PlacementRequest:
 
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
-    nodes prices traffic only, unless groups > 1. current: the placement that stands, of as many slots; None = none.
+    nodes prices traffic only, unless groups > 1. cost: what a layer costs in time, for solvers on time; None = unknown.
+    current: the placement that stands, of as many slots; None = none.
     Where loads tell which experts a token picks together: coactivation,
     float64 [layers, experts, experts], the chance that a token picks both, symmetric, 0 on the diagonal; transitions,
     float64 [layers - 1, experts, experts], the chance that it picks one in a layer and the other in the next.
@@ -150,6 +154,7 @@ class PlacementRequest:
     nodes: int = 1
     groups: int = 1
     seed: int = 0
+    cost: LayerCost | None = None
     current: ExpertPlacement | None = None
     coactivation: NDArray[np.float64] | None = None
     transitions: NDArray[np.float64] | None = None

@@ -137,6 +137,9 @@ class PlacementSpec(Spec):
     redundant_experts: int = Field(default=0, ge=0, description="slots beyond one for each expert, per layer")
     groups: int = Field(default=1, gt=0)
     file: Path | None = None
+    tokens_per_rank: int | None = Field(
+        default=None, gt=0, description="decode tokens of a rank that a solver on time places for; none = 128"
+    )
     rebalance: RebalanceSpec | None = Field(default=None, description="new placements while it serves")
 
     @model_validator(mode="after")

@@ -1,0 +1,49 @@
+"""The map of where replicas pay, as a person reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesim.units import MILLI
+from placement.budget import Budgets, BudgetTimes
+from placement.judge import Figure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_budgets(console: Console, budgets: Budgets) -> None:
+    """Print step time and gain by tokens per GPU and redundant experts, what each takes, and the recommendation."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    least = min(budgets.rows[0].step_s)
+    title = f"step time in ms by redundant experts, held-out loads, and the gain in % over {least}; * is recommended"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
+    table.add_column("dispatch")
+    for budget in budgets.rows[0].step_s:
+        table.add_column(str(budget), justify="right", no_wrap=True)
+    for row in budgets.rows:
+        cells = (_cell(row, budget, time, least) for budget, time in row.step_s.items())
+        table.add_row(str(row.tokens_per_rank), row.mode.replace("_", " "), *cells)
+    taken = (f"{budgets.room[budget].replica_bytes / 1e9:.1f} GB" for budget in budgets.rows[0].step_s)
+    table.add_row("", "replicas take", *taken)
+    console.print(table)
+    for room in budgets.room.values():
+        if room.infeasible is not None:
+            console.print(f"does not fit: {room.infeasible}")
+    for tokens, reason in budgets.unpriced.items():
+        console.print(f"not priced at {tokens} tokens per GPU: {reason}")
+    console.print(budgets.text())
+
+
+def _cell(row: BudgetTimes, budget: int, time: Figure, least: int) -> str:
+    mark = "*" if budget == row.recommended else ""
+    first = f"{mark}{time.value / MILLI:.3g}"
+    if budget in row.full:
+        return f"{first}\nno KV room"
+    if budget == least:
+        return f"{first}\n"
+    gain = row.gain[budget]
+    return f"{first}\n{100 * gain.low:+.1f}..{100 * gain.high:+.1f}"
