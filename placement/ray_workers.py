@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from moesim.engine.deployment import groundwork
@@ -123,10 +124,12 @@ def ray_workers(address: str, scenario: Scenario, *, first_look: bool, count: in
             where=f"--ray {address}",
             mend="give HOST:PORT, or local",
         ) from None
-    try:
-        yield RayWorkers(_started(scenario, first_look, most))
-    finally:
-        ray.shutdown()
+    # Ray tells of lost workers on stdout, which belongs to --json.
+    with redirect_stdout(io.StringIO()):
+        try:
+            yield RayWorkers(_started(scenario, first_look, most))
+        finally:
+            ray.shutdown()
 
 
 def _started(scenario: Scenario, first_look: bool, most: int) -> list[Any]:

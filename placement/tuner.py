@@ -20,6 +20,7 @@ from moesim.errors import BadInput, MoesimError
 from moesim.spec.scenario import Scenario
 from placement.claims import Claims, NoLocks, hidden
 from placement.executors import Workers
+from placement.interrupts import unbroken
 from placement.journal import journal_storage
 from placement.objective import Outcome
 from placement.space import Plan, Space
@@ -292,9 +293,9 @@ class _Kept:
         """Add a finished trial. Raises MoesimError where the storage fails (a full disk, a lost database)."""
         frozen = _frozen(trial.plan, trial.outcome, self.space)
         frozen.set_user_attr(_NUMBER, trial.number)
-        with _storing():
+        with unbroken(), _storing():
             self.study.add_trial(frozen)
-        self._take(trial)
+            self._take(trial)
 
     def _take(self, trial: Trial) -> None:
         if trial.number not in self.trials:  # of two under one number, the first stored counts, for everybody
