@@ -102,7 +102,8 @@ def open_study(scenario: Scenario, out: Path | None, storage: str | None, resume
     if stored is not None and stored != fingerprint:
         raise BadInput("the stored search is of another scenario", where=where, mend="choose another --out")
     if stored is None:
-        study.set_user_attr("scenario", fingerprint)
+        with _storing():
+            study.set_user_attr("scenario", fingerprint)
     return study
 
 
@@ -111,7 +112,8 @@ def takes_first_look(study: optuna.Study, trials: int) -> bool:
     stored = study.user_attrs.get("first_look")
     if stored is None:
         stored = trials > FIRST_LOOK_ABOVE
-        study.set_user_attr("first_look", stored)
+        with _storing():
+            study.set_user_attr("first_look", stored)
     return bool(stored)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -39,7 +40,7 @@ def postgres_url() -> Iterator[str]:
                 pytest.skip(f"postgres does not start here as {user}")
             yield f"postgresql+psycopg://moesim@/postgres?host={folder}"
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # fast shutdown: sessions are cut
             server.wait(timeout=60)
 
 
