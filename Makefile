@@ -27,7 +27,7 @@ test: lint types imports tests
 $(TEST_VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is not on the path; install it"; exit 3; }
 	test -x $(TEST_VENV)/bin/python || $(PYTHON) -m venv $(TEST_VENV)
-	$(TEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hardware,silicon]'
+	$(TEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hardware,silicon,ray,postgres]'
 	@touch $@
 
 lint: $(TEST_VENV)/.installed

@@ -5,7 +5,8 @@ MoesimError
 │   └── OutsideProfile    the cost store holds no measurement there, and extrapolation is refused
 ├── Infeasible        exit 1: the input is well formed, but no such deployment can run
 ├── CheckFailed       exit 1: a check that the user asked for did not hold
-└── MissingPart       exit 3: a part that is not there (a GPU, an optional extra)
+├── MissingPart       exit 3: a part that is not there (a GPU, an optional extra)
+└── Interrupted       exit 130: Ctrl-C came before the end; what was found is written
 """
 
 from __future__ import annotations
@@ -77,3 +78,9 @@ class MissingPart(MoesimError):
     """A part that is not there: a GPU, an optional extra; the mend names the command that brings it."""
 
     exit_code = 3
+
+
+class Interrupted(MoesimError):
+    """Ctrl-C ended the command before its time; what it had found is written, and the error says where."""
+
+    exit_code = 130

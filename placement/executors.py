@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +20,33 @@ from moesim.spec.scenario import Scenario
 from placement.objective import Evaluator, Outcome, drawn_metrics
 from placement.space import Plan
 
-_THREAD_SETTINGS = (
+THREAD_SETTINGS = (
     "OMP_NUM_THREADS",
     "NUMBA_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "POLARS_MAX_THREADS",
 )
+# A pool is started anew so often for one call; a plan that keeps killing its worker ends the run.
+_RESTARTS = 3
+_Found = TypeVar("_Found")
+Drawn = dict[str, NDArray[np.float64]]
 
 
 class Workers(Protocol):
-    """Evaluates batches of plans."""
+    """Evaluates batches of plans. count: plans that it takes at a time."""
 
-    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
-        """Outcomes of the plans, in their order."""
+    count: int
+
+    def evaluate(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        """Outcomes of the plans, in their order, as they come."""
         ...
 
     def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Outcomes of full runs, where `evaluate` only takes a first look."""
         ...
 
-    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[Drawn]:
         """Metrics of each plan as best known (entry 0) and under the same joint draws.
 
         Where a draw leaves the profile there is entry 0 alone.
@@ -50,66 +57,108 @@ class Workers(Protocol):
 class LocalWorkers:
     """All trials in this process."""
 
+    count = 1
+
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
 
-    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
-        """Outcomes of the plans, in their order."""
-        return [self.evaluator.evaluate(plan) for plan in plans]
+    def evaluate(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        """Outcomes of the plans, in their order, as they come."""
+        return (self.evaluator.evaluate(plan) for plan in plans)
 
     def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Outcomes of full runs, in their order."""
         return [self.evaluator.settle(plan) for plan in plans]
 
-    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[Drawn]:
         """Metrics of each plan as best known (entry 0) and under the same joint draws."""
-        return [_draw(self.evaluator, plan, draws, metrics) for plan in plans]
+        return [draw(self.evaluator, plan, draws, metrics) for plan in plans]
 
 
 class PoolWorkers:
-    """Trials in worker processes, each with its own groundwork; a lost worker ends the run with one line."""
+    """Trials in worker processes, each with its own groundwork; what a lost worker had in hand is done again."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self.pool = pool
+    def __init__(self, start: Callable[[], ProcessPoolExecutor], count: int) -> None:
+        self.start = start
+        self.count = count
+        self.pool = start()
 
-    def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
-        """Outcomes of the plans, in their order."""
-        return self._map(_evaluate_here, plans)
+    def evaluate(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        """Outcomes of the plans, in their order, as they come."""
+        return self._map(_evaluate_here, [(plan,) for plan in plans])
 
     def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Outcomes of full runs, in their order."""
-        return self._map(_settle_here, plans)
+        return list(self._map(_settle_here, [(plan,) for plan in plans]))
 
-    def _map(self, function: Callable[[Plan], Outcome], plans: Sequence[Plan]) -> list[Outcome]:
-        try:
-            return list(self.pool.map(function, plans))
-        except BrokenProcessPool:
-            raise _lost_worker() from None
-
-    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[dict[str, NDArray[np.float64]]]:
+    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[Drawn]:
         """Metrics of each plan as best known (entry 0) and under the same joint draws."""
+        return list(self._map(_draw_here, [(plan, draws, tuple(metrics)) for plan in plans]))
+
+    def _map(self, function: Callable[..., _Found], arguments: Sequence[tuple[Any, ...]]) -> Iterator[_Found]:
+        left, losses = list(arguments), 0
+        waiting: list[Future[_Found]] = []
         try:
-            return list(self.pool.map(_draw_here, plans, [draws] * len(plans), [tuple(metrics)] * len(plans)))
-        except BrokenProcessPool:
-            raise _lost_worker() from None
+            while left:
+                try:
+                    waiting = self._submit(function, left)
+                    for future in list(waiting):
+                        found = future.result()
+                        left.pop(0)
+                        yield found
+                except BrokenProcessPool:
+                    losses += 1
+                    if losses > _RESTARTS:
+                        raise MoesimError(
+                            "worker processes keep dying",
+                            mend="go on with --resume and fewer --workers: is memory short?",
+                        ) from None
+                    self.pool.shutdown()
+                    self.pool = self.start()
+        finally:
+            for future in waiting:
+                future.cancel()
 
+    def _submit(self, function: Callable[..., _Found], arguments: Sequence[tuple[Any, ...]]) -> list[Future[_Found]]:
+        # Workers start with the first calls, and with what this thread blocks: Ctrl-C is for this process alone.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return [self.pool.submit(function, *one) for one in arguments]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-def _lost_worker() -> MoesimError:
-    return MoesimError("a worker process died", mend="run again with --resume, with fewer --workers if memory is short")
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def start_workers(scenario: Scenario, evaluator: Evaluator, count: int) -> Iterator[Workers]:
-    """Workers for a run: this process for one, else a pool of spawned processes with one thread each."""
+def start_workers(scenario: Scenario, evaluator: Evaluator, count: int, ray: str | None = None) -> Iterator[Workers]:
+    """Workers for a run: a Ray cluster's, else this process for one, or a pool of spawned processes; one thread each.
+
+    Raises MissingPart without Ray, BadInput where no cluster answers.
+    """
+    if ray is not None:
+        from placement.ray_workers import ray_workers
+
+        with ray_workers(ray, scenario, first_look=evaluator.first_look, count=count) as workers:
+            yield workers
+        return
     if count <= 1:
         yield LocalWorkers(evaluator)
         return
-    for name in _THREAD_SETTINGS:
+    for name in THREAD_SETTINGS:
         os.environ.setdefault(name, "1")
-    with ProcessPoolExecutor(
-        count, mp_context=get_context("spawn"), initializer=_start, initargs=(scenario, evaluator.first_look)
-    ) as pool:
-        yield PoolWorkers(pool)
+    pool = PoolWorkers(
+        lambda: ProcessPoolExecutor(
+            count, mp_context=get_context("spawn"), initializer=_start, initargs=(scenario, evaluator.first_look)
+        ),
+        count,
+    )
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 _here: dict[str, Evaluator] = {}
@@ -127,10 +176,11 @@ def _settle_here(plan: Plan) -> Outcome:
     return _here["evaluator"].settle(plan)
 
 
-def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
-    return _draw(_here["evaluator"], plan, draws, metrics)
+def _draw_here(plan: Plan, draws: int, metrics: tuple[str, ...]) -> Drawn:
+    return draw(_here["evaluator"], plan, draws, metrics)
 
 
-def _draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def draw(evaluator: Evaluator, plan: Plan, draws: int, metrics: Sequence[str]) -> Drawn:
+    """Metrics of a plan as best known (entry 0) and under joint draws."""
     rows = drawn_metrics(evaluator.run(plan, draws=draws))
     return {metric: np.asarray([row[metric] for row in rows]) for metric in metrics}

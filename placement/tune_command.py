@@ -13,7 +13,7 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.explain import explain
 from moesim.engine.moving import refuse_changes
 from moesim.engine.simulate import Simulation
-from moesim.errors import BadInput, Infeasible, MissingPart
+from moesim.errors import BadInput, Infeasible, Interrupted
 from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
 from moesim.output.explain import explanation_json
@@ -24,8 +24,10 @@ from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
 from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
+from placement.claims import Claims, open_claims
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
+from placement.interrupts import Patience, patience
 from placement.objective import Evaluator
 from placement.ranking import (
     LATENCY,
@@ -72,31 +74,60 @@ def tune(
         raise BadInput(f"{trials} trials", where="--trials", mend="give at least 1")
     if workers < 1:
         raise BadInput(f"{workers} workers", where="--workers", mend="give at least 1")
-    if ray is not None:
-        raise MissingPart("searching on a Ray cluster is not built yet", where="--ray", mend="use --workers")
+    folder = out or Path("runs") / scenario.stem
+    with open_claims(folder, storage) as claims, patience() as waiting:
+        return _tune(
+            scenario,
+            trials,
+            folder,
+            storage,
+            workers,
+            ray,
+            resume,
+            json_output,
+            overrides,
+            claims=claims,
+            waiting=waiting,
+        )
+
+
+def _tune(
+    scenario: Path,
+    trials: int,
+    folder: Path,
+    storage: str | None,
+    workers: int,
+    ray: str | None,
+    resume: bool,
+    json_output: bool,
+    overrides: tuple[str, ...],
+    *,
+    claims: Claims,
+    waiting: Patience,
+) -> dict[str, Any]:
     started = (time.perf_counter(), time.process_time())
     spec = load_scenario(scenario, overrides)
     refuse_faults(spec.faults, "tune")
     refuse_changes(spec, "tune")
-    folder = out or Path("runs") / scenario.stem
     refuse_roles(spec)
     ground = groundwork(spec)
     spec = ground.scenario
     space = enumerate_space(ground, spec)
     require_plans(space, str(scenario))
-    study = open_study(spec, folder, storage, resume)
-    first_look = takes_first_look(study, trials)
+    with claims.opening():
+        study = open_study(spec, folder, storage, resume)
+        first_look = takes_first_look(study, trials)
     evaluator = Evaluator(ground, spec, first_look=first_look)
     base = baseline_plan(ground, spec)
     search_started = time.perf_counter()
-    with start_workers(spec, evaluator, workers) as pool:
+    with start_workers(spec, evaluator, workers, ray) as pool:
+        recipes = _recipes(ground, spec, space)
         with progress_bar(f"searching {_how_many(space)} plans") as progress:
-            found = search(
-                study, space, spec, pool, trials=trials, recipes=_recipes(ground, spec, space), progress=progress
-            )
+            found = search(study, space, spec, pool, trials=trials, recipes=recipes, progress=progress, claims=claims)
+        waiting.finishing = True
         if first_look:
             found = settled(found, pool, spec, [base, own_plan(ground, spec)])
-        order = ranked(found, spec)
+        order = _ranked(found, spec)
         chosen = finalists_of(order)
         base_trial = next((trial for trial in found.trials if trial.plan == base), None)
         plans = [trial.plan for trial in chosen]
@@ -123,12 +154,13 @@ def tune(
     short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
     if short:
         result["notes"].append(f"no interval for {', '.join(short)}: some draws leave the profile")
+    result["interrupted"] = found.interrupted
     result["run"] = {
         "seed": spec.seed,
         "wall_s": time.perf_counter() - started[0],
         "search_s": search_s,
         "cpu_s": time.process_time() - started[1],
-        "workers": workers,
+        "workers": pool.count,
         "resumed_trials": found.resumed,
         "final_draws": FINAL_DRAWS,
     }
@@ -137,7 +169,22 @@ def tune(
         print_json(result)
     else:
         print_tune(result)
+    if found.interrupted:
+        raise Interrupted(
+            f"interrupted after {len(found.trials)} of {trials} trials; the best so far is in {folder}",
+            mend="go on with --resume",
+        )
     return result
+
+
+def _ranked(found: Search, spec: Scenario) -> list[Trial]:
+    try:
+        return ranked(found, spec)
+    except Infeasible as error:
+        if not found.interrupted:
+            raise
+        told = f"so far, {error.what}" if found.trials else "nothing was found yet"
+        raise Interrupted(f"interrupted after {len(found.trials)} trials; {told}", mend="go on with --resume") from None
 
 
 def _how_many(space: Space) -> str:

@@ -1,10 +1,11 @@
-"""The search: Optuna asks, the simulator answers, in batches of fixed size that are durable when they end."""
+"""The search: Optuna asks, the simulator answers, in batches of fixed size; each trial is durable when it ends."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from moesim.errors import BadInput, MoesimError
 from moesim.spec.scenario import Scenario
+from placement.claims import Claims, NoLocks, hidden
 from placement.executors import Workers
+from placement.interrupts import unbroken
+from placement.journal import journal_storage
 from placement.objective import Outcome
 from placement.space import Plan, Space
 
@@ -26,7 +30,7 @@ BATCH = 8
 STUDY = "moesim"
 # Searches of more trials than this take a first look at each plan; those of fewer simulate each in full.
 FIRST_LOOK_ABOVE = 64
-_OUTCOME = "outcome"
+_OUTCOME, _NUMBER = "outcome", "number"
 _ASKS = 2  # a sampler that keeps asking for plans already tried gives way to a random untried one
 # Trials that the sampler learns from: its time for a question grows with them (TPE: 11 ms at 200, 73 at 5,000), and
 # the best ones and the newest say most. Fewer than these are all shown to it.
@@ -47,12 +51,14 @@ class Search:
     """A finished search. exhausted: every legal plan was evaluated.
 
     settled: numbers of the trials that were simulated in full after a first look at all; None = all were in full.
+    interrupted: Ctrl-C came before the last trial.
     """
 
     trials: tuple[Trial, ...]
     exhausted: bool
     resumed: int
     settled: frozenset[int] | None = None
+    interrupted: bool = False
 
     @property
     def answers(self) -> list[Trial]:
@@ -75,27 +81,29 @@ def open_study(scenario: Scenario, out: Path | None, storage: str | None, resume
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     fingerprint = scenario.model_dump_json()
+    where = str(out) if storage is None else hidden(storage)
     try:
         study = optuna.create_study(
             study_name=STUDY, storage=_storage(out, storage), load_if_exists=resume, directions=["maximize", "minimize"]
         )
     except optuna.exceptions.DuplicatedStudyError:
         raise BadInput(
-            "there is a search here already", where=str(storage or out), mend="add --resume, or choose another --out"
+            "there is a search here already",
+            where=where,
+            mend="add --resume (to join it, too), or choose another --out",
         ) from None
     except (OSError, ValueError, KeyError, ImportError, SQLAlchemyError) as error:
         raise BadInput(
             f"the stored search cannot be opened ({type(error).__name__})",
-            where=str(storage or out),
+            where=where,
             mend="choose another --out",
         ) from None
     stored = study.user_attrs.get("scenario")
     if stored is not None and stored != fingerprint:
-        raise BadInput(
-            "the stored search is of another scenario", where=str(storage or out), mend="choose another --out"
-        )
+        raise BadInput("the stored search is of another scenario", where=where, mend="choose another --out")
     if stored is None:
-        study.set_user_attr("scenario", fingerprint)
+        with _storing():
+            study.set_user_attr("scenario", fingerprint)
     return study
 
 
@@ -104,20 +112,15 @@ def takes_first_look(study: optuna.Study, trials: int) -> bool:
     stored = study.user_attrs.get("first_look")
     if stored is None:
         stored = trials > FIRST_LOOK_ABOVE
-        study.set_user_attr("first_look", stored)
+        with _storing():
+            study.set_user_attr("first_look", stored)
     return bool(stored)
 
 
 def _storage(out: Path | None, storage: str | None) -> Any:
     if storage is not None:
         return storage
-    if out is None:
-        return None
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    out.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(out / "study.journal")))
+    return None if out is None else journal_storage(out)
 
 
 def search(
@@ -129,39 +132,73 @@ def search(
     trials: int,
     recipes: Sequence[Plan],
     progress: Callable[[float], None] | None = None,
+    claims: Claims | None = None,
 ) -> Search:
     """Run the search up to `trials` finished trials in all, those of a resumed study included.
 
     Recipes come first; then the sampler, seeded by batch. Where the whole space is no larger than `trials`, all of it
-    is evaluated in order instead.
+    is evaluated in order instead. Processes with `claims` on the same study share each batch out among them. Ctrl-C
+    ends the search with what has finished.
     """
-    finished = list(_stored(study, space))
-    frozen = [_frozen(trial.plan, trial.outcome, space) for trial in finished]
-    resumed = len(finished)
+    claims = claims or Claims(NoLocks())
+    kept = _Kept(study, space)
+    kept.read()
+    resumed = len(kept.in_order())
     target = min(trials, space.size)
     whole = not space.estimated and trials >= space.size
-    while len(finished) < target:
-        # A batch follows from the trials before it alone, so that one cut short by a crash goes on as it was.
-        start = len(finished) - len(finished) % BATCH
-        before = finished[:start]
-        rng = np.random.default_rng([scenario.seed, 9, start])
-        seen = {trial.plan for trial in before}
-        first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
-        batch = list(dict.fromkeys(first))[:BATCH]
-        if len(batch) < BATCH:
-            stored = [frozen[trial.number] for trial in _telling(before)]
-            batch += _ask(stored, scenario, space, seen | set(batch), BATCH - len(batch), rng)
-        batch = batch[len(finished) - start : target - start]
-        outcomes = workers.evaluate(batch)
-        for plan, outcome in zip(batch, outcomes, strict=True):
-            frozen.append(_frozen(plan, outcome, space))
-            _store(study, frozen[-1])
-            finished.append(Trial(len(finished), plan, outcome))
-        if not batch:
-            break  # a large space in which no untried legal plan is found any more
-        if progress is not None:
-            progress(len(finished) / target)
-    return Search(tuple(finished), not space.estimated and len(finished) >= space.size, resumed)
+    interrupted = False
+    try:
+        claims.sit()
+        while len(finished := kept.in_order()) < target:
+            # A batch follows from the trials before it alone, so that one cut short by a crash goes on as it was.
+            start = len(finished) - len(finished) % BATCH
+            before = finished[:start]
+            rng = np.random.default_rng([scenario.seed, 9, start])
+            seen = {trial.plan for trial in before}
+            first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
+            batch = list(dict.fromkeys(first))[:BATCH]
+            if len(batch) < BATCH:
+                stored = [kept.frozen[trial.number] for trial in _telling(before)]
+                batch += _ask(stored, scenario, space, seen | set(batch), BATCH - len(batch), rng)
+            asked = _missing(batch, kept.trials, start, target)
+            if not asked:
+                break  # a large space in which no untried legal plan is found any more
+            _finish(asked, kept, workers, claims)
+            if progress is not None:
+                progress(len(kept.in_order()) / target)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        claims.leave()
+    done = tuple(kept.in_order())
+    return Search(done, not space.estimated and len(done) >= space.size, resumed, interrupted=interrupted)
+
+
+def _missing(batch: list[Plan], done: dict[int, Trial], start: int, target: int) -> dict[int, Plan]:
+    """Trials of a batch that are still to be evaluated, by number."""
+    numbers = range(start, min(start + len(batch), target))
+    planned = dict(zip(numbers, batch, strict=False))
+    open_ = [number for number in numbers if number not in done]
+    if all(planned[number] == done[number].plan for number in numbers if number in done):
+        return {number: planned[number] for number in open_}
+    # Part of the batch was stored under another --trials: what is left of it, no plan twice.
+    tried = {trial.plan for trial in done.values()}
+    return dict(zip(open_, [plan for plan in batch if plan not in tried], strict=False))
+
+
+def _finish(asked: dict[int, Plan], kept: _Kept, workers: Workers, claims: Claims) -> None:
+    """Evaluate and store these trials, those that other processes claimed left to them."""
+    while missing := [number for number in asked if number not in kept.trials]:
+        mine = claims.take(missing, workers.count)
+        try:
+            kept.read()  # what another has stored before it let go
+            left = [number for number in mine if number not in kept.trials]
+            for number, outcome in zip(left, workers.evaluate([asked[number] for number in left]), strict=True):
+                kept.store(Trial(number, asked[number], outcome))
+        finally:
+            claims.drop(mine)
+        if not mine:
+            claims.wait()
 
 
 def _telling(trials: list[Trial]) -> list[Trial]:
@@ -223,24 +260,57 @@ def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
     )
 
 
-def _store(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Add a finished trial; raises MoesimError where the storage fails (a full disk, a lost database)."""
+class _Kept:
+    """The finished trials of a study by number, its own and those of other processes as they come in."""
+
+    def __init__(self, study: optuna.Study, space: Space) -> None:
+        self.study = study
+        self.space = space
+        self.trials: dict[int, Trial] = {}
+        self.frozen: dict[int, FrozenTrial] = {}
+        self._read: set[int] = set()
+
+    def in_order(self) -> list[Trial]:
+        """The trials from the first one to the last before a gap."""
+        found: list[Trial] = []
+        while (trial := self.trials.get(len(found))) is not None:
+            found.append(trial)
+        return found
+
+    def read(self) -> None:
+        """Take in what was stored meanwhile. Raises BadInput when it is not of this space."""
+        with _storing():
+            stored = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for one in stored:
+            if one.number in self._read:
+                continue
+            plan = self.space.find([str(one.params.get(name)) for name in self.space.choices])
+            outcome = one.user_attrs.get(_OUTCOME)
+            if plan is None or outcome is None:
+                raise BadInput("the stored trials are of another search", mend="choose another --out")
+            self._read.add(one.number)
+            self._take(Trial(int(one.user_attrs.get(_NUMBER, one.number)), plan, Outcome.from_json(outcome)))
+
+    def store(self, trial: Trial) -> None:
+        """Add a finished trial. Raises MoesimError where the storage fails (a full disk, a lost database)."""
+        frozen = _frozen(trial.plan, trial.outcome, self.space)
+        frozen.set_user_attr(_NUMBER, trial.number)
+        with unbroken(), _storing():
+            self.study.add_trial(frozen)
+            self._take(trial)
+
+    def _take(self, trial: Trial) -> None:
+        if trial.number not in self.trials:  # of two under one number, the first stored counts, for everybody
+            self.trials[trial.number] = trial
+            self.frozen[trial.number] = _frozen(trial.plan, trial.outcome, self.space)
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
     try:
-        study.add_trial(trial)
+        yield
     except (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise MoesimError(
-            f"the search cannot be stored any more ({type(error).__name__}); finished batches are kept",
+            f"the search cannot be stored any more ({type(error).__name__}); finished trials are kept",
             mend="mend the storage and go on with --resume",
         ) from None
-
-
-def _stored(study: optuna.Study, space: Space) -> list[Trial]:
-    """Finished trials of a resumed study, in order. Raises BadInput when they are not of this space."""
-    found: list[Trial] = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        plan = space.find([str(trial.params.get(name)) for name in space.choices])
-        outcome = trial.user_attrs.get(_OUTCOME)
-        if plan is None or outcome is None:
-            raise BadInput("the stored trials are of another search", mend="choose another --out")
-        found.append(Trial(len(found), plan, Outcome.from_json(outcome)))
-    return found

@@ -180,9 +180,15 @@ def test_a_storage_that_fails_in_the_middle_is_one_line(
     assert "--resume" in capsys.readouterr().err
 
 
-def test_ray_is_named_as_a_missing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--ray", "auto"]) == 3
-    assert capsys.readouterr().err.count("\n") == 1
+def test_ray_is_named_as_a_missing_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    out = str(tmp_path / "run")
+    assert run(["tune", str(scenario(tmp_path)), "--trials", "2", "--out", out, "--ray", "auto"]) == 3
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "pip install '.[ray]'" in line
 
 
 @pytest.mark.parametrize(
