@@ -50,6 +50,7 @@ from placement.space import (
     plain_placement,
     require_plans,
 )
+from placement.training_command import tune_training
 from placement.tuner import Search, Trial, open_study, search, takes_first_look
 
 FINAL_DRAWS = 20
@@ -79,6 +80,17 @@ def tune(
     refuse_faults(spec.faults, "tune")
     refuse_changes(spec, "tune")
     folder = out or Path("runs") / scenario.stem
+    if spec.training is not None:
+        return tune_training(
+            spec,
+            str(scenario),
+            folder,
+            trials=trials,
+            storage=storage,
+            workers=workers,
+            resume=resume,
+            json_output=json_output,
+        )
     refuse_roles(spec)
     ground = groundwork(spec)
     spec = ground.scenario
