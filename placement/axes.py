@@ -43,10 +43,11 @@ class Axis:
 
 def axes_of(scenario: Scenario) -> tuple[Axis, ...]:
     """The axes of `search.axes`, every value checked where it goes. Raises BadInput with the key and the mend."""
-    return tuple(_axis(scenario, key, values) for key, values in (scenario.search.axes or {}).items())
+    return tuple(axis_of(scenario, key, values) for key, values in (scenario.search.axes or {}).items())
 
 
-def _axis(scenario: Scenario, key: str, values: Sequence[Scalar]) -> Axis:
+def axis_of(scenario: Scenario, key: str, values: Sequence[Scalar]) -> Axis:
+    """One axis, its values checked, the scenario's own first. Raises BadInput with the key and the mend."""
     where = f"search.axes.{key}"
     for held, instead in _OWN.items():
         if key == held or key.startswith(f"{held}."):

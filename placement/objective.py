@@ -25,22 +25,36 @@ class Outcome:
     """A finished trial. status: "ok", or the reason why the plan could not be priced or run.
 
     metrics: flat contract metrics plus rank_load_max_over_mean and memory_peak_bytes. violation: how far the worst
-    service level is missed, as a share of its limit (at most 0: all are met).
+    service level is missed, as a share of its limit (at most 0: all are met). aims: what a search maximises and what
+    it minimises, where these are not the throughput and the median time per output token of serving.
     """
 
     status: str
     metrics: dict[str, float] = field(default_factory=dict)
     violation: float = 0.0
     detail: str = ""
+    aims: tuple[float, float] | None = None
+
+    def goals(self) -> tuple[float, float]:
+        """What a search maximises and what it minimises; of an outcome that is ok."""
+        return self.aims or (self.metrics["output_tokens_per_s_per_gpu"], self.metrics["tpot_s.p50"])
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as stored with its trial."""
-        return {"status": self.status, "metrics": self.metrics, "violation": self.violation, "detail": self.detail}
+        found = {"status": self.status, "metrics": self.metrics, "violation": self.violation, "detail": self.detail}
+        return found if self.aims is None else {**found, "aims": list(self.aims)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Outcome:
         """The outcome of a stored trial."""
-        return Outcome(data["status"], dict(data["metrics"]), float(data["violation"]), data.get("detail", ""))
+        aims = data.get("aims")
+        return Outcome(
+            data["status"],
+            dict(data["metrics"]),
+            float(data["violation"]),
+            data.get("detail", ""),
+            None if aims is None else (float(aims[0]), float(aims[1])),
+        )
 
 
 class Evaluator:

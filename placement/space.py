@@ -22,6 +22,7 @@ from moesim.engine.stepmodel import price_light_steps
 from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
+from moesim.spec.workload import HostSpec
 from placement.axes import Axis, Scalar, axes_of, value_at, with_value
 
 # Plans of a grid that are all checked (50 microseconds each); of more, a sample of SAMPLED tells how many are legal.
@@ -72,6 +73,11 @@ class Plan:
             update={"solver": self.solver, "redundant_experts": self.redundant_experts, "file": None}
         )
         found = scenario.model_copy(update={"parallel": self.parallel, "policies": policies, "placement": placement})
+        training = found.training
+        if training is not None and training.host.posts and self.backend != "deepep":
+            # What CPU threads post is DeepEP's; another dispatcher has no such time.
+            host = HostSpec(layer_s=training.host.layer_s)
+            found = found.model_copy(update={"training": training.model_copy(update={"host": host})})
         for key, value in self.options:
             found = with_value(found, key, value)
         return found
@@ -197,14 +203,28 @@ def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
     own = baseline_plan(ground, scenario)
     with contextlib.suppress(Infeasible):
         check_plan(ground, own.apply(scenario))  # a scenario that contradicts itself is told, not counted
+    return collect(bases, axes, why_not, scenario.seed)
+
+
+def collect(
+    bases: tuple[Plan, ...],
+    axes: tuple[Axis, ...],
+    why_not: Callable[[Plan], str | None],
+    seed: int,
+    *,
+    enumerated: int | None = None,
+    sampled: int | None = None,
+) -> Space:
+    """The space of a grid (bases x axes): checked whole up to `enumerated` plans, else by a sample (None: as usual)."""
+    enumerated, sampled = enumerated or ENUMERATED, sampled or SAMPLED
     grid = len(bases) * math.prod(len(axis.values) for axis in axes)
-    whole = grid <= ENUMERATED
+    whole = grid <= enumerated
     options = [[(axis.key, value) for value in axis.values] for axis in axes]
-    rng = np.random.default_rng([scenario.seed, 10])
+    rng = np.random.default_rng([seed, 10])
     looked: Iterator[Plan] = (
         (replace(base, options=chosen) for base in bases for chosen in itertools.product(*options))
         if whole
-        else (_drawn(bases, axes, rng) for _ in range(SAMPLED))
+        else (_drawn(bases, axes, rng) for _ in range(sampled))
     )
     legal: dict[Plan, None] = {}
     reasons: Counter[str] = Counter()
@@ -270,13 +290,13 @@ def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
 
 def _layouts(gpus: int) -> Iterator[tuple[ParallelSpec, str]]:
     """Instances of 1, 2, 4 ... GPUs: attention DP and EP under DeepEP, tensor parallelism, and mixes of them."""
-    for size in _divisors(gpus):
-        for tp in _divisors(size):
+    for size in divisors(gpus):
+        for tp in divisors(size):
             dp = size // tp
             if size > 1:
                 yield ParallelSpec(tp=tp, attention_dp=dp, ep=size), "deepep"
             if dp == 1:
-                for ep in _divisors(size):
+                for ep in divisors(size):
                     yield ParallelSpec(tp=tp, ep=ep, expert_tp=size // ep), "allreduce"
             else:
                 for ep in sorted({1, size}):
@@ -304,7 +324,8 @@ def _placements(ground: Groundwork, scenario: Scenario, ep: int, own: Plan) -> I
             yield solver, redundant
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Every size that divides a number, itself included."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 

@@ -52,6 +52,7 @@ from placement.space import (
     plain_placement,
     require_plans,
 )
+from placement.training_command import tune_training
 from placement.tuner import Search, Trial, open_study, search, takes_first_look
 
 FINAL_DRAWS = 20
@@ -109,6 +110,21 @@ def _tune(
     spec = load_scenario(scenario, overrides)
     refuse_faults(spec.faults, "tune")
     refuse_changes(spec, "tune")
+    if spec.training is not None:
+        if ray is not None:
+            raise BadInput("training plans run on local workers", where="--ray", mend="use --workers")
+        return tune_training(
+            spec,
+            str(scenario),
+            folder,
+            trials=trials,
+            storage=storage,
+            workers=workers,
+            resume=resume,
+            json_output=json_output,
+            claims=claims,
+            waiting=waiting,
+        )
     refuse_roles(spec)
     ground = groundwork(spec)
     spec = ground.scenario

@@ -209,8 +209,8 @@ def _telling(trials: list[Trial]) -> list[Trial]:
     def rank(trial: Trial) -> tuple[float, ...]:
         if trial.outcome.status != "ok":
             return (math.inf,)
-        metrics = trial.outcome.metrics
-        return (max(trial.outcome.violation, 0.0), -metrics["output_tokens_per_s_per_gpu"], metrics["tpot_s.p50"])
+        maximised, minimised = trial.outcome.goals()
+        return (max(trial.outcome.violation, 0.0), -maximised, minimised)
 
     best = sorted(trials[:-SHOWN_NEWEST], key=rank)[:SHOWN_BEST]
     return sorted([*best, *trials[-SHOWN_NEWEST:]], key=lambda trial: trial.number)
@@ -248,7 +248,7 @@ def _ask(
 def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
     """The trial as it is stored; a plan that could not run is complete with the worst values."""
     good = outcome.status == "ok"
-    values = [outcome.metrics["output_tokens_per_s_per_gpu"], outcome.metrics["tpot_s.p50"]] if good else [0.0, 1e6]
+    values = list(outcome.goals()) if good else [0.0, 1e6]
     violation = outcome.violation if good else 1e6
     return create_trial(
         state=TrialState.COMPLETE,

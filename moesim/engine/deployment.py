@@ -118,7 +118,11 @@ def refuse_unsupported(scenario: Scenario) -> None:
     """Name what the scenario asks for that this version does not simulate, before anything runs. Raises BadInput."""
     serving = scenario.serving
     if serving is None:
-        raise BadInput("only `moesim simulate` takes a training run", where="training", mend="give `serving` instead")
+        raise BadInput(
+            "this command takes no training run, only `moesim simulate` and `tune` do",
+            where="training",
+            mend="give `serving` instead",
+        )
     if serving.batching.prefix_cache and serving.workload.file is None:
         raise BadInput(
             "prompts of fixed lengths share nothing",

@@ -10,29 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine import maxplus, training_pipeline
-from moesim.engine.deployment import Groundwork, check_placement, lay_groundwork, place
+from moesim.engine.deployment import Groundwork
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.routing_draws import RoutingDraws
-from moesim.engine.training_checks import check_training, refuse_unsupported_training
-from moesim.engine.training_faults import TrainingFaults, check_training_faults, training_faults
-from moesim.engine.training_memory import TrainingLedger, training_ledger
+from moesim.engine.training_faults import TrainingFaults, training_faults
+from moesim.engine.training_memory import TrainingLedger, require_room
 from moesim.engine.training_overlap import pair_share
-from moesim.engine.training_routing import RoutingPool, draw_pool
+from moesim.engine.training_plan import SharedTraining, checked_training
+from moesim.engine.training_routing import RoutingPool
 from moesim.engine.training_sync import StageSync, stage_sync, stage_transfer
-from moesim.errors import BadInput
-from moesim.graph.pipeline import Pass, PipelineProgram, layers_of_chunks, program
+from moesim.graph.pipeline import Pass, PipelineProgram
 from moesim.graph.pricing import Part
 from moesim.graph.task import StepTimes
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.graph.training_layer import TrainingSetup
 from moesim.graph.training_passes import PricedLayers, chunk_graph, chunk_seconds, passes_of, price_layers
 from moesim.spec.faults import FaultSpec
-from moesim.spec.maps.frame import MapFrame
-from moesim.spec.parallel import ParallelSpec
-from moesim.spec.placement_file import read_placement
-from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
-from moesim.systems.load import apply_system
 
 Floats = NDArray[np.float64]
 
@@ -101,63 +95,26 @@ class TrainingRun:
         }
 
 
-def training_model(scenario: Scenario, seed: int) -> TrainingModel:
-    """Check a training scenario and price everything it does. Raises BadInput, Infeasible and OutsideProfile."""
-    scenario = apply_system(scenario)
-    training = scenario.training
-    if training is None:
-        raise BadInput("this scenario does not train", where="training", mend="give `training`")
-    refuse_unsupported_training(scenario)
-    ground = lay_groundwork(scenario)
-    model, cluster = ground.model, ground.cluster
-    parallel = scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
-    grid = check_training(parallel, model, cluster, scenario, training)
-    check_training_faults(scenario.faults, grid)
-    virtual = training.pipeline.virtual_stages
-    chunks = layers_of_chunks(model.layers, parallel.pp * virtual, training.pipeline.layers)
-    placement = _placement(ground, scenario, parallel)
-    setup = TrainingSetup(
-        model=model,
-        cluster=cluster,
-        parallel=parallel,
-        precision=scenario.precision,
-        policies=scenario.policies,
-        placement=placement,
-        training=training,
-        grid=grid,
-    )
-    routing = RoutingDraws(ground.judge, model.moe.top_k)
-    pool = draw_pool(setup, routing, seed)
-    made = program(training.pipeline.schedule, parallel.pp, setup.micro_batches, virtual)
-    rows = setup.placement.rank_loads(pool.counts)
-    memory = training_ledger(setup, chunks, made, rows)
+def training_model(scenario: Scenario, seed: int, shared: SharedTraining | None = None) -> TrainingModel:
+    """Check a training scenario and price everything it does. Raises BadInput, Infeasible and OutsideProfile.
+
+    shared: what the plans of a search have in common.
+    """
+    plan = checked_training(scenario, seed, shared or SharedTraining())
+    ground, setup = plan.ground, plan.setup
+    require_room(setup, plan.memory)
     return TrainingModel(
         ground=ground,
         setup=setup,
-        routing=routing,
-        pool=pool,
-        layers=price_layers(setup, ground.costs, pool.counts, pool.kept),
-        chunks=chunks,
-        program=made,
-        sync=tuple(stage_sync(setup, ground.costs, chunks, index) for index in range(parallel.pp)),
+        routing=plan.routing,
+        pool=plan.pool,
+        layers=price_layers(setup, ground.costs, plan.pool.counts, plan.pool.kept),
+        chunks=plan.chunks,
+        program=plan.program,
+        sync=tuple(stage_sync(setup, ground.costs, plan.chunks, index) for index in range(setup.parallel.pp)),
         transfer=stage_transfer(setup),
-        memory=memory,
+        memory=plan.memory,
     )
-
-
-def _placement(ground: Groundwork, scenario: Scenario, parallel: ParallelSpec) -> ExpertPlacement:
-    """One expert to a slot over the EP ranks of a stage: from a map, or solved. Raises BadInput for replicas."""
-    if scenario.placement.file is None:
-        return place(ground, scenario.placement, parallel.model_copy(update={"pp": 1}))
-    found = read_placement(scenario.placement.file, MapFrame.of(ground.model, parallel.ep))
-    check_placement(found, ground.model, parallel)
-    if found.redundant:
-        raise BadInput(
-            f"the map has {found.redundant} replicas, whose gradients would have to be summed",
-            where="placement.file",
-            mend="train with a map of one slot for each expert",
-        )
-    return found
 
 
 def simulate_training(
@@ -166,11 +123,12 @@ def simulate_training(
     draws: int,
     seed: int | None = None,
     progress: Callable[[float], None] | None = None,
+    shared: SharedTraining | None = None,
 ) -> TrainingRun:
     """Simulate one training step. `progress` is told the share done. Raises BadInput, Infeasible and OutsideProfile."""
     seed = scenario.seed if seed is None else seed
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    model = training_model(scenario, seed)
+    model = training_model(scenario, seed, shared)
     split = model.program.split
     passes = tuple(
         tuple(maxplus.run(chunk_graph(model.layers, chunk, kind, split=split)) for kind in passes_of(split))

@@ -12,11 +12,15 @@ from moesim.routing.gates.choice import gate_spec
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
-from moesim.spec.scenario import ObjectiveSpec, Scenario
-from moesim.spec.workload import TrainingSpec
+from moesim.spec.scenario import TRAINING_OBJECTIVES, ObjectiveSpec, Scenario
+from moesim.spec.workload import SloSpec, TrainingSpec
 
 BACKENDS = ("deepep", "alltoall", "allgather_reducescatter")
 PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
+
+
+def _serves(objective: ObjectiveSpec) -> bool:
+    return objective.maximize not in (*TRAINING_OBJECTIVES, ObjectiveSpec().maximize)
 
 
 def refuse_unsupported_training(scenario: Scenario) -> None:
@@ -70,10 +74,10 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
             "set it to 0",
         ),
         (
-            scenario.objective != ObjectiveSpec(),
+            scenario.objective.slo != SloSpec() or _serves(scenario.objective),
             "objective",
-            "service levels and throughput objectives are of serving",
-            "leave it out",
+            "service levels and output throughput are of serving",
+            "leave it out, or use limits, and maximize: tokens_per_s_per_gpu or mfu",
         ),
     ]
     for asked, where, what, mend in refused:

@@ -105,19 +105,23 @@ def stage_parameters(setup: TrainingSetup, chunks: tuple[range, ...], stage: int
     return dense, experts
 
 
-def training_ledger(
+def count_memory(
     setup: TrainingSetup, chunks: tuple[range, ...], program: PipelineProgram, rows: Floats
 ) -> TrainingLedger:
     """The memory of every stage's fullest GPU.
 
     rows: [micro-batches, MoE layers, EP ranks], token rows of each rank's experts over drawn micro-batches.
-    Raises Infeasible (reason `out_of_memory`) with the largest items.
     """
     stages = tuple(_stage(setup, chunks, program, rows, stage) for stage in range(setup.parallel.pp))
     memory = setup.training.memory
     limit = setup.cluster.gpu.hbm_bytes * memory.fraction - memory.reserved_bytes
     names = set().union(*stages)
-    counted = TrainingLedger(stages, limit, {name: text for name, text in ASSUMED.items() if name in names})
+    return TrainingLedger(stages, limit, {name: text for name, text in ASSUMED.items() if name in names})
+
+
+def require_room(setup: TrainingSetup, counted: TrainingLedger) -> None:
+    """Raises Infeasible (reason `out_of_memory`) with the largest items where the fullest GPU has no room."""
+    limit = counted.limit_bytes
     if counted.peak_bytes > limit:
         items = counted.stages[counted.fullest]
         largest = sorted(items, key=lambda name: -items[name])[:3]
@@ -128,7 +132,6 @@ def training_ledger(
             mend="use recompute: full, a smaller micro_batch, or more pp, ep or tp",
             reason="out_of_memory",
         )
-    return counted
 
 
 def _stage(

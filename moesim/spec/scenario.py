@@ -206,13 +206,44 @@ class PoliciesSpec(Spec):
     expert_cache: ExpertCacheSpec | None = Field(default=None, description="of storage `cached`, which needs it")
 
 
+TRAINING_OBJECTIVES = ("tokens_per_s_per_gpu", "mfu", "memory_headroom_bytes")
+
+
+class TrainingLimits(Spec):
+    """Upper bounds that a training plan has to keep; one that is left out does not bind."""
+
+    step_s: float | None = Field(default=None, gt=0)
+    dropped_fraction: float | None = Field(default=None, ge=0, le=1, description="of the picks, by a capacity rule")
+    memory_share: float | None = Field(default=None, gt=0, le=1, description="of the bytes that may be used")
+
+
 class ObjectiveSpec(Spec):
     """What the tuner maximises, under which service levels."""
 
-    maximize: Literal["output_tokens_per_s_per_gpu", "total_tokens_per_s_per_gpu", "goodput_per_gpu"] = (
-        "output_tokens_per_s_per_gpu"
+    maximize: Literal[
+        "output_tokens_per_s_per_gpu",
+        "total_tokens_per_s_per_gpu",
+        "goodput_per_gpu",
+        "tokens_per_s_per_gpu",
+        "mfu",
+        "memory_headroom_bytes",
+    ] = Field(default="output_tokens_per_s_per_gpu", description="the last three are of training")
+    minimize: Literal["step_s", "dropped_fraction"] | None = Field(
+        default=None, description="training: instead of `maximize`"
     )
     slo: SloSpec = SloSpec()
+    limits: TrainingLimits = TrainingLimits()
+
+    @property
+    def of_training(self) -> bool:
+        """Whether it asks for what only training has."""
+        return self.maximize in TRAINING_OBJECTIVES or self.minimize is not None or self.limits != TrainingLimits()
+
+    @model_validator(mode="after")
+    def _one(self) -> ObjectiveSpec:
+        if self.minimize is not None and "maximize" in self.model_fields_set and self.maximize in TRAINING_OBJECTIVES:
+            raise ValueError("give maximize or minimize, not both")
+        return self
 
 
 class SearchSpec(Spec):
@@ -223,11 +254,20 @@ class SearchSpec(Spec):
     redundant_experts: tuple[int, ...] | None = None
     solvers: tuple[str, ...] | None = None
     capacity_factor: tuple[float, float] | None = None
-    schedules: tuple[Literal["sequential", "two_batch"], ...] | None = None
+    schedules: tuple[Literal["sequential", "two_batch", "forward_backward"], ...] | None = None
+    backends: tuple[Literal["deepep", "alltoall", "allgather_reducescatter"], ...] | None = Field(
+        default=None, description="training: dispatchers to try; none = its own, alltoall and deepep"
+    )
     axes: dict[str, tuple[str | int | float | bool | None, ...]] | None = Field(
         default=None, description="further keys of the scenario, dotted, with the values to try"
     )
     sampler: Literal["tpe", "random"] = "tpe"
+
+    @model_validator(mode="after")
+    def _rising(self) -> SearchSpec:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor[0] <= self.capacity_factor[1]:
+            raise ValueError("capacity_factor goes from a low to a high factor, both above 0")
+        return self
 
 
 class Scenario(Spec):
@@ -255,6 +295,13 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.serving is not None and self.objective.of_training:
+            raise ValueError("objective: step time, MFU, drops and headroom are of training, not of serving")
+        schedules, unfit = self.search.schedules or (), "two_batch" if self.serving is None else "forward_backward"
+        if unfit in schedules:
+            raise ValueError(f"search.schedules: {unfit} is of {'serving' if self.serving is None else 'training'}")
+        if self.serving is not None and self.search.backends is not None:
+            raise ValueError("search.backends is of training; in serving a layout brings its dispatcher")
         return self
 
 

@@ -194,6 +194,9 @@ class HostSpec(Spec):
     exchange_s: float = Field(default=0.0, ge=0, description="of each exchange: counts are told, writes begun")
     dispatch_row_s: float = Field(default=0.0, ge=0, description="of each token that a dispatch sends to another node")
     combine_row_s: float = Field(default=0.0, ge=0, description="of each token that a combine sends to another node")
+    waits_for_counts: bool = Field(
+        default=False, description="nothing is launched beside DeepEP's dispatch of a forward pass: the host waits"
+    )
 
     @property
     def posts(self) -> bool:

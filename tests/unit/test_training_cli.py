@@ -141,8 +141,3 @@ def test_doctor_knows_training(path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "8 micro-batches, 1f1b, 2 chunks" in printed
     assert "in stage 0" in printed
-
-
-def test_other_commands_refuse_training_by_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", str(path), "--trials", "1"]) == 2
-    assert "only `moesim simulate` takes a training run" in capsys.readouterr().err

@@ -33,6 +33,24 @@ def test_a_pair_hides_exchanges_and_nothing_else(backend: str) -> None:
     assert float(share.min()) >= 1.0 - 1.3 * exchanges / working  # the mean over ranks and routings, hence the margin
 
 
+def test_a_host_that_waits_for_counts_hides_less_of_deepep_alone() -> None:
+    """And the multiprocessors that DeepEP holds make what runs beside it longer; neither touches an all-to-all."""
+    waits, held = {"waits_for_counts": True}, {"slowdown": "multiprocessors"}
+    for backend in ("deepep", "alltoall"):
+        policies = {"dispatch": {"backend": backend}, "schedule": "forward_backward"}
+        plain = training_model(asked(policies=policies), 0)
+        waiting = training_model(asked(policies=policies, training={"host": waits}), 0)
+        slowed = training_model(asked(policies={**policies, "overlap": held}), 0)
+        shares = [pair_share(one.layers, one.chunks) for one in (plain, waiting, slowed)]
+        if backend == "alltoall":
+            assert (shares[0] == shares[1]).all()
+            assert (shares[0] == shares[2]).all()
+        else:
+            assert (shares[0] < shares[1]).all()
+            assert (shares[0] < shares[2]).all()
+            assert max(float(share.max()) for share in shares) <= 1.0
+
+
 def test_the_host_is_not_hidden() -> None:
     busy = {"layer_s": 0.05}
     whole, paired = (
