@@ -111,11 +111,11 @@ def _of_dumps(paths: list[Path], loads: RoutingCounts) -> TokenPicks | None:
             maps = table[loads.layer_ids][:, None, :]
             expert = np.take_along_axis(maps, np.where(inside, slots, 0).reshape(len(slots), 1, -1), axis=2)
             parts.append((number, np.where(inside, expert.reshape(slots.shape), NONE).transpose(1, 0, 2)))
-    steps = np.asarray(sorted(live), dtype=np.int64)
+    place = {number: step for step, number in enumerate(sorted(live))}  # a pass's number may be of any size
     parts = [(number, picks) for number, picks in parts if number in live and len(picks)]
-    if not parts or len(steps) != len(loads.counts):
+    if not parts or len(place) != len(loads.counts):
         return None
     ids = np.concatenate([picks for _, picks in parts])
     ids = ids[:, :, : max(1, int(np.nonzero((ids >= 0).any(axis=(0, 1)))[0].max(initial=0)) + 1)]
-    step = np.repeat(np.searchsorted(steps, [number for number, _ in parts]), [len(picks) for _, picks in parts])
+    step = np.repeat([place[number] for number, _ in parts], [len(picks) for _, picks in parts]).astype(np.int64)
     return TokenPicks(np.ascontiguousarray(ids, dtype=np.int16), step, follows=True)
