@@ -14,6 +14,7 @@ from moesim.spec.scenario import Scenario
 
 if TYPE_CHECKING:
     from moesim.engine.deployment import Groundwork
+    from moesim.engine.layer_cost import LayerCosts
 
 CostOf = Callable[[Sequence[RoutingCounts], int | None], LayerCost | None]
 """The cost fitted to loads at so many tokens a rank (None: the scenario's own); None where a solver does not ask."""
@@ -34,7 +35,6 @@ def cost_of(scenario: Scenario | None, solver: str, *, ground: Groundwork | None
     if scenario is None or scenario.serving is None:
         return no_cost
     from moesim.engine.deployment import TIMED_TOKENS, groundwork, reads_cost
-    from moesim.engine.layer_cost import LayerCosts
 
     if not reads_cost(found):
         return no_cost
@@ -47,12 +47,18 @@ def cost_of(scenario: Scenario | None, solver: str, *, ground: Groundwork | None
         asked = tuple(loads)
         known = [costs for of, costs in fitted if len(of) == len(asked) and all(map(lambda a, b: a is b, of, asked))]
         if not known:
-            # Decode steps are timed, of whatever load a plan is fitted to.
-            known = [LayerCosts(base, [replace(load, phase="any") for load in asked], scenario.seed)]
+            known = [layer_costs(base, asked, scenario.seed)]
             fitted.append((asked, known[0]))
         return known[0].at(tokens_per_rank or usual).cost
 
     return fit
+
+
+def layer_costs(ground: Groundwork, loads: Sequence[RoutingCounts], seed: int) -> LayerCosts:
+    """The costs of decode steps of whatever loads a plan is fitted to, prefill among them."""
+    from moesim.engine.layer_cost import LayerCosts
+
+    return LayerCosts(ground, [replace(load, phase="any") for load in loads], seed)
 
 
 def with_cost(

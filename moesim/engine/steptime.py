@@ -52,11 +52,14 @@ def timed_placements(
     tokens_per_rank: Sequence[int],
     draws: int,
     seed: int,
+    *,
+    mode: str | None = None,
 ) -> list[TimedPlacements]:
     """Step times of placements at each batch size.
 
     judge: loads that no placement was fitted to. tokens_per_rank: decode tokens of an attention-DP rank. All placements
-    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal.
+    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal;
+    or in `mode`.
     Raises BadInput, Infeasible and OutsideProfile.
     """
     check_background(ground.cluster, fidelity="maxplus", draws=draws)
@@ -66,7 +69,7 @@ def timed_placements(
     }
     routing = RoutingDraws(judge, ground.model.moe.top_k)
     truths: list[Draw | None] = [None, *joint_draws(draws, routing.weights, seed)]
-    return [_timed(deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+    return [_timed(deployments, routing, tokens, truths, seed, mode) for tokens in tokens_per_rank]
 
 
 def timed_choices(
@@ -91,7 +94,7 @@ def timed_choices(
     }
     routing = RoutingDraws(judge, ground.model.moe.top_k)
     truths: list[Draw | None] = [None, *joint_draws(draws, routing.weights, seed)]
-    return [_timed(deployments, routing, tokens, truths, seed) for tokens in tokens_per_rank]
+    return [_timed(deployments, routing, tokens, truths, seed, None) for tokens in tokens_per_rank]
 
 
 def with_choice(scenario: Scenario, replica: str) -> Scenario:
@@ -114,8 +117,9 @@ def _timed(
     tokens: int,
     truths: Sequence[Draw | None],
     seed: int,
+    asked: str | None,
 ) -> TimedPlacements:
-    modes = modes_to_try(next(iter(deployments.values())), tokens)
+    modes = [asked] if asked is not None else modes_to_try(next(iter(deployments.values())), tokens)
     for position, mode in enumerate(modes):
         try:
             priced = {

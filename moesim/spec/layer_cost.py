@@ -22,6 +22,8 @@ from moesim.spec.plan import ExpertPlacement
 
 Floats = NDArray[np.float64]
 
+# Less scatter than this is none.
+LEAST_SCATTER = 1e-6
 # The exponent of a power sum lies between 8 and 64.
 LEAST_DOUBLINGS, MOST_DOUBLINGS = 3, 6
 
@@ -176,7 +178,7 @@ def maximum_power(scatter: float, ranks: int) -> float:
     p = ln R / ln(1 + z s).
     """
     most = float(2**MOST_DOUBLINGS)
-    if ranks < 2 or scatter <= 0.0:
+    if ranks < 2 or scatter <= LEAST_SCATTER:
         return most
     above = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) * scatter
     return float(np.clip(np.log(ranks) / np.log1p(above), 2**LEAST_DOUBLINGS, most))

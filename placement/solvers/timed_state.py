@@ -126,8 +126,9 @@ def new_move(ranks: int, scenarios: int) -> Move:
 
 @njit(cache=True)
 def root(value: float, doublings: int) -> float:
-    """The 2**doublings-th root; of rounding below 0, nearly 0."""
-    value = max(value, 1e-300)
+    """The 2**doublings-th root; of what rounding took below 0, it is 0."""
+    if value <= 0.0:
+        return 0.0
     for _ in range(doublings):
         value = np.sqrt(value)
     return value

@@ -37,7 +37,8 @@ def each(placement: ExpertPlacement, loads: np.ndarray) -> float:
 
 
 def test_the_solvers_are_registered() -> None:
-    assert set(SOLVERS) >= {"affinity", "contiguous", "eplb", "greedy", "incremental", "robust", "round_robin"}
+    named = {"affinity", "contiguous", "eplb", "greedy", "incremental", "robust", "round_robin", "shadowing", "time"}
+    assert set(SOLVERS) >= named
 
 
 @pytest.mark.parametrize("name", SOLVERS)
