@@ -14,7 +14,10 @@ from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
 DEFAULT_SOLVER = "greedy"
-GROUP_SOLVERS = ("eplb", "greedy", "robust")
+GROUP_SOLVERS = ("eplb", "greedy", "robust", "robust_bootstrap", "robust_cvar", "robust_worst")
+
+FEW_EXPERTS = 12
+"""Up to here a solver may search exhaustively."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,20 @@ def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str
 
 
 def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: PlacementRequest) -> None:
-    """Compile (or load from the cache) what `run` compiles, on one layer of 8 experts with the request's groups on."""
+    """Compile (or load from the cache) what `run` compiles, on one layer of a few experts with the request's groups on.
+
+    Solvers may treat few experts on a node otherwise than many: the tiny request is of the request's kind in this, too.
+    """
     groups, nodes = (2, 2) if request.groups > 1 else (1, 1)
-    loads = np.linspace(1.0, 2.0, 8)[None, None, :] * np.ones((len(request.weights), 1, 1))
+    per_node = request.experts // request.nodes if request.groups > 1 else request.experts
+    experts = 8 if per_node <= FEW_EXPERTS else 16 * nodes
+    loads = np.linspace(1.0, 2.0, experts)[None, None, :] * np.ones((len(request.weights), 1, 1))
     tiny = PlacementRequest(
         loads=np.ascontiguousarray(loads / loads.sum(axis=-1, keepdims=True)),
         weights=request.weights,
         layer_ids=np.zeros(1, dtype=np.int64),
         absolute_layers=1,
-        slots=12,
+        slots=experts + 4,
         ranks=4,
         nodes=nodes,
         groups=groups,

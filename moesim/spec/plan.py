@@ -134,7 +134,8 @@ class PlacementRequest:
 
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
-    nodes prices traffic only, unless groups > 1.
+    nodes prices traffic only, unless groups > 1. effort: share of its usual work that a solver which searches for long
+    may spend; the others take no notice.
     """
 
     loads: NDArray[np.float64]
@@ -146,6 +147,7 @@ class PlacementRequest:
     nodes: int = 1
     groups: int = 1
     seed: int = 0
+    effort: float = 1.0
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:
