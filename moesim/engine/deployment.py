@@ -362,7 +362,10 @@ def place(ground: Groundwork, spec: PlacementSpec, parallel: ParallelSpec) -> Ex
 def solve(
     ground: Groundwork, solver: str, *, slots: int, parallel: ParallelSpec, groups: int, loads: Sequence[RoutingCounts]
 ) -> ExpertPlacement:
-    """Run a registered solver on the given loads, for a simulation: with little effort. Raises Infeasible for slots that do not fit the ranks."""
+    """Run a registered solver on the given loads, with little effort.
+
+    Raises Infeasible for slots that do not fit the ranks.
+    """
     profiles, weights = stack_profiles(loads)
     request = PlacementRequest(
         loads=profiles,

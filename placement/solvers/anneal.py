@@ -154,7 +154,7 @@ def anneal_layer(
             best = total
             best_table[:] = table
     table[:] = best_table
-    return best
+    return float(best)
 
 
 @njit(cache=True)
@@ -176,6 +176,6 @@ def anneal_layers(
     last: float,
     rng: np.random.Generator,
 ) -> None:
-    """`anneal_layer` on every layer, each with random numbers of its own: table [layers, slots], loads [layers, ...]."""
+    """`anneal_layer` on every layer, each with its own random numbers: table [layers, slots], loads [layers, ...]."""
     for layer, own in enumerate(rng.spawn(len(table))):
         anneal_layer(table[layer], loads[layer], weights, ranks, node_ranks, moves, first, last, own)

@@ -149,7 +149,7 @@ def smallest(
 def smallest_rows(
     table: NDArray[np.int64], weight: NDArray[np.float64], ranks: int, tolerance: float, nodes: int
 ) -> NDArray[np.float64]:
-    """`smallest` on every row: table [rows, slots] in place, weight [rows, experts]; returns load and bound, [rows, 2]."""
+    """`smallest` on every row: table [rows, slots], weight [rows, experts]; returns load and bound, [rows, 2]."""
     found = np.empty((table.shape[0], 2))
     for row in range(table.shape[0]):
         found[row, 0], found[row, 1] = smallest(table[row], weight[row], ranks, tolerance, nodes)

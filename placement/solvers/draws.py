@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+
 def even(loads: Floats) -> Floats:
     """The load on which all experts are alike: [1, layers, experts].
 

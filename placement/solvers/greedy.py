@@ -36,8 +36,8 @@ def solve(request: PlacementRequest) -> ExpertPlacement:
     """Fit the mix of all loads: no two replicas of an expert on a rank; groups stay on a node where groups > 1.
 
     Graham's longest-processing-time rule (SIAM J. Appl. Math. 17(2), 1969) on replicas, then pairwise swaps; layers
-    that stay uneven get a local search that may also change replica counts, small cases branch and bound. Raises Infeasible where groups, nodes and
-    ranks do not divide.
+    that stay uneven get a local search that may also change replica counts, and small cases branch and bound. Raises
+    Infeasible where groups, nodes and ranks do not divide.
     """
     refuse_uneven_groups(request)
     return request.placement(pack_mix(request, request.mix()), "greedy")

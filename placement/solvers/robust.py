@@ -1,4 +1,4 @@
-"""A placement for several loads at once, none of which a step will repeat: annealing over all of them and over draws."""
+"""A placement for several loads at once, none of which a step will repeat: annealing over them and over draws."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ STEEPNESS = 2.0
 class RobustOptions:
     """What a robust solver looks at. risk: of the files' balances, the mean, the mean of the worst part, or the worst.
 
-    tail: that part, of the files' weight. draws: made-up loads beside the files: "drift" along their differences, "bootstrap"
-    mixes of them (`count` of them). even: whether the even load counts, too.
+    tail: that part, of the files' weight. draws: made-up loads beside the files: "drift" along their differences, or
+    "bootstrap", `count` mixes of them. even: whether the even load counts, too.
     """
 
     risk: Literal["mean", "cvar", "worst"] = "mean"

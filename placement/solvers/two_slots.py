@@ -30,7 +30,7 @@ NODES = 2000
 
 
 def pair(weight: Floats, count: Ints, ranks: int) -> Ints:
-    """The best table [2 x ranks] of these counts; replicas of one expert kept apart by an exchange that raises least."""
+    """The best table [2 x ranks] of these counts; an expert's replicas kept apart by the exchange that raises least."""
     expert = np.repeat(np.arange(len(weight)), count)
     share = (weight / count)[expert]
     order = np.argsort(-share, kind="stable")

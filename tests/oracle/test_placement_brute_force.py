@@ -31,7 +31,7 @@ def best(request: PlacementRequest) -> float:
 
 
 def placed(request: PlacementRequest, name: str) -> ExpertPlacement:
-    """"files": the robust solver on the given loads alone, as the enumeration judges; its own draws lie elsewhere."""
+    """ "files": the robust solver on the given loads alone, as the enumeration judges; its own draws lie elsewhere."""
     if name == "files":
         return place(request, RobustOptions(draws="none", even=False), name)
     return solve(request, name).placement

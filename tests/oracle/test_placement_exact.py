@@ -23,7 +23,9 @@ def case(seed: int) -> PlacementRequest:
     fewest = -(-experts // ranks)
     room = int(rng.integers(fewest, min(experts, fewest + 4) + 1))
     load = rng.lognormal(0.0, rng.uniform(0.2, 2.0), experts)
-    return PlacementRequest((load / load.sum())[None, None], np.ones(1), np.arange(1), 1, slots=room * ranks, ranks=ranks)
+    return PlacementRequest(
+        (load / load.sum())[None, None], np.ones(1), np.arange(1), 1, slots=room * ranks, ranks=ranks
+    )
 
 
 def hottest(request: PlacementRequest, name: str) -> float:
