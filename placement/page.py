@@ -19,6 +19,7 @@ from moesim.units import human_seconds
 from placement import page_pictures as pictures
 from placement.compare import BASELINE, PLANNED
 from placement.judge import Figure
+from placement.page_budgets import budgets_section
 from placement.planning import Placed
 from placement.verdict import DONT, GAIN, MIXED, TIE, WITHHELD
 
@@ -66,6 +67,7 @@ def place_page(placed: Placed, *, written: str = "", more: Sequence[str] = ()) -
     parts = [
         section("workloads", "Held out against fit, by workload", _workloads(placed), lead=_workloads_lead(placed)),
         section("time", "Step time by tokens per rank", _times(placed), lead=_times_lead(placed)),
+        *([] if placed.budgets is None else [budgets_section(placed.budgets)]),
         section("loads", "Load by rank and layer, before and after", _loads(placed), lead=_loads_lead(placed)),
         section("replicas", "Where the replicas are", _replicas(placed)),
         *more,

@@ -16,7 +16,10 @@ from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
 DEFAULT_SOLVER = "greedy"
-GROUP_SOLVERS = ("eplb", "greedy", "robust", "incremental")
+GROUP_SOLVERS = ("eplb", "greedy", "robust", "robust_bootstrap", "robust_cvar", "robust_worst", "incremental")
+
+FEW_EXPERTS = 12
+"""Up to here a solver may search exhaustively."""
 
 
 @dataclass(frozen=True)
@@ -124,26 +127,31 @@ def solve(request: PlacementRequest, solver: str = DEFAULT_SOLVER, *, where: str
 
 
 def warm_up(run: Callable[[PlacementRequest], ExpertPlacement], request: PlacementRequest) -> None:
-    """Compile (or load from the cache) what `run` compiles, on one layer of 8 experts with the request's groups on."""
+    """Compile (or load from the cache) what `run` compiles, on one layer of a few experts with the request's groups on.
+
+    Solvers may treat few experts on a node otherwise than many: the tiny request is of the request's kind in this, too.
+    """
     groups, nodes = (2, 2) if request.groups > 1 else (1, 1)
+    per_node = request.experts // request.nodes if request.groups > 1 else request.experts
+    experts = 8 if per_node <= FEW_EXPERTS else 16 * nodes
     current = None
     if request.current is not None:
-        current = ExpertPlacement(np.arange(12)[None, :] % 8, np.zeros(1, dtype=np.int64), 8, 4, 1)
-    loads = np.linspace(1.0, 2.0, 8)[None, None, :] * np.ones((len(request.weights), 1, 1))
+        current = ExpertPlacement(np.arange(experts + 4)[None, :] % experts, np.zeros(1, dtype=np.int64), experts, 4, 1)
+    loads = np.linspace(1.0, 2.0, experts)[None, None, :] * np.ones((len(request.weights), 1, 1))
     tiny = PlacementRequest(
         loads=np.ascontiguousarray(loads / loads.sum(axis=-1, keepdims=True)),
         weights=request.weights,
         layer_ids=np.zeros(1, dtype=np.int64),
         absolute_layers=1,
-        slots=12,
+        slots=experts + 4,
         ranks=4,
         nodes=nodes,
         groups=groups,
         seed=request.seed,
         current=current,
-        coactivation=None if request.coactivation is None else np.ones((1, 8, 8)) - np.eye(8),
-        transitions=None if request.transitions is None else np.ones((0, 8, 8)),
-        dispersion=None if request.dispersion is None else np.eye(8)[None],
+        coactivation=None if request.coactivation is None else np.ones((1, experts, experts)) - np.eye(experts),
+        transitions=None if request.transitions is None else np.ones((0, experts, experts)),
+        dispersion=None if request.dispersion is None else np.eye(experts)[None],
     )
     try:
         run(tiny)

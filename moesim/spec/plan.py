@@ -138,7 +138,8 @@ class PlacementRequest:
     loads: float64 [scenarios, layers, experts], each scaled to sum 1 in each layer; weights: [scenarios], sum 1.
     slots: per layer, over all ranks. groups: expert groups that must stay on one node (1 = no such constraint).
     nodes prices traffic only, unless groups > 1. cost: what a layer costs in time, for solvers on time; None = unknown.
-    current: the placement that stands, of as many slots; None = none.
+    current: the placement that stands, of as many slots; None = none. effort: share of its usual work that a solver
+    which searches for long may spend; the others take no notice.
     Where loads tell which experts a token picks together: coactivation,
     float64 [layers, experts, experts], the chance that a token picks both, symmetric, 0 on the diagonal; transitions,
     float64 [layers - 1, experts, experts], the chance that it picks one in a layer and the other in the next.
@@ -159,6 +160,7 @@ class PlacementRequest:
     coactivation: NDArray[np.float64] | None = None
     transitions: NDArray[np.float64] | None = None
     dispersion: NDArray[np.float64] | None = None
+    effort: float = 1.0
 
     def __post_init__(self) -> None:
         if self.loads.ndim != 3:

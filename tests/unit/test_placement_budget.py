@@ -138,6 +138,26 @@ def test_batch_sizes_outside_the_profile_are_left_out(
     assert "At 128 tokens per rank" in said
 
 
+def test_the_page_shows_the_budgets(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    engine = KnownEngine(0.01, refuse=(32,))
+    arguments = ("--budgets", "0,3,8,16", "--report", str(page), "--json")
+    code, said, _ = place(monkeypatch, capsys, engine, str(scenario), *arguments)
+    assert code == 0
+    budgets = json.loads(said)["budgets"]
+    part = page.read_text().split('<section id="budgets"')[1].split("</section>")[0]
+    for row in budgets["rows"]:
+        for one in row["budgets"]:
+            assert f'<data value="{one["step_s"]["value"]!r}">' in part
+            assert f"{row['tokens_per_rank']} tokens per rank, {one['redundant_experts']} redundant experts" in part
+    assert part.count("<polyline") == len(budgets["rows"]) == 3
+    assert part.count("* <data") == 3
+    assert "Not priced at 32 tokens" in part
+    assert "Does not fit: 3: " in part
+
+
 @pytest.mark.parametrize("text", ["", "a", "0,-8", "1.5"])
 def test_what_is_no_list_of_budgets_is_one_line(text: str, scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["place", str(scenario), "--budgets", text]) == 2

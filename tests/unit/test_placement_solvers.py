@@ -15,6 +15,7 @@ from placement.solvers.eplb import hierarchical
 
 SOLVERS = sorted(plugins.available(plugins.SOLVERS))
 APART = [name for name in SOLVERS if name != "eplb"]
+PLAIN = ["contiguous", "eplb", "greedy", "robust", "round_robin"]
 SHAPES = [(16, 16, 4), (16, 24, 4), (6, 12, 4), (10, 12, 6), (9, 18, 6), (5, 20, 4), (32, 40, 8), (3, 3, 1)]
 
 
@@ -37,14 +38,23 @@ def each(placement: ExpertPlacement, loads: np.ndarray) -> float:
 
 
 def test_the_solvers_are_registered() -> None:
-    named = {"affinity", "contiguous", "eplb", "greedy", "incremental", "robust", "round_robin", "shadowing", "time"}
-    assert set(SOLVERS) >= named
+    robust = {"robust", "robust_bootstrap", "robust_cvar", "robust_worst"}
+    named = {"affinity", "contiguous", "eplb", "exact", "greedy", "incremental", "round_robin", "shadowing", "time"}
+    assert set(SOLVERS) >= named | robust
+
+
+def skip_large(name: str, asked: PlacementRequest) -> None:
+    """`exact` refuses what it cannot prove; the refusal has a test of its own."""
+    small = asked.experts <= 12 and asked.ranks <= 8
+    if name == "exact" and not small and asked.slots > 2 * asked.ranks:
+        pytest.skip("larger than exact takes")
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize(("experts", "slots", "ranks"), SHAPES)
 def test_a_solver_gives_a_legal_placement(name: str, experts: int, slots: int, ranks: int) -> None:
     asked = request(experts, slots, ranks)
+    skip_large(name, asked)
     placement = solve(asked, name).placement
     assert placement.solver == name
     assert placement.physical_to_logical.shape == (asked.layers, slots)
@@ -58,7 +68,7 @@ def test_a_solver_gives_a_legal_placement(name: str, experts: int, slots: int, r
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_solver_is_deterministic_and_leaves_its_request_alone(name: str) -> None:
-    asked = request(16, 24, 4)
+    asked = request(10, 16, 4)
     before = asked.loads.copy()
     first, second = solve(asked, name).placement, solve(asked, name).placement
     assert np.array_equal(first.physical_to_logical, second.physical_to_logical)
@@ -67,7 +77,7 @@ def test_a_solver_is_deterministic_and_leaves_its_request_alone(name: str) -> No
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_placement_survives_its_file(name: str, tmp_path) -> None:
-    placement = solve(request(16, 24, 4), name).placement
+    placement = solve(request(10, 16, 4), name).placement
     placement.write(tmp_path / "map.json")
     again = read_placement(tmp_path / "map.json")
     assert again.to_json() == placement.to_json()
@@ -135,7 +145,7 @@ def test_groups_stay_on_their_node(name: str) -> None:
         assert placement.duplicates_on_one_rank() == 0
 
 
-@pytest.mark.parametrize("name", ["affinity", "contiguous", "round_robin"])
+@pytest.mark.parametrize("name", ["affinity", "contiguous", "exact", "round_robin"])
 def test_solvers_without_groups_refuse_them_and_name_those_that_can(name: str) -> None:
     with pytest.raises(BadInput, match="eplb, greedy, robust"):
         solve(request(16, 16, 4, nodes=2, groups=4), name)
@@ -155,7 +165,7 @@ def test_nodes_without_groups_constrain_nothing() -> None:
 
 def test_greedy_beats_the_plain_solvers_and_robust_beats_greedy_on_many_loads() -> None:
     asked = request(64, 80, 8, scenarios=5, layers=6)
-    figures = {name: each(solve(asked, name).placement, asked.loads) for name in SOLVERS}
+    figures = {name: each(solve(asked, name).placement, asked.loads) for name in PLAIN}
     assert figures["robust"] < figures["greedy"] < min(figures["contiguous"], figures["round_robin"])
     mix = {name: each(solve(asked, name).placement, asked.mix()) for name in ("greedy", "eplb")}
     assert mix["greedy"] <= mix["eplb"]
@@ -185,7 +195,7 @@ def test_impossible_requests_name_the_place_and_the_mend(change: dict[str, int],
 
 
 def test_an_unknown_solver_and_no_loads_are_named() -> None:
-    with pytest.raises(BadInput, match="contiguous, eplb, greedy"):
+    with pytest.raises(BadInput, match="contiguous, eplb, exact, greedy"):
         solve(request(8, 8, 4), "magic")
     with pytest.raises(BadInput, match="no loads"):
         request_from_loads([], slots=8, ranks=2)
