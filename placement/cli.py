@@ -258,6 +258,9 @@ def tune(
     workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run was left.")] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also tell what would change the answer: load, lengths, skew, network.")
+    ] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c; repeats.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -274,6 +277,7 @@ def tune(
         resume=resume,
         json_output=json_output,
         overrides=tuple(set_ or ()),
+        ask_what_if=what_if,
     )
 
 

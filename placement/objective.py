@@ -69,6 +69,10 @@ class Evaluator:
 
     def deployment(self, plan: Plan) -> Deployment:
         """The plan on its cluster. Raises Infeasible and BadInput."""
+        return resolve(self.ground, plan.apply(self.scenario), self.placement(plan))
+
+    def placement(self, plan: Plan) -> ExpertPlacement:
+        """The plan's placement, solved once. Raises Infeasible and BadInput."""
         variant = plan.apply(self.scenario)
         nodes = max(1, plan.parallel.gpus // self.ground.cluster.gpus_per_node)
         # Without groups no solver looks at nodes: instances of several sizes share what was solved for their EP ranks.
@@ -82,7 +86,7 @@ class Evaluator:
                 groups=variant.placement.groups,
                 loads=self.ground.fit,
             )
-        return resolve(self.ground, variant, self.solved[key])
+        return self.solved[key]
 
     def run(self, plan: Plan, *, draws: int = 0, first_look: bool = False) -> Simulation:
         """Simulate a plan. Raises Infeasible and OutsideProfile."""
@@ -144,6 +148,7 @@ def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np
     metrics["memory_peak_bytes"] = (
         deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
     )
+    metrics["kv_cache_share"] = served.peak_kv_tokens / max(deployment.memory.kv_capacity_tokens, 1)
     metrics["extrapolated_share"] = outside_share(simulation)
     metrics["goodput_per_gpu"] = goodput(served, deployment.scenario.objective.slo.limits(), gpus)
     return metrics

@@ -53,11 +53,7 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
     """
     metric = scenario.objective.maximize
     ran = search.answers
-    good = [
-        trial
-        for trial in ran
-        if trial.outcome.violation <= 0 and trial.outcome.metrics["extrapolated_share"] <= MOST_EXTRAPOLATED
-    ]
+    good = [trial for trial in ran if recommendable(trial)]
     if not good:
         if not ran:
             told = ", ".join(f"{reason} {count}" for reason, count in search.infeasible().items())
@@ -78,9 +74,19 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
             mend="relax the level, lower the load or add GPUs",
             reason="slo",
         )
-    best = max(trial.outcome.metrics[metric] for trial in good)
+    return order(good, metric)
+
+
+def recommendable(trial: Trial) -> bool:
+    """Whether a trial that ran met every service level, and leans little on extrapolated costs."""
+    return trial.outcome.violation <= 0 and trial.outcome.metrics["extrapolated_share"] <= MOST_EXTRAPOLATED
+
+
+def order(good: Sequence[Trial], metric: str) -> list[Trial]:
+    """Trials by objective, those close to the best first and among themselves by median time per output token."""
+    best = max((trial.outcome.metrics[metric] for trial in good), default=0.0)
     near_best = [trial for trial in good if trial.outcome.metrics[metric] >= best * (1 - INDIFFERENCE)]
-    others = [trial for trial in good if trial not in near_best]
+    others = [trial for trial in good if trial.outcome.metrics[metric] < best * (1 - INDIFFERENCE)]
     near_best.sort(key=lambda trial: trial.outcome.metrics[LATENCY])
     others.sort(key=lambda trial: -trial.outcome.metrics[metric])
     return near_best + others

@@ -24,6 +24,7 @@ from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
 from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
+from placement.answers import binding_json, choices_json, choices_text
 from placement.claims import Claims, open_claims
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
@@ -54,6 +55,7 @@ from placement.space import (
 )
 from placement.training_command import tune_training
 from placement.tuner import Search, Trial, open_study, search, takes_first_look
+from placement.whatif import what_if
 
 FINAL_DRAWS = 20
 MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
@@ -69,8 +71,12 @@ def tune(
     resume: bool = False,
     json_output: bool = False,
     overrides: tuple[str, ...] = (),
+    ask_what_if: bool = False,
 ) -> dict[str, Any]:
-    """Run the whole command; returns what `--json` prints. Raises MoesimError in one line."""
+    """Run the whole command; returns what `--json` prints. Raises MoesimError in one line.
+
+    ask_what_if: also simulate the finalists in other worlds, and tell what would change the answer.
+    """
     if trials < 1:
         raise BadInput(f"{trials} trials", where="--trials", mend="give at least 1")
     if workers < 1:
@@ -87,6 +93,7 @@ def tune(
             resume,
             json_output,
             overrides,
+            ask_what_if,
             claims=claims,
             waiting=waiting,
         )
@@ -102,6 +109,7 @@ def _tune(
     resume: bool,
     json_output: bool,
     overrides: tuple[str, ...],
+    ask_what_if: bool,
     *,
     claims: Claims,
     waiting: Patience,
@@ -113,6 +121,8 @@ def _tune(
     if spec.training is not None:
         if ray is not None:
             raise BadInput("training plans run on local workers", where="--ray", mend="use --workers")
+        if ask_what_if:
+            raise BadInput("training has no other worlds to ask about", where="--what-if", mend="leave it out")
         return tune_training(
             spec,
             str(scenario),
@@ -170,6 +180,9 @@ def _tune(
     short = [plan.label() for plan, values in drawn.items() if len(values[LATENCY]) == 1]
     if short:
         result["notes"].append(f"no interval for {', '.join(short)}: some draws leave the profile")
+    if ask_what_if:
+        compared = [*plans, *([base] if base_final is not None and base not in plans else [])]
+        result["what_if"] = what_if(evaluator, compared)
     result["interrupted"] = found.interrupted
     result["run"] = {
         "seed": spec.seed,
@@ -263,12 +276,13 @@ def _result(
     baseline: dict[str, Any] | None = None
     if base_trial is not None:
         baseline = plan_json(base_trial, base, levels)
+    choices = choices_json(found, scenario, best.trial)
     notes = []
     if scenario.search.capacity_factor is not None:
         notes.append("search.capacity_factor has no effect: only policies.capacity sets the factor")
     return {
         "schema_version": 1,
-        "best": plan_json(best.trial, best, levels),
+        "best": plan_json(best.trial, best, levels) | {"binding": binding_json(best.trial, scenario)},
         "baseline": baseline,
         "gain": gain,
         "latency_gain": saving,
@@ -283,6 +297,7 @@ def _result(
         "alternatives": [
             plan_json(one.trial, one, levels)
             | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": gain_json(best, one, LATENCY)}
+            | {"binding": binding_json(one.trial, scenario)}
             for one in finalists[1:]
         ],
         "pareto": [plan_json(trial) for trial in pareto(found, scenario)],
@@ -293,6 +308,8 @@ def _result(
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
         "notes": notes,
+        "choices": choices,
+        "choices_text": choices_text(choices, scenario.objective.maximize),
         "settled": len(found.trials) if found.settled is None else len(found.settled),
         "trial_list": [
             plan_json(trial) | {"in_full": found.settled is None or trial.number in found.settled}
@@ -395,9 +412,18 @@ def print_tune(result: dict[str, Any]) -> None:
     out.print(table)
     out.print("AR: all-reduce; AG+RS: all-gather and reduce-scatter; ETP: TP inside experts; +N: redundant experts.")
     out.print(result["verdict"]["text"])
+    for text in (_binding_text(result["best"]), result["choices_text"], result.get("what_if", {}).get("text", "")):
+        if text:
+            out.print(text)
     for note in result["notes"]:
         out.print(f"note: {note}")
     out.print("Wrote " + ", ".join(result["files"]) + ".")
+
+
+def _binding_text(plan: dict[str, Any]) -> str:
+    """What the best plan is closest to."""
+    bound = [f"{one['limit'].replace('_', ' ')} ({one['room']:.0%} left)" for one in plan["binding"] if one["binds"]]
+    return f"The best plan is held back by {', '.join(bound)}." if bound else ""
 
 
 def _level_word(plan: dict[str, Any]) -> str:

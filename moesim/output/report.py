@@ -10,6 +10,7 @@ from typing import Any
 from moesim import __version__
 from moesim.files import write_text
 from moesim.output import page, sections, tables
+from moesim.output.answers import answers_sections
 from moesim.output.caveats import caveats_of
 from moesim.output.charts import BASE, BEST
 from moesim.output.explain_page import why
@@ -68,6 +69,7 @@ def run_page(run: RunFolder) -> str:
         *sections.drawn(runs),
         *why(runs),
         section("search", "What the search traded off", sections.search(run), lead=sections.search_lead(run)),
+        *answers_sections(result),
         *sections.ledgers(runs),
         section("not-run", "Plans that could not run, or missed a level", tables.infeasible(run)),
         section("caveats", "What this rests on", caveats_of(run.scenario, best, None if same else base, result.notes)),

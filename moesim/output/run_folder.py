@@ -83,6 +83,48 @@ class PlanRow(Stored):
     tied_with_best: bool | None = None
 
 
+class ChoiceRow(Stored):
+    """What one choice of the best plan is worth: objective and latency lost without it; None: nothing else will do."""
+
+    choice: str
+    value: str
+    values: int
+    tried: int
+    loss: Number | None
+    latency: Number | None
+    instead: str | None
+    plan: str | None
+    exact: bool
+
+
+class WorldPlan(Stored):
+    """A finalist in another world; `metrics` is empty where it could not run there."""
+
+    label: str
+    status: str
+    meets_slo: bool
+    metrics: dict[str, Number]
+
+
+class WorldRow(Stored):
+    """One world: what differs, the best finalist there (None: none will do), and from which factor on it leads."""
+
+    told: str
+    best: str | None
+    changed: bool
+    turns_at: Number | None
+    plans: tuple[WorldPlan, ...]
+
+
+class WhatIf(Stored):
+    """The finalists in worlds that differ in one thing."""
+
+    plans: tuple[str, ...]
+    metric: str
+    changes: tuple[WorldRow, ...]
+    text: str
+
+
 class Result(Stored):
     """What `moesim tune --json` told."""
 
@@ -101,6 +143,8 @@ class Result(Stored):
     missed_slo: int
     notes: tuple[str, ...]
     trial_list: tuple[PlanRow, ...]
+    choices: tuple[ChoiceRow, ...] = ()
+    what_if: WhatIf | None = None
     run: dict[str, float | int | str]
 
 
