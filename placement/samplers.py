@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 
+import numpy as np
 import optuna
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial
+from scipy.stats.qmc import Sobol
 
 from moesim.errors import BadInput, MissingPart
 from moesim.spec.scenario import Scenario
@@ -35,8 +38,8 @@ def refuse_sampler(scenario: Scenario) -> None:
             raise MissingPart("search.sampler gp needs PyTorch", mend="pip install torch, or use auto") from None
 
 
-def sampler_of(name: str, seed: int, told: int) -> optuna.samplers.BaseSampler:
-    """The sampler of one batch. told: trials before it."""
+def sampler_of(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of one batch."""
     samplers = optuna.samplers
     if name == "tpe":
         return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=STARTUP)
@@ -46,19 +49,19 @@ def sampler_of(name: str, seed: int, told: int) -> optuna.samplers.BaseSampler:
         return samplers.NSGAIIISampler(seed=seed, population_size=POPULATION)
     if name == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, deterministic_objective=True)
-    if name == "qmc":
-        return samplers.QMCSampler(seed=seed, scramble=True)
     return samplers.RandomSampler(seed=seed)
 
 
-def suggested(trial: Trial, space: Space, name: str) -> tuple[str, ...]:
-    """The values that the sampler asks for, in the order of `space.choices`; a quasi-random one takes numbers."""
-    if name == "qmc":
-        return tuple(
-            choices[trial.suggest_int(f"{key}, by number", 0, len(choices) - 1)]
-            for key, choices in space.choices.items()
-        )
-    return tuple(trial.suggest_categorical(key, choices) for key, choices in space.choices.items())
+def quasi_random(space: Space, seed: int, first: int, count: int) -> list[tuple[str, ...]]:
+    """Values of the choices at points `first` onwards of one scrambled Sobol sequence, in the order of the choices."""
+    sequence = Sobol(len(space.choices), rng=np.random.default_rng([seed, 12]))
+    sequence.fast_forward(first)
+    sizes = [len(choices) for choices in space.choices.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # balance needs powers of two; a search takes what it takes
+        indices = (sequence.random(count) * sizes).astype(int)
+    choices = list(space.choices.values())
+    return [tuple(named[index] for named, index in zip(choices, row, strict=True)) for row in indices]
 
 
 def generation_of(stored: FrozenTrial, number: int, name: str) -> FrozenTrial:

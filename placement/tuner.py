@@ -23,7 +23,7 @@ from placement.executors import Workers
 from placement.interrupts import unbroken
 from placement.journal import journal_storage
 from placement.objective import Outcome
-from placement.samplers import GENETIC, generation_of, sampler_of, suggested
+from placement.samplers import GENETIC, generation_of, quasi_random, sampler_of
 from placement.space import Plan, Space
 from placement.surrogate import propose
 
@@ -229,6 +229,11 @@ def _asked(
     """The next plans by the scenario's sampler."""
     if scenario.search.sampler == "auto":
         return propose([(trial.plan, trial.outcome) for trial in before], space, room, seen, rng)
+    if scenario.search.sampler == "qmc":
+        asks = quasi_random(space, scenario.seed, _ASKS * len(before), _ASKS * room)
+        wanted = dict.fromkeys(plan for values in asks if (plan := space.find(values)) is not None)
+        found = [plan for plan in wanted if plan not in seen][:room]
+        return found + space.untried(seen | set(found), room - len(found), rng)
     told = before if scenario.search.sampler in GENETIC else _telling(before)
     return _ask([kept.frozen[trial.number] for trial in told], scenario, space, seen, room, rng)
 
@@ -243,7 +248,7 @@ def _ask(
 ) -> list[Plan]:
     """Plans that the sampler asks for and nobody has tried; untried ones at random where it repeats itself."""
     seed = int(rng.integers(2**31))
-    sampler = sampler_of(scenario.search.sampler, seed, len(stored))
+    sampler = sampler_of(scenario.search.sampler, seed)
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     scratch.add_trials([generation_of(one, number, scenario.search.sampler) for number, one in enumerate(stored)])
     found: list[Plan] = []
@@ -253,7 +258,7 @@ def _ask(
         if len(found) == room:
             return found
         trial = scratch.ask()
-        values = suggested(trial, space, scenario.search.sampler)
+        values = tuple(trial.suggest_categorical(name, choices) for name, choices in space.choices.items())
         plan = space.find(values)
         if plan is not None and plan not in seen and plan not in found:
             found.append(plan)
