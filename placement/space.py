@@ -140,6 +140,10 @@ class Space:
         plan = replace(base, options=tuple(options))  # type: ignore[arg-type]
         return plan if plan in self else None
 
+    def draw(self, count: int, rng: np.random.Generator) -> list[Plan]:
+        """Plans of the grid at random, legal or not."""
+        return [_drawn(self.bases, self.axes, rng) for _ in range(count)]
+
     def untried(self, seen: AbstractSet[Plan], room: int, rng: np.random.Generator) -> list[Plan]:
         """Up to `room` legal plans outside `seen`, at random."""
         if not self.estimated:

@@ -43,6 +43,7 @@ from placement.ranking import (
     tied,
     verdict,
 )
+from placement.samplers import refuse_sampler
 from placement.settle import settled
 from placement.space import (
     Plan,
@@ -118,6 +119,7 @@ def _tune(
     spec = load_scenario(scenario, overrides)
     refuse_faults(spec.faults, "tune")
     refuse_changes(spec, "tune")
+    refuse_sampler(spec)
     if spec.training is not None:
         if ray is not None:
             raise BadInput("training plans run on local workers", where="--ray", mend="use --workers")
@@ -147,7 +149,7 @@ def _tune(
     base = baseline_plan(ground, spec)
     search_started = time.perf_counter()
     with start_workers(spec, evaluator, workers, ray) as pool:
-        recipes = _recipes(ground, spec, space)
+        recipes = known_recipes(ground, spec, space)
         with progress_bar(f"searching {_how_many(space)} plans") as progress:
             found = search(study, space, spec, pool, trials=trials, recipes=recipes, progress=progress, claims=claims)
         waiting.finishing = True
@@ -220,7 +222,7 @@ def _how_many(space: Space) -> str:
     return f"about {space.size:.2g}" if space.estimated else str(space.size)
 
 
-def _recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[Plan]:
+def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[Plan]:
     """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
     every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them.
     """

@@ -23,7 +23,9 @@ from placement.executors import Workers
 from placement.interrupts import unbroken
 from placement.journal import journal_storage
 from placement.objective import Outcome
+from placement.samplers import GENETIC, generation_of, quasi_random, sampler_of
 from placement.space import Plan, Space
+from placement.surrogate import propose
 
 # Trials of a batch: told together, in order, so that any number of workers gives the same study.
 BATCH = 8
@@ -158,8 +160,7 @@ def search(
             first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
             batch = list(dict.fromkeys(first))[:BATCH]
             if len(batch) < BATCH:
-                stored = [kept.frozen[trial.number] for trial in _telling(before)]
-                batch += _ask(stored, scenario, space, seen | set(batch), BATCH - len(batch), rng)
+                batch += _asked(before, kept, scenario, space, seen | set(batch), BATCH - len(batch), rng)
             asked = _missing(batch, kept.trials, start, target)
             if not asked:
                 break  # a large space in which no untried legal plan is found any more
@@ -216,6 +217,27 @@ def _telling(trials: list[Trial]) -> list[Trial]:
     return sorted([*best, *trials[-SHOWN_NEWEST:]], key=lambda trial: trial.number)
 
 
+def _asked(
+    before: list[Trial],
+    kept: _Kept,
+    scenario: Scenario,
+    space: Space,
+    seen: set[Plan],
+    room: int,
+    rng: np.random.Generator,
+) -> list[Plan]:
+    """The next plans by the scenario's sampler."""
+    if scenario.search.sampler == "auto":
+        return propose([(trial.plan, trial.outcome) for trial in before], space, room, seen, rng)
+    if scenario.search.sampler == "qmc":
+        asks = quasi_random(space, scenario.seed, _ASKS * len(before), _ASKS * room)
+        wanted = dict.fromkeys(plan for values in asks if (plan := space.find(values)) is not None)
+        found = [plan for plan in wanted if plan not in seen][:room]
+        return found + space.untried(seen | set(found), room - len(found), rng)
+    told = before if scenario.search.sampler in GENETIC else _telling(before)
+    return _ask([kept.frozen[trial.number] for trial in told], scenario, space, seen, room, rng)
+
+
 def _ask(
     stored: list[FrozenTrial],
     scenario: Scenario,
@@ -226,11 +248,9 @@ def _ask(
 ) -> list[Plan]:
     """Plans that the sampler asks for and nobody has tried; untried ones at random where it repeats itself."""
     seed = int(rng.integers(2**31))
-    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-    if scenario.search.sampler == "tpe":
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=2 * BATCH)
+    sampler = sampler_of(scenario.search.sampler, seed)
     scratch = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-    scratch.add_trials(stored)
+    scratch.add_trials([generation_of(one, number, scenario.search.sampler) for number, one in enumerate(stored)])
     found: list[Plan] = []
     # Over half of the space is tried: a sampler would mostly ask for the same plans again.
     asks = _ASKS * room if 2 * len(seen) < space.size else 0

@@ -261,7 +261,9 @@ class SearchSpec(Spec):
     axes: dict[str, tuple[str | int | float | bool | None, ...]] | None = Field(
         default=None, description="further keys of the scenario, dotted, with the values to try"
     )
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random"] = Field(
+        default="auto", description="auto = Gaussian processes over the choices, by this program"
+    )
 
     @model_validator(mode="after")
     def _rising(self) -> SearchSpec:
