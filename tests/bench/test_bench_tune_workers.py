@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-TRIALS = 64
+TRIALS = 32
 
 
 def test_one_and_two_workers(repo: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moesim.engine.steptime import timed_choices
 from moesim.network.choice import CHOICES, STALE
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import load_scenario
+from placement import dispatch, steps
 from tests.scenarios import small, write
 
 
@@ -42,7 +43,14 @@ def test_stale_lp_waits_for_nothing_but_its_map(timed: list[Any]) -> None:
 
 
 @pytest.fixture
-def scenario(tmp_path: Path) -> Path:
+def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch size instead of four: what is priced does not depend on how many there are."""
+    for module in (dispatch, steps):
+        monkeypatch.setattr(module, "TOKENS_PER_RANK", (32,))
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, one_size: None) -> Path:
     rng = np.random.default_rng(0)
     shared = rng.lognormal(0.0, 0.5, (58, 256))
     for name in ("d", "e"):
