@@ -149,15 +149,17 @@ def read_table(path: Path, space: Space) -> dict[tuple[str, ...], Outcome]:
 
 
 def stale_rows(problem: Problem, table: dict[tuple[str, ...], Outcome], rows: int = SAMPLED_ROWS) -> list[str]:
-    """Of some rows, spread over the table, the plans that the model prices differently by now (over 0.01 %)."""
+    """Of some rows, spread over the table, the plans that the model prices differently by now (over 0.01 %; 1 % under `robust`)."""
     evaluator = Evaluator(problem.ground, problem.scenario, first_look=True)
     plans = problem.space.plans
     found = []
     for index in np.linspace(0, len(plans) - 1, rows).round().astype(int):
         plan = plans[index]
         told, now = figures(table[tuple(plan.params().values())]), figures(evaluator.evaluate(plan))
+        # Annealing rounds otherwise on another kind of processor, and may end in another placement of like balance.
+        close = 1e-2 if plan.solver.startswith("robust") else 1e-4
         same = told["status"] == now["status"] and all(
-            np.isclose(told[name], now[name], rtol=1e-4, atol=1e-6, equal_nan=True) for name in _FIGURES[1:]
+            np.isclose(told[name], now[name], rtol=close, atol=1e-2 * close, equal_nan=True) for name in _FIGURES[1:]
         )
         if not same:
             found.append(plan.label())

@@ -25,7 +25,8 @@ from placement import tuner
 from placement.journal import journal_storage
 from tests.scenarios import small, write
 
-TRIALS, KILLS = 14, 20
+# Twenty in the whole check, which takes two minutes.
+TRIALS, KILLS = 14, 20 if os.environ.get("MOESIM_WHOLE") else 8
 # The command as a child that says when its imports are done; it takes first looks even at few trials.
 CHILD = """
 import sys
@@ -171,7 +172,7 @@ def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[
             f"\nkilled at {KILLS} moments: {dict(phases)}; "
             f"{spent:.0f} s CPU in children, {time.process_time() - own:.0f} s to resume"
         )
-    assert sum(count for name, count in phases.items() if name != "ended before") >= KILLS - 5
+    assert sum(count for name, count in phases.items() if name != "ended before") >= KILLS - KILLS // 4
     assert len(phases) >= 3
 
 

@@ -102,7 +102,7 @@ def beaten(reached: dict[str, list[float]]) -> None:
 
 def test_better_than_random_and_local_search_on_a_made_up_price(large: Problem) -> None:
     """Without simulating: the real prices are in the test above."""
-    beaten(contest(large, 120, SEEDS, Priced()))
+    beaten(contest(large, 120, SEEDS if os.environ.get("MOESIM_WHOLE") else range(4), Priced()))
 
 
 def test_local_search_tries_each_plan_once(large: Problem) -> None:
@@ -170,7 +170,7 @@ def test_every_other_sampler_searches(sampler: str, tmp_path: Path) -> None:
         pytest.importorskip("torch")
     problem = problem_of(FOLDER / "deepseek_v3.yaml")
     table = read_table(FOLDER / "deepseek_v3.parquet", problem.space)
-    one, again = (scores(problem, table, sampler, 72, [1]) for _ in range(2))
+    one, again = (scores(problem, table, sampler, 40 if sampler == "gp" else 72, [1]) for _ in range(2))
     assert one == again
     assert one[0].regret < 0.1
 
