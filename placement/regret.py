@@ -149,7 +149,10 @@ def read_table(path: Path, space: Space) -> dict[tuple[str, ...], Outcome]:
 
 
 def stale_rows(problem: Problem, table: dict[tuple[str, ...], Outcome], rows: int = SAMPLED_ROWS) -> list[str]:
-    """Of some rows, spread over the table, the plans that the model prices differently by now (over 0.01 %; 1 % under `robust`)."""
+    """Of some rows, spread over the table, the plans that the model prices differently by now.
+
+    By over 0.01 %; under `robust`, by over 1 %.
+    """
     evaluator = Evaluator(problem.ground, problem.scenario, first_look=True)
     plans = problem.space.plans
     found = []
