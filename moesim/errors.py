@@ -52,20 +52,26 @@ class OutsideProfile(BadInput):
 
 
 class Infeasible(MoesimError):
-    """The input is well formed, but no such deployment can run; `reason` is its short counted name."""
+    """The input is well formed, but no such deployment can run; `reason` is its short counted name.
+
+    over: by what share of the memory a plan needs more than there is, where that is the reason.
+    """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "", reason: str = "infeasible") -> None:
+    def __init__(
+        self, what: str, *, where: str = "", mend: str = "", reason: str = "infeasible", over: float | None = None
+    ) -> None:
         self.reason = reason
+        self.over = over
         super().__init__(what, where=where, mend=mend)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_infeasible, (self.what, self.where, self.mend, self.reason))
+        return (_rebuild_infeasible, (self.what, self.where, self.mend, self.reason, self.over))
 
 
-def _rebuild_infeasible(what: str, where: str, mend: str, reason: str) -> Infeasible:
-    return Infeasible(what, where=where, mend=mend, reason=reason)
+def _rebuild_infeasible(what: str, where: str, mend: str, reason: str, over: float | None) -> Infeasible:
+    return Infeasible(what, where=where, mend=mend, reason=reason, over=over)
 
 
 class CheckFailed(MoesimError):

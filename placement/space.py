@@ -333,16 +333,30 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def require_plans(space: Space, where: str) -> None:
-    """Raises Infeasible when no plan is legal, with the commonest reasons; BadInput when there was nothing to try."""
+def require_plans(space: Space, where: str, ground: Groundwork, scenario: Scenario) -> None:
+    """Raises Infeasible when no plan is legal, with the reasons and the nearest plan; BadInput where there is none."""
     if space.plans:
         return
     if not space.infeasible:
         raise BadInput("the search has no plan at all", where=where, mend="widen `search`")
     told = ", ".join(f"{reason} {count}" for reason, count in space.infeasible.items())
     raise Infeasible(
-        f"none of {sum(space.infeasible.values())} plans can run ({told})",
+        f"none of {sum(space.infeasible.values())} plans can run ({told}){_nearest(space, ground, scenario)}",
         where=where,
         mend="use more GPUs, a smaller model or fewer redundant experts",
         reason="no_legal_plan",
     )
+
+
+def _nearest(space: Space, ground: Groundwork, scenario: Scenario) -> str:
+    """The plan that lacks least memory, in words; nothing where memory is not what any of them lacks."""
+    over, label = math.inf, ""
+    for plan in space.bases:
+        try:
+            check_plan(ground, plan.apply(scenario))
+        except Infeasible as error:
+            if error.over is not None and error.over < over:
+                over, label = error.over, plan.label()
+        except BadInput:
+            continue
+    return f"; nearest: {label}, {over:.0%} of a GPU's memory short" if label else ""

@@ -141,7 +141,7 @@ def _tune(
     ground = groundwork(spec)
     spec = ground.scenario
     space = enumerate_space(ground, spec)
-    require_plans(space, str(scenario))
+    require_plans(space, str(scenario), ground, spec)
     with claims.opening():
         study = open_study(spec, folder, storage, resume)
         first_look = takes_first_look(study, trials)

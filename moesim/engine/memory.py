@@ -165,6 +165,7 @@ def ledger(
             _shortage(items, fixed, limit, cluster),
             mend=_mend(model, parallel, slots_per_rank, items),
             reason="out_of_memory",
+            over=fixed / limit - 1.0,
         )
     per_token = kv_bytes_per_token(model, parallel, precision, mtp=mtp)
     items["kv_cache"] = limit - fixed
@@ -175,6 +176,7 @@ def ledger(
             f"({human_bytes(items['kv_cache'])} are left of {human_bytes(limit)}; {_largest(items)})",
             mend=_mend(model, parallel, slots_per_rank, items),
             reason="out_of_memory",
+            over=(max_context_tokens - capacity) * per_token / parallel.cp / limit,
         )
     return MemoryLedger(
         items=items,

@@ -138,6 +138,19 @@ def test_an_impossible_level_names_the_nearest_plan(tmp_path: Path, capsys: pyte
     assert "nearest" in line
 
 
+def test_where_nothing_fits_the_nearest_plan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3 in FP8 on eight H100: 671 GB of weights, 640 GB of memory."""
+    path = scenario(tmp_path, model="deepseek-ai/DeepSeek-V3", cluster={"system": "h100_sxm", "nodes": 1})
+    arguments = ["tune", str(path), "--trials", "4", "--set", "precision.experts=fp8_block"]
+    assert run([*arguments, "--set", "cost.extrapolate=allow", "--out", str(tmp_path / "run")]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "plans can run (out_of_memory" in line
+    assert "nearest: " in line
+    short = float(line.split("nearest: ")[1].split("% of a GPU's memory short")[0].rpartition(" ")[2])
+    assert 5 <= short <= 60
+
+
 def test_illegal_plans_are_counted_by_reason(tmp_path: Path) -> None:
     ground = groundwork(load_scenario(scenario(tmp_path, search={"redundant_experts": [0, 3, 8]})))
     space = enumerate_space(ground, ground.scenario)
