@@ -29,6 +29,9 @@ from validate.side_plans import (
 )
 from validate.side_sweep import AicPrice, AicRow, AicTask
 
+SCHEDULE = "schedule"
+OVERLAP = "overlap of micro-batches"
+ROUNDING = 1e-9
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -164,6 +167,11 @@ def apart(one: Both) -> dict[str, Any]:
             "moesim_bytes": seen.peak_bytes,
             "moesim_limit_bytes": seen.limit_bytes,
         },
+        "tpot": {
+            "aiconfigurator_s": price.tpot_ms / 1e3,
+            "moesim_s": seen.tpot_s,
+            "parts": tpot_apart(one),
+        },
         "kv_cache": price.kv_cache,
         "attention": price.fmha,
         "power_law": price.power_law,
@@ -171,6 +179,45 @@ def apart(one: Both) -> dict[str, Any]:
         "mixed_steps": price.mixed_steps,
         "decode_steps": price.decode_steps,
     }
+
+
+def tpot_apart(one: Both) -> list[tuple[str, float]]:
+    """What leads from aiconfigurator's TPOT to moesim's under its assumptions, in seconds; the parts add up.
+
+    aiconfigurator's TPOT is a mean of its two steps, w of the one with prompts: tpot = w mixed + (1 - w) decode. Each
+    group counts with its difference in both steps, so weighted; SCHEDULE is the rest: how often, and with how many
+    tokens, prompts are read. Where moesim's schedule overlaps, OVERLAP is what its parts do not add up to. Empty where
+    either has no figure.
+    """
+    price, seen = one.priced, one.assumed
+    decode, mixed = _seconds(price.decode_step_ms), _seconds(price.mixed_step_ms)
+    if price.error is not None or seen.error is not None or not mixed > decode or not math.isfinite(seen.mixed_step_s):
+        return []
+    weight = (price.tpot_ms / 1e3 - decode) / (mixed - decode)
+    found: dict[str, float] = {}
+    for share, theirs, ours in (
+        (1.0 - weight, price.decode_by_operation_ms, seen.decode_by_group_s),
+        (weight, price.mixed_by_operation_ms, seen.mixed_by_group_s),
+    ):
+        for name, one_s, other_s in alike(aic_grouped(theirs), ours, whole_block=blocked(price)):
+            found[name] = found.get(name, 0.0) + share * (other_s - one_s)
+    steps = (1.0 - weight) * (seen.decode_step_s - decode) + weight * (seen.mixed_step_s - mixed)
+    overlap = steps - sum(found.values())
+    if abs(overlap) > ROUNDING * steps_scale(one):
+        found[OVERLAP] = overlap
+    found[SCHEDULE] = seen.tpot_s - price.tpot_ms / 1e3 - steps
+    return sorted(found.items(), key=lambda part: -abs(part[1]))
+
+
+def steps_scale(one: Both) -> float:
+    """Seconds that a difference of the steps is small or large beside."""
+    return max(one.assumed.decode_step_s, one.assumed.mixed_step_s)
+
+
+def blocked(price: AicPrice) -> bool:
+    """Whether either step of aiconfigurator's has its expert block in one figure."""
+    both = (price.decode_by_operation_ms, price.mixed_by_operation_ms)
+    return any("expert block" in aic_grouped(step) for step in both)
 
 
 def _seconds(milliseconds: float | None) -> float:

@@ -25,10 +25,11 @@ from validate.side_sweep import AicPoint, AicPrice
 # Requests of a run for each place of the closed loop; what the first and the last of them meet is not counted.
 ROUNDS = 6
 # What operations of both tools are put under; an operation that is in none stands under its own name.
+ATTENTION = "attention, its products, norms"
 EXPERTS = "experts, and the wait for the fullest rank"
 GROUPS = {
-    "attention": "attention and its products",
-    "attention_projections": "attention and its products",
+    "attention": ATTENTION,
+    "attention_projections": ATTENTION,
     "experts": EXPERTS,
     "dispatch": "exchange",
     "combine": "exchange",
@@ -36,7 +37,7 @@ GROUPS = {
     "dense": "shared expert, dense layers",
     "gate": "router",
     "lm_head": "head",
-    "embedding": "norms, embedding",
+    "embedding": "embedding",
     "engine_overhead": "host",
 }
 # Parts of aiconfigurator's names, the first that fits counts. `moe_overlap` holds the whole expert block of a step.
@@ -50,18 +51,18 @@ _AIC_GROUPS = (
     ("_ar", "exchange"),
     ("p2p", "exchange"),
     ("_moe", EXPERTS),
-    ("attention", "attention and its products"),
-    ("mla", "attention and its products"),
-    ("qkv", "attention and its products"),
-    ("downscale", "attention and its products"),
-    ("proj", "attention and its products"),
+    ("attention", ATTENTION),
+    ("mla", ATTENTION),
+    ("qkv", ATTENTION),
+    ("downscale", ATTENTION),
+    ("proj", ATTENTION),
     ("shared", "shared expert, dense layers"),
     ("ffn", "shared expert, dense layers"),
     ("act_gate", "shared expert, dense layers"),
     ("router", "router"),
     ("logits", "head"),
-    ("norm", "norms, embedding"),
-    ("embedding", "norms, embedding"),
+    ("norm", ATTENTION),
+    ("embedding", "embedding"),
 )
 _BLOCK = (EXPERTS, "exchange", "shared expert, dense layers", "router")
 
@@ -333,17 +334,19 @@ def aic_grouped(by_operation_ms: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def alike(theirs: Mapping[str, float], ours: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def alike(
+    theirs: Mapping[str, float], ours: Mapping[str, float], *, whole_block: bool = False
+) -> list[tuple[str, float, float]]:
     """(Group, aiconfigurator's seconds, moesim's), the largest difference first.
 
-    Where aiconfigurator has the expert block as one figure, moesim's parts of it are added up.
+    Where aiconfigurator has the expert block as one figure (or `whole_block` asks for it), its parts are added up.
     """
-    if "expert block" in theirs:
+    if whole_block or "expert block" in theirs:
         block = sum(ours.get(name, 0.0) for name in _BLOCK)
         ours = {name: value for name, value in ours.items() if name not in _BLOCK} | {"expert block": block}
         extra = sum(theirs.get(name, 0.0) for name in _BLOCK)
         kept = {name: value for name, value in theirs.items() if name not in _BLOCK}
-        theirs = kept | {"expert block": theirs["expert block"] + extra}
+        theirs = kept | {"expert block": theirs.get("expert block", 0.0) + extra}
     names = {**dict.fromkeys(theirs), **dict.fromkeys(ours)}
     found = [(name, theirs.get(name, 0.0), ours.get(name, 0.0)) for name in names]
     found = [one for one in found if max(one[1], one[2]) > 0]

@@ -5,6 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from validate.side_compare import SCHEDULE
+from validate.side_plans import ATTENTION, EXPERTS
+
+# A part of the difference in TPOT that is this share of it gets its reason. Of plans with DeepEP (True) and without, as
+# read in aiconfigurator 0.12 (sdk/models/blocks/moe.py, sdk/models/deepseek.py, sdk/backends/{base,sglang}_backend.py).
+LARGE = 0.02
+_LAW = "aiconfigurator reads one row, the fullest rank under its power law; moesim draws each layer of each step."
+WHY: dict[str, dict[bool, tuple[str, ...]]] = {
+    ATTENTION: {
+        True: (
+            "under DeepEP aiconfigurator takes the tables' WideEP attention of an older engine; moesim takes the "
+            "engine version's own rows in the type of the KV cache.",
+        ),
+        False: ("aiconfigurator has the whole block as one row, moesim its products and attention apart.",),
+    },
+    EXPERTS: {True: (_LAW, "DeepSeek's dense layers count as expert layers there."), False: (_LAW,)},
+    "expert block": {False: (_LAW, "aiconfigurator runs the shared expert beside the others.")},
+    "exchange": {
+        True: ("aiconfigurator prices it by tokens alone, moesim by what the routing sends to each rank and node.",),
+        False: ("aiconfigurator prices a gather and a scatter of every layer, moesim what the backend does.",),
+    },
+    "router": {True: ("aiconfigurator's DeepEP graph has none.",)},
+    "head": {True: ("aiconfigurator's DeepEP graph has none.",)},
+    SCHEDULE: dict.fromkeys(
+        (True, False),
+        (
+            "aiconfigurator spreads prompts evenly over a request's steps and leaves three of them out (SGLang); "
+            "moesim reads them when requests come, and requests that ended together come together.",
+        ),
+    ),
+}
+
 
 def told(result: Mapping[str, Any]) -> str:
     """The whole comparison as text."""
@@ -95,7 +127,7 @@ def _chosen(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _apart(one: Mapping[str, Any]) -> list[str]:
-    lines = [f"{one['plan']}, step by step under aiconfigurator's assumptions (ms):"]
+    lines = [f"{one['plan']}, taken apart under aiconfigurator's assumptions (ms):", *_tpot(one)]
     for kind, what in (("decode", "decode step"), ("mixed", "step with prompts")):
         step = one[kind]
         if step["aiconfigurator_s"] is None or step["moesim_s"] is None:
@@ -115,6 +147,20 @@ def _apart(one: Mapping[str, Any]) -> list[str]:
     if one["mixed_steps"] is not None:
         lines.append(f"its schedule: {one['mixed_steps']:.0f} steps with prompts and {one['decode_steps']:.0f} without")
     return lines
+
+
+def _tpot(one: Mapping[str, Any]) -> list[str]:
+    """From aiconfigurator's TPOT to moesim's, part by part, and why the large ones differ."""
+    tpot = one["tpot"]
+    if not tpot["parts"]:
+        return []
+    rows = [("TPOT of aiconfigurator", f"{tpot['aiconfigurator_s'] * 1e3:.2f}")]
+    rows += [(f"  {name}", f"{seconds * 1e3:+.2f}") for name, seconds in tpot["parts"]]
+    rows += [("TPOT of moesim", f"{tpot['moesim_s'] * 1e3:.2f}")]
+    large = [name for name, seconds in tpot["parts"] if abs(seconds) > LARGE * tpot["aiconfigurator_s"]]
+    deepep = bool(one["exchange"])
+    reasons = [(name, why) for name in large for why in WHY.get(name, {}).get(deepep, ())]
+    return [*_table(("", "ms"), rows), *(f"{name}: {why}" for name, why in reasons)]
 
 
 def _pair(step: Mapping[str, float]) -> tuple[str, str, str]:

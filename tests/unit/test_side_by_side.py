@@ -23,8 +23,9 @@ from moesim.errors import BadInput, MissingPart, MoesimError
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, load_scenario
 from validate.side_by_side import spread
-from validate.side_compare import Both, agreement, distinct, finite, lost, of_trial
+from validate.side_compare import OVERLAP, SCHEDULE, Both, agreement, distinct, finite, lost, of_trial, tpot_apart
 from validate.side_plans import (
+    ATTENTION,
     EXPERTS,
     OWN,
     Seen,
@@ -231,7 +232,7 @@ def test_operations_keep_their_sum_in_groups() -> None:
     assert sum(found.values()) == pytest.approx(sum(theirs.values()) / 1e3)
     assert found[EXPERTS] == pytest.approx(0.02) and found["new_thing"] == pytest.approx(0.002)
     ours = {"experts": 0.015, "dispatch": 0.002, "combine": 0.003, "attention": 0.01, "tp_collective": 0.001}
-    assert grouped(ours) == pytest.approx({EXPERTS: 0.015, "exchange": 0.006, "attention and its products": 0.01})
+    assert grouped(ours) == pytest.approx({EXPERTS: 0.015, "exchange": 0.006, ATTENTION: 0.01})
 
 
 def test_an_expert_block_in_one_figure_is_met_by_the_sum_of_its_parts() -> None:
@@ -372,3 +373,45 @@ def _alive(pid: int) -> bool:
         return False
     state = Path(f"/proc/{pid}/stat")
     return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def steps(overlaps: float = 0.0) -> Both:
+    """A plan whose steps both tools tell apart; moesim's are `overlaps` seconds shorter than their parts."""
+    priced = dataclasses.replace(
+        DEEPEP,
+        tpot_ms=90.0,
+        decode_step_ms=40.0,
+        mixed_step_ms=240.0,
+        decode_by_operation_ms={"generation_moe": 30.0, "generation_attention": 10.0},
+        mixed_by_operation_ms={"context_moe": 200.0, "context_moe_dispatch": 40.0},
+    )
+    ours = Seen(
+        tpot_s=0.11,
+        decode_step_s=0.05 - overlaps,
+        mixed_step_s=0.2 - overlaps,
+        decode_by_group_s={EXPERTS: 0.02, ATTENTION: 0.03},
+        mixed_by_group_s={EXPERTS: 0.12, "exchange": 0.08},
+    )
+    return Both(plan(), priced, ours, ours)
+
+
+def test_the_difference_in_tpot_adds_up_part_by_part() -> None:
+    """By hand: 90 = w 240 + (1 - w) 40, so w = 1/4."""
+    parts = dict(tpot_apart(steps()))
+    assert parts[EXPERTS] == pytest.approx(0.75 * (0.02 - 0.03) + 0.25 * (0.12 - 0.2))
+    assert parts[ATTENTION] == pytest.approx(0.75 * 0.02)
+    assert parts["exchange"] == pytest.approx(0.25 * 0.04)
+    assert parts[SCHEDULE] == pytest.approx(0.11 - (0.75 * 0.05 + 0.25 * 0.2))
+    assert sum(parts.values()) == pytest.approx(0.11 - 0.09)
+    assert OVERLAP not in parts
+
+
+def test_what_overlaps_stands_by_itself() -> None:
+    parts = dict(tpot_apart(steps(overlaps=0.01)))
+    assert parts[OVERLAP] == pytest.approx(-0.01)
+    assert sum(parts.values()) == pytest.approx(0.11 - 0.09)
+
+
+def test_without_a_figure_nothing_is_taken_apart() -> None:
+    assert tpot_apart(dataclasses.replace(steps(), priced=AicPrice(error="no rows"))) == []
+    assert tpot_apart(dataclasses.replace(steps(), assumed=Seen(error="out of memory"))) == []
