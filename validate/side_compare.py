@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,8 +140,12 @@ def lost(chosen_by: Floats, chooser_keeps: Bools, judged_by: Floats, judge_keeps
 
 
 def ladder(stage: Stage, plan: SidePlan, price: AicPrice) -> list[tuple[str, Seen]]:
-    """moesim's figures of a plan from aiconfigurator's assumptions to the scenario's own, one at a time."""
-    return [(view.name, stage.see(plan, view)) for view in rungs(price)]
+    """moesim's figures of a plan from aiconfigurator's assumptions to the scenario's own, one at a time.
+
+    Before them, its assumptions without any skew: what its power law is worth in moesim.
+    """
+    even = replace(assumed(price), name="as it assumes, but every expert gets the same", even=True)
+    return [(view.name, stage.see(plan, view)) for view in (even, *rungs(price))]
 
 
 def apart(one: Both) -> dict[str, Any]:

@@ -112,12 +112,13 @@ class SidePlan:
 class View:
     """What a plan is simulated under. power_law: exponent of a generated skew in place of the scenario's routing.
 
-    in_order: experts in order without replicas. kv_cache: type in place of the scenario's. mixed: prompts are read in
+    even: every expert gets the same instead. in_order: experts in order without replicas. kv_cache: type in place of the scenario's. mixed: prompts are read in
     decode steps; None: as the scenario has it.
     """
 
     name: str
     power_law: float | None = None
+    even: bool = False
     in_order: bool = False
     kv_cache: str | None = None
     mixed: bool | None = None
@@ -129,7 +130,13 @@ OWN = View("as the scenario has it")
 def assumed(price: AicPrice) -> View:
     """What aiconfigurator takes a plan to run under: its power law, experts in order, its cache, mixed steps."""
     kv = {"bfloat16": "bf16", "fp8": "fp8"}.get(price.kv_cache or "")
-    return View("as aiconfigurator assumes", 1.01 if price.power_law is None else price.power_law, True, kv, True)
+    return View(
+        "as aiconfigurator assumes",
+        power_law=1.01 if price.power_law is None else price.power_law,
+        in_order=True,
+        kv_cache=kv,
+        mixed=True,
+    )
 
 
 def rungs(price: AicPrice) -> list[View]:
@@ -211,8 +218,9 @@ def scenario_for(scenario: Scenario, plan: SidePlan, view: View) -> Scenario:
         batching["mixed_chunk"] = view.mixed
     if view.kv_cache is not None:
         data["precision"]["kv_cache"] = view.kv_cache
-    if view.power_law is not None:
-        law = {"kind": "power_law", "exponent": view.power_law, "workloads": 2}
+    if view.even or view.power_law is not None:
+        law: dict[str, Any] = {"kind": "uniform"} if view.even else {"kind": "power_law", "exponent": view.power_law}
+        law["workloads"] = 2
         data["routing"] = {"synthetic": law, "holdout": {"by": "file", "fraction": 0.5}}
     placement = data.setdefault("placement", {})
     if plan.solver is not None:
@@ -253,7 +261,7 @@ class Stage:
         spare += -(ground.model.moe.experts + spare) % parallel.ep
         solver, groups = wanted.placement.solver or "greedy", wanted.placement.groups
         nodes = max(1, parallel.gpus // ground.cluster.gpus_per_node) if groups > 1 else 1
-        key = (solver, spare, parallel.ep, nodes, view.power_law)
+        key = (solver, spare, parallel.ep, nodes, view.power_law, view.even)
         if key not in self.solved:
             self.solved[key] = solve(
                 ground,

@@ -15,8 +15,8 @@ _LAW = "aiconfigurator reads one row, the fullest rank under its power law; moes
 WHY: dict[str, dict[bool, tuple[str, ...]]] = {
     ATTENTION: {
         True: (
-            "under DeepEP aiconfigurator takes the tables' WideEP attention of an older engine; moesim takes the "
-            "engine version's own rows in the type of the KV cache.",
+            "under DeepEP aiconfigurator takes the rows of WideEP attention; moesim takes the engine version's own "
+            "rows in the type of the KV cache.",
         ),
         False: ("aiconfigurator has the whole block as one row, moesim its products and attention apart.",),
     },
@@ -28,6 +28,7 @@ WHY: dict[str, dict[bool, tuple[str, ...]]] = {
     },
     "router": {True: ("aiconfigurator's DeepEP graph has none.",)},
     "head": {True: ("aiconfigurator's DeepEP graph has none.",)},
+    "shared expert, dense layers": {True: ("moesim has the dense layers as dense ones.",)},
     SCHEDULE: dict.fromkeys(
         (True, False),
         (
@@ -59,7 +60,7 @@ def told(result: Mapping[str, Any]) -> str:
         one = result["agreement"][view]
         lines.append(
             f"Under {name}: {one['plans']} plans that both price, rank correlation {_number(one['spearman'])}; "
-            f"aiconfigurator's best loses {_lost(one, 'theirs')} as moesim sees it, "
+            f"aiconfigurator's best {_lost(one, 'theirs')} as moesim sees it, "
             f"moesim's best {_lost(one, 'ours')} as aiconfigurator sees it."
         )
     lines += ["", "aiconfigurator's choice in moesim, from its assumptions to the scenario's own:"]
@@ -184,8 +185,10 @@ def _number(value: float | None) -> str:
 def _lost(agreement: Mapping[str, Any], whose: str) -> str:
     value = agreement[f"{whose}_lost"]
     if value is None:
-        return "nothing that can be told (no plan keeps the limits)"
-    return f"{value:.1%}" + (" (and breaks its limits)" if agreement[f"{whose}_breaks"] else "")
+        return "cannot be judged (no plan keeps the limits)"
+    if agreement[f"{whose}_breaks"]:
+        return f"breaks the limits ({-value:+.1%} beside the best rate that keeps them)"
+    return f"loses {value:.1%}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -27,6 +27,7 @@ from validate.side_compare import OVERLAP, SCHEDULE, Both, agreement, distinct, 
 from validate.side_plans import (
     ATTENTION,
     EXPERTS,
+    GROUPS,
     OWN,
     Seen,
     SidePlan,
@@ -52,6 +53,7 @@ from validate.side_sweep import (
     sweep,
     task_of,
 )
+from validate.side_told import WHY, _lost
 
 # Columns as aiconfigurator 0.12 writes them (those that are read, and a few more); figures made up.
 HEAD = "model,isl,osl,concurrency,bs,ttft,tpot,tokens/s/gpu,tp,pp,dp,moe_tp,moe_ep,cp,kvcache,memory,ctx_tokens"
@@ -415,3 +417,16 @@ def test_what_overlaps_stands_by_itself() -> None:
 def test_without_a_figure_nothing_is_taken_apart() -> None:
     assert tpot_apart(dataclasses.replace(steps(), priced=AicPrice(error="no rows"))) == []
     assert tpot_apart(dataclasses.replace(steps(), assumed=Seen(error="out of memory"))) == []
+
+
+def test_the_text_says_what_each_choice_loses() -> None:
+    def text(**changed: Any) -> str:
+        found = {"theirs_lost": 0.074, "theirs_breaks": False, "ours_lost": 0.155, "ours_breaks": True} | changed
+        return _lost(found, "theirs") + " / " + _lost(found, "ours")
+
+    assert text() == "loses 7.4% / breaks the limits (-15.5% beside the best rate that keeps them)"
+    assert text(theirs_lost=None).startswith("cannot be judged")
+
+
+def test_every_reason_is_of_a_group_that_there_is() -> None:
+    assert set(WHY) <= {*GROUPS.values(), "expert block", SCHEDULE}
