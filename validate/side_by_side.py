@@ -113,6 +113,8 @@ def compare(
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
     """What `--json` prints. Raises MoesimError in one line."""
+    if (folder / "aiconfigurator").exists() or any(folder.glob("moesim-*")):
+        raise BadInput("there is a comparison here already", where=str(folder), mend="choose another --out")
     ground = groundwork(spec)
     gpus = ground.cluster.gpus
     task = task_of(spec, gpus)
@@ -221,8 +223,6 @@ def _search(
         words = [word for one in overrides for word in ("--set", one)]
         words += [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
         run = folder / f"moesim-{concurrency}"
-        if (run / "study.journal").exists():
-            raise BadInput("there is a search here already", where=str(run), mend="choose another --out")
         command = [
             sys.executable,
             "-m",

@@ -112,8 +112,8 @@ class SidePlan:
 class View:
     """What a plan is simulated under. power_law: exponent of a generated skew in place of the scenario's routing.
 
-    even: every expert gets the same instead. in_order: experts in order without replicas. kv_cache: type in place of the scenario's. mixed: prompts are read in
-    decode steps; None: as the scenario has it.
+    even: every expert gets the same instead. in_order: experts in order without replicas. kv_cache: type in place of
+    the scenario's. mixed: prompts are read in decode steps; None: as the scenario has it.
     """
 
     name: str

@@ -27,8 +27,6 @@ from moesim.spec.scenario import Scenario
 NAMES = ("aiconfigurator", "aisimulate")
 INSTALL = "install it in an environment of its own and name it: python -m venv AIC && AIC/bin/pip install aiconfigurator, then --executable AIC/bin/aiconfigurator"  # noqa: E501
 SWEEP_LIMIT_S, PRICE_LIMIT_S = 900.0, 300.0
-# Names of moesim's precisions as aiconfigurator writes them.
-_KV = {"bf16": "bfloat16", "fp8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -168,15 +166,19 @@ def task_of(scenario: Scenario, gpus: int) -> AicTask:
             where="serving.workload.arrivals",
             mend="give arrivals: {concurrency: N}",
         )
-    if not isinstance(scenario.cluster, str) and not hasattr(scenario.cluster, "system"):
+    if workload.range_ratio != 1.0:
+        raise BadInput("aiconfigurator takes fixed lengths", where="serving.workload.range_ratio", mend="leave it out")
+    if isinstance(scenario.cluster, Path):
         raise BadInput("the system needs a name", where="cluster", mend="give cluster: {system: ...}")
+    if scenario.engine.name == "moesim":
+        raise BadInput("aiconfigurator has no such engine", where="engine.name", mend="name sglang, vllm or trtllm")
     limits = {name: _tightest(scenario, name) for name in ("ttft_s", "tpot_s")}
     return AicTask(
         model=_model_name(str(scenario.model)),
-        system=str(getattr(scenario.cluster, "system", scenario.cluster)),
+        system=scenario.cluster.system,
         gpus=gpus,
         engine=scenario.engine.name,
-        version=str(scenario.engine.version),
+        version=scenario.engine.version,
         isl=workload.isl,
         osl=workload.osl,
         ttft_ms=limits["ttft_s"] * 1e3,

@@ -177,6 +177,8 @@ def test_the_task_has_the_tightest_limits(closed: Scenario) -> None:
     ("override", "told"),
     [
         ("serving.workload.arrivals={poisson: {requests_per_s: 4}}", "closed loops only"),
+        ("serving.workload.range_ratio=0.8", "fixed lengths"),
+        ("engine.name=moesim", "no such engine"),
         ("objective.slo={ttft_p50_ms: 10}", "objective.slo"),
         ("serving.speculative={method: mtp, draft_tokens: 1, acceptance: 0.6}", "one kind of instance"),
     ],
