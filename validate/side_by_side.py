@@ -21,7 +21,7 @@ from moesim.errors import BadInput, MoesimError
 from moesim.files import write_json
 from moesim.output.console import print_json
 from moesim.spec.scenario import Scenario, load_scenario
-from validate.side_compare import agreement, apart, both_json, distinct, finite, ladder, look, of_trial
+from validate.side_compare import agreement, apart, at_one_load, both_json, distinct, finite, ladder, look, of_trial
 from validate.side_plans import SidePlan, Stage
 from validate.side_sweep import (
     PRICE_LIMIT_S,
@@ -159,6 +159,11 @@ def compare(
         "agreement": {
             "assumed": asdict(agreement(both, task, lambda one: one.assumed)),
             "own": asdict(agreement(both, task, lambda one: one.own)),
+            "one_load": {
+                "concurrency": at_one_load(both)[0].plan.concurrency,
+                "assumed": asdict(agreement(at_one_load(both), task, lambda one: one.assumed)),
+                "own": asdict(agreement(at_one_load(both), task, lambda one: one.own)),
+            },
         },
         "ladder": [{"view": name, **asdict(seen)} for name, seen in steps],
         "apart": [apart(one) for one in both if one.priced.error is None and one.assumed.error is None],

@@ -121,6 +121,13 @@ def agreement(plans: Sequence[Both], task: AicTask, seen: Callable[[Both], Seen]
     return Agreement(len(usable), order, theirs_lost, theirs_breaks, ours_lost, ours_breaks)
 
 
+def at_one_load(plans: Sequence[Both]) -> list[Both]:
+    """The plans at the concurrency that most of them have: layouts compared without the order of loads."""
+    loads = [one.plan.concurrency for one in plans]
+    common = max(dict.fromkeys(loads), key=loads.count)
+    return [one for one in plans if one.plan.concurrency == common]
+
+
 def aic_meets(price: AicPrice, task: AicTask) -> bool:
     """Whether aiconfigurator's averages keep the limits and the plan fits the memory."""
     fits = price.error is None and not price.out_of_memory

@@ -11,14 +11,13 @@ from validate.side_plans import ATTENTION, EXPERTS
 # A part of the difference in TPOT that is this share of it gets its reason. Of plans with DeepEP (True) and without, as
 # read in aiconfigurator 0.12 (sdk/models/blocks/moe.py, sdk/models/deepseek.py, sdk/backends/{base,sglang}_backend.py).
 LARGE = 0.02
-_LAW = "aiconfigurator reads one row, the fullest rank under its power law; moesim draws each layer of each step."
+_LAW = "aiconfigurator reads one row, its power law on the fullest rank; moesim draws each layer of each step."
 WHY: dict[str, dict[bool, tuple[str, ...]]] = {
     ATTENTION: {
         True: (
             "under DeepEP aiconfigurator takes the rows of WideEP attention; moesim takes the engine version's own "
             "rows in the type of the KV cache.",
         ),
-        False: ("aiconfigurator has the whole block as one row, moesim its products and attention apart.",),
     },
     EXPERTS: {True: (_LAW, "DeepSeek's dense layers count as expert layers there."), False: (_LAW,)},
     "expert block": {False: (_LAW, "aiconfigurator runs the shared expert beside the others.")},
@@ -63,6 +62,12 @@ def told(result: Mapping[str, Any]) -> str:
             f"aiconfigurator's best {_lost(one, 'theirs')} as moesim sees it, "
             f"moesim's best {_lost(one, 'ours')} as aiconfigurator sees it."
         )
+    one = result["agreement"]["one_load"]
+    orders = [_number(one[view]["spearman"]) for view in ("assumed", "own")]
+    lines.append(
+        f"Of the {one['own']['plans']} at {one['concurrency']} in flight alone: rank correlation {orders[0]} under its "
+        f"assumptions, {orders[1]} under the scenario's."
+    )
     lines += ["", "aiconfigurator's choice in moesim, from its assumptions to the scenario's own:"]
     lines += _table(
         ("", "tok/s/GPU", "TTFT ms", "TPOT ms"),

@@ -23,7 +23,18 @@ from moesim.errors import BadInput, MissingPart, MoesimError
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, load_scenario
 from validate.side_by_side import spread
-from validate.side_compare import OVERLAP, SCHEDULE, Both, agreement, distinct, finite, lost, of_trial, tpot_apart
+from validate.side_compare import (
+    OVERLAP,
+    SCHEDULE,
+    Both,
+    agreement,
+    at_one_load,
+    distinct,
+    finite,
+    lost,
+    of_trial,
+    tpot_apart,
+)
 from validate.side_plans import (
     ATTENTION,
     EXPERTS,
@@ -277,6 +288,11 @@ def test_agreement_leaves_out_plans_without_a_figure() -> None:
     assert (found.plans, found.spearman) == pytest.approx((3, -1.0))
     assert (found.theirs_lost, found.ours_lost) == pytest.approx((0.5, 0.1))
     assert not found.theirs_breaks and not found.ours_breaks
+
+
+def test_layouts_are_compared_at_the_commonest_load() -> None:
+    plans = [Both(plan(load), DEEPEP, seen(1), seen(1)) for load in (64, 128, 128, 64, 128)]
+    assert [one.plan.concurrency for one in at_one_load(plans)] == [128] * 3
 
 
 @pytest.mark.parametrize("rounds", [3, 6])
