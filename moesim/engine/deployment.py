@@ -46,7 +46,7 @@ DEFAULT_SOLVER = "greedy"
 TIMED_TOKENS = 128
 """Decode tokens of a rank that a solver on time places for, unless the scenario says."""
 
-SOLVER_EFFORT = 0.08
+SOLVER_EFFORT = 0.06
 """Of a robust solver's work where a placement is solved on the way to a simulation: half a second instead of six."""
 
 

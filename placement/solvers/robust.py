@@ -23,7 +23,7 @@ DOUBLINGS = 3
 Judged by leaving one workload out of the six DeepSeek-R1 files, powers from 4 to 32 are within 0.002 of each other."""
 
 PASSES = 30
-"""Sweeps over all moves of a layer; in practice the search ends by itself earlier."""
+"""Sweeps of the last search over all moves of a layer, at full effort; in practice it ends by itself earlier."""
 
 SWEEPS = 30
 """Moves of a layer's annealing, over the pairs of slots, at full effort."""
@@ -97,6 +97,7 @@ def place(request: PlacementRequest, options: RobustOptions, name: str) -> Exper
     node_ranks = request.ranks // request.nodes if request.groups > 1 else request.ranks
     by_layer = np.ascontiguousarray(loads.transpose(1, 0, 2))
     moves = int(request.effort * min(SWEEPS * request.slots**2, MOST_MOVES))
+    passes = max(1, int(request.effort * PASSES))
     files = len(request.loads)
     rounds = 1 if options.risk == "mean" else ROUNDS
     tilt, lowest, best = request.weights, np.inf, table.copy()
@@ -105,7 +106,7 @@ def place(request: PlacementRequest, options: RobustOptions, name: str) -> Exper
         first = FIRST * (LAST / FIRST) ** (turn / (2 * rounds))  # later rounds keep more of what is there
         anneal_layers(table, by_layer, weights, request.ranks, node_ranks, moves // rounds, first, LAST, rng)
         each = np.ascontiguousarray(np.broadcast_to(weights, by_layer.shape[:2]))
-        search_layers(table, by_layer, each, request.ranks, node_ranks, DOUBLINGS, PASSES)
+        search_layers(table, by_layer, each, request.ranks, node_ranks, DOUBLINGS, passes)
         balance = max_over_mean(request.placement(table, name).rank_loads(request.loads)).mean(axis=1)
         figure = _risk(balance, request.weights, options)
         if figure < lowest:
