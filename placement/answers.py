@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moesim.spec.scenario import Scenario
-from placement.ranking import LATENCY, level_metrics, order, recommendable
+from placement.ranking import LATENCY, level_metrics, order
 from placement.tuner import Search, Trial
 
 BINDS = 0.05
@@ -26,7 +26,7 @@ def choices_json(search: Search, scenario: Scenario, best: Trial) -> list[dict[s
     found = []
     for name, value in mine.items():
         ran = [trial for trial in search.answers if trial.plan.params()[name] != value]
-        good = order([trial for trial in ran if recommendable(trial)], metric)
+        good = order([trial for trial in ran if trial.outcome.recommendable], metric)
         other = good[0] if good else None
         values = sorted({trial.plan.params()[name] for trial in search.trials})
         if len(values) < 2:

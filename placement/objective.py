@@ -19,6 +19,9 @@ from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
 from placement.space import Plan, own_options
 
+# A plan of which more than this share lies outside the profile is never recommended, only shown.
+MOST_EXTRAPOLATED = 0.1
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,6 +41,12 @@ class Outcome:
     def goals(self) -> tuple[float, float]:
         """What a search maximises and what it minimises; of an outcome that is ok."""
         return self.aims or (self.metrics["output_tokens_per_s_per_gpu"], self.metrics["tpot_s.p50"])
+
+    @property
+    def recommendable(self) -> bool:
+        """Whether the plan ran, met every service level, and leans little on extrapolated costs."""
+        outside = self.metrics.get("extrapolated_share", 0.0)
+        return self.status == "ok" and self.violation <= 0 and outside <= MOST_EXTRAPOLATED
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as stored with its trial."""

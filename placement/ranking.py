@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from moesim.engine.draws import LEVEL, interval
 from moesim.errors import Infeasible
 from moesim.spec.scenario import Scenario
+from placement.objective import MOST_EXTRAPOLATED
 from placement.space import Plan
+from placement.surrogate import front_of
 from placement.tuner import Search, Trial
 
 # An open loop serves what is offered under every plan that keeps up; how a finite run ends moves its rate by a percent
 # or two. Plans whose objectives are closer than this are ranked by latency.
 INDIFFERENCE = 0.02
-# A plan of which more than this share lies outside the profile is never recommended, only shown.
-MOST_EXTRAPOLATED = 0.1
 FINALISTS = 4
 LATENCY = "tpot_s.p50"
 SHOWN = (
@@ -53,7 +53,7 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
     """
     metric = scenario.objective.maximize
     ran = search.answers
-    good = [trial for trial in ran if recommendable(trial)]
+    good = [trial for trial in ran if trial.outcome.recommendable]
     if not good:
         if not ran:
             told = ", ".join(f"{reason} {count}" for reason, count in search.infeasible().items())
@@ -75,11 +75,6 @@ def ranked(search: Search, scenario: Scenario) -> list[Trial]:
             reason="slo",
         )
     return order(good, metric)
-
-
-def recommendable(trial: Trial) -> bool:
-    """Whether a trial that ran met every service level, and leans little on extrapolated costs."""
-    return trial.outcome.violation <= 0 and trial.outcome.metrics["extrapolated_share"] <= MOST_EXTRAPOLATED
 
 
 def order(good: Sequence[Trial], metric: str) -> list[Trial]:
@@ -108,12 +103,8 @@ def pareto(search: Search, scenario: Scenario) -> list[Trial]:
     """Trials that ran and that no other beats in both the objective and the median time per output token."""
     metric = scenario.objective.maximize
     ran = search.answers
-    ran.sort(key=lambda trial: (-trial.outcome.metrics[metric], trial.outcome.metrics[LATENCY]))
-    front: list[Trial] = []
-    for trial in ran:
-        if not front or trial.outcome.metrics[LATENCY] < front[-1].outcome.metrics[LATENCY]:
-            front.append(trial)
-    return front
+    goals = [(trial.outcome.metrics[metric], trial.outcome.metrics[LATENCY]) for trial in ran]
+    return [ran[index] for index in front_of(np.asarray(goals).reshape(-1, 2))]
 
 
 def paired_gain(best: Finalist, base: Finalist, metric: str) -> dict[str, float]:

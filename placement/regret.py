@@ -26,7 +26,6 @@ from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import LocalWorkers
 from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
-from placement.ranking import MOST_EXTRAPOLATED
 from placement.space import Plan, Space, enumerate_space
 from placement.surrogate import front_of, hypervolume, reference_of
 from placement.tune_command import known_recipes
@@ -59,12 +58,6 @@ def problem_of(path: Path) -> Problem:
     ground = groundwork(load_scenario(path))
     space = enumerate_space(ground, ground.scenario)
     return Problem(ground, ground.scenario, space, tuple(known_recipes(ground, ground.scenario, space)))
-
-
-def kept(outcome: Outcome) -> bool:
-    """Whether a plan may be recommended: it ran, meets the levels and stays in the profile."""
-    inside = outcome.metrics.get("extrapolated_share", 0.0) <= MOST_EXTRAPOLATED
-    return outcome.status == "ok" and outcome.violation <= 0 and inside
 
 
 class Known:
@@ -173,14 +166,14 @@ def scores(
     problem: Problem, table: dict[tuple[str, ...], Outcome], sampler: str, trials: int, seeds: Sequence[int]
 ) -> list[Score]:
     """Searches of so many trials on a table, one for each seed."""
-    best = max(outcome.goals()[0] for outcome in table.values() if kept(outcome))
+    best = max(outcome.goals()[0] for outcome in table.values() if outcome.recommendable)
     goals = np.array([outcome.goals() for outcome in table.values() if outcome.status == "ok"])
     reference = reference_of(goals[front_of(goals)])
     whole = hypervolume(goals, reference)
     found = []
     for seed in seeds:
         tried = list(_searched(problem, Known(table), sampler, trials, seed).values())
-        reached = max((outcome.goals()[0] for outcome in tried if kept(outcome)), default=0.0)
+        reached = max((outcome.goals()[0] for outcome in tried if outcome.recommendable), default=0.0)
         points = np.array([outcome.goals() for outcome in tried if outcome.status == "ok"])
         found.append(Score(1.0 - reached / best, hypervolume(points, reference) / whole))
     return found
@@ -204,7 +197,7 @@ def contest(problem: Problem, trials: int, seeds: Sequence[int], workers: Any) -
                 tried = local_search(problem.space, problem.recipes, workers.evaluate, trials, rng)
             else:
                 tried = _searched(problem, workers, name, trials, seed)
-            reached.append(max((one.goals()[0] for one in tried.values() if kept(one)), default=0.0))
+            reached.append(max((one.goals()[0] for one in tried.values() if one.recommendable), default=0.0))
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moesim.spec.scenario import Scenario
 from placement.executors import Workers
-from placement.ranking import INDIFFERENCE, LATENCY, MOST_EXTRAPOLATED, pareto
+from placement.ranking import INDIFFERENCE, LATENCY, pareto
 from placement.space import Plan
 from placement.tuner import Search, Trial
 
@@ -29,29 +29,22 @@ def settled(search: Search, workers: Workers, scenario: Scenario, always: Sequen
     while batch:
         outcomes = workers.settle([trial.plan for trial in batch])
         done |= {trial.number: replace(trial, outcome=one) for trial, one in zip(batch, outcomes, strict=True)}
-        if any(_good(trial) for trial in done.values()):
+        if any(trial.outcome.recommendable for trial in done.values()):
             break
         batch = [trial for trial in order if trial.number not in done][:LEADERS]
     trials = tuple(done.get(trial.number, trial) for trial in search.trials)
     return replace(search, trials=trials, settled=frozenset(done))
 
 
-def _good(trial: Trial) -> bool:
-    outcome = trial.outcome
-    return (
-        outcome.status == "ok" and outcome.violation <= 0 and outcome.metrics["extrapolated_share"] <= MOST_EXTRAPOLATED
-    )
-
-
 def _by_promise(search: Search, scenario: Scenario) -> list[Trial]:
     """Trials that ran, the most promising first: service levels, then the objective, near ties by latency."""
     metric = scenario.objective.maximize
     ran = [trial for trial in search.trials if trial.outcome.status == "ok"]
-    best = max((trial.outcome.metrics[metric] for trial in ran if _good(trial)), default=0.0)
+    best = max((trial.outcome.metrics[metric] for trial in ran if trial.outcome.recommendable), default=0.0)
 
     def key(trial: Trial) -> tuple[float, ...]:
         metrics, outcome = trial.outcome.metrics, trial.outcome
-        if not _good(trial):
+        if not outcome.recommendable:
             return (2.0, max(outcome.violation, 0.0), metrics[LATENCY])
         near = metrics[metric] >= best * (1 - 2 * INDIFFERENCE)
         return (0.0, 0.0, metrics[LATENCY]) if near else (1.0, -metrics[metric], metrics[LATENCY])

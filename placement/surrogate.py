@@ -17,7 +17,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from placement.objective import Outcome
+from placement.objective import MOST_EXTRAPOLATED, Outcome
 from placement.space import Plan, Space
 
 Array = NDArray[np.float64]
@@ -26,8 +26,6 @@ Array = NDArray[np.float64]
 LEAST, SHOWN, FITTED = 16, 256, 96
 # Untried plans that are weighed: all of a small space, else so many at random and the neighbours of the best ones.
 WEIGHED, ELITES = 3_000, 8
-# The share outside the profile beyond which a plan is never recommended (placement.ranking.MOST_EXTRAPOLATED).
-_MOST_OUTSIDE = 0.1
 _DRAWS = 16
 _NUGGET = 1e-4
 _ROOT5 = math.sqrt(5.0)
@@ -116,7 +114,7 @@ def worth(outcome: Outcome) -> tuple[float, ...]:
         return (math.inf,)
     outside = outcome.metrics.get("extrapolated_share", 0.0)
     maximised, minimised = outcome.goals()
-    return (max(outcome.violation, 0.0) + max(outside - _MOST_OUTSIDE, 0.0), -maximised, minimised)
+    return (max(outcome.violation, 0.0) + max(outside - MOST_EXTRAPOLATED, 0.0), -maximised, minimised)
 
 
 def _shown(trials: Sequence[tuple[Plan, Outcome]]) -> list[tuple[Plan, Outcome]]:
@@ -244,7 +242,7 @@ class _Known:
     def improvement(self, believed: _Believed) -> Array:
         """Expected improvement of what is maximised, times the chance that the bounds are kept [candidates]."""
         keeps = ndtr(-believed.mean[:, 2] / believed.spread(2))
-        keeps *= ndtr((math.sqrt(_MOST_OUTSIDE) - believed.mean[:, 3]) / believed.spread(3))
+        keeps *= ndtr((math.sqrt(MOST_EXTRAPOLATED) - believed.mean[:, 3]) / believed.spread(3))
         if self.best is None:
             return np.asarray(keeps)
         spread = believed.spread(0)

@@ -24,7 +24,8 @@ from moesim.spec.scenario import ObjectiveSpec, Scenario, SearchSpec, resolve_pa
 from moesim.systems.load import apply_system
 from placement.claims import Claims
 from placement.interrupts import Patience
-from placement.ranking import MOST_EXTRAPOLATED, Finalist
+from placement.objective import MOST_EXTRAPOLATED
+from placement.ranking import Finalist
 from placement.space import Plan, Space
 from placement.training_objective import TrainingEvaluator, limits_of, objective_of, training_workers
 from placement.training_ranking import (

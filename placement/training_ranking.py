@@ -10,7 +10,8 @@ import numpy as np
 from moesim.engine.draws import LEVEL, interval
 from moesim.errors import Infeasible
 from moesim.spec.scenario import ObjectiveSpec, Scenario
-from placement.ranking import MOST_EXTRAPOLATED, Finalist, finalists_of
+from placement.objective import MOST_EXTRAPOLATED
+from placement.ranking import Finalist, finalists_of
 from placement.training_objective import limits_of, objective_of
 from placement.tuner import Search, Trial
 

@@ -18,11 +18,12 @@ from moesim.cost.estimate import CostModel, Estimate
 from moesim.cost.ops import Operation
 from moesim.cost.overlap import MeasuresOverlap, Slowdown
 from moesim.engine.deployment import Groundwork
+from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.scenario import Scenario
 from moesim.spec.workload import WorkloadSpec
-from placement.objective import Evaluator
-from placement.ranking import INDIFFERENCE, LATENCY, order, recommendable
+from placement.objective import Evaluator, Outcome
+from placement.ranking import INDIFFERENCE, LATENCY, order
 from placement.space import Plan
 from placement.tuner import Trial
 
@@ -35,20 +36,12 @@ Change = Callable[[Groundwork, float], Groundwork]
 
 @dataclass(frozen=True)
 class World:
-    """One thing that may differ. factors: of what `apply` changes, 1 being the scenario's own; told: what that is."""
+    """One thing that may differ. factors: of what `apply` changes, 1 being the scenario's own; words: a factor told."""
 
     name: str
-    told: str
+    words: Callable[[float], str]
     factors: tuple[float, ...]
     apply: Change
-
-    def words(self, factor: float) -> str:
-        """One factor in words: `2 x the load`, `even routing`."""
-        if self.name != "skew":
-            return f"{factor:.3g} x {self.told}"
-        if factor == 0.0:
-            return "even routing"
-        return f"{'flatter' if factor < 1.0 else 'steeper'} routing (shares^{factor:g})"
 
 
 @dataclass(frozen=True)
@@ -75,15 +68,26 @@ def worlds_of(scenario: Scenario) -> list[World]:
     assert serving is not None
     workload, found = serving.workload, []
     if workload.arrivals is not None or workload.file is not None:
-        found.append(World("load", "the load", (0.5, 2.0), _with_workload(_load)))
+        found.append(World("load", times("the load"), (0.5, 2.0), _with_workload(_load)))
     if workload.isl is not None:
-        found.append(World("isl", "the prompts' length", (0.5, 2.0), _with_workload(_length("isl"))))
-        found.append(World("osl", "the answers' length", (0.5, 2.0), _with_workload(_length("osl"))))
-    found.append(World("skew", "the exponent of the experts' shares", (0.0, 0.5, 1.5), _skewed))
-    found.append(World("network", "the time of exchanges and collectives", (0.5, 2.0, 4.0), _priced(NETWORK)))
-    found.append(World("experts", "the time of expert products", (0.75, 1.5), _priced(("experts",))))
-    found.append(World("host", "the overhead of a step", (0.0, 3.0), _priced(("overhead",))))
+        found.append(World("isl", times("the prompts' length"), (0.5, 2.0), _with_workload(_length("isl"))))
+        found.append(World("osl", times("the answers' length"), (0.5, 2.0), _with_workload(_length("osl"))))
+    found.append(World("skew", _skew_told, (0.0, 0.5, 1.5), _skewed))
+    found.append(World("network", times("the time of exchanges and collectives"), (0.5, 2.0, 4.0), _priced(NETWORK)))
+    found.append(World("experts", times("the time of expert products"), (0.75, 1.5), _priced(("experts",))))
+    found.append(World("host", times("the overhead of a step"), (0.0, 3.0), _priced(("overhead",))))
     return found
+
+
+def times(what: str) -> Callable[[float], str]:
+    """Words of a factor: `2 x the load`."""
+    return lambda factor: f"{factor:.3g} x {what}"
+
+
+def _skew_told(exponent: float) -> str:
+    if exponent == 0.0:
+        return "even routing"
+    return f"{'flatter' if exponent < 1.0 else 'steeper'} routing (shares^{exponent:g})"
 
 
 def _with_workload(change: Callable[[WorkloadSpec, float], WorkloadSpec]) -> Change:
@@ -159,10 +163,10 @@ def what_if(evaluator: Evaluator, plans: Sequence[Plan], worlds: Sequence[World]
         for factor in world.factors:
             trials = _trials(evaluator, world, factor, plans)
             winner = _winner(trials, metric)
-            turns = None
-            if winner is not None and _beats(trials, winner, plans[0], metric) and factor > 0.0:
-                turns = _turn(evaluator, world, factor, plans[0], winner, metric)
             changed = winner is None or _beats(trials, winner, plans[0], metric)
+            turns = None
+            if winner is not None and changed and factor > 0.0:
+                turns = _turn(evaluator, world, factor, plans[0], winner, metric)
             changes.append(
                 {
                     "what": world.name,
@@ -183,11 +187,19 @@ def _trials(evaluator: Evaluator, world: World, factor: float, plans: Sequence[P
     for plan in plans:
         evaluator.placement(plan)
     there.solved = evaluator.solved
-    return [Trial(number, plan, there.settle(plan)) for number, plan in enumerate(plans)]
+    return [Trial(number, plan, _settled(there, plan)) for number, plan in enumerate(plans)]
+
+
+def _settled(there: Evaluator, plan: Plan) -> Outcome:
+    """The outcome of a plan in a world; a world that contradicts the plan costs that plan its place, not the answer."""
+    try:
+        return there.settle(plan)
+    except BadInput as error:
+        return Outcome("contradictory", detail=error.line())
 
 
 def _winner(trials: Sequence[Trial], metric: str) -> Plan | None:
-    good = [trial for trial in trials if trial.outcome.status == "ok" and recommendable(trial)]
+    good = [trial for trial in trials if trial.outcome.recommendable]
     return order(good, metric)[0].plan if good else None
 
 
@@ -197,7 +209,7 @@ def _beats(trials: Sequence[Trial], winner: Plan, best: Plan, metric: str) -> bo
         return False
     by_plan = {trial.plan: trial for trial in trials}
     mine, other = by_plan[best].outcome, by_plan[winner].outcome
-    if mine.status != "ok" or not recommendable(by_plan[best]):
+    if not mine.recommendable:
         return True
     if other.metrics[metric] > mine.metrics[metric] * (1.0 + INDIFFERENCE):
         return True

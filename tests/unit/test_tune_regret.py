@@ -48,6 +48,7 @@ def test_the_tables_are_of_the_model_as_it_is(known: tuple[Problem, dict[tuple[s
 
 
 @pytest.mark.skipif(not os.environ.get("MOESIM_WHOLE"), reason="about 7 CPU minutes: MOESIM_WHOLE=1")
+@pytest.mark.xfail(reason="not shown so far: docs/how-to/tune.md", strict=False)
 def test_better_than_random_and_local_search_in_a_large_space() -> None:
     problem = problem_of(FOLDER / "large.yaml")
     assert problem.space.size >= 1e6
