@@ -24,11 +24,14 @@ Array = NDArray[np.float64]
 # Trials before the model says anything; those it is fitted to (the best and the newest), and those its length scales
 # are: a fit costs the cube of them.
 LEAST, SHOWN, FITTED = 16, 256, 96
+# From so many trials on, the length scales are fitted anew after each so many more only: by then they hardly move.
+OFTEN_UNTIL, REFIT = 96, 32
 # Untried plans that are weighed: all of a small space, else so many at random and the neighbours of the best ones.
 WEIGHED, ELITES = 3_000, 8
 _DRAWS = 16
 _NUGGET = 1e-4
 _ROOT5 = math.sqrt(5.0)
+_NONE = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,47 @@ def _code(values: list[object], ordered: bool) -> dict[object, Array]:
     return {value: row * math.sqrt(0.5) for value, row in zip(values, np.eye(len(values)), strict=True)}
 
 
-def propose(
+class Surrogate:
+    """The sampler of one search: what it proposes follows from the space and the trials told, in order, alone."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self._coding: _Coding | None = None
+        self._fitted: tuple[int, Array, float] = (0, _NONE, 0.0)
+
+    def propose(
+        self, trials: Sequence[tuple[Plan, Outcome]], room: int, seen: set[Plan], rng: np.random.Generator
+    ) -> list[Plan]:
+        """Up to `room` legal plans outside `seen` worth an evaluation; random ones before anything is known."""
+        return _propose(self, trials, room, seen, rng)
+
+    def coded(self) -> _Coding:
+        """The coding of the space."""
+        if self._coding is None:
+            self._coding = coding(self.space)
+        return self._coding
+
+    def scales(self, trials: Sequence[tuple[Plan, Outcome]]) -> tuple[Array, float]:
+        """Weights of the choices and the nugget, of the trials up to the last one after which they were due."""
+        count = len(trials)
+        due = count if count < OFTEN_UNTIL else count - count % REFIT
+        if self._fitted[0] != due:
+            told = _shown(trials[:due])
+            standard = _standard(_targets([outcome for _, outcome in told])[0])[2]
+            some = np.sort(np.random.default_rng([due, 0x5CA1E]).permutation(len(told))[:FITTED])
+            points = self.coded().points([told[int(index)][0] for index in some])
+            self._fitted = (due, *_fitted(points, standard[some], self.coded().group))
+        return self._fitted[1:]
+
+
+def _propose(
+    sampler: Surrogate,
     trials: Sequence[tuple[Plan, Outcome]],
-    space: Space,
     room: int,
     seen: set[Plan],
     rng: np.random.Generator,
 ) -> list[Plan]:
-    """Up to `room` legal plans outside `seen` that are worth an evaluation; random ones before anything is known."""
+    space = sampler.space
     ran = [outcome for _, outcome in trials if outcome.status == "ok"]
     if len(trials) < LEAST or len(ran) < 2:
         return space.untried(seen, room, rng)
@@ -87,8 +123,9 @@ def propose(
     candidates = _candidates(told, space, seen, rng)
     if not candidates:
         return space.untried(seen, room, rng)
-    coded = coding(space)
-    model = _Model([plan for plan, _ in told], _targets([outcome for _, outcome in told]), coded, rng)
+    coded = sampler.coded()
+    targets = _targets([outcome for _, outcome in told])
+    model = _Model([plan for plan, _ in told], targets, coded, sampler.scales(trials))
     believed = _Believed(model, candidates, coded)
     known = _Known([outcome for _, outcome in told], model)
     found: list[Plan] = []
@@ -181,6 +218,12 @@ def _targets(outcomes: Sequence[Outcome]) -> tuple[Array, tuple[Callable[[Array]
     return table, (up_back, down_back)
 
 
+def _standard(raw: Array) -> tuple[Array, Array, Array]:
+    """Mean and standard deviation of each target [4], and the targets in units of it [trials, 4]."""
+    mean, spread = raw.mean(axis=0), np.maximum(raw.std(axis=0), 1e-9)
+    return mean, spread, (raw - mean) / spread
+
+
 class _Model:
     """One Gaussian process for each target, with length scales in common: Matern 5/2, each choice with its own weight
     (Rasmussen and Williams 2006, chapters 4 and 5)."""
@@ -190,15 +233,13 @@ class _Model:
         plans: Sequence[Plan],
         targets: tuple[Array, tuple[Callable[[Array], Array], ...]],
         coded: _Coding,
-        rng: np.random.Generator,
+        scales: tuple[Array, float],
     ) -> None:
         self.raw, self.back = targets
         self.coded = coded
-        self.mean, self.spread = self.raw.mean(axis=0), np.maximum(self.raw.std(axis=0), 1e-9)
-        self.standard = (self.raw - self.mean) / self.spread
+        self.mean, self.spread, self.standard = _standard(self.raw)
         points = coded.points(plans)
-        some = np.sort(rng.permutation(len(points))[:FITTED])
-        self.weights, self.nugget = _fitted(points[some], self.standard[some], coded.group)
+        self.weights, self.nugget = scales
         self.points = points * np.sqrt(self.weights)[coded.group]
         kernel = _matern(_square(self.points, self.points)) + self.nugget * np.eye(len(points))
         self.lower = np.linalg.cholesky(kernel)

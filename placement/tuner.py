@@ -25,7 +25,7 @@ from placement.journal import journal_storage
 from placement.objective import Outcome
 from placement.samplers import GENETIC, generation_of, quasi_random, sampler_of
 from placement.space import Plan, Space
-from placement.surrogate import propose
+from placement.surrogate import Surrogate
 
 # Trials of a batch: told together, in order, so that any number of workers gives the same study.
 BATCH = 8
@@ -143,7 +143,7 @@ def search(
     ends the search with what has finished.
     """
     claims = claims or Claims(NoLocks())
-    kept = _Kept(study, space)
+    kept, surrogate = _Kept(study, space), Surrogate(space)
     kept.read()
     resumed = len(kept.in_order())
     target = min(trials, space.size)
@@ -160,7 +160,7 @@ def search(
             first = [plan for plan in (space.plans if whole else recipes) if plan not in seen]
             batch = list(dict.fromkeys(first))[:BATCH]
             if len(batch) < BATCH:
-                batch += _asked(before, kept, scenario, space, seen | set(batch), BATCH - len(batch), rng)
+                batch += _asked(before, kept, surrogate, scenario, seen | set(batch), BATCH - len(batch), rng)
             asked = _missing(batch, kept.trials, start, target)
             if not asked:
                 break  # a large space in which no untried legal plan is found any more
@@ -220,22 +220,23 @@ def _telling(trials: list[Trial]) -> list[Trial]:
 def _asked(
     before: list[Trial],
     kept: _Kept,
+    surrogate: Surrogate,
     scenario: Scenario,
-    space: Space,
     seen: set[Plan],
     room: int,
     rng: np.random.Generator,
 ) -> list[Plan]:
     """The next plans by the scenario's sampler."""
+    space = kept.space
     if scenario.search.sampler == "auto":
-        return propose([(trial.plan, trial.outcome) for trial in before], space, room, seen, rng)
+        return surrogate.propose([(trial.plan, trial.outcome) for trial in before], room, seen, rng)
     if scenario.search.sampler == "qmc":
         asks = quasi_random(space, scenario.seed, _ASKS * len(before), _ASKS * room)
         wanted = dict.fromkeys(plan for values in asks if (plan := space.find(values)) is not None)
         found = [plan for plan in wanted if plan not in seen][:room]
         return found + space.untried(seen | set(found), room - len(found), rng)
     told = before if scenario.search.sampler in GENETIC else _telling(before)
-    return _ask([kept.frozen[trial.number] for trial in told], scenario, space, seen, room, rng)
+    return _ask([kept.frozen(trial.number) for trial in told], scenario, space, seen, room, rng)
 
 
 def _ask(
@@ -287,7 +288,7 @@ class _Kept:
         self.study = study
         self.space = space
         self.trials: dict[int, Trial] = {}
-        self.frozen: dict[int, FrozenTrial] = {}
+        self._frozen: dict[int, FrozenTrial] = {}
         self._read: set[int] = set()
 
     def in_order(self) -> list[Trial]:
@@ -320,9 +321,14 @@ class _Kept:
             self._take(trial)
 
     def _take(self, trial: Trial) -> None:
-        if trial.number not in self.trials:  # of two under one number, the first stored counts, for everybody
-            self.trials[trial.number] = trial
-            self.frozen[trial.number] = _frozen(trial.plan, trial.outcome, self.space)
+        self.trials.setdefault(trial.number, trial)  # of two under one number, the first stored counts, for everybody
+
+    def frozen(self, number: int) -> FrozenTrial:
+        """A trial as the samplers of Optuna take it; made when first asked for."""
+        if number not in self._frozen:
+            trial = self.trials[number]
+            self._frozen[number] = _frozen(trial.plan, trial.outcome, self.space)
+        return self._frozen[number]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from moesim.spec.plan import ExpertPlacement
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_Prepared = tuple[Floats | None, Ints, Ints, Ints]
 
 # Seconds of one layer's choice for each expert slot, on one CPU core, compiled code warm (256 experts in 288 and 384
 # slots on 32 ranks, 4,096 tokens; tests/bench/test_bench_replicas.py prints it). Measured on the machine that runs the
@@ -118,8 +120,12 @@ CHOICES: dict[str, Choice] = {
 }
 
 
+# What was prepared, for as long as its placement lives: a search prices many plans over one.
+_PREPARED: WeakKeyDictionary[ExpertPlacement, dict[tuple[str, int], _Prepared]] = WeakKeyDictionary()
+
+
 def prepare(placement: ExpertPlacement, *, policy: str, nodes: int) -> Replicas:
-    """A placement under a replica choice. Raises BadInput for a choice that there is not."""
+    """A placement under a replica choice; worked out once. Raises BadInput for a choice that there is not."""
     if policy not in CHOICES:
         raise BadInput(
             f"unknown replica policy {policy!r}",
@@ -127,8 +133,11 @@ def prepare(placement: ExpertPlacement, *, policy: str, nodes: int) -> Replicas:
             mend=f"use one of {', '.join(CHOICES)}",
         )
     choice = CHOICES[policy]
-    shares = replica_shares(placement, policy=policy, nodes=nodes) if choice.fixed else None
-    return Replicas(placement, choice, shares, *_holders(placement))
+    kept = _PREPARED.setdefault(placement, {})
+    if (policy, nodes) not in kept:
+        shares = replica_shares(placement, policy=policy, nodes=nodes) if choice.fixed else None
+        kept[policy, nodes] = (shares, *_holders(placement))
+    return Replicas(placement, choice, *kept[policy, nodes])
 
 
 def following(replicas: Replicas, previous: Floats) -> Replicas:

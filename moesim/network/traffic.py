@@ -153,7 +153,8 @@ def visit_chances(
     mass = np.zeros((placement.layers, placement.ranks, groups))
     np.add.at(mass, (np.arange(placement.layers)[:, None], rank[None, :], group), share)
     limits = (top_k, groups, top_groups, placement.experts)
-    return 1.0 - _miss(mass, limits), 1.0 - _miss(_by_node(mass, nodes), limits)
+    opened = _opened(mass, limits)
+    return 1.0 - _miss(mass, limits, opened), 1.0 - _miss(_by_node(mass, nodes), limits, opened)
 
 
 def step_visits(
@@ -190,7 +191,8 @@ def balanced_visits(
     overlap = np.minimum(edges[1:, None], borders[None, 1:]) - np.maximum(edges[:-1, None], borders[None, :-1])
     mass = _positive(overlap)[None]
     limits = (top_k, groups, top_groups, experts)
-    by_rank, by_node = 1.0 - _miss(mass, limits), 1.0 - _miss(_by_node(mass, nodes), limits)
+    opened = _opened(mass, limits)
+    by_rank, by_node = 1.0 - _miss(mass, limits, opened), 1.0 - _miss(_by_node(mass, nodes), limits, opened)
     return float(by_rank.mean()), float(by_node.mean())
 
 
@@ -307,13 +309,19 @@ def _scaled(visits: Floats, loads: Floats, kept: Floats | None) -> Floats:
     return np.asarray(-np.expm1(np.log(np.maximum(1.0 - visits, LEAST_MISS)) * ratio))
 
 
-def _miss(mass: Floats, limits: tuple[int, int, int, int]) -> Floats:
+def _opened(mass: Floats, limits: tuple[int, int, int, int]) -> tuple[Floats, Floats] | None:
+    """The sets of groups that a token may open and their chances, see `_group_sets`; None where it opens all."""
+    _, groups, top_groups, _ = limits
+    return None if groups == 1 or top_groups >= groups else _group_sets(mass.sum(axis=1), top_groups)
+
+
+def _miss(mass: Floats, limits: tuple[int, int, int, int], opened: tuple[Floats, Floats] | None) -> Floats:
     """Chance that a token picks nothing of a set [layers, sets]; mass [layers, sets, groups]: its part of all picks."""
     top_k, groups, top_groups, experts = limits
     whole = mass.sum(axis=1)  # [layers, groups]
-    if groups == 1 or top_groups >= groups:
+    if opened is None:
         return _miss_of_part(mass.sum(axis=2), top_k, float(experts))
-    open_groups, chance = _group_sets(whole, top_groups)
+    open_groups, chance = opened
     taken = np.where(whole > 0, np.minimum(whole * top_groups, 1.0), 1.0)
     reachable = np.einsum("lsg,ng->lns", mass / taken[:, None, :], open_groups)
     total = ((whole / taken) @ open_groups.T)[..., None]

@@ -167,6 +167,9 @@ def step_seconds(
 
 
 def _by_tag(one: Estimate, steps: NDArray[np.int64] | None) -> dict[str, float]:
+    if one.tags.size and (one.tags == one.tags.flat[0]).all():
+        chosen = one.seconds if steps is None or one.seconds.shape[0] == 1 else one.seconds[steps]
+        return {Tag(int(one.tags.flat[0])).label: float(chosen.mean())}
     seconds, tags = one.seconds, np.broadcast_to(one.tags, one.seconds.shape)
     if steps is not None and seconds.shape[0] > 1:
         seconds, tags = seconds[steps], tags[steps]

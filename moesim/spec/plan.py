@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT = "moesim-placement"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertPlacement:
     """A placement of all MoE layers.
 

@@ -18,7 +18,7 @@ from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
 from placement.regret import Problem, Remembering, contest, main, problem_of, read_table, scores, stale_rows
 from placement.space import Plan
-from placement.surrogate import front_of, gained, hypervolume, neighbours, propose, reference_of
+from placement.surrogate import Surrogate, front_of, gained, hypervolume, neighbours, reference_of
 from tests.scenarios import small, write
 
 FOLDER = Path(__file__).parents[1] / "data" / "regret"
@@ -118,7 +118,7 @@ def test_local_search_tries_each_plan_once(large: Problem) -> None:
 def test_proposals_are_new_legal_and_the_same_again(large: Problem) -> None:
     plans = large.space.plans[:40]
     told = [(plan, Outcome("out_of_memory") if place % 9 == 0 else priced(plan)) for place, plan in enumerate(plans)]
-    once, twice = (propose(told, large.space, 8, set(plans), np.random.default_rng(3)) for _ in range(2))
+    once, twice = (Surrogate(large.space).propose(told, 8, set(plans), np.random.default_rng(3)) for _ in range(2))
     assert once == twice
     assert len(set(once)) == 8
     assert not set(once) & set(plans)
