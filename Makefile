@@ -44,7 +44,7 @@ tests: $(TEST_VENV)/.installed
 	$(TEST_VENV)/bin/pytest --numprocesses 2 --dist worksteal --cov --cov-report term:skip-covered --benchmark-disable
 
 bench: $(TEST_VENV)/.installed
-	$(TEST_VENV)/bin/pytest tests/bench -s
+	MOESIM_WHOLE=1 $(TEST_VENV)/bin/pytest tests/bench -s
 
 # Prices all measured serving runs and writes the record and the table of it: half an hour of CPU, after a change of the
 # model. The check prices some of them again: two and a half minutes of CPU, a minute and a half of it importing tables.

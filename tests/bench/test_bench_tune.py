@@ -1,6 +1,7 @@
-"""CPU time and memory of a search of 1,000 trials: DESIGN's budget, printed (pytest -s).
+"""CPU time and memory of a search of 1,000 trials: DESIGN's budget, printed (`make bench`).
 
-The gate on time allows SLACK times the budget: it catches an algorithm that went wrong, never a slow machine.
+The gate on time allows SLACK times the budget: it catches an algorithm that went wrong, never a slow machine. Without
+MOESIM_WHOLE the search has a quarter of the trials, and half of the gate.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import sys
 from pathlib import Path
 
 BUDGET_S, SLACK, MOST_BYTES = 60.0, 2.0, 1.5e9
-TRIALS = 1000
+TRIALS = 1000 if os.environ.get("MOESIM_WHOLE") else 250
 # DeepSeek-V3 on 32 GPUs as the demo has it, with more budgets and schedules, so that there are plans enough.
 WIDER = ("search.schedules=[sequential,two_batch]", "search.redundant_experts=[0,32,64,96,128]")
 
 
-def test_a_thousand_trials(repo: Path, tmp_path: Path) -> None:
+def test_a_long_search(repo: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
     command = [sys.executable, "-m", "moesim", "tune", "notebooks/scenarios/demo.yaml", "--json"]
     command += [word for one in WIDER for word in ("--set", one)]
@@ -42,5 +43,5 @@ def test_a_thousand_trials(repo: Path, tmp_path: Path) -> None:
     assert told["trials"] == TRIALS
     assert told["trials"] < told["space"]
     assert told["best"]["trial"] in {one["trial"] for one in told["trial_list"] if one["in_full"]}
-    assert cpu_s < BUDGET_S * SLACK
+    assert cpu_s < BUDGET_S * SLACK * max(TRIALS / 1000, 0.5)
     assert peak < MOST_BYTES
