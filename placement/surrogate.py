@@ -28,6 +28,8 @@ LEAST, SHOWN, FITTED = 16, 256, 96
 OFTEN_UNTIL, REFIT = 96, 32
 # Untried plans that are weighed: all of a small space, else so many at random and the neighbours of the best ones.
 WEIGHED, ELITES = 3_000, 8
+# In a space too large to weigh whole: climbs of the model from its best candidates to their neighbours.
+CLIMBS = 3
 _DRAWS = 16
 _NUGGET = 1e-4
 _ROOT5 = math.sqrt(5.0)
@@ -126,8 +128,10 @@ def _propose(
     coded = sampler.coded()
     targets = _targets([outcome for _, outcome in told])
     model = _Model([plan for plan, _ in told], targets, coded, sampler.scales(trials))
-    believed = _Believed(model, candidates, coded)
     known = _Known([outcome for _, outcome in told], model)
+    if len(candidates) >= WEIGHED or space.estimated:
+        candidates = _climbed(candidates, model, known, coded, space, seen)
+    believed = _Believed(model, candidates, coded)
     found: list[Plan] = []
     open_ = np.ones(len(candidates), bool)
     for turn in range(len(candidates)):
@@ -143,6 +147,28 @@ def _propose(
         believed.take(index)
         found.append(candidates[index])
     return found + space.untried(seen | set(found), room - len(found), rng)
+
+
+def _climbed(
+    candidates: list[Plan], model: _Model, known: _Known, coded: _Coding, space: Space, seen: set[Plan]
+) -> list[Plan]:
+    """The candidates, with neighbours of those that promise the greatest improvement, and theirs in turn.
+
+    As SMAC optimises its acquisition function in spaces of categories (Hutter, Hoos and Leyton-Brown, LION 5, 2011).
+    """
+    found = dict.fromkeys(candidates)
+    top: dict[Plan, float] = {}
+    new = candidates
+    for _ in range(CLIMBS):
+        value = known.improvement(_Believed(model, new, coded))
+        top |= {new[int(index)]: float(value[index]) for index in np.argsort(-value, kind="stable")[:ELITES]}
+        top = dict(sorted(top.items(), key=lambda one: -one[1])[:ELITES])
+        near = dict.fromkeys(other for plan in top for other in neighbours(plan, space))
+        new = [plan for plan in near if plan not in found and plan not in seen and (space.estimated or plan in space)]
+        if not new:
+            break
+        found |= dict.fromkeys(new)
+    return list(found)
 
 
 def worth(outcome: Outcome) -> tuple[float, ...]:
