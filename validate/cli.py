@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from validate.calibrate_command import calibrate
+
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
     add_completion=False,
@@ -277,3 +279,6 @@ def published(
         typer.echo(show(found, ratios, total))
     if total["unexplained"]:
         raise typer.Exit(1)
+
+
+app.command()(calibrate)

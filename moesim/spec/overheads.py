@@ -69,8 +69,11 @@ class CalibrationSpec(Spec):
     level: float = Field(gt=0, lt=1, description="of the intervals")
     overheads: dict[Literal["request_s", "step_s", "layer_s"], HostTimeSpec] = Field(min_length=1)
     sources: tuple[dict[str, Any], ...] = Field(min_length=1, description="the files, each with its hash")
+    moesim: str = ""
     scenario: dict[str, Any] = Field(default_factory=dict)
+    not_fitted: dict[str, Any] = Field(default_factory=dict)
     held_out: dict[str, Any] = Field(default_factory=dict)
+    verdict: dict[str, Any] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
