@@ -63,6 +63,15 @@ class BenchRun:
         later = np.maximum(self.osl - 1, 1)
         return np.where(self.osl > 1, self.decode_s / later, np.nan)
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that are under way at a time, on the mean; they share batches, and so their errors."""
+        if self.start_s is None:
+            return 1
+        latency_s = self.ttft_s + self.decode_s
+        span_s = float((self.start_s + latency_s).max())
+        return max(1, round(float(latency_s.sum()) / span_s)) if span_s > 0 else self.requests
+
     def load(self, rng: np.random.Generator) -> Load:
         """The requests as the serving loop takes them; rng draws the times that the file does not tell."""
         if self.start_s is not None:

@@ -151,7 +151,7 @@ def _gain(
         for index, (run, chosen) in enumerate(zip(runs, use, strict=True)):
             for metric in METRICS:
                 count = int(np.isfinite(getattr(run, metric)[chosen]).sum())
-                at = blocks(count, rng) if resample else None
+                at = blocks(count, run.in_flight, rng) if resample else None
                 before, after = (np.abs(_errors(run, one[index], chosen, metric, at)).mean() for one in seen)
                 found.append(before - after)
         return float(np.mean(found))

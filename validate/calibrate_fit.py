@@ -3,7 +3,7 @@
 Residuals are measured minus simulated TTFT and TPOT of each request (of quantiles where the file does not tell when
 requests came), each over its own scatter, large ones weighed down (Huber). How they answer to a host time is found by
 simulating again with a little more of it; answers are averaged over requests of like length, as batches that happen to
-form otherwise scatter those of single requests. Intervals resample blocks of requests. Two host times that move every
+form otherwise scatter those of single requests. Intervals: see `_intervals`. Two host times that move every
 residual alike cannot be told apart: their condition index (Belsley, Kuh and Welsch, Regression Diagnostics, 1980) is
 above 30, and the later one of NAMES is not fitted.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,8 @@ Flags = NDArray[np.bool_]
 
 MOST_INDEX = 30.0
 ROUNDS, STILL = 20, 1e-3
-# Rounds on means, and over how many simulations around the values each mean is taken.
-FINAL_ROUNDS, AROUND = 2, 8
+# Rounds on means, over how many simulations around the values each mean is taken, and at how many of them answers are.
+FINAL_ROUNDS, AROUND, ANSWERED = 2, 16, 3
 # How far around, over the sizes that matter: far enough for other batches to form, near enough to be linear.
 AWAY = 0.15
 # Of a step that makes things worse, smaller parts are tried.
@@ -61,7 +62,8 @@ class _Rows:
     """Residuals [rows] of one run and metric, and what they answer to each host time [rows, names].
 
     scale: scatter of the residuals; middle: median of what was measured. level: what was simulated. raw: what was
-    measured of each request where rows are quantiles, else None.
+    measured of each request where rows are quantiles, else None. paths [simulations, rows]: how far each simulation
+    around was from their mean. block: neighbours that are resampled together.
     """
 
     residual: Floats
@@ -70,6 +72,8 @@ class _Rows:
     middle: float
     level: Floats
     raw: Floats | None
+    block: int
+    paths: Floats
 
 
 def fit(
@@ -144,13 +148,14 @@ def _rows_around(
     points = np.maximum(here + reach * rng.uniform(-1.0, 1.0, size=(AROUND, len(names))), 0.0)
     away = points - here
     asked = [{**values, **dict(zip(names, point.tolist(), strict=True))} for point in points]
-    every = [_rows(simulated, runs, use, names, one, size) for one in asked]
+    every = [_rows(simulated, runs, use, names if at < ANSWERED else [], one, size) for at, one in enumerate(asked)]
     found = []
     for alike in zip(*every, strict=True):
-        answer = np.mean([one.answer for one in alike], axis=0)
+        answer = np.mean([one.answer for one in alike[:ANSWERED]], axis=0)
         residual = np.mean([one.residual + answer @ by for one, by in zip(alike, away, strict=True)], axis=0)
-        level = np.mean([one.level - answer @ by for one, by in zip(alike, away, strict=True)], axis=0)
-        found.append(_made(residual, answer, alike[0].middle, level, alike[0].raw))
+        levels = np.asarray([one.level - answer @ by for one, by in zip(alike, away, strict=True)])
+        level = levels.mean(axis=0)
+        found.append(_made(residual, answer, alike[0].middle, level, alike[0].raw, alike[0].block, levels - level))
     return found
 
 
@@ -176,15 +181,21 @@ def _rows(
         for metric in ("ttft_s", "tpot_s"):
             level, measured = _level(run, here[at], metric, chosen), _measured(run, metric, chosen)
             moved = [(_level(run, there[name][at], metric, chosen) - level) / more_s[name] for name in names]
-            answer = np.stack([_smooth(one, _like(run, metric, chosen)) for one in moved], axis=1)
+            answer = np.empty((len(level), len(moved)))
+            for column, one in enumerate(moved):
+                answer[:, column] = _smooth(one, _like(run, metric, chosen))
             raw = None if run.paired else _finite(getattr(run, metric)[chosen])
-            found.append(_made(measured - level, answer, float(np.median(measured)), level, raw))
+            found.append(_made(measured - level, answer, float(np.median(measured)), level, raw, run.in_flight))
     return found
 
 
-def _made(residual: Floats, answer: Floats, middle: float, level: Floats, raw: Floats | None) -> _Rows:
+def _made(
+    residual: Floats, answer: Floats, middle: float, level: Floats, raw: Floats | None, block: int,
+    paths: Floats | None = None,
+) -> _Rows:  # fmt: skip
     scatter = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
-    return _Rows(residual, answer, max(scatter, LEAST_SCATTER * middle), middle, level, raw)
+    paths = np.zeros((0, len(level))) if paths is None else paths
+    return _Rows(residual, answer, max(scatter, LEAST_SCATTER * middle), middle, level, raw, block, paths)
 
 
 def _finite(values: Floats) -> Floats:
@@ -272,35 +283,51 @@ def _indistinct(rows: Sequence[_Rows], names: Sequence[str]) -> tuple[str, str] 
 def _intervals(
     rows: Sequence[_Rows], names: Sequence[str], values: Mapping[str, float], seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Ends of the central interval of each host time, by resampling blocks of requests and solving anew."""
+    """Ends of the central interval of each host time.
+
+    Two errors add up: that of the requests at hand, by resampling blocks of them and solving anew; and that of the one
+    path that the run took, as batches that form otherwise change a whole stretch of requests: how far the fit would
+    move if each of the simulations around had been the run.
+    """
     rng = np.random.default_rng([seed, 37])
-    centre = np.asarray([values[name] for name in names])
-    drawn = np.asarray([centre + _resolved(rows, rng) for _ in range(RESAMPLES)])
-    ends = np.quantile(np.maximum(drawn, 0.0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    low = {name: float(min(ends[0, at], values[name])) for at, name in enumerate(names)}
-    return low, {name: float(max(ends[1, at], values[name])) for at, name in enumerate(names)}
+    drawn = np.asarray([_resolved(rows, rng) for _ in range(RESAMPLES)])
+    count = rows[0].paths.shape[0]
+    moved = np.asarray([_solved(rows, [one.paths[at] for one in rows]) for at in range(count)])
+    variance = drawn.var(axis=0) + moved.var(axis=0, ddof=1) * (1.0 + 1.0 / count)
+    reach = NormalDist().inv_cdf((1.0 + LEVEL) / 2.0) * np.sqrt(variance)
+    low = {name: max(0.0, float(values[name] - reach[at])) for at, name in enumerate(names)}
+    return low, {name: min(MOST_S, float(values[name] + reach[at])) for at, name in enumerate(names)}
 
 
 def _resolved(rows: Sequence[_Rows], rng: np.random.Generator) -> Floats:
-    """The step that resampled residuals ask for, from where the whole ones ask for none."""
+    """The step [names] that resampled residuals ask for, from where the whole ones ask for none."""
+    at, residuals = [], []
+    for one in rows:
+        chosen = blocks(len(one.residual if one.raw is None else one.raw), one.block, rng)
+        at.append(chosen if one.raw is None else np.arange(len(one.residual)))
+        residuals.append(
+            one.residual[chosen] if one.raw is None else np.quantile(one.raw[chosen], QUANTILES) - one.level
+        )
+    return _solved(rows, residuals, at)
+
+
+def _solved(
+    rows: Sequence[_Rows], residuals: Sequence[Floats], at: Sequence[NDArray[np.int64]] | None = None
+) -> Floats:
+    """The step [names] that residuals in place of the rows' own ask for; at: which rows they are of."""
     width = rows[0].answer.shape[1]
     square, right = np.zeros((width, width)), np.zeros(width)
-    for one in rows:
-        weight = _weights(one)
-        if one.raw is None:
-            at = blocks(len(one.residual), rng)
-            answer, residual, weight = one.answer[at], one.residual[at], weight[at]
-        else:
-            answer = one.answer
-            residual = np.quantile(one.raw[blocks(len(one.raw), rng)], QUANTILES) - one.level
-        square += (answer * weight[:, None]).T @ answer
-        right += (answer * weight[:, None]).T @ residual
+    for index, (one, residual) in enumerate(zip(rows, residuals, strict=True)):
+        chosen = np.arange(len(one.residual)) if at is None else at[index]
+        answer = one.answer[chosen]
+        weighed = (answer * _weights(one)[chosen][:, None]).T
+        square, right = square + weighed @ answer, right + weighed @ residual
     size = np.sqrt(np.diag(square))
     return np.asarray(np.linalg.solve(square / np.outer(size, size), right / size) / size)
 
 
-def blocks(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices [count] of a resample of runs of BLOCK neighbours, which share batches and so their errors."""
-    length = min(BLOCK, max(1, count // 4))
+def blocks(count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices [count] of a resample of runs of `length` neighbours, at least BLOCK and at most an eighth of all."""
+    length = max(1, min(max(BLOCK, length), count // 8))
     starts = rng.integers(0, count - length + 1, size=-(-count // length))
     return np.asarray((starts[:, None] + np.arange(length)).ravel()[:count], dtype=np.int64)

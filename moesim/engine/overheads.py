@@ -60,3 +60,11 @@ def _sigma(one: HostTimeSpec, level: float) -> float:
 
 def _with(rules: EngineRules, times: dict[str, HostTime]) -> EngineRules:
     return replace(rules, **{PARTS[name]: one for name, one in times.items()})  # type: ignore[arg-type]
+
+
+def overheads_json(rules: EngineRules) -> dict[str, dict[str, object]]:
+    """Each host time that a run used, with its tag and source."""
+    return {
+        name: {"value_s": one.seconds, "rel_sigma": one.rel_sigma, "tag": one.tag.label, "source": one.source}
+        for name, one in ((name, getattr(rules, part)) for name, part in PARTS.items())
+    }
