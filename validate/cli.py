@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from validate.calibrate_command import calibrate
+from validate.capacity_command import capacity
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -282,3 +283,4 @@ def published(
 
 
 app.command()(calibrate)
+app.command()(capacity)
