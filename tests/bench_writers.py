@@ -29,7 +29,7 @@ class Client:
     @property
     def latency_s(self) -> Floats:
         """From sending to the last token."""
-        return self.ttft_s + np.asarray([sum(gaps) for gaps in self.itls])
+        return np.asarray(self.ttft_s + np.asarray([sum(gaps) for gaps in self.itls]))
 
 
 def client_of(served: Served, rng: np.random.Generator, noise: float = 0.01, end_s: float = 0.5e-3) -> Client:

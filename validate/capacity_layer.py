@@ -62,7 +62,7 @@ def capacity_of(policy: Policy, tokens: int, experts: int, top_k: int) -> int:
 
 
 def capacity_in_floats(policy: Policy, tokens: int, experts: int, top_k: int) -> int:
-    """The same as engines compute it, in doubles: where the product is a whole number it can come out one higher."""
+    """The same as engines compute it, in doubles: where the product is a whole number it can miss by one."""
     share = tokens / experts * policy.factor
     if policy.rule == "deepspeed":
         return max(math.ceil(share * top_k), policy.least)

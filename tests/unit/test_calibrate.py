@@ -94,18 +94,20 @@ def test_planted_host_times_are_found_again(tmp_path: Path) -> None:
     recovered(tmp_path, "aiperf", 120, (4, 12, 20), planted_s, {"layer_s": 0.05})
 
 
-@pytest.mark.skipif(not WHOLE, reason="a minute and a half: MOESIM_WHOLE=1")
+@pytest.mark.skipif(not WHOLE, reason="five minutes: MOESIM_WHOLE=1")
 @pytest.mark.parametrize("form", ["vllm", "sglang", "aiperf"])
 @pytest.mark.parametrize("larger", [1.0, 2.5])
 def test_small_ones_are_found_again_in_each_format(form: str, larger: float, tmp_path: Path) -> None:
-    recovered(tmp_path, form, 500, (4, 32, 8, 64), {name: larger * value for name, value in PLANTED.items()}, {})
+    """All within 2 %. A millisecond of a prompt's step, which batches that form by chance hide, takes 4,000 requests."""
+    planted_s = {name: larger * value for name, value in PLANTED.items()}
+    recovered(tmp_path, form, 1000, (4, 32, 8, 64), planted_s, {})
 
 
 def test_the_three_formats_tell_the_same_run(tmp_path: Path) -> None:
     """One client's view, written three ways, reads as the same requests at the same times."""
     workload = {**LENGTHS, "requests": 60, "arrivals": {"concurrency": 7}}
     client = written.client_of(planted(tmp_path, "sglang", workload, 0), np.random.default_rng(0), end_s=0.0)
-    runs = {
+    runs: dict[str, Any] = {
         "vllm": written.vllm(client, concurrency=7),
         "sglang": written.sglang(client, concurrency=7),
         "aiperf": written.aiperf(client),
