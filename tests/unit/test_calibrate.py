@@ -98,7 +98,7 @@ def test_planted_host_times_are_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["vllm", "sglang", "aiperf"])
 @pytest.mark.parametrize("larger", [1.0, 2.5])
 def test_small_ones_are_found_again_in_each_format(form: str, larger: float, tmp_path: Path) -> None:
-    """All within 2 %. A millisecond of a prompt's step, which batches that form by chance hide, takes 4,000 requests."""
+    """All within 2 %; a millisecond of a prompt's step, hidden by batches that form by chance, takes 4,000 requests."""
     planted_s = {name: larger * value for name, value in PLANTED.items()}
     recovered(tmp_path, form, 1000, (4, 32, 8, 64), planted_s, {})
 
