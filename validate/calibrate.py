@@ -242,8 +242,9 @@ def verdict_text(found: Calibrated) -> str:
 
 
 def keep(
-    path: Path, found: Calibrated, scenario: Scenario, scenario_file: Path, files: Sequence[Path], system: str
-) -> None:
+    path: Path, found: Calibrated, scenario: Scenario, scenario_file: Path, files: Sequence[Path], system: str,
+    overrides: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Write the host times with their provenance, as `cost.overheads` of a scenario reads them. Raises BadInput."""
     overheads: dict[str, Any] = {}
     for name in NAMES:
@@ -268,7 +269,13 @@ def keep(
         "sources": [
             {**run, "where": Path(run["where"]).name, "sha256": _hash_of(run["where"], hashes)} for run in told["runs"]
         ],
-        "scenario": {"file": Path(scenario_file).name, "sha256": sha256_of(scenario_file)},
+        "scenario": {
+            "file": Path(scenario_file).name,
+            "sha256": sha256_of(scenario_file),
+            "set": list(overrides),
+            "cost_source": scenario.cost.source,
+            "profiles": [Path(one).name for one in scenario.cost.profiles],
+        },
         "notes": told["notes"],
     }
     CalibrationSpec.read(data, where=path)

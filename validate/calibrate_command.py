@@ -57,7 +57,7 @@ def calibrate(
         say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     if found.verdict == runner.USE:
-        runner.keep(out, found, spec, scenario, bench, load_cluster(spec.cluster).gpu.name)
+        runner.keep(out, found, spec, scenario, bench, load_cluster(spec.cluster).gpu.name, tuple(set_ or ()))
     if as_json:
         written = str(out) if found.verdict == runner.USE else None
         typer.echo(json.dumps({**runner.as_json(found), "out": written}, allow_nan=False))

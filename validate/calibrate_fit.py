@@ -322,8 +322,8 @@ def _solved(
         answer = one.answer[chosen]
         weighed = (answer * _weights(one)[chosen][:, None]).T
         square, right = square + weighed @ answer, right + weighed @ residual
-    size = np.sqrt(np.diag(square))
-    return np.asarray(np.linalg.solve(square / np.outer(size, size), right / size) / size)
+    size = np.maximum(np.sqrt(np.diag(square)), 1e-300)
+    return np.asarray(np.linalg.lstsq(square / np.outer(size, size), right / size)[0] / size)
 
 
 def blocks(count: int, length: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -124,6 +124,7 @@ def simulate(
     reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
     load = first_requests(load) if first_look else load
+    load = replace(load, front_end_s=deployment.rules.request.seconds)
     moving = MovingRuns(model, fidelity)
 
     def run(draw: Draw | None, *, healthy: bool = False, still: bool = False) -> Served:
