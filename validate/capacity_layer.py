@@ -81,14 +81,16 @@ def _up(value: Decimal) -> int:
 def place(policy: Policy, ids: Any, probabilities: Any, scores: Any, turn: Any, second: Any) -> Placed:
     """Keep, drop and re-route the picks of one rank.
 
-    ids: int64 [tokens, choices]; probabilities: their weights; scores: [tokens, experts], of all. turn, second: random
-    numbers, see moesim.routing.capacity.on_ids.Chance.
+    ids: int64 [tokens, choices], -1 where a token asks for fewer experts; probabilities: their weights; scores:
+    [tokens, experts], of all. turn, second: random numbers, see moesim.routing.capacity.on_ids.Chance.
     """
     torch = need_torch()
     tokens, choices = ids.shape
     experts = scores.shape[1]
     capacity = capacity_of(policy, tokens, experts, choices)
-    picks = torch.nn.functional.one_hot(ids, experts)  # [tokens, choices, experts]
+    picks = (
+        torch.nn.functional.one_hot(ids.clamp(min=0), experts) * (ids >= 0)[:, :, None]
+    )  # [tokens, choices, experts]
     if policy.keep in ("choice", "token"):
         kept = _by_running_sum(picks, capacity, choice_major=policy.keep == "choice")
     else:
@@ -130,7 +132,7 @@ def _try_once(chosen: Any, ids: Any, second: Any, filled: Any, capacity: int) ->
     torch = need_torch()
     for choice in range(ids.shape[1]):
         wish = second[:, choice]
-        asks = (chosen[:, choice] < 0) & ~(chosen == wish[:, None]).any(dim=1)
+        asks = (ids[:, choice] >= 0) & (chosen[:, choice] < 0) & ~(chosen == wish[:, None]).any(dim=1)
         _admit(chosen, choice, torch.where(asks, wish, -1), filled, capacity)
 
 
@@ -138,14 +140,13 @@ def _go_down(chosen: Any, ids: Any, scores: Any, filled: Any, capacity: int) -> 
     """Lost picks go to their token's best expert with room that it neither has nor asked for, until none has any."""
     torch = need_torch()
     for choice in range(ids.shape[1]):
-        waiting = chosen[:, choice] < 0
+        waiting = (ids[:, choice] >= 0) & (chosen[:, choice] < 0)
         while bool(waiting.any()):
             left = scores.to(torch.float64).clone()
             left[:, filled >= capacity] = -torch.inf
-            left.scatter_(1, ids, -torch.inf)
-            for other in range(ids.shape[1]):
-                has = chosen[:, other] >= 0
-                left[has, chosen[has, other]] = -torch.inf
+            for held in (ids, chosen):
+                token, column = (held >= 0).nonzero(as_tuple=True)
+                left[token, held[token, column]] = -torch.inf
             best = left.max(dim=1)
             waiting = waiting & torch.isfinite(best.values)
             _admit(chosen, choice, torch.where(waiting, best.indices, -1), filled, capacity)

@@ -121,17 +121,19 @@ def test_other_random_numbers_are_found_out(tmp_path: Path, monkeypatch: pytest.
     seed=st.integers(0, 10_000), tokens=st.integers(1, 40), experts=st.integers(2, 14), top_k=st.integers(1, 5),
     factor=st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.7, 4.0]), rule=st.sampled_from(capacity.RULES),
     keep=st.sampled_from(capacity.KEEPS), backup=st.sampled_from(capacity.BACKUPS), least=st.integers(0, 6),
-    most=st.integers(0, 9),
+    most=st.integers(0, 9), fewer=st.sampled_from([0.0, 0.0, 0.3, 0.8]),
 )  # fmt: skip
 def test_places_on_one_rank_are_the_simulators(
     seed: int, tokens: int, experts: int, top_k: int, factor: float, rule: str, keep: str, backup: str, least: int,
-    most: int,
+    most: int, fewer: float,
 ) -> None:  # fmt: skip
-    """Of any size: also no places at all, more places than tokens, and more choices than there is room for."""
+    """Of any size: also no places at all, more places than tokens, more choices than there is room for, and tokens that
+    ask for fewer experts than others."""
     top_k = min(top_k, experts)
     rng = np.random.default_rng(seed)
     scores = softmax(rng.normal(size=(tokens, experts)) + 2 * rng.normal(size=experts))
     ids = best(scores, top_k)
+    ids[rng.random(ids.shape) < fewer] = -1
     weights = taken(scores, ids)
     policy = Policy(rule, factor, keep, backup, False, least, most)
     chance = Chance.draw((tokens, top_k), experts, rng)
