@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moesim.cost.estimate import Estimate, Tag, estimate
+from moesim.cost.host import HostTime
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.graph.storage import ExpertStorage
@@ -50,8 +51,8 @@ def setup(
         placement=ExpertPlacement(slots, np.arange(layers), experts, ranks, layers),
         nodes=nodes,
         gpus_per_node=8,
-        step_overhead_s=0.0,
-        eager_layer_s=0.0,
+        step=HostTime(0.0),
+        layer=HostTime(0.0),
         overhead_rel_sigma=0.0,
         storage=storage,
     )

@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from validate.calibrate_command import calibrate
+from validate.capacity_command import capacity
+
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
     add_completion=False,
@@ -277,3 +280,7 @@ def published(
         typer.echo(show(found, ratios, total))
     if total["unexplained"]:
         raise typer.Exit(1)
+
+
+app.command()(calibrate)
+app.command()(capacity)

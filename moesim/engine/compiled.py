@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 # Why the loop came back to Python.
 DONE, NEED_DECODE, NEED_PREFILL, NEED_PROMPT, TOO_SMALL, TOO_LARGE, LOG_FULL, GAPS_FULL = range(8)
 # Places in `counters`: the next of the instance's requests, whether a step is planned, ...
-NEXT, PLANNED, GAPS, STEPS, ENDED, PEAK_KV, ASKED_SEQS, ASKED_TOKENS = range(8)
+NEXT, PLANNED, GAPS, STEPS, ENDED, PEAK_KV, ASKED_SEQS, ASKED_TOKENS, SENT = range(9)
 # ... and in `clock`.
 NOW, STARTED, ASKED_PREFIX = range(3)
 # A step outside the priced grid by less than this (relative) is on its end.
@@ -141,33 +141,52 @@ def step_s(
 
 
 @njit(cache=True)
+def _queue(
+    requests: Requests, group: Ranks, mine: Ints, sent: int, admitted_s: Floats, until_s: float, counters: Ints,
+    shortest: bool,
+) -> None:  # fmt: skip
+    """Bring the requests of a closed loop whose time has come to their ranks."""
+    ranks = len(group.head)
+    while counters[NEXT] < sent and admitted_s[mine[counters[NEXT]]] <= until_s:
+        request = mine[counters[NEXT]]
+        to = request % ranks
+        if shortest:
+            for other in range(1, ranks):
+                rank = (request + other) % ranks
+                if group.requests_in[rank] < group.requests_in[to]:
+                    to = rank
+        arrive(requests, group, to, request)
+        counters[NEXT] += 1
+
+
+@njit(cache=True)
 def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
     counters: Ints, clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints, concurrency: int,
-    shortest: bool,
+    shortest: bool, front_end_s: float,
 ) -> int:  # fmt: skip
     """Run one instance until it is done or needs something; returns why it stopped.
 
     concurrency: requests of a closed loop, 0 = an open one, whose requests come at `admitted_s`. shortest: those of a
-    closed loop go to the rank with the fewest, see `balance.shortest_queue`; else in turn.
+    closed loop go to the rank with the fewest, see `balance.shortest_queue`; else in turn. front_end_s: of each request
+    of a closed loop, from its arrival to the queue; in an open one `admitted_s` holds it already.
     """
     ranks = len(group.head)
     while counters[ENDED] < len(mine):
         if counters[PLANNED] == 0 and concurrency > 0:
-            for _ in range(min(concurrency + counters[ENDED], len(mine)) - counters[NEXT]):
-                request = mine[counters[NEXT]]
-                requests.arrival_s[request] = clock[NOW]
-                to = request % ranks
-                if shortest:
-                    for other in range(1, ranks):
-                        rank = (request + other) % ranks
-                        if group.requests_in[rank] < group.requests_in[to]:
-                            to = rank
-                arrive(requests, group, to, request)
-                counters[NEXT] += 1
+            sent = min(concurrency + counters[ENDED], len(mine))
+            for place in range(counters[SENT], sent):
+                requests.arrival_s[mine[place]] = clock[NOW]
+                admitted_s[mine[place]] = clock[NOW] + front_end_s
+            counters[SENT] = sent
+            if counters[NEXT] < sent:
+                _queue(requests, group, mine, sent, admitted_s, clock[NOW], counters, shortest)
             if plan_step(requests, group, limits, plan) == 0:
-                return DONE
+                if counters[NEXT] == sent:
+                    return DONE
+                clock[NOW] = admitted_s[mine[counters[NEXT]]]
+                continue
             counters[PEAK_KV] = max(counters[PEAK_KV], plan.totals[2])
             counters[PLANNED] = 1
         elif counters[PLANNED] == 0:
@@ -200,6 +219,9 @@ def _advance(
         counters[STEPS] += 1
         clock[STARTED] = clock[NOW]
         clock[NOW] += seconds
+        if concurrency > 0 and counters[NEXT] < counters[SENT]:  # they come while the step runs, which ends after them
+            before_s = np.nextafter(clock[NOW], -np.inf)
+            _queue(requests, group, mine, counters[SENT], admitted_s, before_s, counters, shortest)
         gaps, done = finish_step(requests, group, limits, plan, clock[NOW], gap_s, gap_n, counters[GAPS], ended)
         counters[GAPS] = gaps
         counters[ENDED] += done
@@ -268,17 +290,21 @@ class Instances(StepTables):
 
     def __init__(
         self, requests: Requests, arrival_s: Floats, limits: Limits, ranks: int, instances: int, timed: Timed,
-        concurrency: int = 0, shortest: bool = False,
+        concurrency: int = 0, shortest: bool = False, front_end_s: float = 0.0,
     ) -> None:  # fmt: skip
         """arrival_s: of an open loop. concurrency: of a closed one, of a single instance; arrivals are ignored then.
 
-        shortest: requests of a closed loop go to the rank with the fewest.
+        shortest: requests of a closed loop go to the rank with the fewest. front_end_s: from arrival to the queue.
         """
         super().__init__(timed)
         self.requests, self.limits, self.ranks, self.instances = requests, limits, ranks, instances
         self.concurrency, self.shortest = concurrency, shortest
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
+        self.front_end_s = front_end_s
+        if front_end_s > 0.0 and not concurrency:  # a process of its own brings each request to the queue
+            self.scheduled_s = self.admitted_s
+            self.admitted_s = self.admitted_s + front_end_s
         self.gap_s, self.gap_n = np.zeros(FIRST_STEPS), np.zeros(FIRST_STEPS, np.int64)
         self.gaps = 1  # place 0 counts tokens of the same step
         self.groups: list[Ranks] = []
@@ -290,6 +316,8 @@ class Instances(StepTables):
         Raises OutsideProfile.
         """
         logs = [self._one(instance) for instance in range(self.instances)]
+        if self.front_end_s > 0.0 and not self.concurrency:
+            self.requests.arrival_s[:] = self.scheduled_s
         steps = np.concatenate(logs)
         found: Floats = steps[np.lexsort((steps[:, 4], steps[:, 0]))]
         return found
@@ -302,7 +330,7 @@ class Instances(StepTables):
         self.groups.append(group)
         plan = new_plan(self.ranks, self.limits.max_running)
         ended = np.zeros(group.running.size + self.ranks * self.limits.max_running, np.int64)
-        counters, clock = np.zeros(8, np.int64), np.zeros(3)
+        counters, clock = np.zeros(9, np.int64), np.zeros(3)
         counters[GAPS] = self.gaps
         log = np.zeros((FIRST_STEPS, 5))
         attention, graphs = self.timed.attention(), self.timed.graphs_taken()
@@ -310,7 +338,7 @@ class Instances(StepTables):
             why = _advance(
                 self.requests, group, self.limits, plan, mine, self.instances, self.admitted_s, self.scheduled_s,
                 self.decode, self.prefill, attention, graphs, self.prompts, counters, clock, self.gap_s, self.gap_n,
-                log, ended, self.concurrency, self.shortest,
+                log, ended, self.concurrency, self.shortest, self.front_end_s,
             )  # fmt: skip
             if why == DONE:
                 break

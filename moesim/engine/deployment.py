@@ -15,8 +15,9 @@ from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.moving import refuse_drift_with_holdout
+from moesim.engine.overheads import rules_of
 from moesim.engine.role_specs import role_scenarios
-from moesim.engine.rules import EngineRules, engine_rules, low_latency_tokens
+from moesim.engine.rules import EngineRules, low_latency_tokens
 from moesim.engine.speculative import draft_tokens, refuse_drafts
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
@@ -211,8 +212,8 @@ def resolve(
     if placement is None:
         placement = place(replace(ground, scenario=scenario), scenario.placement, parallel)
     check_placement(placement, ground.model, parallel)
-    rules = engine_rules(scenario.engine.name)
     cluster = ground.cluster
+    rules = rules_of(scenario, system=cluster.gpu.name)
     setup = LayerSetup(
         model=ground.model,
         parallel=parallel,
@@ -221,8 +222,8 @@ def resolve(
         placement=placement,
         nodes=-(-parallel.gpus // cluster.gpus_per_node),
         gpus_per_node=cluster.gpus_per_node,
-        step_overhead_s=rules.step_overhead_s,
-        eager_layer_s=rules.eager_layer_s,
+        step=rules.step,
+        layer=rules.layer,
         overhead_rel_sigma=rules.overhead_rel_sigma,
         storage=expert_storage(
             scenario, ground.model, cluster, parallel, placement, fit=ground.fit, judge=ground.judge

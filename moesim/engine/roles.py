@@ -111,15 +111,17 @@ def serve_roles(
     """Run all requests through a prefill pool and then a decode pool.
 
     The first token is the user's when the cache has arrived, as the decode rank answers. A request preempted in the
-    decode pool is read again there. compiled: a closed loop sent in turn, its steps timed by table, runs in
-    `compiled_roles`, with the same times. Raises Infeasible when a request can never be admitted in either.
+    decode pool is read again there. compiled: a closed loop sent in turn, whose front end takes no time and whose steps
+    are timed by table, runs in `compiled_roles`, with the same times. Raises Infeasible when a request can never be
+    admitted in either.
     """
     count = len(load.isl)
     prompts = replace(load, osl=np.ones(count, np.int64))
     check_limits(prompts, prefill.limits)
     check_limits(replace(load, blocks=None), decode.limits)
     timed = all(getattr(pool.step_time, "role_compilable", False) for pool in (prefill, decode))
-    if compiled and timed and load.concurrency is not None and load.blocks is None and balance == "round_robin":
+    in_turn = load.concurrency is not None and load.blocks is None and balance == "round_robin"
+    if compiled and timed and in_turn and load.front_end_s == 0:
         return _compiled(load, prefill, decode, transfer)
     environment = simpy.Environment()
     first = Pool(

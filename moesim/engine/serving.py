@@ -37,7 +37,7 @@ class PromptBlocks:
 class Load:
     """The requests of a run: lengths [requests] in tokens; arrival_s [requests] for an open loop, or concurrency.
 
-    blocks: what prompts share, where it is known.
+    blocks: what prompts share, where it is known. front_end_s: of each request, from its arrival to the engine's queue.
     """
 
     isl: Ints
@@ -45,6 +45,7 @@ class Load:
     arrival_s: Floats | None = None
     concurrency: int | None = None
     blocks: PromptBlocks | None = None
+    front_end_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.arrival_s is None) == (self.concurrency is None):
@@ -307,9 +308,17 @@ class Source:
             self._arrive()
 
     def _arrive(self) -> None:
-        self.pool.requests.arrival_s[self.arrived] = self.pool.environment.now
-        self.pool.send(self.arrived)
+        request = self.arrived
+        self.pool.requests.arrival_s[request] = self.pool.environment.now
         self.arrived += 1
+        if self.load.front_end_s > 0:
+            self.pool.environment.process(self._queue(request))
+        else:
+            self.pool.send(request)
+
+    def _queue(self, request: int) -> Generator[Any, Any, None]:
+        yield self.pool.environment.timeout(self.load.front_end_s)
+        self.pool.send(request)
 
     def _arrivals(self, times_s: Floats) -> Generator[Any, Any, None]:
         environment = self.pool.environment
@@ -354,7 +363,9 @@ def _compiled(
     from moesim.engine.compiled import Instances
 
     times_s = np.zeros(len(load.isl)) if load.arrival_s is None else load.arrival_s
-    run = Instances(requests, times_s, limits, ranks, instances, timed, load.concurrency or 0, shortest)
+    run = Instances(
+        requests, times_s, limits, ranks, instances, timed, load.concurrency or 0, shortest, load.front_end_s
+    )
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
     return record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)

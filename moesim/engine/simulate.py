@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def first_requests(load: Load) -> Load:
     if count >= len(load.isl) or load.blocks is not None:
         return load
     times_s = None if load.arrival_s is None else load.arrival_s[:count]
-    return Load(load.isl[:count], load.osl[:count], times_s, load.concurrency)
+    return replace(load, isl=load.isl[:count], osl=load.osl[:count], arrival_s=times_s)
 
 
 def make_load(deployment: Deployment, seed: int) -> Load:
@@ -124,15 +124,17 @@ def simulate(
     reading = None if deployment.prefill is None else StepModel(deployment.prefill, seed=seed, detail=detail)
     load = make_load(deployment, seed)
     load = first_requests(load) if first_look else load
+    load = replace(load, front_end_s=deployment.rules.request.seconds)
     moving = MovingRuns(model, fidelity)
 
     def run(draw: Draw | None, *, healthy: bool = False, still: bool = False) -> Served:
         timed = ExactModel(model, fidelity) if fidelity != "table" and draw is None else model.under(draw)
         ranks = deployment.setup.parallel.attention_dp
+        asked = replace(load, front_end_s=deployment.rules.request.under(None if draw is None else draw.normal))
         if reading is not None:
             first = ExactModel(reading, fidelity) if fidelity != "table" and draw is None else reading.under(draw)
             return serve_roles(
-                load,
+                asked,
                 role_pool(reading, first),
                 role_pool(model, timed),
                 kv_transfer(deployment),
@@ -141,7 +143,7 @@ def simulate(
         clock: Faults | None = FaultClock(faults, model, draw, fidelity) if faults and not healthy else None
         clock = clock or moving.clock(draw, still=still)
         return serve(
-            load,
+            asked,
             model.limits,
             ranks=ranks,
             instances=deployment.instances,

@@ -157,9 +157,7 @@ class TimedModel:
 
     @property
     def _step_overhead_s(self) -> float:
-        rules = self.model.deployment.rules
-        error = 0.0 if self.normal is None else self.normal["overhead"]
-        return float(rules.step_overhead_s * np.exp(rules.overhead_rel_sigma * error))
+        return self.model.deployment.rules.step.under(self.normal)
 
     def _logits_s(self, rows: float) -> float:
         grid = self.model.grid("decode")
@@ -198,9 +196,7 @@ class TimedModel:
 
     @property
     def _eager_layer_s(self) -> float:
-        rules = self.model.deployment.rules
-        error = 0.0 if self.normal is None else self.normal["overhead"]
-        return float(rules.eager_layer_s * np.exp(rules.overhead_rel_sigma * error))
+        return self.model.deployment.rules.layer.under(self.normal)
 
     def prompt_s(self, seqs: int, tokens: int, prefix: float) -> float:
         """Attention of the prompts that a rank reads, of one layer; remembered, as workloads repeat."""

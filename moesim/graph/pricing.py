@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
+from moesim.cost.estimate import CostModel, Estimate, estimate
+from moesim.cost.host import HostTime
 from moesim.cost.ops import (
     Attention,
     Collective,
@@ -74,8 +75,8 @@ class LayerSetup:
     """All that stays fixed over the steps of a deployment's instance.
 
     placement: of the MoE layers over the instance's EP ranks. nodes: nodes that the instance spans.
-    gpus_per_node: GPUs of one node. step_overhead_s: host time of a step that nothing hides, eager_layer_s: extra host
-    time per layer without a captured graph, overhead_rel_sigma: their spread; all `assumed`.
+    gpus_per_node: GPUs of one node. step: host time of a step that nothing hides, layer: extra host time per layer
+    without a captured graph, overhead_rel_sigma: the spread of other host times, which are `assumed`.
     storage: where expert weights wait, None = all on the GPU. overlap: what streams cost each other, None = nothing.
     network: the instance's links, for exchanges that no table holds and for the bytes on each link.
     """
@@ -87,8 +88,8 @@ class LayerSetup:
     placement: ExpertPlacement
     nodes: int
     gpus_per_node: int
-    step_overhead_s: float
-    eager_layer_s: float
+    step: HostTime
+    layer: HostTime
     overhead_rel_sigma: float
     storage: ExpertStorage | None = None
     overlap: StreamOverlap | None = None
@@ -187,8 +188,8 @@ class Pricer:
             dense=self._dense(rows),
             dense_sync=self._dense_sync(rows),
             tail=self._tail(batch),
-            overhead=self._overhead(setup.step_overhead_s),
-            eager=Part() if graphed else self._overhead(setup.eager_layer_s),
+            overhead=Part((setup.step.estimate(),)),
+            eager=Part() if graphed else Part((setup.layer.estimate(),)),
         )
 
     def slot_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
@@ -232,12 +233,6 @@ class Pricer:
         blocks = -(-n // WIDEST_GEMM_COLUMNS)
         block = self._one(Gemm(m=rows, n=-(-n // blocks), k=k, dtype=dtype))
         return Part(block.estimates * blocks)
-
-    def _overhead(self, seconds: float) -> Part:
-        priced = estimate(
-            np.full((1, 1), seconds), Tag.ASSUMED, "overhead", self.setup.overhead_rel_sigma, "engine rules"
-        )
-        return Part((priced,))
 
     def _norm(self, rows: Floats) -> Part:
         """RMSNorm with residual: two tensors read, two written."""

@@ -53,14 +53,26 @@ def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> lis
         "the deployment meets. They do not hold errors of the simulator's structure (what overlaps, what the engine's "
         "scheduler does) or faults, and arrivals are one draw that all plans share."
     )
-    found.append(
-        "Host overheads of the engine (between steps, and per layer without a captured graph) are assumed until they "
-        "are calibrated against measured runs; their spread enters the intervals."
-    )
+    found.append(_overheads(scenario))
     work = scenario.serving.workload if scenario.serving is not None else None
     if work is not None and work.isl is not None and work.osl is not None:
         found.append(f"All requests are alike: {work.isl} tokens in, {work.osl} out, no shared prefixes.")
     return found
+
+
+def _overheads(scenario: Scenario) -> str:
+    given = scenario.cost.overheads
+    if isinstance(given, Path):
+        return (
+            f"Host overheads of the engine come from {given.name}, fitted to benchmark runs; what such a fit "
+            "absorbs of other errors of the simulator holds at loads like those runs' only."
+        )
+    if given is not None:
+        return "Host overheads of the engine are given in the scenario; their spread is assumed."
+    return (
+        "Host overheads of the engine (between steps, and per layer without a captured graph) are assumed until they "
+        "are calibrated against measured runs; their spread enters the intervals."
+    )
 
 
 def caveats_of(scenario: Scenario, told: Told, baseline: Told | None, notes: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.draws import LEVEL, interval
+from moesim.engine.overheads import overheads_json
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.stepmodel import ExactModel, Fidelity
@@ -223,6 +224,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "load": steadiness(simulation).to_json(),
         "serving": serving_report(simulation),
         "provenance": provenance(simulation),
+        "overheads": overheads_json(deployment.rules),
         "plan": {
             "parallel": setup.parallel.model_dump(mode="json"),
             "instances": deployment.instances,

@@ -15,6 +15,7 @@ from moesim.spec.cluster import BackgroundSpec
 from moesim.spec.drift import DriftSpec, ShiftSpec
 from moesim.spec.faults import FaultSpec
 from moesim.spec.gate import GateChosen
+from moesim.spec.overheads import OverheadsSpec
 from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.rebalance import RebalanceSpec
@@ -81,6 +82,9 @@ class CostSpec(Spec):
         min_length=1,
         description="word in the name of the kernel that runs the experts' products; where its rows lack the model's "
         "shape and `extrapolate` allows, its physics at the nearest measured shape prices them; none = any kernel",
+    )
+    overheads: OverheadsSpec | Path | None = Field(
+        default=None, description="host times of the engine: given, or a file of `moesim validate calibrate`"
     )
 
 
@@ -297,6 +301,8 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.serving is None and self.cost.overheads is not None:
+            raise ValueError("cost.overheads is of serving: training has training.host")
         if self.serving is not None and self.objective.of_training:
             raise ValueError("objective: step time, MFU, drops and headroom are of training, not of serving")
         schedules, unfit = self.search.schedules or (), "two_batch" if self.serving is None else "forward_backward"
@@ -373,6 +379,8 @@ def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
         update["placement"] = scenario.placement.model_copy(update={"file": at(scenario.placement.file)})
     if isinstance(scenario.cluster, Path):
         update["cluster"] = at(scenario.cluster)
+    if isinstance(scenario.cost.overheads, Path):
+        update["cost"] = scenario.cost.model_copy(update={"overheads": at(scenario.cost.overheads)})
     if scenario.model.endswith(".json"):
         update["model"] = str(at(Path(scenario.model)))
     if scenario.serving is not None and scenario.serving.workload.file is not None:

@@ -34,8 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepModel]:
 
 def both(
     model: StepModel, load: Load, instances: int, *, chunked: bool, kv_tokens: int, balance: str = "round_robin",
-    hold: int = 0, gather: int = 0,
+    hold: int = 0, gather: int = 0, front_end_s: float = 0.0,
 ) -> tuple[Served, Served]:  # fmt: skip
+    load = dataclasses.replace(load, front_end_s=front_end_s)
     limits = model.limits._replace(
         chunked=chunked, kv_tokens=kv_tokens, max_running=6, hold_steps=hold, gather_steps=gather
     )
@@ -60,6 +61,8 @@ def same(one: Served, other: Served) -> None:
 
 
 holds = st.sampled_from([0, 0, 1, 4, 30])
+# The front end's seconds with a request: none, less than a step, many steps, longer than most requests last.
+front_ends = st.sampled_from([0.0, 0.0, 3e-4, 0.05, 2.0])
 # Bursts at one instant, pauses that empty the queues, and gaps about as long as a step.
 arrivals = st.lists(st.sampled_from([0.0, 1e-4, 0.004, 0.02, 5.0]), min_size=1, max_size=40)
 
@@ -67,32 +70,33 @@ arrivals = st.lists(st.sampled_from([0.0, 1e-4, 0.004, 0.02, 5.0]), min_size=1, 
 @settings(max_examples=40, deadline=None)
 @given(
     gaps=arrivals, seed=st.integers(0, 99), instances=st.integers(1, 3), engine=st.sampled_from(ENGINES),
-    chunked=st.booleans(), tight=st.booleans(), hold=holds, gather=st.integers(0, 3),
+    chunked=st.booleans(), tight=st.booleans(), hold=holds, gather=st.integers(0, 3), front_end_s=front_ends,
 )  # fmt: skip
 def test_both_loops_agree(
     models: dict[str, StepModel], gaps: list[float], seed: int, instances: int, engine: str, chunked: bool, tight: bool,
-    hold: int, gather: int,
+    hold: int, gather: int, front_end_s: float,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     load = Load(rng.integers(1, 240, len(gaps)), rng.integers(1, 24, len(gaps)), arrival_s=np.cumsum(gaps))
     kv_tokens = 400 if tight else 100_000
-    same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=kv_tokens, hold=hold, gather=gather))
+    asked: dict[str, Any] = {"hold": hold, "gather": gather, "front_end_s": front_end_s}
+    same(*both(models[engine], load, instances, chunked=chunked, kv_tokens=kv_tokens, **asked))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     count=st.integers(1, 60), seed=st.integers(0, 99), concurrency=st.integers(1, 80), engine=st.sampled_from(ENGINES),
     chunked=st.booleans(), tight=st.booleans(), balance=st.sampled_from(["round_robin", "shortest_queue"]),
-    hold=holds, gather=st.integers(0, 3),
+    hold=holds, gather=st.integers(0, 3), front_end_s=front_ends,
 )  # fmt: skip
 def test_both_closed_loops_agree(
     models: dict[str, StepModel], count: int, seed: int, concurrency: int, engine: str, chunked: bool, tight: bool,
-    balance: str, hold: int, gather: int,
+    balance: str, hold: int, gather: int, front_end_s: float,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     load = Load(rng.integers(1, 240, count), rng.integers(1, 24, count), concurrency=concurrency)
     kv_tokens = 400 if tight else 100_000
-    asked: dict[str, Any] = {"balance": balance, "hold": hold, "gather": gather}
+    asked: dict[str, Any] = {"balance": balance, "hold": hold, "gather": gather, "front_end_s": front_end_s}
     same(*both(models[engine], load, 1, chunked=chunked, kv_tokens=kv_tokens, **asked))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.cost.estimate import Estimate, Tag, estimate
+from moesim.cost.host import HostTime
 from moesim.cost.ops import Attention, Collective, Gemm, MemoryBound, MlaAttention, Operation
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import StepModel
@@ -64,7 +65,7 @@ def setup(model: ModelSpec, parallel: ParallelSpec, backend: str = "allreduce", 
         model=model, parallel=parallel, precision=PrecisionSpec(**precision),
         policies=PoliciesSpec.read({"dispatch": {"backend": backend}}, where="test"),
         placement=ExpertPlacement(slots, np.arange(layers), experts, parallel.ep, experts),
-        nodes=1, gpus_per_node=8, step_overhead_s=0.0, eager_layer_s=0.0, overhead_rel_sigma=0.0,
+        nodes=1, gpus_per_node=8, step=HostTime(0.0), layer=HostTime(0.0), overhead_rel_sigma=0.0,
     )  # fmt: skip
 
 

@@ -142,3 +142,16 @@ def test_json_console_and_page_tell_both_roles(tmp_path: Path, capsys: pytest.Ca
     assert {explained["transfer"]["bytes"], explained["transfer"]["share_of_ttft"]} <= figures
     assert {step["step_s"] for step in explained["steps"]} <= figures
     assert np.isfinite(list(figures)).all()
+
+
+def test_a_front_end_delays_the_transfers_what_ifs_as_well() -> None:
+    """The run that is told and the runs without a transfer are of the same requests, late by the same time."""
+    data = roles(arrivals={"concurrency": 3})
+    data["cost"]["overheads"] = {"request_s": 0.5}
+    late, plain = simulated(data), simulated(roles(arrivals={"concurrency": 3}))
+    told, before = explain_transfer(late), explain_transfer(plain)
+    assert told is not None
+    assert before is not None
+    assert told.ttft_s == pytest.approx(before.ttft_s + 0.5, abs=0.05)
+    for name, seconds in told.what_if_ttft_s.items():
+        assert seconds == pytest.approx(before.what_if_ttft_s[name] + 0.5, abs=0.05)

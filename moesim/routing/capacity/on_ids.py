@@ -27,10 +27,28 @@ class Kept:
     capacity: Ints
 
 
+@dataclass(frozen=True)
+class Chance:
+    """The random numbers of a layer's picks, int64 [tokens, slots], so that an executed layer can be given the same.
+
+    turn: the order in which places are given out where drops are random, lowest first. second: the expert that a lost
+    pick tries where backups are random.
+    """
+
+    turn: Ints
+    second: Ints
+
+    @classmethod
+    def draw(cls, shape: tuple[int, int], experts: int, rng: np.random.Generator) -> Chance:
+        """For picks of a shape [tokens, slots]."""
+        turn = rng.permutation(shape[0] * shape[1]).reshape(shape)
+        return cls(turn, rng.integers(experts, size=shape))
+
+
 def keep_within(
     routed: Routed,
     rule: CapacityRule,
-    rng: np.random.Generator,
+    rng: np.random.Generator | Chance,
     *,
     top_k: int,
     source: Ints | None = None,
@@ -38,6 +56,7 @@ def keep_within(
 ) -> Kept:
     """Apply a rule to picks [tokens, slots] of tokens in their order.
 
+    rng: draws what is random, or the numbers themselves.
     source: int64 [tokens], 0 to sources - 1: each source has its own capacity at every expert (None: one source).
     scores: float64 [tokens, experts], the order of a token's next-best experts. Raises BadInput where next-best lacks
     them.
@@ -50,18 +69,19 @@ def keep_within(
         return Kept(routed, nothing, nothing, nothing, np.bincount(home, minlength=sources))
     if rule.backup == "next_best" and scores is None:
         raise BadInput("next-best needs the scores of the tokens", where="capacity.backup", mend="give `scores`")
+    chance = rng if isinstance(rng, Chance) else Chance.draw((tokens, routed.ids.shape[1]), routed.experts, rng)
     limit = rule.capacity(np.bincount(home, minlength=sources), routed.experts, top_k)
     room = np.repeat(limit[:, None], routed.experts, axis=1)
     token, slot = np.nonzero(routed.ids >= 0)
     wanted = routed.ids[token, slot]
-    kept = _claim(home[token], wanted, _priority(routed, token, slot, rule, rng), room)
+    kept = _claim(home[token], wanted, _priority(routed, token, slot, rule, chance), room)
     ids = np.full(routed.ids.shape, NO_EXPERT)
     ids[token[kept], slot[kept]] = wanted[kept]
     lost = np.nonzero(~kept)[0]
     order = np.lexsort((token[lost], slot[lost]))  # backups are tried by position, first choices first
     lost = lost[order]
     if rule.backup == "random":
-        _reroute_at_random(ids, token[lost], slot[lost], home, room, routed.experts, rng)
+        _reroute_at_random(ids, token[lost], slot[lost], home, room, chance)
     elif rule.backup == "next_best":
         assert scores is not None
         _reroute_to_next(ids, token[lost], slot[lost], home, room, scores, routed.ids)
@@ -76,10 +96,10 @@ def keep_within(
     )
 
 
-def _priority(routed: Routed, token: Ints, slot: Ints, rule: CapacityRule, rng: np.random.Generator) -> Ints:
+def _priority(routed: Routed, token: Ints, slot: Ints, rule: CapacityRule, chance: Chance) -> Ints:
     """Rank of each pick [picks] in the order in which places are given out, lower first."""
     if rule.drop == "random":
-        return rng.permutation(len(token))
+        return np.asarray(chance.turn[token, slot])
     if rule.drop == "probability":
         order = np.lexsort((slot, token, -routed.weights[token, slot]))
     else:
@@ -102,16 +122,14 @@ def _claim(home: Ints, expert: Ints, priority: Ints, room: Ints) -> np.ndarray[t
     return got
 
 
-def _reroute_at_random(
-    ids: Ints, token: Ints, slot: Ints, home: Ints, room: Ints, experts: int, rng: np.random.Generator
-) -> None:
+def _reroute_at_random(ids: Ints, token: Ints, slot: Ints, home: Ints, room: Ints, chance: Chance) -> None:
     """One try at a random expert for each lost pick; lost where it is full or the token's own already.
 
     Slot by slot, so that a token sees what its earlier picks found.
     """
     for at in np.unique(slot):
         rows = token[slot == at]
-        chosen = rng.integers(experts, size=len(rows))
+        chosen = chance.second[rows, at]
         new = ~(ids[rows] == chosen[:, None]).any(axis=1)
         rows, chosen = rows[new], chosen[new]
         got = _claim(home[rows], chosen, np.arange(len(rows)), room)
