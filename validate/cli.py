@@ -59,6 +59,9 @@ def hardware(
     intermediate: Annotated[int, typer.Option(help="Intermediate size of an expert.")] = 1024,
     experts: Annotated[int | None, typer.Option(help="Experts. [default: 32, or as in the loads]")] = None,
     top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 4,
+    placements: Annotated[
+        int | None, typer.Option(help="How many placements to make and compare, from planned to bad. [default: 3]")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(help="Slots of the planned placement over all ranks. [default: experts + 2 x ranks]")
     ] = None,
@@ -97,6 +100,7 @@ def hardware(
             loads=loads,
             layer=layer,
             placements=tuple(placement or ()),
+            count=placements,
             slots=slots,
             replica=replica.value,
             kernel=kernel.value,

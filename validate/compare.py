@@ -93,11 +93,18 @@ def spread_of_medians(samples: Floats) -> Floats:
     return np.asarray(high - low)
 
 
-def order_beyond(predicted: Floats, measured: Floats, spread: Floats) -> PairOrder:
-    """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread."""
+def order_beyond(
+    predicted: Floats, measured: Floats, spread: Floats, groups: Sequence[int] | None = None
+) -> PairOrder:
+    """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread.
+
+    groups: [cases]; only pairs of one group count (all pairs without).
+    """
     pairs = decided = agreed = 0
     for first in range(len(measured)):
         for second in range(first + 1, len(measured)):
+            if groups is not None and groups[first] != groups[second]:
+                continue
             pairs += 1
             difference = measured[first] - measured[second]
             if abs(difference) > 2.0 * max(spread[first], spread[second]):
@@ -140,3 +147,21 @@ def regret(predicted: Floats, measured: Floats, groups: Sequence[int]) -> dict[i
         chosen = mine[int(predicted[mine].argmin())]
         found[int(group)] = float(measured[chosen] / measured[mine].min() - 1.0)
     return found
+
+
+def regret_of_any(measured: Floats, groups: Sequence[int]) -> dict[int, float]:
+    """For each group, how much slower than the best its cases are on average: the regret of choosing blindly."""
+    labels = np.asarray(groups)
+    return {
+        int(group): float(measured[labels == group].mean() / measured[labels == group].min() - 1.0)
+        for group in dict.fromkeys(groups)
+    }
+
+
+def span(seconds: Floats, groups: Sequence[int]) -> dict[int, float]:
+    """For each group, its slowest case over its quickest."""
+    labels = np.asarray(groups)
+    return {
+        int(group): float(seconds[labels == group].max() / seconds[labels == group].min())
+        for group in dict.fromkeys(groups)
+    }

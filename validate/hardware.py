@@ -23,11 +23,11 @@ from validate.job import (
     LayerShape,
     PlacedCase,
     Replica,
-    built_in_cases,
     case_of_file,
     file_profile,
     synthetic_profile,
 )
+from validate.placements import BUILT_IN, family
 
 # Defaults: a layer of a few to some tens of milliseconds on two CPU cores, the whole run well under a minute.
 HIDDEN = 512
@@ -52,6 +52,7 @@ def make_job(
     loads: Path | None,
     layer: int | None,
     placements: tuple[Path, ...],
+    count: int | None = None,
     slots: int | None,
     replica: Replica,
     kernel: Kernel,
@@ -79,30 +80,39 @@ def make_job(
             raise BadInput(f"{experts} experts", where="--experts", mend="pass at least 1")
         profile = synthetic_profile(experts or EXPERTS, np.random.default_rng([seed, 9]))
         source = "synthetic, lognormal"
-    count = len(profile)
+    known = len(profile)
     shape = LayerShape.read(
-        {"hidden": hidden, "intermediate": intermediate, "experts": count, "top_k": top_k}, where="the layer's shape"
+        {"hidden": hidden, "intermediate": intermediate, "experts": known, "top_k": top_k}, where="the layer's shape"
     )
-    if top_k > count:
-        raise BadInput(f"{top_k} of {count} experts", where="--top-k", mend=f"pass at most {count}")
-    if hidden < count:
+    if top_k > known:
+        raise BadInput(f"{top_k} of {known} experts", where="--top-k", mend=f"pass at most {known}")
+    if hidden < known:
         raise BadInput(
-            f"a hidden size of {hidden} cannot carry the routes of {count} experts",
+            f"a hidden size of {hidden} cannot carry the routes of {known} experts",
             where="--hidden",
-            mend=f"pass at least {count}",
+            mend=f"pass at least {known}",
         )
-    if count % ranks:
+    if known % ranks:
         raise Infeasible(
-            f"{count} experts do not divide by {ranks} ranks, so there is no contiguous placement to compare with",
+            f"{known} experts do not divide by {ranks} ranks, so there is no contiguous placement to compare with",
             where="--ranks",
-            mend=f"use a divisor of {count}",
+            mend=f"use a divisor of {known}",
             reason="experts_not_divisible",
         )
-    total = slots if slots is not None else min(count + REPLICAS_PER_RANK * ranks, count * ranks)
-    cases: tuple[PlacedCase, ...] = built_in_cases(profile, ranks=ranks, slots=total, seed=seed, planned=not placements)
+    total = slots if slots is not None else min(known + REPLICAS_PER_RANK * ranks, known * ranks)
+    if count is not None and count < 1:
+        raise BadInput(f"{count} placements", where="--placements", mend="pass at least 1")
+    cases: tuple[PlacedCase, ...] = family(
+        profile,
+        ranks=ranks,
+        slots=total,
+        count=BUILT_IN - bool(placements) if count is None else count,
+        seed=seed,
+        planned=not placements,
+    )
     for path in placements:
         taken = tuple(case.name for case in cases)
-        cases += (case_of_file(path, experts=count, ranks=ranks, layer=layer, taken=taken),)
+        cases += (case_of_file(path, experts=known, ranks=ranks, layer=layer, taken=taken),)
     job = {
         "backend": backend,
         "ranks": ranks,

@@ -18,7 +18,7 @@ from validate.compare import mape, pair_ordering, regret, signed_error, split_ha
 from validate.group import need_torch
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS
-from validate.probe import intervals
+from validate.sampling import intervals
 
 Floats = NDArray[np.float64]
 

@@ -45,7 +45,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         written: dict[str, str] = {}
         if group.rank == 0:
             beat.at("predicting")
-            prediction = predict(job, profile, counts, probe.row_bytes(rig))
+            prediction = predict(job, profile, counts, probe.row_bytes(rig), generator(job, 8))
             predicted = prediction_json(job, prediction, counts)
             written = write_predictions(Path(job.out) / PREDICTIONS_FILE, predicted, profile)
         group.start_together()
