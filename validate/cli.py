@@ -71,6 +71,9 @@ def hardware(
     ] = KernelName.auto,
     repeats: Annotated[int, typer.Option(help="Timed repeats of each case.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of routing, tokens and weights.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 unless error, span, order and regret are within their limits.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for predictions.json and record.json.")] = Path(
         "runs/validate-hardware"
     ),
@@ -80,7 +83,7 @@ def hardware(
     """Run a real expert-parallel MoE layer, predicted beforehand from a profile taken on the spot.
 
     The predictions are written before the first test run; outputs are checked against a float32 reference before they
-    are timed; the error is reported as it is and does not change the exit code.
+    are timed; the error is reported as it is and changes the exit code only with --check.
     """
     from profiles.launch import under_torchrun
     from validate import hardware as runner
@@ -118,13 +121,17 @@ def hardware(
         record = runner.run(make(ranks))
     if record is None:
         return
+    from validate import tables
+
     if as_json:
         typer.echo(json.dumps(record, allow_nan=False))
     else:
-        from validate.record import table
-
-        typer.echo(table(record))
+        typer.echo(tables.table(record))
+        if check:
+            typer.echo(f"\n{tables.verdict(record)}")
         typer.echo(f"\nrecord: {out / 'record.json'}")
+    if check and not tables.holds(record):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -83,6 +83,18 @@ def rank_correlation(one: Floats, other: Floats) -> float:
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
+def median_interval(samples: Floats) -> tuple[float, float]:
+    """Two of the samples [repeats] between which the median of what they are drawn from lies, with 90 % or more.
+
+    Order statistics: the number of samples below the median is binomial (n, 1/2). With fewer than five, all of them.
+    """
+    from scipy.stats import binom
+
+    ordered = np.sort(samples)
+    below = max(int(binom.ppf(CHANCE / 2, len(ordered), 0.5)) - 1, 0)
+    return float(ordered[below]), float(ordered[-1 - below])
+
+
 def spread_of_medians(samples: Floats) -> Floats:
     """How much the median of some repeats scatters: samples [cases, repeats], in order of time -> [cases].
 
@@ -93,9 +105,7 @@ def spread_of_medians(samples: Floats) -> Floats:
     return np.asarray(high - low)
 
 
-def order_beyond(
-    predicted: Floats, measured: Floats, spread: Floats, groups: Sequence[int] | None = None
-) -> PairOrder:
+def order_beyond(predicted: Floats, measured: Floats, spread: Floats, groups: Sequence[int] | None = None) -> PairOrder:
     """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread.
 
     groups: [cases]; only pairs of one group count (all pairs without).

@@ -35,8 +35,8 @@ def family(
     """
     experts = len(profile)
     hottest = np.argsort(-profile, kind="stable").astype(np.int64)
-    half = experts // 2 // ranks  # spare slots of a rank
     own = experts // ranks
+    half = min(own // 2, experts - own)  # spare slots of a rank
 
     def solved(total: int) -> Ints:
         return _solved(profile, slots=total, ranks=ranks, seed=seed)
@@ -55,7 +55,8 @@ def family(
         ("spare_on_rank_0", lambda: on_rank_0(hottest, hottest[: own + half], ranks)),
         ("random_spare", lambda: scattered(hottest, 2 * ranks, np.random.default_rng([seed, 10]))),
     ]
-    chosen = [(name, make()) for name, make in made if planned or not name.startswith("planned")][:count]
+    asked = [one for one in made if planned or not one[0].startswith("planned")][:count]
+    chosen = [(name, make()) for name, make in asked]
     for index in range(count - len(chosen)):
         chosen.append((f"random_{index + 1}", scattered(hottest, 0, np.random.default_rng([seed, 11, index]))))
     return tuple(

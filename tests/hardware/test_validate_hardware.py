@@ -115,7 +115,7 @@ def test_predictions_are_on_disk_before_anything_is_measured(finished: tuple[Job
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])
 def test_one_rank_alone_does_the_whole_session(tmp_path: Path, alone: Callable[[Job], Any], kernel: str) -> None:
-    from validate.record import table
+    from validate.tables import table
     from validate.worker import session
 
     job = job_of(tmp_path, world=1, kernel=kernel)

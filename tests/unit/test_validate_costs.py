@@ -14,8 +14,8 @@ from validate.costs import fit_grouped, fit_loop, rising
 from validate.job import Job, LayerShape, PlacedCase
 from validate.layer import OPERATIONS, replica_routes
 from validate.predict import execute, layer_graph
-from validate.probe import intervals, probe_sizes
 from validate.record import layer_samples
+from validate.sampling import intervals, probe_sizes
 
 
 def test_a_curve_interpolates_and_says_where_it_does_not() -> None:
@@ -95,10 +95,20 @@ def test_the_predicted_layer_is_the_slowest_path() -> None:
     seconds[0, :, OPERATIONS.index("dispatch")] = 1.0
     seconds[0, :, OPERATIONS.index("experts")] = [5.0, 1.0]
     seconds[0, :, OPERATIONS.index("unpermute")] = [0.5, 0.25]
-    found = execute(seconds, np.zeros((1, len(OPERATIONS)), dtype=np.int8))
-    assert found.layer_s.tolist() == [8.5]
+    found = execute(seconds, np.repeat(seconds[:, None], 5, axis=1), np.zeros((1, len(OPERATIONS)), dtype=np.int8))
+    assert found.layer_s.tolist() == [[8.5, 8.5, 8.5]] and found.of_medians_s.tolist() == [8.5]
     assert found.wait_s.tolist() == [[1.0, 4.0]]
     assert [task.collective for task in layer_graph(seconds).tasks] == [False, False, True, False, True, False]
+
+
+def test_the_median_of_the_later_of_two_ranks_is_not_the_later_median() -> None:
+    # Experts take 1 or 3 s on either rank, by chance; three times in four one of the two takes 3 s.
+    runs = np.zeros((1, 4, 2, len(OPERATIONS)))
+    runs[0, :, :, OPERATIONS.index("experts")] = [[1.0, 1.0], [1.0, 3.0], [3.0, 1.0], [3.0, 3.0]]
+    found = execute(np.median(runs, axis=1), runs, np.zeros((1, len(OPERATIONS)), dtype=np.int8))
+    assert found.of_medians_s.tolist() == [2.0]
+    assert found.layer_s[0, 1] == 3.0
+    assert found.spread_s[0, 0, OPERATIONS.index("experts")].tolist() == [1.0, 3.0]
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans())
