@@ -82,9 +82,13 @@ class GroupedCost:
 
 
 def fit_loop(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> LoopCost:
-    """The curve of one expert, from balanced histograms ([local slots]; zero = not used) and their seconds."""
+    """The curve of one expert, from balanced histograms ([local slots]; zero = not used) and their seconds.
+
+    The curve may fall: a library's product of a few more rows can take a quicker path.
+    """
     each = [value / int((histogram > 0).sum()) for histogram, value in zip(histograms, seconds, strict=True)]
-    return LoopCost(rising([float(histogram.max()) for histogram in histograms], each))
+    sizes = [float(histogram.max()) for histogram in histograms]
+    return LoopCost(Curve(np.asarray(sizes), np.asarray(each, dtype=np.float64)))
 
 
 def fit_grouped(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> GroupedCost:

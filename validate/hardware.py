@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import BadInput, Infeasible, MissingPart
+from moesim.errors import BadInput, CheckFailed, Infeasible, MissingPart
 from moesim.files import write_text
+from moesim.units import human_bytes
 from validate.job import (
     Backend,
     Job,
@@ -38,6 +40,7 @@ TOKENS = (32, 128, 512)
 REPEATS = 20
 # Replicas of the planned placement: two for each rank.
 REPLICAS_PER_RANK = 2
+NOTHING = "no repeat was finished, so nothing is kept"
 
 
 def make_job(
@@ -144,25 +147,63 @@ def check_parts(backend: Backend, ranks: int) -> None:
 def run(job: Job) -> dict[str, Any]:
     """Start the ranks of the job on this machine, wait for them, and return the record.
 
-    Writes predictions.json and record.json to the job's folder. Raises CheckFailed when a rank fails, dies or hangs, or
-    when the outputs are wrong; no process is left behind.
+    Writes predictions.json and record.json to the job's folder; what an earlier run left there goes first. Raises
+    CheckFailed when a rank fails, dies or hangs, or when the outputs are wrong; then no process and no temporary folder
+    is left behind, and unfinished.json holds the repeats that were finished. Raises Infeasible for want of memory.
     """
-    from validate import ranks
-    from validate.worker import RECORD_FILE
+    from validate import ranks, unfinished
+    from validate.worker import RECORD_FILE, forget
 
+    check_memory(job)
     out = Path(job.out)
-    record = out / RECORD_FILE
     write_text(out / "job.json", job.model_dump_json(indent=1) + "\n")
-    record.unlink(missing_ok=True)
+    forget(out)
     folder = Path(tempfile.mkdtemp(prefix="moesim-ranks-"))
     try:
         lines = ranks.commands(out / "job.json", folder, job.ranks)
         with _progress() as tell:
             ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell)
+    except CheckFailed as error:
+        kept = unfinished.tell(out, job, error.what)
+        raise CheckFailed(error.what, where=error.where, mend=f"{error.mend}; {kept or NOTHING}") from None
+    except KeyboardInterrupt:
+        unfinished.tell(out, job, "interrupted")
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
     return found
+
+
+def weight_bytes(job: Job) -> int:
+    """Bytes of the weights that all ranks of a CPU run hold: a float32 copy for each replica that a placement needs."""
+    copies = 0
+    for rank in range(job.ranks):
+        most: Counter[int] = Counter()
+        for case in job.placements:
+            share = len(case.slots) // job.ranks
+            most |= Counter(case.slots[rank * share : (rank + 1) * share])  # the larger count of each
+        copies += most.total()
+    return 3 * job.shape.hidden * job.shape.intermediate * 4 * copies
+
+
+def check_memory(job: Job) -> None:
+    """Raise Infeasible where the weights alone need more memory than this machine has left (Linux tells how much)."""
+    if job.backend != "gloo":
+        return
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return
+    needed = weight_bytes(job)
+    if needed > left:
+        raise Infeasible(
+            f"the ranks' weights need {human_bytes(needed)}, and {human_bytes(left)} of memory are free",
+            where="validate hardware",
+            mend="use a smaller layer, fewer experts or fewer placements",
+            reason="memory",
+        )
 
 
 @contextmanager

@@ -57,8 +57,10 @@ def family(
     ]
     asked = [one for one in made if planned or not one[0].startswith("planned")][:count]
     chosen = [(name, make()) for name, make in asked]
-    for index in range(count - len(chosen)):
-        chosen.append((f"random_{index + 1}", scattered(hottest, 0, np.random.default_rng([seed, 11, index]))))
+    chosen += [
+        (f"random_{index + 1}", scattered(hottest, 0, np.random.default_rng([seed, 11, index])))
+        for index in range(count - len(chosen))
+    ]
     return tuple(
         PlacedCase(name=name, slots=tuple(table.tolist()), replicas=len(table) - experts) for name, table in chosen
     )

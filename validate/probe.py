@@ -36,7 +36,10 @@ TOKEN_POINTS = 6
 EXCHANGE_POINTS = 9
 KEEP_POINTS = 4
 ONE_WAY_POINTS = 3  # the largest sizes, where bytes and not latency make the time
-EXPERT_POINTS = 16
+EXPERT_POINTS = 12
+# Up to here every number of rows is profiled: libraries of matrix products take another path for each few of them, and
+# twelve rows may take longer than sixteen.
+EVERY_ROW = 8
 GROUPED_POINTS = 24
 # Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
 # at large ones (so that a sample stays short).
@@ -295,7 +298,7 @@ def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[
     """The same number of rows for each used expert, from 1 to beyond the most that one gets in a test case."""
     local = rig.local_slots[0]
     most = max(int(case.sum(axis=0).max()) for case in counts)
-    sizes = sorted({1, 2, *probe_sizes(3, 1.2 * most, EXPERT_POINTS, set())})
+    sizes = sorted({*range(1, EVERY_ROW + 1), *probe_sizes(EVERY_ROW, 1.2 * most, EXPERT_POINTS, set())})
     return [np.where(np.arange(local) < max(1, SAMPLE_ROWS // size), size, 0) for size in sizes]
 
 
