@@ -16,6 +16,7 @@ from moesim.cost.estimate import Tag
 from moesim.files import write_text
 from moesim.graph.task import Stream, Task, TaskGraph
 from profiles.traffic import traffic
+from validate.costs import in_company
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS
 from validate.probe import Profile
@@ -51,8 +52,8 @@ def predict(
     """Price each case, draw its runs from the profile's scatter, and put them through the max-plus executor.
 
     counts: for each case, rows from each source rank to each slot, int64 [ranks, slots]. An exchange takes the time of
-    an even one that loads every rank as this one loads its busiest, plus the copy of what stays on the rank. All cases
-    are drawn by the same lots.
+    an even one that loads every rank as this one loads its busiest, plus the copy of what stays on the rank. Experts go
+    on quicker once other ranks are done with theirs, by what the profile says. All cases are drawn by the same lots.
     """
     cases = job.cases()
     seconds = np.zeros((len(cases), job.ranks, len(OPERATIONS)))
@@ -78,8 +79,11 @@ def predict(
         }
         for column, name in enumerate(OPERATIONS):
             median_s, tag, where = priced[name]
+            drawn = profile.scatter[name].draw(where, median_s, lots[name])
+            if name == "experts":
+                median_s, drawn = in_company(median_s, profile.alone), in_company(drawn, profile.alone)
             seconds[index, :, column] = median_s
-            runs[index, ..., column] = profile.scatter[name].draw(where, median_s, lots[name])
+            runs[index, ..., column] = drawn
             tags[index, column] = np.max(tag)
     return execute(seconds, runs, tags)
 
@@ -156,6 +160,7 @@ def write_predictions(path: Path, cases: list[dict[str, Any]], profile: Profile)
             "cases": cases,
             "profile": {
                 "both_ways": profile.both_ways,
+                "alone": profile.alone,
                 "core_share": profile.core_share,
                 "points": profile.points,
             },

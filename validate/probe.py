@@ -35,6 +35,7 @@ from validate.scatter import Scatter, scatter
 TOKEN_POINTS = 6
 EXCHANGE_POINTS = 9
 KEEP_POINTS = 4
+ALONE_POINTS = 3  # of the expert points, from few rows to many
 ONE_WAY_POINTS = 3  # the largest sizes, where bytes and not latency make the time
 EXPERT_POINTS = 12
 # Up to here every number of rows is profiled: libraries of matrix products take another path for each few of them, and
@@ -58,9 +59,10 @@ class Profile:
 
     gate, permute, unpermute: seconds over tokens of a rank. dispatch, combine: seconds over the bytes that the busiest
     rank sends and receives. keep: extra seconds over the bytes that stay on a rank (copied, not sent). both_ways: how
-    much of a rank's less busy direction adds to its time (0 to 1). core_share: how much of a processor the ranks had
-    while they computed (None: a device computes). scatter: how the runs of each operation lie around their median, by
-    the size that its curve takes (experts: by the seconds). points: every measured median with its p10 and p90.
+    much of a rank's less busy direction adds to its time (0 to 1). alone: time of a rank's experts while the other
+    ranks wait, over their time while all compute (at most 1). core_share: how much of a processor the ranks had while
+    they computed (None: a device computes). scatter: how the runs of each operation lie around their median, by the
+    size that its curve takes (experts: by the seconds). points: every measured median with its p10 and p90.
     """
 
     gate: Curve
@@ -71,6 +73,7 @@ class Profile:
     keep: Curve
     both_ways: float
     experts: ExpertCost
+    alone: float
     core_share: float | None
     scatter: dict[str, Scatter]
     points: list[dict[str, Any]]
@@ -91,10 +94,11 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         [_exchange_point(rig, away=0, home=size) for size in home_sizes],
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
         [_expert_point(rig, histogram) for histogram in histograms],
+        [_expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
     )
     found, core_share = sample(rig, [point for group in shapes for point in group])
     ends = np.cumsum([len(group) for group in shapes])
-    local, away, home, one_way, experts = (
+    local, away, home, one_way, experts, lonely = (
         found[end - len(group) : end] for end, group in zip(ends, shapes, strict=True)
     )
 
@@ -133,6 +137,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         combine=combine_curve,
         keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
         both_ways=shared_with(combine_curve.sizes, combine_curve.seconds, single, single_s),
+        alone=_ratio(points, histograms, _alone(rig, len(histograms)), experts, lonely),
         experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
         core_share=core_share,
         scatter={
@@ -276,8 +281,33 @@ def _some_experts(rig: Rig) -> Callable[[], RankLayer]:
     )
 
 
-def _expert_point(rig: Rig, histogram: NDArray[np.int64]) -> Point:
-    """The local experts with `histogram` [local slots] rows each, spread over all source ranks."""
+def _alone(rig: Rig, count: int) -> list[tuple[int, int]]:
+    """Which of `count` expert points which ranks run alone, in turns: none with one rank."""
+    picked = np.linspace(0, count - 1, ALONE_POINTS + 2).round().astype(int)[1:-1]
+    return [(int(index), rank) for index in picked for rank in range(rig.job.ranks)] if rig.job.ranks > 1 else []
+
+
+def _ratio(
+    points: list[dict[str, Any]],
+    histograms: list[NDArray[np.int64]],
+    which: list[tuple[int, int]],
+    together: list[Floats],
+    alone: list[Floats],
+) -> float:
+    """The median over the points that ranks ran alone of their time over the same rank's with all; at most 1."""
+    ratios = []
+    for (index, rank), spent in zip(which, alone, strict=True):
+        shape = {"histogram": histograms[index].tolist(), "rank": rank}
+        median_s = _note(points, "experts_alone", shape, spent[rank, :, 0])
+        ratios.append(median_s / float(np.median(together[index][rank, :, 0])))
+    return min(float(np.median(ratios)), 1.0) if ratios else 1.0
+
+
+def _expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = None) -> Point:
+    """The local experts with `histogram` [local slots] rows each, spread over all source ranks.
+
+    only: the one rank that runs them, while the others wait in a collective.
+    """
     torch = need_torch()
     like = rig.tokens[rig.job.tokens[0]]
     share, odd = np.divmod(histogram, rig.job.ranks)
@@ -288,10 +318,14 @@ def _expert_point(rig: Rig, histogram: NDArray[np.int64]) -> Point:
     def call(mark: Mark) -> None:
         layer = some()
         mark()
-        run_experts(rows, counts, layer)
+        if only in (None, rig.group.rank):
+            run_experts(rows, counts, layer)
         mark()
+        if only is not None:
+            rig.group.gather(np.zeros(1))
 
-    return Point(f"experts at {int(histogram.max())} tokens each", call, (False,))
+    lonely = "" if only is None else f", rank {only} alone"
+    return Point(f"experts at {int(histogram.max())} tokens each{lonely}", call, (False,))
 
 
 def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moesim.cost.estimate import Tag
 from moesim.spec.plan import ExpertPlacement
 from profiles.traffic import shared_with, traffic
-from validate.costs import fit_grouped, fit_loop, rising
+from validate.costs import fit_grouped, fit_loop, in_company, rising
 from validate.job import Job, LayerShape, PlacedCase
 from validate.layer import OPERATIONS, replica_routes
 from validate.predict import execute, layer_graph
@@ -99,6 +99,23 @@ def test_the_predicted_layer_is_the_slowest_path() -> None:
     assert found.layer_s.tolist() == [[8.5, 8.5, 8.5]] and found.of_medians_s.tolist() == [8.5]
     assert found.wait_s.tolist() == [[1.0, 4.0]]
     assert [task.collective for task in layer_graph(seconds).tasks] == [False, False, True, False, True, False]
+
+
+def test_who_is_left_alone_goes_on_quicker() -> None:
+    # Both at half speed for 2 s; then the second one is alone, and its other 4 s take 2 s.
+    assert in_company(np.array([2.0, 6.0]), 0.5).tolist() == [2.0, 4.0]
+    assert in_company(np.array([6.0, 2.0]), 1.0).tolist() == [6.0, 2.0]
+    assert in_company(np.array([5.0]), 0.5).tolist() == [5.0]
+    # Three ranks: 1 s all, 1 s of work at three quarters (one of two others is left), 1 s at half.
+    assert in_company(np.array([[3.0, 1.0, 2.0]]), 0.5).tolist() == [[2.25, 1.0, 1.75]]
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=5), st.floats(0.1, 1.0))
+def test_company_never_changes_who_is_last_and_nobody_is_slowed(seconds: list[float], alone: float) -> None:
+    found = in_company(np.asarray(seconds), alone)
+    assert (found <= np.asarray(seconds) + 1e-12).all() and (found >= alone * np.asarray(seconds) - 1e-12).all()
+    assert found.max() == found[int(np.argmax(seconds))]
+    assert found.min() == pytest.approx(min(seconds))
 
 
 def test_the_median_of_the_later_of_two_ranks_is_not_the_later_median() -> None:
