@@ -38,13 +38,14 @@ KEEP_POINTS = 4
 ALONE_POINTS = 3  # of the expert points, from few rows to many
 ONE_WAY_POINTS = 3  # the largest sizes, where bytes and not latency make the time
 EXPERT_POINTS = 12
-# Up to here every number of rows is profiled: libraries of matrix products take another path for each few of them, and
-# twelve rows may take longer than sixteen.
-EVERY_ROW = 8
+# Up to here every number of rows is profiled: libraries of matrix products take another path for each few of them (MKL
+# on AVX-512: a step up at 4 rows, and 15 rows take a third longer than 16).
+EVERY_ROW = 18
 GROUPED_POINTS = 24
 # Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
 # at large ones (so that a sample stays short).
 SAMPLE_ROWS = 1024
+SAMPLE_EXPERTS = 32
 # Rows of each expert when experts run only for what they do to the operation after them.
 BETWEEN_ROWS = 4
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
@@ -254,8 +255,9 @@ def _experts_between(rig: Rig) -> Callable[[], None]:
     """A short run of some experts: in the layer, what follows them finds the caches and the clocks they leave."""
     torch = need_torch()
     like, local = rig.tokens[rig.job.tokens[0]], rig.local_slots[0]
-    counts = [[BETWEEN_ROWS] * local, *([[0] * local] * (rig.job.ranks - 1))]
-    rows = torch.randn(BETWEEN_ROWS * local, rig.job.shape.hidden).to(like.device, like.dtype)
+    used = min(local, SAMPLE_EXPERTS)
+    counts = [[BETWEEN_ROWS] * used + [0] * (local - used), *([[0] * local] * (rig.job.ranks - 1))]
+    rows = torch.randn(BETWEEN_ROWS * used, rig.job.shape.hidden).to(like.device, like.dtype)
     some = _some_experts(rig)
 
     def call() -> None:
@@ -333,7 +335,7 @@ def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[
     local = rig.local_slots[0]
     most = max(int(case.sum(axis=0).max()) for case in counts)
     sizes = sorted({*range(1, EVERY_ROW + 1), *probe_sizes(EVERY_ROW, 1.2 * most, EXPERT_POINTS, set())})
-    return [np.where(np.arange(local) < max(1, SAMPLE_ROWS // size), size, 0) for size in sizes]
+    return [np.where(np.arange(local) < min(max(1, SAMPLE_ROWS // size), SAMPLE_EXPERTS), size, 0) for size in sizes]
 
 
 def _random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
