@@ -24,6 +24,7 @@ GRACE_S = 1.0
 # A rank writes a sign of life five times a second; this long without one, and it is stopped or stuck in one call.
 SILENCE_S = 5.0
 WHERE = "validate hardware"
+SILENT = "it said nothing"
 # The kind of word that a rank leaves whose allocation failed, and what helps then.
 OUT_OF_MEMORY = "OutOfMemory"
 SMALLER = "use a smaller layer, fewer tokens or fewer placements"
@@ -197,7 +198,8 @@ def _killed(rank: int, number: int, folder: Path, short_of_memory: bool) -> Chec
     if number == signal.SIGKILL and short_of_memory:
         why, mend = " (the kernel ended a process for want of memory then)", SMALLER
     elif number != signal.SIGKILL:  # it ended itself, and may have said why
-        why, mend = f" ({_last_line(folder / f'rank{rank}.stderr')})", "mend that and run again"
+        said = _last_line(folder / f"rank{rank}.stderr")
+        why, mend = f" ({said})" if said != SILENT else "", "mend that and run again"
     return CheckFailed(f"rank {rank} was killed by {_signal_name(number)}{doing}{why}", where=WHERE, mend=mend)
 
 
@@ -213,7 +215,7 @@ def _last_line(path: Path) -> str:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else SILENT
 
 
 def _signal_name(number: int) -> str:
