@@ -64,6 +64,7 @@ class ValidationRecord(Spec):
     measured_from: str
     predictions_sha256: str
     reliability: float | None
+    core_share: dict[str, float | None] = Field(default_factory=dict)  # of computing ranks: phase -> share of a core
     cases: tuple[MeasuredCase, ...] = Field(min_length=1)
     checks: tuple[HeldCheck, ...]
 
@@ -124,6 +125,7 @@ def _of_hardware(record: dict[str, Any]) -> ValidationRecord:
             "measured_from": record["measured_from"],
             "predictions_sha256": record["predictions"]["sha256"],
             "reliability": record["comparison"]["split_half"]["reliability"],
+            "core_share": record["core_share"],
             "cases": cases,
             "checks": checks,
         },
@@ -202,7 +204,9 @@ def _contents(path: Path) -> list[dict[str, Any]]:
 
 
 def _put(record: ValidationRecord, folder: Path) -> Added:
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{record.command} {record.what.split(':')[0]}".lower()).strip("-")[:80]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{record.command} {' '.join(record.what.split(',')[:2])}".lower()).strip("-")[
+        :80
+    ]
     stamp = record.date[:19].replace(":", "").replace("T", "-")
     path = folder / f"{stamp}-{slug}.json"
     write_json(path, record.model_dump(mode="json"), indent=1)
@@ -214,8 +218,9 @@ def markdown(records: Sequence[ValidationRecord]) -> str:
     if not records:
         return "No validation is on record."
     lines = [
-        "| date | command | what ran | on | cases, repeats | error: mean absolute, signed, largest | reliability |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| date | command | what ran | on | cases, repeats | error: mean absolute, signed, largest | reliability | "
+        "cores |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:
         errors = record.errors
@@ -224,7 +229,7 @@ def markdown(records: Sequence[ValidationRecord]) -> str:
         lines.append(
             f"| {record.date[:10]} | `{record.command}` | {record.what} | {_machine(record)} | {len(errors)}, "
             f"{record.repeats} | {sum(size) / len(size):.1%}, {sum(errors) / len(errors):+.1%}, "
-            f"{max(errors, key=abs):+.1%} | {reliability} |"
+            f"{max(errors, key=abs):+.1%} | {reliability} | {_shares(record)} |"
         )
     for record in records:
         lines += ["", f"{record.date[:10]}, {record.what}:", ""]
@@ -232,6 +237,12 @@ def markdown(records: Sequence[ValidationRecord]) -> str:
             f"- {'' if one.holds else '**missed**: '}{one.goal}: {one.told} ({one.limit})" for one in record.checks
         ]
     return "\n".join(lines)
+
+
+def _shares(record: ValidationRecord) -> str:
+    """How much of its core a computing rank had, by phase; less than all where other programs ran, too."""
+    told = [f"{phase} {share:.0%}" for phase, share in record.core_share.items() if share is not None]
+    return ", ".join(told) or "-"
 
 
 def _machine(record: ValidationRecord) -> str:

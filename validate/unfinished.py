@@ -41,7 +41,7 @@ def tell(out: Path, job: Job, reason: str) -> str | None:
         kept: dict[str, Any] = json.loads((out / MOMENTS_FILE).read_text(encoding="utf-8"))
         moments = np.asarray(kept["moments"], dtype=np.float64)
         measured = measured_json(job, moments)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     write_json(
         out / UNFINISHED_FILE,

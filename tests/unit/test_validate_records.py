@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from moesim.cli import run
 from moesim.errors import BadInput
 from profiles.bundle import add_records, read_bundle, read_records
+from tests.mutations import of_bytes
 from tests.unit.test_profiles_bundle import bundle, rewritten
-from validate import bundled, records
+from validate import bundled, records, unfinished
 from validate.goals import goals
 from validate.job import Job, LayerShape, PlacedCase
 from validate.record import comparison_json, measured_json
@@ -23,11 +25,11 @@ from validate.tables import holds, table, verdict
 RNG = np.random.default_rng(0)
 
 
-def job(repeats: int = 12) -> Job:
+def job() -> Job:
     cases = [PlacedCase(name=name, slots=(0, 1, 2, 3), replicas=0) for name in ("a", "b", "c", "d", "e")]
     return Job(
         backend="gloo", ranks=2, shape=LayerShape(hidden=8, intermediate=8, experts=4, top_k=1), tokens=(8, 32),
-        profile=(0.25,) * 4, profile_source="test", placements=tuple(cases), repeats=repeats, out=".",
+        profile=(0.25,) * 4, profile_source="test", placements=tuple(cases), repeats=12, out=".",
     )  # fmt: skip
 
 
@@ -145,6 +147,39 @@ def test_what_is_no_record_is_one_line(content: str, words: str, tmp_path: Path)
         records.add([path], tmp_path / "kept")
     with pytest.raises(BadInput):
         records.read(path)
+
+
+def test_a_damaged_record_is_refused_or_still_one(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(record_of(GOOD, MEASURED)))
+    content = records.add([tmp_path / "record.json"], tmp_path / "kept")[0].path.read_bytes()
+    rng, path, refused = random.Random(0), tmp_path / "damaged.json", 0
+    for _ in range(300):
+        path.write_bytes(of_bytes(content, rng))
+        try:
+            assert "| date |" in records.markdown([records.read(path)])
+        except BadInput as error:
+            assert "\n" not in error.line()
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"moments": 3}', '{"moments": [[1]]}', '{"moments": [[[[1]]]]}'])
+def test_moments_that_are_not_whole_keep_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / unfinished.MOMENTS_FILE).write_text(content)
+    assert unfinished.tell(tmp_path, job(), "lost") is None
+
+
+def test_finished_repeats_of_a_lost_run_are_told(tmp_path: Path) -> None:
+    moments = moments_of(job(), MEASURED)[:, :, :3]
+    unfinished.keep(tmp_path, moments, repeats=12, started="2026-11-26T04:00:00")
+    assert unfinished.tell(tmp_path, job(), "rank 1 was lost") == "3 of 12 repeats are in unfinished.json"
+    told = json.loads((tmp_path / "unfinished.json").read_text())
+    assert (told["ended"], told["repeats"]) == ("rank 1 was lost", 3)
+    medians = [entry["layer_s"]["median_s"] for entry in told["measured"]]
+    assert medians == pytest.approx(MEASURED, rel=0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["unfinished.json"]
+    unfinished.forget(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_carries_the_validation_and_the_lines_stay(tmp_path: Path) -> None:
