@@ -136,6 +136,8 @@ def _summary(comparison: dict[str, Any]) -> list[str]:
         for tokens, foretold in comparison["span"]["predicted"].items()
     )
     beyond = comparison["beyond_twice_the_spread"]
+    right = f"{beyond['agreed']} of {beyond['decided']} ordered right"
+    judged = right if beyond["decided"] else "none, so no order is judged"
     return [
         f"layer error: mean {layer['mean_signed_error']:+.1%}, absolute {layer['mape']:.1%}, "
         f"largest {layer['largest_error']:+.1%}",
@@ -146,7 +148,7 @@ def _summary(comparison: dict[str, Any]) -> list[str]:
         f"the measurement itself: halves of the repeats differ by {half['gap']:.1%}, split-half reliability "
         f"{reliability}",
         f"pairs of placements that differ by more than twice the spread (p90 - p10 of the medians of {BLOCKS} runs of "
-        f"repeats): {beyond['agreed']} of {beyond['decided']} ordered right ({beyond['undecided']} differ less)",
+        f"repeats): {judged} ({beyond['undecided']} differ less)",
         f"pairs that differ by more than chance (sign test, 10 %): {order['agreed']} of {order['decided']} "
         f"({order['undecided']} undecided)",
         f"regret of the predicted best: {regrets} tokens; of any, on average: {blind}",
