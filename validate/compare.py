@@ -159,6 +159,29 @@ def regret(predicted: Floats, measured: Floats, groups: Sequence[int]) -> dict[i
     return found
 
 
+def held_out_regret(
+    predicted: Floats, samples: Floats, groups: Sequence[int], rng: np.random.Generator
+) -> dict[int, float]:
+    """For each group, how much slower the predicted best is than the one that half of the repeats shows to be the best.
+
+    predicted: [cases]; samples: [cases, repeats]. Both are judged by the other half, over random splits (the median),
+    so that the least of several near-equal medians, which is partly luck, does not count as a loss. Below zero where
+    the prediction chooses better than half of the repeats do.
+    """
+    repeats = samples.shape[1]
+    labels, half = np.asarray(groups), repeats // 2
+    losses: dict[int, list[float]] = {int(group): [] for group in dict.fromkeys(groups)}
+    for _ in range(SPLITS):
+        order = rng.permutation(repeats)
+        shown = np.median(samples[:, order[:half]], axis=1)
+        judged = np.median(samples[:, order[half:]], axis=1)
+        for group, found in losses.items():
+            mine = np.nonzero(labels == group)[0]
+            chosen, best = mine[int(predicted[mine].argmin())], mine[int(shown[mine].argmin())]
+            found.append(float(judged[chosen] / judged[best] - 1.0))
+    return {group: float(np.median(found)) for group, found in losses.items()}
+
+
 def regret_of_any(measured: Floats, groups: Sequence[int]) -> dict[int, float]:
     """For each group, how much slower than the best its cases are on average: the regret of choosing blindly."""
     labels = np.asarray(groups)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.compare import (
+    held_out_regret,
     mape,
     median_interval,
     order_beyond,
@@ -161,6 +162,7 @@ def comparison_json(
         "beyond_twice_the_spread": {**asdict(beyond), "undecided": beyond.undecided},
         "pair_order": {**asdict(order), "undecided": order.undecided},
         "regret": _keyed(regret(layer_predicted, layer_measured, groups)),
+        "regret_held_out": _keyed(held_out_regret(layer_predicted, samples, groups, rng)),
         "regret_of_any": _keyed(regret_of_any(layer_measured, groups)),
     }
     return {**compared, "goals": goals(compared)}

@@ -127,9 +127,9 @@ def _summary(comparison: dict[str, Any]) -> list[str]:
     layer, half, order = comparison["layer"], comparison["split_half"], comparison["pair_order"]
     by_operation = ", ".join(f"{name} {entry['mape']:.0%}" for name, entry in comparison["operations"].items())
     reliability = "-" if half["reliability"] is None else f"{half['reliability']:.3f}"
-    regrets, blind = (
+    regrets, held_out, blind = (
         ", ".join(f"{value:.1%} at {tokens}" for tokens, value in comparison[name].items())
-        for name in ("regret", "regret_of_any")
+        for name in ("regret", "regret_held_out", "regret_of_any")
     )
     spans = ", ".join(
         f"{foretold:.2f} / {comparison['span']['measured'][tokens]:.2f} at {tokens}"
@@ -151,5 +151,6 @@ def _summary(comparison: dict[str, Any]) -> list[str]:
         f"repeats): {judged} ({beyond['undecided']} differ less)",
         f"pairs that differ by more than chance (sign test, 10 %): {order['agreed']} of {order['decided']} "
         f"({order['undecided']} undecided)",
-        f"regret of the predicted best: {regrets} tokens; of any, on average: {blind}",
+        f"regret of the predicted best: {regrets} tokens; against the best of half the repeats, judged by the others: "
+        f"{held_out}; of any, on average: {blind}",
     ]

@@ -49,7 +49,7 @@ def test_a_family_is_compared_and_the_exit_code_is_the_checks(
 
 
 def whole(out: Path, *more: str) -> None:
-    line = [sys.executable, "-P", "-m", "moesim", "validate", "hardware", "--placements", "12", "--repeats", "24"]
+    line = [sys.executable, "-P", "-m", "moesim", "validate", "hardware", "--placements", "12", "--repeats", "40"]
     done = subprocess.run(
         [*line, "--check", "--out", str(out), *more], capture_output=True, text=True, check=False, timeout=600
     )

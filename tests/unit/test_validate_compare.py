@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from validate.compare import (
+    held_out_regret,
     mape,
     median_interval,
     order_beyond,
@@ -93,3 +94,18 @@ def test_span_and_blind_regret_are_of_each_group() -> None:
     seconds = np.array([1.0, 3.0, 10.0, 15.0])
     assert span(seconds, [8, 8, 32, 32]) == {8: 3.0, 32: 1.5}
     assert regret_of_any(seconds, [8, 8, 32, 32]) == {8: 1.0, 32: 0.25}
+
+
+def test_the_luck_of_the_least_median_is_no_loss() -> None:
+    rng = np.random.default_rng(3)
+    samples = np.exp(rng.normal(0.0, 0.1, size=(20, 24)))  # twenty cases that are all alike
+    lucky, judged = [], []
+    for chosen in range(10):
+        predicted = np.where(np.arange(20) == chosen, 1.0, 2.0)
+        lucky.append(regret(predicted, np.median(samples, axis=1), [8] * 20)[8])
+        judged.append(held_out_regret(predicted, samples, [8] * 20, rng)[8])
+    assert np.mean(lucky) > 0.03
+    assert abs(np.mean(judged)) < 0.02
+    slower = np.concatenate([1.2 * samples[:1], samples[1:]])  # one that is slower, and was chosen
+    first = np.where(np.arange(20) == 0, 1.0, 2.0)
+    assert held_out_regret(first, slower, [8] * 20, rng)[8] > 0.1
