@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moesim.errors import BadInput
 from validate.calibrate_command import calibrate
 from validate.capacity_command import capacity
 
@@ -62,6 +63,9 @@ def hardware(
     intermediate: Annotated[int, typer.Option(help="Intermediate size of an expert.")] = 1024,
     experts: Annotated[int | None, typer.Option(help="Experts. [default: 32, or as in the loads]")] = None,
     top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 4,
+    placements: Annotated[
+        int | None, typer.Option(help="How many placements to make and compare, from planned to bad. [default: 3]")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(help="Slots of the planned placement over all ranks. [default: experts + 2 x ranks]")
     ] = None,
@@ -71,22 +75,41 @@ def hardware(
     ] = KernelName.auto,
     repeats: Annotated[int, typer.Option(help="Timed repeats of each case.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of routing, tokens and weights.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for predictions.json and record.json.")] = Path(
-        "runs/validate-hardware"
-    ),
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 unless error, span, order and regret are within their limits.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for predictions.json and record.json. [default: runs/validate-hardware]")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Also measure the node's profile; write both here, a zip that imports anywhere.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --bundle: a small profile.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(min=1.0, help="With --bundle: seconds after which no point of the profile is begun.")
+    ] = None,
     stall_limit: Annotated[float, typer.Option(help="Seconds without progress after which the run is ended.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
 ) -> None:
     """Run a real expert-parallel MoE layer, predicted beforehand from a profile taken on the spot.
 
     The predictions are written before the first test run; outputs are checked against a float32 reference before they
-    are timed; the error is reported as it is and does not change the exit code.
+    are timed; the error is reported as it is and changes the exit code only with --check.
     """
     from profiles.launch import under_torchrun
+    from validate import bundled
     from validate import hardware as runner
     from validate.job import Job
 
+    if bundle is None and (quick or budget is not None):
+        raise BadInput("there is no profile", where="--quick, --budget", mend="give them with --bundle")
     runner.check_parts(backend.value, 1 if under_torchrun() else ranks)
+    folder = out or (Path("runs/validate-hardware") if bundle is None else bundled.folder_of(bundle))
+    if bundle is not None and out is not None:
+        raise BadInput("a bundle keeps its parts beside it", where="--out", mend="leave it out with --bundle")
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
 
     def make(count: int) -> Job:
         return runner.make_job(
@@ -100,30 +123,42 @@ def hardware(
             loads=loads,
             layer=layer,
             placements=tuple(placement or ()),
+            count=placements,
             slots=slots,
             replica=replica.value,
             kernel=kernel.value,
             repeats=repeats,
             seed=seed,
-            out=out,
+            out=folder,
             stall_limit_s=stall_limit,
         )
 
+    told: list[str] = []
     if under_torchrun():
         from validate.worker import join_torchrun
 
         record = join_torchrun(make)
     else:
-        record = runner.run(make(ranks))
+        job = make(ranks)
+        record = (bundled.finished(job) if bundle is not None else None) or runner.run(job)
+    if bundle is not None:
+        told = bundled.profile_and_bundle(
+            record, bundle=bundle, backend=backend.value, ranks=None if under_torchrun() else ranks, quick=quick,
+            budget_s=budget, loads=loads, stall_s=max(stall_limit, bundled.LEAST_STALL_S), say=say,
+        )  # fmt: skip
     if record is None:
         return
+    from validate import tables
+
     if as_json:
         typer.echo(json.dumps(record, allow_nan=False))
     else:
-        from validate.record import table
-
-        typer.echo(table(record))
-        typer.echo(f"\nrecord: {out / 'record.json'}")
+        typer.echo(tables.table(record))
+        if check:
+            typer.echo(f"\n{tables.verdict(record)}")
+        typer.echo("\n".join(["", f"record: {folder / 'record.json'}", *told]))
+    if check and not tables.holds(record):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -205,7 +240,6 @@ def silicon(
 
     --check exits 1 when predictions are no longer those on record, and names the costs that moved.
     """
-    from moesim.errors import BadInput
     from moesim.output.console import progress_bar
     from validate import silicon_command as command
 
@@ -259,7 +293,6 @@ def published(
 
     Exits 1 when a ratio has the wrong sign and the manifest does not say why.
     """
-    from moesim.errors import BadInput
     from moesim.output.console import progress_bar
     from validate import published_manifest, published_predict, published_table
 
@@ -280,6 +313,35 @@ def published(
         typer.echo(show(found, ratios, total))
     if total["unexplained"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def records(
+    add: Annotated[
+        list[Path] | None, typer.Option(help="record.json of `validate hardware`, or a bundle with one; repeats.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the table into --docs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 unless --docs holds the table.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the records. [default: the committed ones]")] = None,
+    docs: Annotated[Path, typer.Option(help="Page of the generated table.")] = Path("docs/accuracy.md"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON object.")] = False,
+) -> None:
+    """Keep validations on record, one dated file for each, and show how far predictions were off."""
+    from validate import records as kept
+
+    where = folder or kept.FOLDER
+    for one in kept.add(add or (), where):
+        typer.echo(f"added {one.path}", err=True)
+    found = kept.read_all(where)
+    table = kept.markdown(found)
+    if update:
+        kept.PART.put(docs, table)
+    if check:
+        kept.PART.check(docs, table)
+    if as_json:
+        typer.echo(json.dumps({"records": [one.model_dump(mode="json") for one in found]}, allow_nan=False))
+    else:
+        typer.echo(table)
 
 
 app.command()(calibrate)

@@ -83,6 +83,18 @@ def rank_correlation(one: Floats, other: Floats) -> float:
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
+def median_interval(samples: Floats) -> tuple[float, float]:
+    """Two of the samples [repeats] between which the median of what they are drawn from lies, with 90 % or more.
+
+    Order statistics: the number of samples below the median is binomial (n, 1/2). With fewer than five, all of them.
+    """
+    from scipy.stats import binom
+
+    ordered = np.sort(samples)
+    below = max(int(binom.ppf(CHANCE / 2, len(ordered), 0.5)) - 1, 0)
+    return float(ordered[below]), float(ordered[-1 - below])
+
+
 def spread_of_medians(samples: Floats) -> Floats:
     """How much the median of some repeats scatters: samples [cases, repeats], in order of time -> [cases].
 
@@ -93,11 +105,16 @@ def spread_of_medians(samples: Floats) -> Floats:
     return np.asarray(high - low)
 
 
-def order_beyond(predicted: Floats, measured: Floats, spread: Floats) -> PairOrder:
-    """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread."""
+def order_beyond(predicted: Floats, measured: Floats, spread: Floats, groups: Sequence[int] | None = None) -> PairOrder:
+    """Whether the faster of two cases was foretold, over pairs that differ by more than twice the larger spread.
+
+    groups: [cases]; only pairs of one group count (all pairs without).
+    """
     pairs = decided = agreed = 0
     for first in range(len(measured)):
         for second in range(first + 1, len(measured)):
+            if groups is not None and groups[first] != groups[second]:
+                continue
             pairs += 1
             difference = measured[first] - measured[second]
             if abs(difference) > 2.0 * max(spread[first], spread[second]):
@@ -140,3 +157,44 @@ def regret(predicted: Floats, measured: Floats, groups: Sequence[int]) -> dict[i
         chosen = mine[int(predicted[mine].argmin())]
         found[int(group)] = float(measured[chosen] / measured[mine].min() - 1.0)
     return found
+
+
+def held_out_regret(
+    predicted: Floats, samples: Floats, groups: Sequence[int], rng: np.random.Generator
+) -> dict[int, float]:
+    """For each group, how much slower the predicted best is than the one that half of the repeats shows to be the best.
+
+    predicted: [cases]; samples: [cases, repeats]. Both are judged by the other half, over random splits (the median),
+    so that the least of several near-equal medians, which is partly luck, does not count as a loss. Below zero where
+    the prediction chooses better than half of the repeats do.
+    """
+    repeats = samples.shape[1]
+    labels, half = np.asarray(groups), repeats // 2
+    losses: dict[int, list[float]] = {int(group): [] for group in dict.fromkeys(groups)}
+    for _ in range(SPLITS):
+        order = rng.permutation(repeats)
+        shown = np.median(samples[:, order[:half]], axis=1)
+        judged = np.median(samples[:, order[half:]], axis=1)
+        for group, found in losses.items():
+            mine = np.nonzero(labels == group)[0]
+            chosen, best = mine[int(predicted[mine].argmin())], mine[int(shown[mine].argmin())]
+            found.append(float(judged[chosen] / judged[best] - 1.0))
+    return {group: float(np.median(found)) for group, found in losses.items()}
+
+
+def regret_of_any(measured: Floats, groups: Sequence[int]) -> dict[int, float]:
+    """For each group, how much slower than the best its cases are on average: the regret of choosing blindly."""
+    labels = np.asarray(groups)
+    return {
+        int(group): float(measured[labels == group].mean() / measured[labels == group].min() - 1.0)
+        for group in dict.fromkeys(groups)
+    }
+
+
+def span(seconds: Floats, groups: Sequence[int]) -> dict[int, float]:
+    """For each group, its slowest case over its quickest."""
+    labels = np.asarray(groups)
+    return {
+        int(group): float(seconds[labels == group].max() / seconds[labels == group].min())
+        for group in dict.fromkeys(groups)
+    }

@@ -82,9 +82,13 @@ class GroupedCost:
 
 
 def fit_loop(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> LoopCost:
-    """The curve of one expert, from balanced histograms ([local slots]; zero = not used) and their seconds."""
+    """The curve of one expert, from balanced histograms ([local slots]; zero = not used) and their seconds.
+
+    The curve may fall: a library's product of a few more rows can take a quicker path.
+    """
     each = [value / int((histogram > 0).sum()) for histogram, value in zip(histograms, seconds, strict=True)]
-    return LoopCost(rising([float(histogram.max()) for histogram in histograms], each))
+    sizes = [float(histogram.max()) for histogram in histograms]
+    return LoopCost(Curve(np.asarray(sizes), np.asarray(each, dtype=np.float64)))
 
 
 def fit_grouped(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> GroupedCost:
@@ -96,3 +100,22 @@ def fit_grouped(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float
     scale = 1.0 / np.asarray(seconds)
     fixed, per_expert, per_row = nnls(np.asarray(features) * scale[:, None], np.ones(len(scale)))[0].tolist()
     return GroupedCost(fixed, per_expert, per_row, most_rows=max(rows))
+
+
+def in_company(seconds: Floats, alone: float) -> Floats:
+    """Time of each rank's work where ranks that are done leave the others more of what they share: [..., ranks].
+
+    seconds: what the work takes while all ranks work. alone: a rank's time while the others wait, over its time while
+    all work; with some of them at work, linearly between. On separate devices it is 1; below 1 where ranks share the
+    memory's bandwidth, a core's two threads, or cores that other programs use, too.
+    """
+    ranks = seconds.shape[-1]
+    if ranks == 1:
+        return seconds
+    order = np.argsort(seconds, axis=-1, kind="stable")
+    work = np.diff(np.take_along_axis(seconds, order, axis=-1), axis=-1, prepend=0.0)  # until the next one is done
+    others = np.arange(ranks - 1, -1, -1) / (ranks - 1)  # share of the others at work meanwhile
+    ends = np.cumsum(work * (alone + (1.0 - alone) * others), axis=-1)
+    found = np.empty_like(ends)
+    np.put_along_axis(found, order, ends, axis=-1)
+    return found

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import threading
 import time
 import zlib
@@ -38,53 +42,81 @@ def need_torch() -> Any:
 class Beat:
     """Says every 0.2 s, in a small file, that this rank lives, what it does, and whether it waits for the others.
 
-    The main thread only sets attributes; a thread of its own writes them. With `parent` given, the process ends
-    itself when that parent is gone, so that no rank outlives a killed command.
+    A thread of its own writes it, and the main thread whenever it comes to something else. With `parent` given, the
+    process ends itself when that parent is gone, so that no rank outlives a killed command; with `folder` (where all
+    ranks leave their statuses), it also ends the other ranks, stuck ones included, and removes the folder.
     """
 
-    def __init__(self, path: Path | None, *, parent: int | None = None) -> None:
+    def __init__(self, path: Path | None, *, parent: int | None = None, folder: Path | None = None) -> None:
         self.label = "starting"
         self.count = 0
         self.waiting = False
-        self._path = path
         self._parent = parent
+        self._folder = folder
         self._stop = threading.Event()
+        self._lock = threading.Lock()  # so that no older line is written over a newer one
+        self._handle: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         if path is not None:
+            self._handle = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
             self._thread.start()
 
     def at(self, label: str) -> None:
         """Note what the rank does now; each call counts as progress."""
         self.label = label
         self.count += 1
+        self._write()
 
     def stop(self) -> None:
         """End the thread."""
         self._stop.set()
-        if self._path is not None:
+        if self._handle is not None:
             self._thread.join()
+            os.close(self._handle)
+            self._handle = None
+
+    def _write(self) -> None:
+        if self._handle is None:
+            return
+        with self._lock:
+            line = json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "time_s": time.monotonic(),
+                    "label": self.label,
+                    "count": self.count,
+                    "waiting": self.waiting,
+                }
+            )
+            os.pwrite(self._handle, line.encode()[:STATUS_BYTES].ljust(STATUS_BYTES), 0)
 
     def _run(self) -> None:
-        assert self._path is not None
-        handle = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
-        try:
-            while True:
-                line = json.dumps(
-                    {
-                        "pid": os.getpid(),
-                        "time_s": time.monotonic(),
-                        "label": self.label,
-                        "count": self.count,
-                        "waiting": self.waiting,
-                    }
-                )
-                os.pwrite(handle, line.encode()[:STATUS_BYTES].ljust(STATUS_BYTES), 0)
-                if self._parent is not None and os.getppid() != self._parent:
-                    os._exit(1)
-                if self._stop.wait(BEAT_EVERY_S):
-                    return
-        finally:
-            os.close(handle)
+        while True:
+            self._write()
+            if self._parent is not None and os.getppid() != self._parent:
+                self._end_all()
+            if self._stop.wait(BEAT_EVERY_S):
+                return
+
+    def _end_all(self) -> None:
+        """The command is gone: end what is left of the run, this process last."""
+        if self._folder is not None:
+            for path in self._folder.glob("rank*.status"):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    other = int(json.loads(path.read_text(encoding="utf-8"))["pid"])
+                    if other != os.getpid() and os.getpgid(other) == other:  # as ranks are, each in a group of its own
+                        os.kill(other, signal.SIGKILL)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(1)
+
+
+def continue_with_parent() -> None:
+    """Have the kernel continue this process, were it stopped, when its parent dies: it can then end itself.
+
+    Linux only (prctl(2), PR_SET_PDEATHSIG = 1); elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGCONT))
 
 
 class Marks(Protocol):

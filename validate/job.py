@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moesim.errors import BadInput
-from moesim.plugins import SOLVERS, load
 from moesim.spec.base import Spec
 from moesim.spec.placement_file import read_placement
-from moesim.spec.plan import ExpertPlacement, PlacementRequest
 
 # Spread of ln(share) of the synthetic expert profile: the hottest half of the experts then holds 84 % of the draws
 # (the normal distribution function at one sigma), enough for a bad placement to be visibly slower than a good one.
@@ -118,38 +116,3 @@ def case_of_file(path: Path, *, experts: int, ranks: int, layer: int | None, tak
     while name in taken:
         name += "+"
     return PlacedCase(name=name, slots=tuple(placement.physical_to_logical[row].tolist()), replicas=placement.redundant)
-
-
-def built_in_cases(
-    profile: NDArray[np.float64], *, ranks: int, slots: int, seed: int, planned: bool
-) -> tuple[PlacedCase, ...]:
-    """Contiguous, planned (the `greedy` solver) and deliberately bad: the hottest experts packed on the first ranks.
-
-    profile: [experts], sum 1. slots: of the planned placement, over all ranks. Raises Infeasible, MissingPart.
-    """
-    experts = len(profile)
-
-    def request(total: int) -> PlacementRequest:
-        return PlacementRequest(
-            loads=profile[None, None, :],
-            weights=np.ones(1),
-            layer_ids=np.zeros(1, dtype=np.int64),
-            absolute_layers=1,
-            slots=total,
-            ranks=ranks,
-            seed=seed,
-        )
-
-    def case(name: str, placement: ExpertPlacement) -> PlacedCase:
-        return PlacedCase(
-            name=name, slots=tuple(placement.physical_to_logical[0].tolist()), replicas=placement.redundant
-        )
-
-    one_each = request(experts)
-    contiguous = one_each.placement(np.arange(experts)[None, :], "contiguous")
-    hot_first = one_each.placement(np.argsort(-profile, kind="stable")[None, :], "hot_first")
-    found = [case("contiguous", contiguous)]
-    if planned:
-        found.append(case("planned", load(SOLVERS, "greedy")(request(slots))))
-    found.append(case("hot_first", hot_first))
-    return tuple(found)

@@ -6,8 +6,8 @@ None of the shapes is one of the test runs': token counts lie between them, exch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from profiles.traffic import shared_with, traffic
 from validate.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
-from validate.group import CoreShare, need_torch
+from validate.group import need_torch
 from validate.layer import (
     Mark,
     Permuted,
+    RankLayer,
     combine,
     dispatch,
     draw_tokens,
@@ -28,20 +29,23 @@ from validate.layer import (
     unpermute,
 )
 from validate.rig import Rig, generator
+from validate.sampling import Point, probe_sizes, sample
+from validate.scatter import Scatter, scatter
 
-# Samples of each point on each rank: as many as the test cases get, within these bounds.
-LEAST_REPEATS = 5
-MOST_REPEATS = 13
-WARMUP = 2
 TOKEN_POINTS = 6
 EXCHANGE_POINTS = 9
 KEEP_POINTS = 4
+ALONE_POINTS = 3  # of the expert points, from few rows to many
 ONE_WAY_POINTS = 3  # the largest sizes, where bytes and not latency make the time
 EXPERT_POINTS = 12
+# Up to here every number of rows is profiled: libraries of matrix products take another path for each few of them (MKL
+# on AVX-512: a step up at 4 rows, and 15 rows take a third longer than 16).
+EVERY_ROW = 18
 GROUPED_POINTS = 24
 # Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
 # at large ones (so that a sample stays short).
 SAMPLE_ROWS = 1024
+SAMPLE_EXPERTS = 32
 # Rows of each expert when experts run only for what they do to the operation after them.
 BETWEEN_ROWS = 4
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
@@ -56,8 +60,10 @@ class Profile:
 
     gate, permute, unpermute: seconds over tokens of a rank. dispatch, combine: seconds over the bytes that the busiest
     rank sends and receives. keep: extra seconds over the bytes that stay on a rank (copied, not sent). both_ways: how
-    much of a rank's less busy direction adds to its time (0 to 1). core_share: how much of a processor the ranks had
-    while they computed (None: a device computes). points: every measured median with its p10 and p90.
+    much of a rank's less busy direction adds to its time (0 to 1). alone: time of a rank's experts while the other
+    ranks wait, over their time while all compute (at most 1). core_share: how much of a processor the ranks had while
+    they computed (None: a device computes). scatter: how the runs of each operation lie around their median, by the
+    size that its curve takes (experts: by the seconds). points: every measured median with its p10 and p90.
     """
 
     gate: Curve
@@ -68,65 +74,10 @@ class Profile:
     keep: Curve
     both_ways: float
     experts: ExpertCost
+    alone: float
     core_share: float | None
+    scatter: dict[str, Scatter]
     points: list[dict[str, Any]]
-
-
-def probe_sizes(least: float, most: float, points: int, avoid: set[int]) -> list[int]:
-    """About `points` sizes spread evenly in the logarithm over [least, most], none of them one of `avoid`."""
-    sizes: set[int] = set()
-    for value in np.geomspace(max(least, 1.0), max(most, 1.0), points):
-        size = max(round(float(value)), 1)
-        while size in avoid:
-            size += 1
-        sizes.add(size)
-    return sorted(sizes)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One shape to be profiled: `call` marks the ends of its operations; at some of them all ranks meet."""
-
-    label: str
-    call: Callable[[Mark], None]
-    collective: tuple[bool, ...]
-
-
-def sample(rig: Rig, points: Sequence[Point]) -> tuple[list[Floats], float | None]:
-    """Seconds in the operations of each point, [ranks, repeats, operations] each, and the share of a core it had.
-
-    The points take turns in random order, as the test cases do later: repeating one shape keeps its memory mapped and
-    its data near, and a change in the load of the machine would fall on some points only.
-    """
-    rng = generator(rig.job, 6)
-    moments: list[list[list[float]]] = [[] for _ in points]
-    share = CoreShare()
-    for turn in range(WARMUP + min(max(rig.job.repeats, LEAST_REPEATS), MOST_REPEATS)):
-        for index in rng.permutation(len(points)).tolist():
-            rig.group.beat.at(f"profiling {points[index].label}")
-            rig.flush()
-            marks = rig.group.marks()
-            rig.group.start_together()
-            points[index].call(marks.mark)
-            if turn >= WARMUP:
-                moments[index].append(marks.read())
-                share.add(marks, points[index].collective)
-    spent = [
-        intervals(rig.group.gather(np.asarray(rows)), point.collective)[0]
-        for point, rows in zip(points, moments, strict=True)
-    ]
-    return spent, rig.group.core_share(share)
-
-
-def intervals(moments: Floats, collective: Sequence[bool]) -> tuple[Floats, Floats]:
-    """Time in each operation and time spent waiting for its start: [ranks, ..., operations] each, in seconds.
-
-    moments: [ranks, ..., operations + 1] on one clock. A collective starts when the last rank comes to it.
-    """
-    starts = moments[..., :-1].copy()
-    meeting = np.asarray(collective)
-    starts[..., meeting] = starts[..., meeting].max(axis=0, keepdims=True)
-    return moments[..., 1:] - starts, starts - moments[..., :-1]
 
 
 def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
@@ -144,10 +95,11 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         [_exchange_point(rig, away=0, home=size) for size in home_sizes],
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
         [_expert_point(rig, histogram) for histogram in histograms],
+        [_expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
     )
     found, core_share = sample(rig, [point for group in shapes for point in group])
     ends = np.cumsum([len(group) for group in shapes])
-    local, away, home, one_way, experts = (
+    local, away, home, one_way, experts, lonely = (
         found[end - len(group) : end] for end, group in zip(ends, shapes, strict=True)
     )
 
@@ -186,8 +138,20 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         combine=combine_curve,
         keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
         both_ways=shared_with(combine_curve.sizes, combine_curve.seconds, single, single_s),
+        alone=_ratio(points, histograms, _alone(rig, len(histograms)), experts, lonely),
         experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
         core_share=core_share,
+        scatter={
+            **{
+                name: scatter(token_sizes, [spent[..., column] for spent in local], relative=True)
+                for column, name in ((0, "gate"), (1, "permute"), (3, "unpermute"))
+            },
+            **{
+                name: scatter(sent, [spent[..., column] for spent in away], relative=False)
+                for column, name in ((0, "dispatch"), (2, "combine"))
+            },
+            "experts": scatter(expert_s, [spent[..., 0] for spent in experts], relative=True),
+        },
         points=points,
     )
 
@@ -288,40 +252,90 @@ def _exchange_point(rig: Rig, *, away: int, home: int, one_way: bool = False) ->
 
 
 def _experts_between(rig: Rig) -> Callable[[], None]:
-    """A short run of all local experts: in the layer, what follows them finds the caches and the clocks they leave."""
+    """A short run of some experts: in the layer, what follows them finds the caches and the clocks they leave."""
     torch = need_torch()
     like, local = rig.tokens[rig.job.tokens[0]], rig.local_slots[0]
-    counts = [[BETWEEN_ROWS] * local, *([[0] * local] * (rig.job.ranks - 1))]
-    rows = torch.randn(BETWEEN_ROWS * local, rig.job.shape.hidden).to(like.device, like.dtype)
+    used = min(local, SAMPLE_EXPERTS)
+    counts = [[BETWEEN_ROWS] * used + [0] * (local - used), *([[0] * local] * (rig.job.ranks - 1))]
+    rows = torch.randn(BETWEEN_ROWS * used, rig.job.shape.hidden).to(like.device, like.dtype)
+    some = _some_experts(rig)
 
     def call() -> None:
-        run_experts(rows, counts, rig.layers[0])
+        run_experts(rows, counts, some())
 
     return call
 
 
-def _expert_point(rig: Rig, histogram: NDArray[np.int64]) -> Point:
-    """The local experts with `histogram` [local slots] rows each, spread over all source ranks."""
+def _some_experts(rig: Rig) -> Callable[[], RankLayer]:
+    """A layer of as many experts as the first placement puts here, drawn from all that this rank holds, anew each time.
+
+    Repeating one placement's experts would leave their weights in a shared last-level cache; the test cases, which
+    take turns, find them as cold as a rank's whole set of weights makes them. (The grouped kernel has its weights in
+    one tensor and keeps the first placement's.)
+    """
+    layer = rig.layers[0]
+    pool = list({id(pair[0]): pair for each in rig.layers for pair in each.weights}.values())
+    rng = generator(rig.job, 12, rig.group.rank)
+    if layer.stacked is not None:
+        return lambda: layer
+    return lambda: replace(
+        layer, weights=tuple(pool[index] for index in rng.choice(len(pool), len(layer.weights), replace=False))
+    )
+
+
+def _alone(rig: Rig, count: int) -> list[tuple[int, int]]:
+    """Which of `count` expert points which ranks run alone, in turns: none with one rank."""
+    picked = np.linspace(0, count - 1, ALONE_POINTS + 2).round().astype(int)[1:-1]
+    return [(int(index), rank) for index in picked for rank in range(rig.job.ranks)] if rig.job.ranks > 1 else []
+
+
+def _ratio(
+    points: list[dict[str, Any]],
+    histograms: list[NDArray[np.int64]],
+    which: list[tuple[int, int]],
+    together: list[Floats],
+    alone: list[Floats],
+) -> float:
+    """The median over the points that ranks ran alone of their time over the same rank's with all; at most 1."""
+    ratios = []
+    for (index, rank), spent in zip(which, alone, strict=True):
+        shape = {"histogram": histograms[index].tolist(), "rank": rank}
+        median_s = _note(points, "experts_alone", shape, spent[rank, :, 0])
+        ratios.append(median_s / float(np.median(together[index][rank, :, 0])))
+    return min(float(np.median(ratios)), 1.0) if ratios else 1.0
+
+
+def _expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = None) -> Point:
+    """The local experts with `histogram` [local slots] rows each, spread over all source ranks.
+
+    only: the one rank that runs them, while the others wait in a collective.
+    """
     torch = need_torch()
     like = rig.tokens[rig.job.tokens[0]]
     share, odd = np.divmod(histogram, rig.job.ranks)
     counts = [(share + (odd > source)).tolist() for source in range(rig.job.ranks)]
     rows = torch.randn(int(histogram.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
+    some = _some_experts(rig)
 
     def call(mark: Mark) -> None:
+        layer = some()
         mark()
-        run_experts(rows, counts, rig.layers[0])
+        if only in (None, rig.group.rank):
+            run_experts(rows, counts, layer)
         mark()
+        if only is not None:
+            rig.group.gather(np.zeros(1))
 
-    return Point(f"experts at {int(histogram.max())} tokens each", call, (False,))
+    lonely = "" if only is None else f", rank {only} alone"
+    return Point(f"experts at {int(histogram.max())} tokens each{lonely}", call, (False,))
 
 
 def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """The same number of rows for each used expert, from 1 to beyond the most that one gets in a test case."""
     local = rig.local_slots[0]
     most = max(int(case.sum(axis=0).max()) for case in counts)
-    sizes = sorted({1, 2, *probe_sizes(3, 1.2 * most, EXPERT_POINTS, set())})
-    return [np.where(np.arange(local) < max(1, SAMPLE_ROWS // size), size, 0) for size in sizes]
+    sizes = sorted({*range(1, EVERY_ROW + 1), *probe_sizes(EVERY_ROW, 1.2 * most, EXPERT_POINTS, set())})
+    return [np.where(np.arange(local) < min(max(1, SAMPLE_ROWS // size), SAMPLE_EXPERTS), size, 0) for size in sizes]
 
 
 def _random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

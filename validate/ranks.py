@@ -23,7 +23,11 @@ POLL_S = 0.05
 GRACE_S = 1.0
 # A rank writes a sign of life five times a second; this long without one, and it is stopped or stuck in one call.
 SILENCE_S = 5.0
-
+WHERE = "validate hardware"
+SILENT = "it said nothing"
+# The kind of word that a rank leaves whose allocation failed, and what helps then.
+OUT_OF_MEMORY = "OutOfMemory"
+SMALLER = "use a smaller layer, fewer tokens or fewer placements"
 
 # One thread for each rank; gloo over loopback, whatever the host's name resolves to; and glibc keeps freed memory (up
 # to its largest mmap threshold, 32 MiB) instead of mapping it anew at every run, as the allocators of engines do
@@ -102,6 +106,7 @@ def launch(
     what rank 0 is doing, now and then. No process is left behind, however this ends.
     """
     environment = os.environ | ENVIRONMENT
+    ended_before = oom_kills()
     running: list[subprocess.Popen[bytes]] = []
     try:
         for rank, line in enumerate(lines):
@@ -116,14 +121,18 @@ def launch(
                         start_new_session=True,
                     )
                 )
-        _watch(running, folder, stall_limit_s, tell)
+        _watch(running, folder, stall_limit_s, tell, ended_before)
     finally:
         for process in running:
             _end(process)
 
 
 def _watch(
-    running: list[subprocess.Popen[bytes]], folder: Path, stall_limit_s: float, tell: Callable[[str], None]
+    running: list[subprocess.Popen[bytes]],
+    folder: Path,
+    stall_limit_s: float,
+    tell: Callable[[str], None],
+    ended_before: int,
 ) -> None:
     watch = Watch(stall_limit_s, time.monotonic())
     while True:
@@ -132,36 +141,44 @@ def _watch(
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline and any(process.poll() is None for process in running):
                 time.sleep(POLL_S)
-            raise cause([process.poll() for process in running], folder)
+            codes = [process.poll() for process in running]
+            raise cause(codes, folder, short_of_memory=oom_kills() > ended_before)
         if all(code == 0 for code in codes):
             return
         statuses = {rank: read_status(folder / f"rank{rank}.status") for rank, code in enumerate(codes) if code is None}
         reason = watch.hung(statuses, time.monotonic())
         if reason is not None:
-            raise CheckFailed(
-                reason, where="validate hardware", mend="free the machine, or raise --stall-limit if it is only slow"
-            )
+            raise CheckFailed(reason, where=WHERE, mend="free the machine, or raise --stall-limit if it is only slow")
         first = statuses.get(0)
         if first is not None:
             tell(first.label)
         time.sleep(POLL_S)
 
 
-def cause(codes: Sequence[int | None], folder: Path) -> MoesimError:
+def oom_kills() -> int:
+    """Processes that the kernel ended for want of memory since it started (proc_vmstat(5), oom_kill); 0 if unknown."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def cause(codes: Sequence[int | None], folder: Path, *, short_of_memory: bool = False) -> MoesimError:
     """The error that explains why ranks ended with `codes` (None: still running, negative: killed by a signal).
 
-    A killed rank comes first, then one that reported an error of its own, then one that only lost the others.
+    A rank whose allocation failed comes first, then a killed one, then one that reported an error of its own, then one
+    that only lost the others. short_of_memory: the kernel ended some process for want of memory meanwhile.
     """
     words = {rank: _word(folder / f"rank{rank}.error") for rank, code in enumerate(codes) if code}
+    for rank, word in words.items():
+        if word is not None and word["kind"] == OUT_OF_MEMORY:
+            return CheckFailed(
+                f"rank {rank} ran out of memory while {word['label']}: {word['what']}", where=WHERE, mend=SMALLER
+            )
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            status = read_status(folder / f"rank{rank}.status")
-            doing = f" while {status.label}" if status is not None else ""
-            return CheckFailed(
-                f"rank {rank} was killed by {_signal_name(-code)}{doing}",
-                where="validate hardware",
-                mend="nothing was recorded; if it was the kernel for want of memory, use a smaller layer",
-            )
+            return _killed(rank, -code, folder, short_of_memory)
     for word in words.values():
         if word is not None and word["kind"] != "RuntimeError":
             kind = getattr(errors, str(word["kind"]), CheckFailed)
@@ -171,7 +188,19 @@ def cause(codes: Sequence[int | None], folder: Path) -> MoesimError:
     rank = told[0][1] if told else next(rank for rank, code in enumerate(codes) if code)
     word = words[rank]
     what = f"{word['what']} (while {word['label']})" if word is not None else _last_line(folder / f"rank{rank}.stderr")
-    return CheckFailed(f"rank {rank} failed: {what}", where="validate hardware", mend="nothing was recorded")
+    return CheckFailed(f"rank {rank} failed: {what}", where=WHERE, mend="mend that and run again")
+
+
+def _killed(rank: int, number: int, folder: Path, short_of_memory: bool) -> CheckFailed:
+    status = read_status(folder / f"rank{rank}.status")
+    doing = f" while {status.label}" if status is not None else ""
+    why, mend = "", f"if it was the kernel for want of memory, {SMALLER}"
+    if number == signal.SIGKILL and short_of_memory:
+        why, mend = " (the kernel ended a process for want of memory then)", SMALLER
+    elif number != signal.SIGKILL:  # it ended itself, and may have said why
+        said = _last_line(folder / f"rank{rank}.stderr")
+        why, mend = f" ({said})" if said != SILENT else "", "mend that and run again"
+    return CheckFailed(f"rank {rank} was killed by {_signal_name(number)}{doing}{why}", where=WHERE, mend=mend)
 
 
 def _word(path: Path) -> dict[str, Any] | None:
@@ -186,7 +215,7 @@ def _last_line(path: Path) -> str:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else SILENT
 
 
 def _signal_name(number: int) -> str:

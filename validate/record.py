@@ -1,4 +1,4 @@
-"""The record of a run: when, on what, what was predicted and measured, how they compare; and its printed table."""
+"""The record of a run: when, on what, what was predicted and measured, and how they compare."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.units import MICRO, MILLI, human_bytes
-from validate.compare import mape, pair_ordering, regret, signed_error, split_half
+from validate.compare import (
+    held_out_regret,
+    mape,
+    median_interval,
+    order_beyond,
+    pair_ordering,
+    regret,
+    regret_of_any,
+    signed_error,
+    span,
+    split_half,
+    spread_of_medians,
+)
+from validate.goals import goals
 from validate.group import need_torch
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS
-from validate.probe import intervals
+from validate.sampling import intervals
 
 Floats = NDArray[np.float64]
-
-# Below this share of its cores the table says that other work disturbed the run: a rank computes without pausing.
-QUIET_SHARE = 0.95
 
 
 def hardware(device: Any) -> dict[str, Any]:
@@ -74,8 +83,10 @@ def layer_samples(moments: Floats) -> Floats:
 
 
 def _spread(samples: Floats) -> dict[str, float]:
+    """Median, p10 and p90 of the repeats [repeats], and between what the median lies (90 %)."""
     low, middle, high = np.quantile(samples, [0.1, 0.5, 0.9]).tolist()
-    return {"median_s": middle, "p10_s": low, "p90_s": high}
+    least, most = median_interval(samples)
+    return {"median_s": middle, "p10_s": low, "p90_s": high, "median_low_s": least, "median_high_s": most}
 
 
 def measured_json(job: Job, moments: Floats) -> list[dict[str, Any]]:
@@ -92,6 +103,7 @@ def measured_json(job: Job, moments: Floats) -> list[dict[str, Any]]:
                 "placement": placement.name,
                 "tokens_per_rank": tokens,
                 "layer_s": _spread(layer[index]),
+                "spread_s": float(spread_of_medians(layer[index : index + 1])[0]),
                 "layer_samples_s": layer[index].tolist(),
                 "operation_s": {
                     name: [_spread(spent[rank, index, :, column]) for rank in range(job.ranks)]
@@ -129,18 +141,35 @@ def comparison_json(
             "measured_sum_s": float(found.sum()),
         }
     order = pair_ordering(layer_predicted, samples, groups)
-    return {
+    spread = np.asarray([entry["spread_s"] for entry in measured])
+    beyond = order_beyond(layer_predicted, layer_measured, spread, groups)
+    inside = [
+        foretold["layer_p10_s"] <= value <= foretold["layer_p90_s"]
+        for foretold, value in zip(predicted, layer_measured.tolist(), strict=True)
+    ]
+    compared = {
         "layer": {
             "signed_error": errors.tolist(),
             "mape": mape(layer_predicted, layer_measured),
             "mean_signed_error": float(errors.mean()),
             "largest_error": float(errors[np.abs(errors).argmax()]),
+            "of_medians_mape": mape(np.asarray([entry["layer_of_medians_s"] for entry in predicted]), layer_measured),
+            "inside_p10_p90": float(np.mean(inside)),
         },
         "operations": operations,
         "split_half": asdict(split_half(samples, rng)),
+        "span": {"predicted": _keyed(span(layer_predicted, groups)), "measured": _keyed(span(layer_measured, groups))},
+        "beyond_twice_the_spread": {**asdict(beyond), "undecided": beyond.undecided},
         "pair_order": {**asdict(order), "undecided": order.undecided},
-        "regret": {str(group): value for group, value in regret(layer_predicted, layer_measured, groups).items()},
+        "regret": _keyed(regret(layer_predicted, layer_measured, groups)),
+        "regret_held_out": _keyed(held_out_regret(layer_predicted, samples, groups, rng)),
+        "regret_of_any": _keyed(regret_of_any(layer_measured, groups)),
     }
+    return {**compared, "goals": goals(compared)}
+
+
+def _keyed(by_group: dict[int, float]) -> dict[str, float]:
+    return {str(group): value for group, value in by_group.items()}
 
 
 def record_json(
@@ -175,73 +204,3 @@ def record_json(
         "measured": measured,
         "comparison": comparison,
     }
-
-
-def table(record: dict[str, Any]) -> str:
-    """The record for a person: a block for each token count, predicted / measured, [p10 to p90], signed error."""
-    job = record["job"]
-    shape = job["shape"]
-    lines = [
-        f"{job['backend']}, {job['ranks']} ranks, {record['dtype']}: hidden {shape['hidden']}, intermediate "
-        f"{shape['intermediate']}, {shape['experts']} experts, top-{shape['top_k']}; {job['repeats']} repeats",
-        f"on {record['hardware'].get('gpu', record['hardware']['cpu'])} ({record['hardware']['cpus']} CPUs, "
-        f"{human_bytes(record['hardware']['memory_bytes'])}); routing: {job['profile_source']}",
-        f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; "
-        f"outputs within {record['output_error']:.1g} of the float32 reference",
-        "predicted / measured median [p10 to p90], error; tokens of one rank; operations on their slowest rank",
-    ]
-    for tokens in job["tokens"]:
-        pairs = [
-            (predicted, measured)
-            for predicted, measured in zip(record["predicted"], record["measured"], strict=True)
-            if predicted["tokens_per_rank"] == tokens
-        ]
-        lines += ["", _row(f"{tokens} tokens", [predicted["placement"] for predicted, _ in pairs])]
-        for name in OPERATIONS:
-            cells = [_cell(max(p["operation_s"][name]), slowest(m, name)) for p, m in pairs]
-            lines.append(_row(f"  {name}", cells))
-        lines.append(_row("  layer", [_cell(p["layer_s"], m["layer_s"]) for p, m in pairs]))
-    return "\n".join([*lines, "", *_summary(record["comparison"]), *_machine(record["core_share"])])
-
-
-def _machine(core_share: dict[str, float | None]) -> list[str]:
-    profiled, measured = core_share["profile"], core_share["measured"]
-    if profiled is None or measured is None:
-        return []
-    disturbed = "; other work disturbed the run" if min(profiled, measured) < QUIET_SHARE else ""
-    return [
-        f"the machine: computing ranks had {profiled:.0%} of their cores while profiled, {measured:.0%} while measured"
-        + disturbed
-    ]
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return (f"{name:<12}" + "".join(f"{cell:<38}" for cell in cells)).rstrip()
-
-
-def _cell(predicted_s: float, spread: dict[str, float]) -> str:
-    """In ms or µs, whichever suits the measured median: `1.23 / 1.31 ms [1.2 to 1.6] -6%`."""
-    scale, unit = (MILLI, "ms") if spread["median_s"] >= MILLI else (MICRO, "µs")
-
-    def figure(value_s: float) -> str:
-        value = value_s / scale
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-    error = predicted_s / spread["median_s"] - 1.0
-    low, high = figure(spread["p10_s"]), figure(spread["p90_s"])
-    return f"{figure(predicted_s)} / {figure(spread['median_s'])} {unit} [{low} to {high}] {error:+.0%}"
-
-
-def _summary(comparison: dict[str, Any]) -> list[str]:
-    layer, half, order = comparison["layer"], comparison["split_half"], comparison["pair_order"]
-    by_operation = ", ".join(f"{name} {entry['mape']:.0%}" for name, entry in comparison["operations"].items())
-    reliability = "-" if half["reliability"] is None else f"{half['reliability']:.3f}"
-    regrets = ", ".join(f"{value:.1%} at {tokens}" for tokens, value in comparison["regret"].items())
-    return [
-        f"layer error: mean {layer['mean_signed_error']:+.1%}, absolute {layer['mape']:.1%}, "
-        f"largest {layer['largest_error']:+.1%}",
-        f"absolute error by operation: {by_operation}",
-        f"the measurement itself: halves of the repeats differ by {half['gap']:.1%}, reliability {reliability}",
-        f"order of placements: {order['agreed']} of {order['decided']} decided pairs foretold "
-        f"({order['undecided']} undecided); regret of the predicted best: {regrets} tokens",
-    ]

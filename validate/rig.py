@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,9 @@ FLUSH_BYTES = {"cpu": 32 * MIB, "cuda": 256 * MIB}
 # `intermediate` terms: in float32 (unit roundoff 6e-8) their error grows with the square root of some thousand terms,
 # about 4e-6; in bfloat16 (unit roundoff 4e-3) three roundings of the activations dominate, about 7e-3.
 OUTPUT_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+Copies = dict[tuple[int, int], Weights]  # (expert, which copy of it on this rank) -> weights
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def generator(job: Job, *purpose: int) -> np.random.Generator:
 
 
 def build(job: Job, group: Group) -> Rig:
-    """Make this rank's weights (each expert once, however many placements put it here), layers and tokens."""
+    """Make this rank's weights (a copy for each replica of a placement; placements share them), layers and tokens."""
     torch = need_torch()
     cuda = group.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -104,7 +108,7 @@ def build(job: Job, group: Group) -> Rig:
         grouped_kernel()
     basis = draw_router(job.shape, generator(job, 0))
     router = torch.as_tensor(basis, dtype=torch.float32).to(group.device)
-    made: dict[int, Weights] = {}
+    made: Copies = {}
     layers = tuple(_layer(job, case, group, router, made, dtype, grouped) for case in job.placements)
     profile = np.asarray(job.profile)
     tokens = {
@@ -126,21 +130,24 @@ def build(job: Job, group: Group) -> Rig:
     )
 
 
-def _layer(
-    job: Job, case: PlacedCase, group: Group, router: Any, made: dict[int, Weights], dtype: Any, grouped: bool
-) -> RankLayer:
+def _layer(job: Job, case: PlacedCase, group: Group, router: Any, made: Copies, dtype: Any, grouped: bool) -> RankLayer:
     torch = need_torch()
     table = np.asarray(case.slots, dtype=np.int64)
     per_rank = len(table) // job.ranks
     mine = table[group.rank * per_rank : (group.rank + 1) * per_rank].tolist()
+    held: Counter[int] = Counter()
+    copies = []
     for expert in mine:
-        if expert not in made:
+        copy = (expert, held[expert])
+        held[expert] += 1
+        if copy not in made:
             group.beat.at(f"making the weights of expert {expert}")
-            made[expert] = expert_weights(job.shape, expert, seed=job.seed, device=group.device, dtype=dtype)
+            made[copy] = expert_weights(job.shape, expert, seed=job.seed, device=group.device, dtype=dtype)
+        copies.append(made[copy])
     slots, count = replica_routes(
         table, experts=job.shape.experts, ranks=job.ranks, rank=group.rank, replica=job.replica
     )
-    weights = tuple(made[expert] for expert in mine)
+    weights = tuple(copies)
     return RankLayer(
         shape=job.shape,
         router=router,

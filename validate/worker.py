@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from moesim.errors import CheckFailed, MoesimError
 from moesim.files import read_text, write_json, write_text
-from validate import probe, record
-from validate.group import Beat, CoreShare, Group, need_torch
+from validate import probe, record, unfinished
+from validate.group import Beat, CoreShare, Group, continue_with_parent, need_torch
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS, forward
 from validate.predict import predict, prediction_json, write_predictions
+from validate.ranks import OUT_OF_MEMORY
 from validate.rig import Rig, build, check_outputs, device_of, generator, routed_counts
 
 PREDICTIONS_FILE = "predictions.json"
@@ -45,13 +46,13 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         written: dict[str, str] = {}
         if group.rank == 0:
             beat.at("predicting")
-            prediction = predict(job, profile, counts, probe.row_bytes(rig))
+            prediction = predict(job, profile, counts, probe.row_bytes(rig), generator(job, 8))
             predicted = prediction_json(job, prediction, counts)
             written = write_predictions(Path(job.out) / PREDICTIONS_FILE, predicted, profile)
         group.start_together()
         output_error = check(rig, counts)
         started = datetime.now(UTC).isoformat(timespec="microseconds")
-        moments, core_share = measure(rig)
+        moments, core_share = measure(rig, started)
     if group.rank != 0:
         return None
     beat.at("comparing")
@@ -70,7 +71,15 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         comparison=record.comparison_json(job, predicted, measured, generator(job, 5)),
     )
     write_json(Path(job.out) / RECORD_FILE, found, indent=1)
+    unfinished.forget(Path(job.out))
     return found
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier run left in its folder, so that nothing there can be taken for this one's."""
+    unfinished.forget(out)
+    for name in (PREDICTIONS_FILE, RECORD_FILE):
+        (out / name).unlink(missing_ok=True)
 
 
 def check(rig: Rig, counts: list[NDArray[np.int64]]) -> float:
@@ -99,17 +108,18 @@ def check(rig: Rig, counts: list[NDArray[np.int64]]) -> float:
     return check_outputs(rig, outputs)
 
 
-def measure(rig: Rig) -> tuple[NDArray[np.float64], float | None]:
+def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None]:
     """Moments of every timed run, [ranks, cases, repeats, operations + 1], and the share of a core that ranks had.
 
-    Within a repeat the cases come in random turn, the same on every rank.
+    Within a repeat the cases come in random turn, the same on every rank; after each, rank 0 keeps what there is.
     """
     job, group = rig.job, rig.group
     cases = job.cases()
     rng = generator(job, 4)
     share = CoreShare()
-    moments = np.zeros((len(cases), job.repeats, len(OPERATIONS) + 1))
+    rounds: list[NDArray[np.float64]] = []
     for turn in range(-job.warmup, job.repeats):
+        moments = np.zeros((len(cases), len(OPERATIONS) + 1))
         for index in rng.permutation(len(cases)).tolist():
             placement, tokens = cases[index]
             group.beat.at(f"measuring {placement.name} at {tokens} tokens, repeat {turn + 1} of {job.repeats}")
@@ -118,9 +128,13 @@ def measure(rig: Rig) -> tuple[NDArray[np.float64], float | None]:
             group.start_together()
             forward(rig.tokens[tokens], rig.layers[index % len(rig.layers)], group, marks.mark)
             if turn >= 0:
-                moments[index, turn] = marks.read()
+                moments[index] = marks.read()
                 share.add(marks, [name in COLLECTIVES for name in OPERATIONS])
-    return group.gather(moments), group.core_share(share)
+        if turn >= 0:
+            rounds.append(group.gather(moments))
+            if group.rank == 0:
+                unfinished.keep(Path(job.out), np.stack(rounds, axis=2), repeats=job.repeats, started=started)
+    return np.stack(rounds, axis=2), group.core_share(share)
 
 
 @contextlib.contextmanager
@@ -158,7 +172,9 @@ def join_torchrun(make_job: Any) -> dict[str, Any] | None:
     store = torch.distributed.PrefixStore("moesim", store)
     if rank == 0:
         try:
-            store.set("job", make_job(ranks).model_dump_json())
+            made = make_job(ranks)
+            forget(Path(made.out))
+            store.set("job", made.model_dump_json())
         except MoesimError:
             store.set("job", "")
             raise
@@ -172,10 +188,17 @@ def join_torchrun(make_job: Any) -> dict[str, Any] | None:
             return session(job, group)
         except MoesimError:
             raise
-        except RuntimeError as error:
-            raise CheckFailed(
-                f"rank {rank} failed while {beat.label}: {_first_line(error)}", mend="see the other ranks' messages"
-            ) from None
+        except (RuntimeError, MemoryError) as error:
+            how = "ran out of memory" if out_of_memory(error) else "failed"
+            reason = f"rank {rank} {how} while {beat.label}: {_first_line(error)}"
+            told = unfinished.tell(Path(job.out), job, reason) if rank == 0 else None
+            raise CheckFailed(reason, mend="; ".join(filter(None, ["see the other ranks' messages", told]))) from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's and NumPy's error, torch's on a GPU, torch's and C++'s on a CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or any(word in str(error) for word in ("can't allocate memory", "std::bad_alloc"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -190,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where ranks meet and leave their state")
     parser.add_argument("--parent", type=int, required=True, help="process to outlive by at most a moment")
     given = parser.parse_args(arguments)
-    beat = Beat(given.folder / f"rank{given.rank}.status", parent=given.parent)
+    continue_with_parent()
+    beat = Beat(given.folder / f"rank{given.rank}.status", parent=given.parent, folder=given.folder)
     try:
         torch = need_torch()
         job = Job.read(json.loads(read_text(given.job, what="job")), where=given.job)
@@ -201,8 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
         _leave(given, beat, error, type(error).__name__)
         return error.exit_code
     except Exception as error:
+        _leave(given, beat, CheckFailed(_first_line(error)), OUT_OF_MEMORY if out_of_memory(error) else "RuntimeError")
         traceback.print_exc()
-        _leave(given, beat, CheckFailed(_first_line(error)), "RuntimeError")
         return 1
     finally:
         beat.stop()

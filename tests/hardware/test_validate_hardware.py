@@ -1,15 +1,12 @@
-"""The real thing on two gloo ranks: outputs, records, the command as a user runs it, ranks that die or hang."""
+"""The real thing on two gloo ranks: outputs, records, the command as a user runs it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,8 @@ import pytest
 
 from moesim.errors import BadInput, CheckFailed, Infeasible, MissingPart, MoesimError
 from moesim.spec.plan import ExpertPlacement
-from validate import hardware, ranks
+from validate import hardware
 from validate.job import Job, LayerShape, PlacedCase
-from validate.ranks import Status, read_status
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -115,7 +111,7 @@ def test_predictions_are_on_disk_before_anything_is_measured(finished: tuple[Job
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])
 def test_one_rank_alone_does_the_whole_session(tmp_path: Path, alone: Callable[[Job], Any], kernel: str) -> None:
-    from validate.record import table
+    from validate.tables import table
     from validate.worker import session
 
     job = job_of(tmp_path, world=1, kernel=kernel)
@@ -257,67 +253,3 @@ def test_bad_arguments_name_the_place_and_the_mend(
     }  # fmt: skip
     with pytest.raises(kind, match=words):
         hardware.make_job(**(given | changes))
-
-
-def running(folder: Path, rank: int, word: str) -> Status:
-    """Wait until a rank says that it does something with `word`."""
-    for _ in range(1200):
-        status = read_status(folder / f"rank{rank}.status")
-        if status is not None and word in status.label:
-            return status
-        time.sleep(0.05)
-    raise AssertionError(f"rank {rank} never came to {word}")
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("blow", "words"),
-    [(signal.SIGKILL, "rank 1 was killed by SIGKILL while profiling"), (signal.SIGSTOP, "rank 1 hangs")],
-)
-def test_a_lost_rank_ends_the_run_promptly_and_leaves_nothing(tmp_path: Path, blow: signal.Signals, words: str) -> None:
-    job = job_of(tmp_path, repeats=13, tokens=(64, 512), stall_limit_s=20.0)
-    (tmp_path / "job.json").write_text(job.model_dump_json())
-    caught: list[MoesimError] = []
-
-    def watch() -> None:
-        try:
-            ranks.launch(ranks.commands(tmp_path / "job.json", tmp_path, 2), tmp_path, stall_limit_s=20.0)
-        except MoesimError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    pids = [running(tmp_path, rank, "profiling").pid for rank in range(2)]
-    struck = time.monotonic()
-    os.kill(pids[1], blow)
-    thread.join(timeout=30.0)
-    assert not thread.is_alive()
-    assert time.monotonic() - struck < 15.0
-    assert len(caught) == 1 and isinstance(caught[0], CheckFailed)
-    assert words in caught[0].line()
-    assert all(gone(pid) for pid in pids)
-    assert not (tmp_path / "record.json").exists()
-
-
-def test_ranks_do_not_outlive_a_killed_command(tmp_path: Path) -> None:
-    job = job_of(tmp_path, repeats=13, tokens=(64, 512))
-    (tmp_path / "job.json").write_text(job.model_dump_json())
-    script = (
-        "import sys; from pathlib import Path; from validate import ranks; folder = Path(sys.argv[1]);"
-        "ranks.launch(ranks.commands(folder / 'job.json', folder, 2), folder, stall_limit_s=60.0)"
-    )
-    parent = subprocess.Popen([sys.executable, "-P", "-c", script, str(tmp_path)])
-    pids = [running(tmp_path, rank, "profiling").pid for rank in range(2)]
-    parent.kill()
-    parent.wait()
-    for _ in range(100):
-        if all(gone(pid) for pid in pids):
-            return
-        time.sleep(0.1)
-    raise AssertionError("a rank is still there ten seconds after its command was killed")

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from moesim.cost.estimate import Tag
 from moesim.spec.plan import ExpertPlacement
 from profiles.traffic import shared_with, traffic
-from validate.costs import fit_grouped, fit_loop, rising
+from validate.costs import fit_grouped, fit_loop, in_company, rising
 from validate.job import Job, LayerShape, PlacedCase
 from validate.layer import OPERATIONS, replica_routes
 from validate.predict import execute, layer_graph
-from validate.probe import intervals, probe_sizes
 from validate.record import layer_samples
+from validate.sampling import intervals, probe_sizes
 
 
 def test_a_curve_interpolates_and_says_where_it_does_not() -> None:
@@ -95,10 +95,37 @@ def test_the_predicted_layer_is_the_slowest_path() -> None:
     seconds[0, :, OPERATIONS.index("dispatch")] = 1.0
     seconds[0, :, OPERATIONS.index("experts")] = [5.0, 1.0]
     seconds[0, :, OPERATIONS.index("unpermute")] = [0.5, 0.25]
-    found = execute(seconds, np.zeros((1, len(OPERATIONS)), dtype=np.int8))
-    assert found.layer_s.tolist() == [8.5]
+    found = execute(seconds, np.repeat(seconds[:, None], 5, axis=1), np.zeros((1, len(OPERATIONS)), dtype=np.int8))
+    assert found.layer_s.tolist() == [[8.5, 8.5, 8.5]] and found.of_medians_s.tolist() == [8.5]
     assert found.wait_s.tolist() == [[1.0, 4.0]]
     assert [task.collective for task in layer_graph(seconds).tasks] == [False, False, True, False, True, False]
+
+
+def test_who_is_left_alone_goes_on_quicker() -> None:
+    # Both at half speed for 2 s; then the second one is alone, and its other 4 s take 2 s.
+    assert in_company(np.array([2.0, 6.0]), 0.5).tolist() == [2.0, 4.0]
+    assert in_company(np.array([6.0, 2.0]), 1.0).tolist() == [6.0, 2.0]
+    assert in_company(np.array([5.0]), 0.5).tolist() == [5.0]
+    # Three ranks: 1 s all, 1 s of work at three quarters (one of two others is left), 1 s at half.
+    assert in_company(np.array([[3.0, 1.0, 2.0]]), 0.5).tolist() == [[2.25, 1.0, 1.75]]
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=5), st.floats(0.1, 1.0))
+def test_company_never_changes_who_is_last_and_nobody_is_slowed(seconds: list[float], alone: float) -> None:
+    found = in_company(np.asarray(seconds), alone)
+    assert (found <= np.asarray(seconds) + 1e-12).all() and (found >= alone * np.asarray(seconds) - 1e-12).all()
+    assert found.max() == found[int(np.argmax(seconds))]
+    assert found.min() == pytest.approx(min(seconds))
+
+
+def test_the_median_of_the_later_of_two_ranks_is_not_the_later_median() -> None:
+    # Experts take 1 or 3 s on either rank, by chance; three times in four one of the two takes 3 s.
+    runs = np.zeros((1, 4, 2, len(OPERATIONS)))
+    runs[0, :, :, OPERATIONS.index("experts")] = [[1.0, 1.0], [1.0, 3.0], [3.0, 1.0], [3.0, 3.0]]
+    found = execute(np.median(runs, axis=1), runs, np.zeros((1, len(OPERATIONS)), dtype=np.int8))
+    assert found.of_medians_s.tolist() == [2.0]
+    assert found.layer_s[0, 1] == 3.0
+    assert found.spread_s[0, 0, OPERATIONS.index("experts")].tolist() == [1.0, 3.0]
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**32 - 1), st.booleans())

@@ -90,6 +90,25 @@ def test_a_rank_that_failed_by_itself_comes_before_one_that_waited(tmp_path: Pat
     assert "rank 1 failed: out of memory" in cause([1, 1], tmp_path).line()
 
 
+def test_a_rank_out_of_memory_comes_before_one_that_died_of_it(tmp_path: Path) -> None:
+    (tmp_path / "rank0.error").write_text(
+        '{"kind": "OutOfMemory", "what": "no room", "where": "", "mend": "", "label": "measuring x", "waiting": true}'
+    )
+    assert "rank 0 ran out of memory while measuring x: no room" in cause([1, -6], tmp_path).line()
+
+
+def test_failed_allocations_are_told_from_other_errors() -> None:
+    from validate.worker import out_of_memory
+
+    class OutOfMemoryError(RuntimeError):
+        """As torch names the one of a GPU."""
+
+    assert out_of_memory(MemoryError()) and out_of_memory(OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert out_of_memory(RuntimeError("std::bad_alloc"))
+    assert not out_of_memory(RuntimeError("Connection closed by peer"))
+
+
 def test_a_rank_that_fails_without_a_word_is_quoted(tmp_path: Path) -> None:
     line = [sys.executable, "-c", "import sys; sys.exit('something broke')"]
     with pytest.raises(CheckFailed, match="rank 0 failed: something broke"):
