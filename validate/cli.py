@@ -173,6 +173,8 @@ def fabric(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few bytes and repeats: seconds for each lab.")] = False,
     repeats: Annotated[int | None, typer.Option(min=2, help="Of each case, instead of the lab's own.")] = None,
+    loads: Annotated[Path | None, typer.Option(help="Real expert counts for the routed patterns.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Absolute layer of the loads; without, the most skewed.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="calibration.json of an earlier run; without, measured first.")
     ] = None,
@@ -190,7 +192,7 @@ def fabric(
     from validate import fabric as runner
     from validate.fabric_record import holds, table
 
-    asked = runner.labs_of(labs or (), quick=quick, repeats=repeats)
+    asked = runner.labs_of(labs or (), quick=quick, repeats=repeats, loads=loads, layer=layer)
     record = runner.run(
         asked, out=out, calibration=calibration, stall_s=stall_limit, say=lambda line: typer.echo(line, err=True)
     )

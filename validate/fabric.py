@@ -19,7 +19,8 @@ from validate.exchange_record import now
 from validate.fabric_predict import busiest_link, seconds_of
 from validate.fabric_rank import Case
 from validate.fabric_run import check_parts, run_cell
-from validate.fabric_spec import WHERE, LabSpec, bundled, read_lab
+from validate.fabric_spec import WHERE, LabSpec, RoutedSpec, bundled, read_lab
+from validate.job import file_profile
 
 CALIBRATION_FILE, PREDICTIONS_FILE, RECORD_FILE = "calibration.json", "predictions.json", "record.json"
 # `--quick`: enough to see that everything works.
@@ -32,9 +33,23 @@ def cases_of(lab: LabSpec) -> list[Case]:
     return alone + [Case(tuple(pair), "flat", lab.bytes_per_rank) for pair in lab.concurrent]
 
 
-def labs_of(given: Sequence[str], *, quick: bool, repeats: int | None) -> list[LabSpec]:
+def labs_of(
+    given: Sequence[str], *, quick: bool, repeats: int | None, loads: Path | None, layer: int | None
+) -> list[LabSpec]:
     """The labs that were asked for; all that ship where none was. Raises BadInput."""
     labs = [read_lab(one) for one in given or bundled()]
+    if loads is not None:
+        experts = len(file_profile(loads, layer)[0])
+        for lab in labs:
+            if experts % lab.ranks:
+                raise BadInput(
+                    f"{experts} experts do not divide by the {lab.ranks} ranks of lab {lab.name!r}", where="--loads",
+                    mend="name the labs to run, without this one",
+                )  # fmt: skip
+        routed = RoutedSpec(loads=loads.absolute(), layer=layer)
+        labs = [lab.model_copy(update={"routed": routed}) for lab in labs]
+    elif layer is not None:
+        raise BadInput("there are no loads to take a layer of", where="--layer", mend="pass --loads, too")
     if quick:
         least = {lab.name: lab.row_bytes * lab.ranks for lab in labs}
         labs = [

@@ -32,6 +32,8 @@ CLONE_NEWNET = 0x40000000
 POLL_S = 0.02
 # After a rank fails, how long the others may take to fail too, so that the cause can be told from its echoes.
 GRACE_S = 1.0
+# What ranks may take to find each other; nothing else of a run is that slow on a busy machine.
+MEETING_S = 60.0
 HOME = Path("/run/moesim-lab")
 NETNS = Path("/run/netns")
 
@@ -215,7 +217,7 @@ class Watch:
             if label != said:
                 said = label
                 tell("progress", label)
-            if time.monotonic() - moved > self.stall_s:
+            if time.monotonic() - moved > (self.stall_s if min(steps) else max(self.stall_s, MEETING_S)):
                 raise self.hung(steps)
 
     def _pull(self) -> bool:

@@ -184,7 +184,10 @@ def two_level_plans(tokens: Tokens, nodes: int) -> list[RankPlan]:
     for rank in range(ranks):
         node = rank // each
         source, token = holding[rank].T
-        goes = np.stack([visits[s][t, node * each : (node + 1) * each] for s, t in zip(source, token, strict=True)])
+        goes = np.zeros((len(source), each), dtype=bool)
+        for other in range(ranks):
+            mine = source == other
+            goes[mine] = visits[other][token[mine], node * each : (node + 1) * each]
         second_takes.append([np.flatnonzero(goes[:, place]) for place in range(each)])
     plans = []
     for rank in range(ranks):

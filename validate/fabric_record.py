@@ -17,13 +17,12 @@ from moesim.units import MILLI
 from validate.compare import split_half
 from validate.exchange_record import now
 from validate.fabric_rank import Case
-from validate.fabric_spec import LabSpec
+from validate.fabric_spec import ROUTED, LabSpec
 
 Floats = NDArray[np.float64]
 # A difference between two ways below this share of the quicker one decides nothing.
 DECIDES = 0.1
 SCHEMES = ("flat", "two_level")
-PLACED = ("routed_contiguous", "routed_planned")
 
 
 def write_predictions(path: Path, content: dict[str, Any]) -> dict[str, str]:
@@ -69,9 +68,9 @@ def winners(labs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             if len(pair) == 2:
                 schemes.append({"lab": name, "of": pattern, **_contest(SCHEMES, pair)})
         for scheme in SCHEMES:
-            pair = [alone[pattern, scheme] for pattern in PLACED if (pattern, scheme) in alone]
+            pair = [alone[pattern, scheme] for pattern in ROUTED if (pattern, scheme) in alone]
             if len(pair) == 2:
-                placements.append({"lab": name, "of": scheme, **_contest(PLACED, pair)})
+                placements.append({"lab": name, "of": scheme, **_contest(ROUTED, pair)})
     return {"schemes": schemes, "placements": placements}
 
 

@@ -20,6 +20,7 @@ from moesim.spec.scenario import yaml_fault
 WHERE = "validate fabric"
 Pattern = Literal["even", "skewed", "routed_contiguous", "routed_planned"]
 PATTERNS: tuple[Pattern, ...] = ("even", "skewed", "routed_contiguous", "routed_planned")
+ROUTED: tuple[Pattern, ...] = ("routed_contiguous", "routed_planned")
 Pair = Annotated[tuple[Pattern, ...], Field(min_length=2, max_length=2)]
 # Below it a run lasts for minutes; above it this is a test of the CPU (all nodes share one machine's).
 LEAST_BITS_PER_S, MOST_BITS_PER_S = 1e6, 2e9
@@ -151,6 +152,9 @@ class LabSpec(Spec):
             raise ValueError("spine_bits_per_s is more than the NICs of a leaf can send")
         if self.bytes_per_rank < self.row_bytes * self.ranks:
             raise ValueError(f"bytes_per_rank holds fewer rows of {self.row_bytes} bytes than there are ranks")
+        used = {*self.patterns, *(name for pair in self.concurrent for name in pair)}
+        if self.routed.loads is None and self.routed.experts % self.ranks and used & set(ROUTED):
+            raise ValueError(f"routed.experts ({self.routed.experts}) do not divide by {self.ranks} ranks")
         if len(set(self.patterns)) < len(self.patterns):
             raise ValueError("a pattern is named twice")
         if not self.patterns and not self.concurrent:
