@@ -109,7 +109,7 @@ def build(lab: LabSpec) -> str:
     batch("ip", [f"netns add {name}" for name in fabric_net.namespaces(lab)])
     how = "none" if not lab.delay_s else "netem" if has_netem() else "relay"
     for name in fabric_net.namespaces(lab):
-        if mp_child(_settle, name):
+        if mp_child(_settle, lab, name):
             raise MissingPart("cannot set the kernel's network settings", where=WHERE, mend="run as root")
     if how == "relay":
         _start_relay(lab)
@@ -136,9 +136,9 @@ def mp_child(work: Any, *arguments: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _settle(namespace: str) -> None:
+def _settle(lab: LabSpec, namespace: str) -> None:
     enter(namespace)
-    for name, value in fabric_net.SYSCTL.items():
+    for name, value in fabric_net.sysctl(lab).items():
         path = Path("/proc/sys") / name.replace(".", "/")
         if namespace == fabric_net.SWITCHES and ".tcp_" in name:
             continue
