@@ -19,15 +19,12 @@ SWITCHES = "switches"
 BURST_S, LEAST_BURST_BYTES = 1e-3, 20_000
 # Packets of several segments stay below the burst, else tbf cuts them.
 GSO_BYTES = 16_384
-# What a connection may have on its way: as small as keeps the link busy while a process waits for its turn (4 ms, a tick
-# of a 250 Hz kernel), and four times what the delay holds. With larger ones a switch's queue takes in as much as a whole
-# message before its senders slow down, and other links stand idle at the end (measured on the fabric that calibrates:
-# 1 MB loses 10 % of an even exchange's rate, 256 kB 8 %, 128 kB 5 %; with 64 kB a link waits for its sender).
+# What a connection may have on its way: as small as keeps the link busy while a process waits for its turn (4 ms, a
+# tick of a 250 Hz kernel), and four times what the delay holds. With larger ones a switch's queue takes in as much as a
+# whole message before its senders slow down, and other links stand idle at the end (measured on the fabric that
+# calibrates: 1 MB loses 10 % of an even exchange's rate, 256 kB 8 %, 128 kB 5 %; with 64 kB a link waits for its sender).
 LEAST_WINDOW_BYTES, WINDOW_S, WINDOW_DELAYS = 160_000, 4e-3, 4.0
 RECEIVE_BYTES = 4_000_000
-# Queues hold what every connection has on its way, so that nothing is dropped: the network is lossless, as an InfiniBand
-# or RoCE fabric with flow control is.
-QUEUE_BYTES = 2_000_000
 SUBNET = "10.77"
 # Ranks run under a user id for each NIC of a node, by which the kernel tells over which NIC their packets go.
 FIRST_UID = 77_000
@@ -157,31 +154,38 @@ def shaping(lab: LabSpec, *, netem: bool) -> Iterator[tuple[str, list[str]]]:
     for node in range(lab.nodes):
         yield (
             node_space(node),
-            [tbf(nic.device, nic.bits_per_s, lab.ranks) for nic in nics_of(lab) if nic.node == node],
+            [tbf(nic.device, nic.bits_per_s, queue_bytes(lab)) for nic in nics_of(lab) if nic.node == node],
         )
     lines = []
     for nic in nics_of(lab):
-        lines.append(tbf(nic.port, nic.bits_per_s, lab.ranks))
+        lines.append(tbf(nic.port, nic.bits_per_s, queue_bytes(lab)))
         if netem and lab.delay_s:
             lines.append(
                 f"qdisc add dev {nic.port} parent 1:1 handle 2: netem delay {lab.delay_s * 1e6:.0f}us limit 100000"
             )
     for leaf in range(lab.leaves if lab.leaves > 1 else 0):
-        lines += [tbf(f"{end}{leaf}", lab.uplink_bits_per_s, lab.ranks) for end in ("up", "down")]
+        lines += [tbf(f"{end}{leaf}", lab.uplink_bits_per_s, queue_bytes(lab)) for end in ("up", "down")]
     yield SWITCHES, lines
 
 
-def tbf(device: str, bits_per_s: float, ranks: int) -> str:
+def queue_bytes(lab: LabSpec) -> int:
+    """What a queue holds: twice what all connections may have on their way, in each of two exchanges at once.
+
+    So nothing is dropped: the network is lossless, as an InfiniBand or RoCE fabric with flow control is.
+    """
+    return 2 * 2 * window_bytes(lab) * lab.ranks**2
+
+
+def tbf(device: str, bits_per_s: float, queue: int) -> str:
     """The `tc` line that limits a device."""
     burst = max(int(bits_per_s / 8 * BURST_S), LEAST_BURST_BYTES)
-    limit = QUEUE_BYTES * ranks * ranks
-    return f"qdisc add dev {device} root handle 1: tbf rate {bits_per_s:.0f}bit burst {burst} limit {limit}"
+    return f"qdisc add dev {device} root handle 1: tbf rate {bits_per_s:.0f}bit burst {burst} limit {queue}"
 
 
 def settings(lab: LabSpec) -> dict[str, object]:
     """What of the network is not in the lab file, for the record."""
     return {
         "sysctl": sysctl(lab),
-        "tbf": sorted({tbf("NIC", nic.bits_per_s, lab.ranks) for nic in nics_of(lab)}),
+        "tbf": sorted({tbf("NIC", nic.bits_per_s, queue_bytes(lab)) for nic in nics_of(lab)}),
         "gso_max_size": GSO_BYTES,
     }

@@ -128,8 +128,8 @@ def test_every_nic_is_limited_both_ways_and_slow_ones_more() -> None:
 
 
 def test_queues_hold_every_window() -> None:
-    words = fabric_net.tbf("nic0", 1e8, ranks=4).split()
     far = LabSpec(**LAB | {"delay_s": 0.02})
+    words = fabric_net.tbf("nic0", 1e8, fabric_net.queue_bytes(far)).split()
     assert int(words[words.index("limit") + 1]) >= 4 * 4 * fabric_net.window_bytes(far)
     assert fabric_net.window_bytes(LabSpec(**LAB)) == fabric_net.LEAST_WINDOW_BYTES
     assert fabric_net.window_bytes(far) > 2 * 1e8 / 8 * 0.04  # more than twice what the way there and back holds
