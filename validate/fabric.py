@@ -16,7 +16,7 @@ from moesim.files import write_json
 from profiles.device import device_name
 from validate import fabric_calibrate, fabric_net, fabric_record
 from validate.exchange_record import now
-from validate.fabric_predict import busiest_link, seconds_of
+from validate.fabric_predict import busiest_link, by_executor, seconds_of
 from validate.fabric_rank import Case
 from validate.fabric_run import check_parts, run_cell
 from validate.fabric_spec import WHERE, LabSpec, RoutedSpec, bundled, read_lab
@@ -94,6 +94,7 @@ def run(
     cases = [cases_of(lab) for lab in labs]
     predicted = [[seconds_of(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
     bound = [[busiest_link(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
+    executed = [[by_executor(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
     written = fabric_record.write_predictions(
         out / PREDICTIONS_FILE,
         {
@@ -102,20 +103,26 @@ def run(
                 {
                     "lab": lab.model_dump(mode="json"),
                     "cases": [
-                        {"patterns": case.patterns, "scheme": case.scheme, "seconds": seconds, "bounded_by": link}
-                        for case, seconds, link in zip(own, foretold, links, strict=True)
+                        {
+                            "patterns": case.patterns,
+                            "scheme": case.scheme,
+                            "seconds": seconds,
+                            "bounded_by": link,
+                            "des_seconds": des,
+                        }
+                        for case, seconds, link, des in zip(own, foretold, links, ran, strict=True)
                     ],
                 }
-                for lab, own, foretold, links in zip(labs, cases, predicted, bound, strict=True)
+                for lab, own, foretold, links, ran in zip(labs, cases, predicted, bound, executed, strict=True)
             ],
         },
     )
     begun, entries = now(), []
-    for lab, own, foretold, links in zip(labs, cases, predicted, bound, strict=True):
+    for lab, own, foretold, links, ran in zip(labs, cases, predicted, bound, executed, strict=True):
         started, clock = now(), time.monotonic()
         found = run_cell(lab, own, stall_s=stall_s, say=lambda line, name=lab.name: say(f"{name}: {line}"))
         found |= {"measured_from": started, "wall_s": time.monotonic() - clock}
-        entries.append(fabric_record.lab_entry(lab, own, foretold, links, found))
+        entries.append(fabric_record.lab_entry(lab, own, foretold, links, ran, found))
     record = {
         "schema_version": 1, "kind": "validate-fabric", "date": now(), "hardware": hardware(), "versions": versions(),
         "settings": {lab.name: fabric_net.settings(lab) for lab in labs},

@@ -1,7 +1,8 @@
 """What moesim says of a lab: its cluster as moesim describes one, and the time of every exchange on it.
 
 Nothing here knows how long an exchange takes: who forwards what comes from `moesim.network.exchange`, which link is the
-busiest from `moesim.network.topology`, two exchanges at once from the `des` executor and its links shared max-min fair.
+busiest from `moesim.network.topology`, two exchanges at once from `moesim.network.fluid` (and, on record beside it, from
+the `des` executor).
 
 What is given to them: the lab's own rates, times the part of a packet that is payload (a formula), its delay, and two
 measured figures (`validate.fabric_calibrate`). All ranks of a lab share the processors of one machine, which no cluster
@@ -20,6 +21,7 @@ from moesim.engine import des
 from moesim.engine.linkuse import link_use
 from moesim.graph.task import Stream, Task, TaskGraph
 from moesim.network.exchange import Exchange, prepare
+from moesim.network.fluid import finish_s
 from moesim.network.topology import Topology, build, with_slow_nics
 from moesim.spec.cluster import ClusterSpec, GpuSpec, NodeLayout
 from validate.fabric_calibrate import Figures
@@ -91,11 +93,22 @@ def seconds_of(lab: LabSpec, case: Case, figures: Figures) -> list[float]:
     sized = lab.model_copy(update={"bytes_per_rank": case.bytes_per_rank})
     stages = [stage_bytes(lab, tokens_of(sized, name), case.scheme, topology) for name in case.patterns]
     exchange = straight(topology)
-    alone = [
-        sum(float(exchange.time(load).seconds) + figures.message_s * messages(load) for _, load in parts)
-        for parts in stages
-    ]
-    return alone if len(alone) == 1 else together(topology, [parts[0][1] for parts in stages], alone)
+    posting = [sum(figures.message_s * messages(load) for _, load in parts) for parts in stages]
+    if len(stages) > 1:
+        loads = [parts[0][1] for parts in stages]
+        return [float(end) + lab.delay_s + sum(posting) for end in finish_s(topology, loads)]
+    return [sum(float(exchange.time(load).seconds) for _, load in stages[0]) + posting[0]]
+
+
+def by_executor(lab: LabSpec, case: Case, figures: Figures) -> list[float]:
+    """What the `des` executor says of two exchanges at once, for the record; empty of one alone."""
+    if len(case.patterns) == 1:
+        return []
+    topology = topology_of(lab, figures)
+    sized = lab.model_copy(update={"bytes_per_rank": case.bytes_per_rank})
+    loads = [stage_bytes(lab, tokens_of(sized, name), case.scheme, topology)[0][1] for name in case.patterns]
+    exchange = straight(topology)
+    return together(topology, loads, [float(exchange.time(load).seconds) for load in loads])
 
 
 def messages(load: Floats) -> int:

@@ -38,17 +38,19 @@ def lab_entry(
     cases: Sequence[Case],
     predicted: Sequence[Sequence[float]],
     bound: Sequence[str],
+    executed: Sequence[Sequence[float]],
     found: dict[str, Any],
 ) -> dict[str, Any]:
     """What was predicted and measured on one lab."""
     rows = []
-    for case, foretold, link, parts in zip(cases, predicted, bound, found["seconds"], strict=True):
+    for case, foretold, link, des, parts in zip(cases, predicted, bound, executed, found["seconds"], strict=True):
         for number, (expected, samples) in enumerate(zip(foretold, parts, strict=False)):
             low, middle, high = np.quantile(samples, (0.1, 0.5, 0.9)).tolist()
             rows.append({
                 "patterns": list(case.patterns), "part": number, "scheme": case.scheme, "bounded_by": link,
                 "predicted_s": expected, "median_s": middle, "p10_s": low, "p90_s": high,
                 "error": expected / middle - 1.0, "samples_s": list(samples),
+                **({"des_s": des[number], "des_error": des[number] / middle - 1.0} if des else {}),
             })  # fmt: skip
     return {
         "lab": lab.model_dump(mode="json"), "delay": found["delay"], "busy": found["busy"],
@@ -88,6 +90,7 @@ def comparison(labs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     alone = [row for entry in labs for row in entry["cases"] if len(row["patterns"]) == 1]
     beside = [row for entry in labs for row in entry["cases"] if len(row["patterns"]) > 1]
     found: dict[str, Any] = {"cases": len(alone), "error": _errors(alone), "beside": _errors(beside)}
+    found["beside_des"] = _errors(beside, "des_error")
     found["by_scheme"] = {scheme: _errors([row for row in alone if row["scheme"] == scheme]) for scheme in SCHEMES}
     rows = [*alone, *beside]
     fewest = min((len(row["samples_s"]) for row in rows), default=0)
@@ -103,10 +106,10 @@ def comparison(labs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     return found
 
 
-def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+def _errors(rows: Sequence[dict[str, Any]], key: str = "error") -> dict[str, float] | None:
     if not rows:
         return None
-    errors = np.asarray([row["error"] for row in rows])
+    errors = np.asarray([row[key] for row in rows])
     size = np.abs(errors)
     return {
         "cases": len(rows), "median": float(np.median(size)), "p90": float(np.quantile(size, 0.9)),
@@ -170,7 +173,9 @@ def table(record: dict[str, Any]) -> str:
 
 def _summary(found: dict[str, Any]) -> list[str]:
     lines = []
-    for key, what in (("error", "one exchange"), ("beside", "two at once")):
+    for key, what in (
+        ("error", "one exchange"), ("beside", "two at once, as a fluid"), ("beside_des", "two at once, by des")
+    ):  # fmt: skip
         if found[key]:
             error = found[key]
             lines.append(

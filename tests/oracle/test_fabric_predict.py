@@ -11,7 +11,7 @@ from moesim.errors import BadInput
 from moesim.network.topology import build, with_slow_nics
 from validate.fabric_calibrate import Figures
 from validate.fabric_plan import tokens_of
-from validate.fabric_predict import busiest_link, cluster_of, payload, seconds_of
+from validate.fabric_predict import busiest_link, by_executor, cluster_of, payload, seconds_of
 from validate.fabric_rank import Case
 from validate.fabric_spec import LabSpec
 
@@ -113,3 +113,6 @@ def test_two_alike_at_once_take_twice_as_long_and_unlike_ones_share_evenly() -> 
     skewed = one(lab(), "skewed")
     together = seconds_of(lab(), Case(("even", "skewed"), "flat", BYTES), FREE)
     assert max(together) <= alone + skewed + 1e-9 and min(together) > max(alone, skewed)
+    # The executor shares the same links; where all flows meet on one link, it says the same.
+    assert by_executor(lab(), Case(("even", "even"), "flat", BYTES), FREE) == pytest.approx(both, rel=1e-6)
+    assert by_executor(lab(), Case(("even",), "flat", BYTES), FREE) == []
