@@ -1,8 +1,8 @@
 """What moesim says of a lab: its cluster as moesim describes one, and the time of every exchange on it.
 
 Nothing here knows how long an exchange takes: who forwards what comes from `moesim.network.exchange`, which link is the
-busiest from `moesim.network.topology`, two exchanges at once from `moesim.network.fluid` (and, on record beside it, from
-the `des` executor).
+busiest from `moesim.network.topology`, two exchanges at once from `moesim.network.fluid` and, on record beside it, from
+the `des` executor.
 
 What is given to them: the lab's own rates, times the part of a packet that is payload (a formula), its delay, and two
 measured figures (`validate.fabric_calibrate`). All ranks of a lab share the processors of one machine, which no cluster
