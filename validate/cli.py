@@ -205,6 +205,45 @@ def exchange(
 
 
 @app.command()
+def fabric(
+    labs: Annotated[
+        list[str] | None, typer.Argument(help="LAB.yaml, or the name of a lab that ships; without, all that ship.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few bytes and repeats: seconds for each lab.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=2, help="Of each case, instead of the lab's own.")] = None,
+    loads: Annotated[Path | None, typer.Option(help="Real expert counts for the routed patterns.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Absolute layer of the loads; without, the most skewed.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration.json of an earlier run; without, measured first.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for calibration, predictions and record.")] = Path(
+        "runs/validate-fabric"
+    ),
+    stall_limit: Annotated[float, typer.Option(min=1.0, help="Seconds without progress that end the run.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+) -> None:
+    """Build real networks out of namespaces, predict all-to-alls on them, and only then run them.
+
+    Needs root, iproute2 and util-linux. Exits 1 when flat or two-level, or a placement, was foretold the winner and
+    lost by more than 10 %, when a link or a rank is lost, and when an exchange delivers wrong rows.
+    """
+    from validate import fabric as runner
+    from validate.fabric_record import holds, table
+
+    asked = runner.labs_of(labs or (), quick=quick, repeats=repeats, loads=loads, layer=layer)
+    record = runner.run(
+        asked, out=out, calibration=calibration, stall_s=stall_limit, say=lambda line: typer.echo(line, err=True)
+    )
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        typer.echo(table(record))
+        typer.echo(f"\nrecord: {out / 'record.json'}")
+    if not holds(record):
+        raise typer.Exit(1)
+
+
+@app.command()
 def silicon(
     rows: Annotated[
         Path | None, typer.Option(help="Measured runs as silicon_sample.csv has them; without, the installed one.")

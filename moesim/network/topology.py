@@ -8,6 +8,7 @@ leaf (top of rack). A link is a directed edge between two named vertices ("gpu3"
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any, Literal
@@ -257,6 +258,26 @@ def build(
     if network:
         _add_network(graph, cluster, over)
     return Topology(cluster=cluster, graph=graph, crossing=crossing, inside=inside)
+
+
+def with_slow_nics(topology: Topology, shares: Mapping[str, float]) -> Topology:
+    """The same fabric with some NICs slower: their cables carry a share of the rate that the cluster gives them.
+
+    shares: NIC vertex ("nic3", counted over the cluster) -> above 0 and at most 1, of both directions. Raises BadInput
+    for a NIC that the graph does not have, or another share.
+    """
+    graph = topology.graph.copy()
+    for vertex, share in shares.items():
+        if not vertex.startswith("nic") or vertex not in graph:
+            raise BadInput(f"there is no NIC {vertex!r}", where=topology.cluster.name, mend="count NICs from nic0")
+        if not 0.0 < share <= 1.0:
+            raise BadInput(
+                f"a share of {share} of a NIC's rate", where=topology.cluster.name, mend="above 0 and up to 1"
+            )
+        for edge in (*graph.in_edges(vertex), *graph.out_edges(vertex)):
+            if any(end.startswith("leaf") for end in edge):
+                graph.edges[edge]["bytes_per_s"] *= share
+    return Topology(topology.cluster, graph, topology.crossing, topology.inside)
 
 
 def _add_pcie(graph: nx.DiGraph[str], cluster: ClusterSpec, network: bool) -> None:
