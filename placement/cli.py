@@ -290,11 +290,11 @@ def export(
 ) -> None:
     """Write a plan as the files that an engine loads, with the flags to launch it."""
     from placement.export.engines import export_placement
-    from placement.export.plan_file import read_plan
+    from placement.export.plan_file import read_plan, role_of
 
     placement, scenario = read_plan(plan, model=model, ranks=gpus)
     folder = out if out is not None else plan.parent / engine
-    for path in export_placement(placement, engine, folder, scenario):
+    for path in export_placement(placement, engine, folder, scenario, role=role_of(plan)):
         typer.echo(str(path))
     if engine == "vllm":
         from placement.export.vllm import GATE, starts_with

@@ -18,7 +18,7 @@ from moesim.engine.deployment import groundwork
 from moesim.errors import MoesimError
 from moesim.spec.scenario import Scenario
 from placement.objective import Evaluator, Outcome, drawn_metrics
-from placement.space import Plan
+from placement.plans import Plan
 
 THREAD_SETTINGS = (
     "OMP_NUM_THREADS",

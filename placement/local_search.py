@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from placement.objective import Outcome
-from placement.space import Plan, Space
+from placement.plans import Plan
+from placement.space import Space
 from placement.surrogate import neighbours, worth
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.deployment import Deployment, Groundwork, resolve, solve
+from moesim import plugins
+from moesim.engine.deployment import Deployment, Groundwork, place, reads_cost, resolve, resolve_roles, solve
 from moesim.engine.draws import joint_draws
+from moesim.engine.role_specs import role_scenarios
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, simulate
 from moesim.errors import BadInput, Infeasible, OutsideProfile
@@ -17,7 +19,7 @@ from moesim.output.metrics import flatten, outside_share, serving_metrics
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.scenario import Scenario
-from placement.space import Plan, own_options
+from placement.plans import Plan, own_options
 
 # A plan of which more than this share lies outside the profile is never recommended, only shown.
 MOST_EXTRAPOLATED = 0.1
@@ -74,10 +76,12 @@ class Evaluator:
         self.ground = ground
         self.scenario = scenario
         self.first_look = first_look
-        self.solved: dict[tuple[str, int, int, int], ExpertPlacement] = {}
+        self.solved: dict[tuple[str, int, int, int, str], ExpertPlacement] = {}
 
     def deployment(self, plan: Plan) -> Deployment:
         """The plan on its cluster. Raises Infeasible and BadInput."""
+        if plan.prefill is not None:
+            return resolve_roles(self.ground, plan.apply(self.scenario), self.placements(plan))
         return resolve(self.ground, plan.apply(self.scenario), self.placement(plan))
 
     def placement(self, plan: Plan) -> ExpertPlacement:
@@ -85,7 +89,7 @@ class Evaluator:
         variant = plan.apply(self.scenario)
         nodes = max(1, plan.parallel.gpus // self.ground.cluster.gpus_per_node)
         # Without groups no solver looks at nodes: instances of several sizes share what was solved for their EP ranks.
-        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes if variant.placement.groups > 1 else 1)
+        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes if variant.placement.groups > 1 else 1, "")
         if key not in self.solved:
             self.solved[key] = solve(
                 self.ground,
@@ -96,6 +100,29 @@ class Evaluator:
                 loads=self.ground.fit,
             )
         return self.solved[key]
+
+    def placements(self, plan: Plan) -> dict[str, ExpertPlacement]:
+        """The placement of each pool of a plan with roles, solved once. Raises Infeasible and BadInput."""
+        found = {}
+        for name, (part, cluster) in role_scenarios(plan.apply(self.scenario), self.ground.cluster).items():
+            pool, groups = plan.pools[name], part.placement.groups
+            nodes = max(1, pool.parallel.gpus // cluster.gpus_per_node)
+            # A solver on time looks at what the pool runs; the others share their placements with all plans.
+            timed = reads_cost(plugins.load(plugins.SOLVERS, pool.solver, where="placement.solver"))
+            asked = f"{name} {pool.layout}" if timed else ""
+            key = (pool.solver, pool.redundant_experts, pool.parallel.ep, nodes if groups > 1 else 1, asked)
+            if key not in self.solved:
+                ground = replace(self.ground, scenario=part, cluster=cluster)
+                self.solved[key] = place(ground, part.placement, pool.parallel)
+            found[name] = self.solved[key]
+        return found
+
+    def solve_for(self, plan: Plan) -> None:
+        """Solve what the plan places. Raises Infeasible and BadInput."""
+        if plan.prefill is not None:
+            self.placements(plan)
+        else:
+            self.placement(plan)
 
     def run(self, plan: Plan, *, draws: int = 0, first_look: bool = False) -> Simulation:
         """Simulate a plan. Raises Infeasible and OutsideProfile."""
@@ -154,10 +181,11 @@ def _metrics_of(simulation: Simulation, served: Served, load_weights: NDArray[np
     profiles, _ = stack_profiles(deployment.ground.judge)
     balance = max_over_mean(simulation.model.pricer.replicas.average_rank_loads(profiles)).mean(axis=1)
     metrics["rank_load_max_over_mean"] = float(balance @ load_weights)
-    metrics["memory_peak_bytes"] = (
-        deployment.memory.fixed_bytes + served.peak_kv_tokens * deployment.memory.kv_bytes_per_token
-    )
-    metrics["kv_cache_share"] = served.peak_kv_tokens / max(deployment.memory.kv_capacity_tokens, 1)
+    used = [(deployment.memory, served.peak_kv_tokens)]
+    if deployment.prefill is not None and served.prefill is not None:
+        used.append((deployment.prefill.memory, served.prefill.served.peak_kv_tokens))
+    metrics["memory_peak_bytes"] = max(one.fixed_bytes + kv * one.kv_bytes_per_token for one, kv in used)
+    metrics["kv_cache_share"] = max(kv / max(one.kv_capacity_tokens, 1) for one, kv in used)
     metrics["extrapolated_share"] = outside_share(simulation)
     metrics["goodput_per_gpu"] = goodput(served, deployment.scenario.objective.slo.limits(), gpus)
     return metrics

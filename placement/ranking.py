@@ -13,7 +13,7 @@ from moesim.engine.draws import LEVEL, interval
 from moesim.errors import Infeasible
 from moesim.spec.scenario import Scenario
 from placement.objective import MOST_EXTRAPOLATED
-from placement.space import Plan
+from placement.plans import Plan
 from placement.surrogate import front_of
 from placement.tuner import Search, Trial
 
@@ -88,15 +88,19 @@ def order(good: Sequence[Trial], metric: str) -> list[Trial]:
 
 
 def finalists_of(order: Sequence[Trial]) -> list[Trial]:
-    """The best plan and its runners-up, one for each layout first, so that the table shows real alternatives."""
+    """The best plan and its runners-up, one for each layout first, so that the table shows real alternatives.
+
+    Where plans with and without roles compete, the better one of the other kind is among them.
+    """
     chosen = [order[0]]
+    chosen += [trial for trial in order if (trial.plan.prefill is None) != (order[0].plan.prefill is None)][:1]
     for trial in order[1:]:
         if len(chosen) < FINALISTS and all(trial.plan.layout != other.plan.layout for other in chosen):
             chosen.append(trial)
     for trial in order[1:]:
         if len(chosen) < FINALISTS and trial not in chosen:
             chosen.append(trial)
-    return chosen
+    return sorted(chosen, key=order.index)
 
 
 def pareto(search: Search, scenario: Scenario) -> list[Trial]:
@@ -148,7 +152,7 @@ def verdict(
     """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
     compared = [("best plan", best)] + ([] if base is None else [("baseline", base)])
     caveat = ""
-    if any(one.trial.plan.parallel.gpus > gpus_per_node for _, one in compared):
+    if any(one.trial.plan.instance_gpus > gpus_per_node for _, one in compared):
         caveat = " Multi-node expert parallelism is not validated on hardware."
     for name, one in reversed(compared):
         lean = one.trial.outcome.metrics["extrapolated_share"]
@@ -225,6 +229,7 @@ def plan_json(trial: Trial, finalist: Finalist | None = None, levels: dict[str, 
         "solver": plan.solver,
         "redundant_experts": plan.redundant_experts,
         "options": dict(plan.options),
+        "roles": plan.roles_json(),
         "trial": trial.number,
         "status": trial.outcome.status,
         "meets_slo": trial.outcome.status == "ok" and trial.outcome.violation <= 0,

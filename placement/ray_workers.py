@@ -14,7 +14,7 @@ from moesim.errors import BadInput, MissingPart, MoesimError
 from moesim.spec.scenario import Scenario
 from placement.executors import THREAD_SETTINGS, Drawn, draw
 from placement.objective import Evaluator, Outcome
-from placement.space import Plan
+from placement.plans import Plan
 
 # More actors than this have nothing to do: a batch of the search has 8 plans.
 MOST_ACTORS = 8

@@ -26,7 +26,8 @@ from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import LocalWorkers
 from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
-from placement.space import Plan, Space, enumerate_space
+from placement.plans import Plan
+from placement.space import Space, enumerate_space
 from placement.surrogate import front_of, hypervolume, reference_of
 from placement.tune_command import known_recipes
 from placement.tuner import open_study, search
@@ -153,7 +154,8 @@ def stale_rows(problem: Problem, table: dict[tuple[str, ...], Outcome], rows: in
         plan = plans[index]
         told, now = figures(table[tuple(plan.params().values())]), figures(evaluator.evaluate(plan))
         # Annealing rounds otherwise on another kind of processor, and may end in another placement of like balance.
-        close = 1e-2 if plan.solver.startswith("robust") else 1e-4
+        solvers = [plan.solver, *(pool.solver for pool in plan.pools.values())]
+        close = 1e-2 if any(one.startswith("robust") for one in solvers) else 1e-4
         same = told["status"] == now["status"] and all(
             np.isclose(told[name], now[name], rtol=close, atol=1e-2 * close, equal_nan=True) for name in _FIGURES[1:]
         )

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from moesim.spec.scenario import Scenario
 from placement.executors import Workers
+from placement.plans import Plan
 from placement.ranking import INDIFFERENCE, LATENCY, pareto
-from placement.space import Plan
 from placement.tuner import Search, Trial
 
 # Plans that are simulated in full: so many of the leading ones, and so many of the first look's Pareto front.

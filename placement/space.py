@@ -20,71 +20,19 @@ import numpy as np
 from moesim.engine.deployment import Groundwork, check_plan, resolve
 from moesim.engine.stepmodel import price_light_steps
 from moesim.errors import BadInput, Infeasible, OutsideProfile
-from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
-from moesim.spec.workload import HostSpec
-from placement.axes import Axis, Scalar, axes_of, value_at, with_value
+from placement.axes import Axis, axes_of
+from placement.layouts import layouts
+from placement.near import Grid
+from placement.plans import Plan, baseline_plan, own_plan, own_without_roles, plain_base, pooled, told
+from placement.pools import PoolChecks, pool_pairs, searches_roles
 
 # Plans of a grid that are all checked (50 microseconds each); of more, a sample of SAMPLED tells how many are legal.
 ENUMERATED = 40_000
 SAMPLED = 4_000
 # Replica budgets tried when the scenario names none, in slots for each rank and layer beyond an even spread.
 _EXTRA_SLOTS_PER_RANK = (0, 1, 2, 4)
-_BACKEND_NAMES = {"deepep": "DeepEP", "allreduce": "AR", "allgather_reducescatter": "AG+RS", "alltoall": "A2A"}
 SOLVERS = ("contiguous", "eplb", "greedy", "robust")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One choice on each axis that the tuner searches. options: key of the scenario and value, of the further axes."""
-
-    parallel: ParallelSpec
-    backend: str
-    solver: str
-    redundant_experts: int
-    schedule: str
-    options: tuple[tuple[str, Scalar], ...] = ()
-
-    @property
-    def layout(self) -> str:
-        """Short name of parallelism and dispatch: `DP32 EP32 DeepEP`."""
-        return f"{self.parallel.label()} {_BACKEND_NAMES.get(self.backend, self.backend)}"
-
-    def label(self) -> str:
-        """Short name of the whole plan."""
-        overlap = "" if self.schedule == "sequential" else f" {self.schedule}"
-        more = "".join(f", {key.rpartition('.')[2]} {_told(value)}" for key, value in self.options)
-        return f"{self.layout}{overlap}, {self.solver} +{self.redundant_experts}{more}"
-
-    def params(self) -> dict[str, str]:
-        """The plan as the categorical parameters that samplers see."""
-        return {
-            "layout": self.layout,
-            "schedule": self.schedule,
-            "placement": f"{self.solver} +{self.redundant_experts}",
-            **{key: _told(value) for key, value in self.options},
-        }
-
-    def apply(self, scenario: Scenario) -> Scenario:
-        """The scenario with this plan's choices."""
-        dispatch = scenario.policies.dispatch.model_copy(update={"backend": self.backend})
-        policies = scenario.policies.model_copy(update={"dispatch": dispatch, "schedule": self.schedule})
-        placement = scenario.placement.model_copy(
-            update={"solver": self.solver, "redundant_experts": self.redundant_experts, "file": None}
-        )
-        found = scenario.model_copy(update={"parallel": self.parallel, "policies": policies, "placement": placement})
-        training = found.training
-        if training is not None and training.host.posts and self.backend != "deepep":
-            # What CPU threads post is DeepEP's; another dispatcher has no such time.
-            host = HostSpec(layer_s=training.host.layer_s)
-            found = found.model_copy(update={"training": training.model_copy(update={"host": host})})
-        for key, value in self.options:
-            found = with_value(found, key, value)
-        return found
-
-
-def _told(value: Scalar) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -110,6 +58,11 @@ class Space:
         return {tuple(plan.params().values())[:cut]: plan for plan in self.bases}
 
     @functools.cached_property
+    def grid(self) -> Grid:
+        """The bases by their parts."""
+        return Grid(self.bases)
+
+    @functools.cached_property
     def _legal(self) -> frozenset[Plan]:
         return frozenset(self.plans)
 
@@ -119,7 +72,7 @@ class Space:
         named = [plan.params() for plan in (self.bases if self.estimated else self.plans)]
         found = {name: sorted({one[name] for one in named}) for name in named[0]}
         if self.estimated:
-            found |= {axis.key: [_told(value) for value in axis.values] for axis in self.axes}
+            found |= {axis.key: [told(value) for value in axis.values] for axis in self.axes}
         return found
 
     def __contains__(self, plan: Plan) -> bool:
@@ -132,8 +85,8 @@ class Space:
         if base is None:
             return None
         options = []
-        for axis, told in zip(self.axes, values[cut:], strict=True):
-            value = next((one for one in axis.values if _told(one) == told), self)
+        for axis, word in zip(self.axes, values[cut:], strict=True):
+            value = next((one for one in axis.values if told(one) == word), self)
             if value is self:
                 return None
             options.append((axis.key, value))
@@ -164,37 +117,6 @@ def _drawn(bases: Sequence[Plan], axes: Sequence[Axis], rng: np.random.Generator
     return replace(base, options=tuple((axis.key, axis.values[int(rng.integers(len(axis.values)))]) for axis in axes))
 
 
-def own_plan(ground: Groundwork, scenario: Scenario) -> Plan:
-    """The plan that the scenario itself describes."""
-    parallel = scenario.parallel or ParallelSpec(attention_dp=ground.cluster.gpus, ep=ground.cluster.gpus)
-    return Plan(
-        parallel=parallel,
-        backend=scenario.policies.dispatch.backend,
-        solver=scenario.placement.solver or "greedy",
-        redundant_experts=scenario.placement.redundant_experts,
-        schedule=scenario.policies.schedule,
-        options=own_options(scenario),
-    )
-
-
-def own_options(scenario: Scenario) -> tuple[tuple[str, Scalar], ...]:
-    """The scenario's own values on the further axes."""
-    return tuple((key, value_at(scenario, key, where=f"search.axes.{key}")) for key in scenario.search.axes or {})
-
-
-def baseline_plan(ground: Groundwork, scenario: Scenario) -> Plan:
-    """The plain baseline: the scenario's own parallelism, contiguous placement, no redundancy, nothing overlapped."""
-    own = own_plan(ground, scenario)
-    spare = -ground.model.moe.experts % own.parallel.ep
-    return Plan(own.parallel, own.backend, "contiguous", spare, "sequential", own.options)
-
-
-def plain_placement(ground: Groundwork, plan: Plan) -> Plan:
-    """The same plan with contiguous experts and no redundancy."""
-    spare = -ground.model.moe.experts % plan.parallel.ep
-    return replace(plan, solver="contiguous", redundant_experts=spare)
-
-
 def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
     """The grid's plans, checked before anything is simulated: legality, memory, and whether it can be priced.
 
@@ -202,12 +124,31 @@ def enumerate_space(ground: Groundwork, scenario: Scenario) -> Space:
     values that contradict each other are counted as `contradictory`. Raises BadInput for the scenario's own faults.
     """
     axes = axes_of(scenario)
-    bases = tuple(_grid(ground, scenario))
-    why_not = _checker(ground, scenario)
+    checks = PoolChecks(ground)
+    why_not = _checker(ground, scenario, checks)
     own = baseline_plan(ground, scenario)
-    with contextlib.suppress(Infeasible):
-        check_plan(ground, own.apply(scenario))  # a scenario that contradicts itself is told, not counted
-    return collect(bases, axes, why_not, scenario.seed)
+    with contextlib.suppress(Infeasible):  # a scenario that contradicts itself is told, not counted
+        if own.prefill is not None:
+            for name in own.pools:
+                checks.check(name, own.apply(scenario))
+        else:
+            check_plan(ground, own.apply(scenario))
+    plain, bases, barred = _plain_searched(scenario), {own: None}, Counter[str]()
+    if plain:
+        bases |= dict.fromkeys(_grid(ground, scenario))
+    if searches_roles(scenario):
+        pairs, barred = pool_pairs(ground, scenario, checks, own.options)
+        asked = own_plan(ground, scenario)
+        bases |= {asked: None} if asked.prefill is not None else {}
+        bases |= {pooled(*pair, own.options): None for pair in pairs}
+    found = collect(tuple(bases), axes, why_not, scenario.seed)
+    return replace(found, infeasible=dict(sorted((Counter(found.infeasible) + barred).items())))
+
+
+def _plain_searched(scenario: Scenario) -> bool:
+    """Whether a search has plans without roles."""
+    serving = scenario.serving
+    return serving is None or serving.roles is None or scenario.search.roles == "auto"
 
 
 def collect(
@@ -245,10 +186,18 @@ def collect(
     return Space(tuple(legal), dict(sorted(reasons.items())), size, not whole, bases, axes, why_not)
 
 
-def _checker(ground: Groundwork, scenario: Scenario) -> Callable[[Plan], str | None]:
+def _checker(ground: Groundwork, scenario: Scenario, checks: PoolChecks) -> Callable[[Plan], str | None]:
     priced: dict[str, bool] = {}
 
     def why_not(plan: Plan) -> str | None:
+        if plan.prefill is not None:
+            if sum(pool.gpus for pool in plan.pools.values()) > ground.cluster.gpus:
+                return "roles_exceed_cluster"
+            reasons = (
+                checks.why_not(name, pool, plan.options, lambda: plan.apply(scenario))
+                for name, pool in plan.pools.items()
+            )
+            return next((reason for reason in reasons if reason is not None), None)
         try:
             check_plan(ground, plan.apply(scenario))
         except Infeasible as error:
@@ -275,37 +224,21 @@ def _priced(ground: Groundwork, scenario: Scenario) -> bool:
 
 def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
     schedules = scenario.search.schedules or (scenario.policies.schedule,)
-    own = own_plan(ground, scenario)
+    own = own_without_roles(ground, scenario)
     free = scenario.search.parallel == "auto"
-    layouts = list(_layouts(ground.cluster.gpus)) if free else [(own.parallel, own.backend)]
-    if (own.parallel, own.backend) not in layouts:
-        layouts.insert(0, (own.parallel, own.backend))
-    base = baseline_plan(ground, scenario)
+    grid = list(layouts(ground.cluster.gpus)) if free else [(own.parallel, own.backend)]
+    if (own.parallel, own.backend) not in grid:
+        grid.insert(0, (own.parallel, own.backend))
+    base = plain_base(ground, own)
     yield base  # what every answer is measured against, whatever the search is narrowed to
-    for parallel, backend in layouts:
+    for parallel, backend in grid:
         for schedule in schedules:
             if schedule == "two_batch" and backend == "allreduce":
                 continue  # two-batch overlap is an all-to-all schedule in the engines
             for solver, redundant in _placements(ground, scenario, parallel.ep, own):
-                plan = Plan(parallel, backend, solver, redundant, schedule, own.options)
+                plan = Plan(parallel, backend, solver, redundant, schedule, own.options, own.roles)
                 if plan != base:
                     yield plan
-
-
-def _layouts(gpus: int) -> Iterator[tuple[ParallelSpec, str]]:
-    """Instances of 1, 2, 4 ... GPUs: attention DP and EP under DeepEP, tensor parallelism, and mixes of them."""
-    for size in divisors(gpus):
-        for tp in divisors(size):
-            dp = size // tp
-            if size > 1:
-                yield ParallelSpec(tp=tp, attention_dp=dp, ep=size), "deepep"
-            if dp == 1:
-                for ep in divisors(size):
-                    yield ParallelSpec(tp=tp, ep=ep, expert_tp=size // ep), "allreduce"
-            else:
-                for ep in sorted({1, size}):
-                    parallel = ParallelSpec(tp=tp, attention_dp=dp, ep=ep, expert_tp=size // ep)
-                    yield parallel, "allgather_reducescatter"
 
 
 def _placements(ground: Groundwork, scenario: Scenario, ep: int, own: Plan) -> Iterator[tuple[str, int]]:
@@ -328,11 +261,6 @@ def _placements(ground: Groundwork, scenario: Scenario, ep: int, own: Plan) -> I
             yield solver, redundant
 
 
-def divisors(number: int) -> list[int]:
-    """Every size that divides a number, itself included."""
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
 def require_plans(space: Space, where: str, ground: Groundwork, scenario: Scenario) -> None:
     """Raises Infeasible when no plan is legal, with the reasons and the nearest plan; BadInput where there is none."""
     if space.plans:
@@ -352,6 +280,8 @@ def _nearest(space: Space, ground: Groundwork, scenario: Scenario) -> str:
     """The plan that lacks least memory, in words; nothing where memory is not what any of them lacks."""
     over, label = math.inf, ""
     for plan in space.bases:
+        if plan.prefill is not None:
+            continue
         try:
             check_plan(ground, plan.apply(scenario))
         except Infeasible as error:

@@ -17,8 +17,12 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
+from moesim.spec.parallel import ParallelSpec
+from placement.near import parts_of
 from placement.objective import MOST_EXTRAPOLATED, Outcome
-from placement.space import Plan, Space
+from placement.plans import Plan
+from placement.pools import NONE
+from placement.space import Space
 
 Array = NDArray[np.float64]
 # Trials before the model says anything; those it is fitted to (the best and the newest), and those its length scales
@@ -51,10 +55,24 @@ class _Coding:
 
 
 def _choices(plan: Plan) -> tuple[object, ...]:
-    sizes = plan.parallel
-    numbers = (sizes.gpus, sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
     named = (plan.backend, plan.solver, plan.schedule)
-    return (*numbers, plan.redundant_experts, *named, *(f"{value}" for _, value in plan.options))
+    own = (*_sizes(plan.parallel), plan.redundant_experts, *named, *_pool_choices(plan))
+    return (*own, *(f"{value}" for _, value in plan.options))
+
+
+def _sizes(sizes: ParallelSpec) -> tuple[int, ...]:
+    return (sizes.gpus, sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
+
+
+def _pool_choices(plan: Plan) -> tuple[object, ...]:
+    """The choices that roles add: the split, the replicas, and the prefill pool; 0 and `none` in a plan without."""
+    if plan.roles is None:
+        return ()
+    pool = plan.prefill
+    if pool is None:
+        return (*[0] * 11, *[NONE] * 4)
+    numbers = (pool.gpus, plan.roles.replicas, pool.replicas, *_sizes(pool.parallel), pool.redundant_experts)
+    return (*numbers, "roles", pool.backend, pool.solver, pool.schedule)
 
 
 def coding(space: Space) -> _Coding:
@@ -207,13 +225,12 @@ def _candidates(
 
 
 def neighbours(plan: Plan, space: Space) -> list[Plan]:
-    """Plans of the grid that differ in one choice: layout, solver, budget, schedule, or one further axis."""
-    found = []
-    own = (plan.layout, plan.solver, plan.redundant_experts, plan.schedule)
-    for base in space.bases:
-        other = (base.layout, base.solver, base.redundant_experts, base.schedule)
-        if sum(one != two for one, two in zip(own, other, strict=True)) == 1:
-            found.append(replace(base, options=plan.options))
+    """Plans of the grid that differ in one choice: layout, solver, budget, schedule, or one further axis.
+
+    With roles also in the split (the layouts kept), or in the layout, solver or budget of the prefill pool; a plan
+    without roles is beside those whose decode pool is like it.
+    """
+    found = [replace(space.bases[index], options=plan.options) for index in space.grid.around(parts_of(plan))]
     for place, axis in enumerate(space.axes):
         for value in axis.values:
             options = (*plan.options[:place], (axis.key, value), *plan.options[place + 1 :])

@@ -25,8 +25,9 @@ from moesim.systems.load import apply_system
 from placement.claims import Claims
 from placement.interrupts import Patience
 from placement.objective import MOST_EXTRAPOLATED
+from placement.plans import Plan
 from placement.ranking import Finalist
-from placement.space import Plan, Space
+from placement.space import Space
 from placement.training_objective import TrainingEvaluator, limits_of, objective_of, training_workers
 from placement.training_ranking import (
     ranked_training,

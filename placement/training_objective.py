@@ -18,7 +18,7 @@ from moesim.errors import BadInput, Infeasible, MoesimError, OutsideProfile
 from moesim.output.training_metrics import routing_figures, training_provenance
 from moesim.spec.scenario import TRAINING_OBJECTIVES, ObjectiveSpec, Scenario
 from placement.objective import Outcome
-from placement.space import Plan
+from placement.plans import Plan
 
 Drawn = dict[str, NDArray[np.float64]]
 

@@ -21,7 +21,9 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 from moesim.units import human_bytes
 from placement.axes import Axis, Scalar, axis_of, value_at
-from placement.space import Plan, Space, collect, divisors
+from placement.layouts import divisors
+from placement.plans import Plan
+from placement.space import Space, collect
 
 # Grids of so many plans are checked whole (2 ms each); of more, a sample tells how many are legal.
 ENUMERATED, SAMPLED = 6_000, 1_500

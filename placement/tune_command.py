@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from moesim.engine.deployment import Groundwork, groundwork, refuse_roles
+from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
 from moesim.engine.explain import explain
 from moesim.engine.moving import refuse_changes
+from moesim.engine.role_specs import role_scenarios
 from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, Interrupted
 from moesim.files import write_json, write_text
@@ -22,14 +23,18 @@ from moesim.output.report import write_run_report
 from moesim.output.series import simulation_series
 from moesim.output.steady import steadiness
 from moesim.output.steptrace import write_step_timeline
+from moesim.spec.cluster import ClusterSpec
 from moesim.spec.faults import refuse_faults
-from moesim.spec.scenario import Scenario, load_scenario
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import ClusterChoice, Scenario, load_scenario, resolve_paths
 from placement.answers import binding_json, choices_json, choices_text
 from placement.claims import Claims, open_claims
 from placement.executors import start_workers
 from placement.export.engines import export_placement, write_map
 from placement.interrupts import Patience, patience
 from placement.objective import Evaluator
+from placement.plans import Plan, baseline_plan, own_plan, plain_placement
+from placement.pools import Pool
 from placement.ranking import (
     LATENCY,
     SHOWN,
@@ -45,15 +50,7 @@ from placement.ranking import (
 )
 from placement.samplers import refuse_sampler
 from placement.settle import settled
-from placement.space import (
-    Plan,
-    Space,
-    baseline_plan,
-    enumerate_space,
-    own_plan,
-    plain_placement,
-    require_plans,
-)
+from placement.space import Space, enumerate_space, require_plans
 from placement.training_command import tune_training
 from placement.tuner import Search, Trial, open_study, search, takes_first_look
 from placement.whatif import what_if
@@ -137,7 +134,6 @@ def _tune(
             claims=claims,
             waiting=waiting,
         )
-    refuse_roles(spec)
     ground = groundwork(spec)
     spec = ground.scenario
     space = enumerate_space(ground, spec)
@@ -195,7 +191,7 @@ def _tune(
         "resumed_trials": found.resumed,
         "final_draws": FINAL_DRAWS,
     }
-    result["files"] = write_run(folder, result, simulation, base_simulation)
+    result["files"] = write_run(folder, result, plans[0].apply(spec), simulation, base_simulation)
     if json_output:
         print_json(result)
     else:
@@ -224,11 +220,16 @@ def _how_many(space: Space) -> str:
 
 def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[Plan]:
     """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
-    every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them.
+    every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them;
+    of every split over roles, the usual pools side by side.
     """
     known: dict[str, Plan] = {}
+    node = ground.cluster.gpus_per_node
     for plan in space.bases:
-        node = ground.cluster.gpus_per_node
+        if plan.prefill is not None:
+            if all(_usual_pool(pool, node) for pool in plan.pools.values()) and plan in space:
+                known.setdefault(plan.layout, plan)
+            continue
         usual = plan.parallel.gpus <= node or (plan.backend == "deepep" and plan.parallel.tp < node)
         if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy") and plan in space:
             known.setdefault(plan.layout, plan)
@@ -236,14 +237,27 @@ def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[
     return [plan for plan in wanted if plan in space]
 
 
+def _usual_pool(pool: Pool, node: int) -> bool:
+    """Whether a pool is one that people run: whole experts under DeepEP with attention DP over all of it, or under
+    all-reduce with tensor parallelism over a node (or over all of it).
+    """
+    sizes = pool.parallel
+    if pool.backend == "deepep":
+        return sizes.tp == 1 and pool.replicas == 1
+    return pool.backend == "allreduce" and sizes.ep == sizes.tp == min(node, pool.gpus)
+
+
 def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
-    if plan.parallel.ep == 1:
+    if not plan.spread:
         return " Experts are not spread over ranks in this layout, so there is nothing to place."
     if gain["low"] is None:
         return ""
     saves = "saves" if gain["low"] > 0 else "loses" if gain["high"] < 0 else "saves nothing sure:"
+    how = f"{plan.solver}, {plan.redundant_experts} redundant"
+    if plan.pools:
+        how = " and ".join(f"{name}: {pool.placed}" for name, pool in plan.pools.items())
     return (
-        f" In this layout, placing the experts ({plan.solver}, {plan.redundant_experts} redundant) instead of leaving "
+        f" In this layout, placing the experts ({how}) instead of leaving "
         f"them in order {saves} {gain['value']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}] of median TPOT."
     )
 
@@ -284,7 +298,8 @@ def _result(
         notes.append("search.capacity_factor has no effect: only policies.capacity sets the factor")
     return {
         "schema_version": 1,
-        "best": plan_json(best.trial, best, levels) | {"binding": binding_json(best.trial, scenario)},
+        "best": plan_json(best.trial, best, levels)
+        | {"binding": binding_json(best.trial, scenario), "roles": _roles_json(best.trial.plan.apply(scenario))},
         "baseline": baseline,
         "gain": gain,
         "latency_gain": saving,
@@ -320,36 +335,40 @@ def _result(
     }
 
 
+def _roles_json(scenario: Scenario) -> dict[str, Any] | None:
+    """The roles of a plan's scenario, as it takes them; None where it has none."""
+    assert scenario.serving is not None
+    roles = scenario.serving.roles
+    return None if roles is None else roles.model_dump(mode="json", exclude_none=True)
+
+
 def write_run(
     folder: Path,
     result: dict[str, Any],
+    chosen: Scenario,
     simulation: Simulation,
     base: Simulation | None,
 ) -> list[str]:
-    """Write the files of a run, each whole or not at all; returns their paths."""
-    placement = simulation.deployment.setup.placement
-    chosen = simulation.deployment.scenario
-    placement.write(folder / "placement.json")
-    plan = {
+    """Write the files of a run, each whole or not at all; returns their paths. chosen: the best plan's scenario."""
+    deployment = simulation.deployment
+    head = {
         "format": "moesim-plan",
         "schema_version": 1,
         "verdict": result["verdict"],
         "gain": result["gain"],
-        "placement": "placement.json",
-        "scenario": chosen.model_dump(mode="json", exclude_none=True),
     }
-    write_text(folder / "plan.yaml", yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
-    written = ["plan.yaml", "placement.json"]
-    for engine, name in MAP_NAMES.items():
-        try:
-            paths = export_placement(placement, engine, folder / engine, chosen)
-        except Infeasible as error:
-            # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
-            result["notes"].append(f"{engine}: {error.line()}")
-            write_map(placement, engine, folder / engine / name, chosen)
-            written.append(f"{engine}/{name}")
-            continue
-        written += [str(path.relative_to(folder)) for path in paths]
+    if deployment.prefill is None:
+        written = write_plan(folder, head, chosen, deployment.setup.placement, result["notes"])
+    else:
+        parts = role_scenarios(chosen, deployment.ground.cluster)
+        placements = {"prefill": deployment.prefill.setup.placement, "decode": deployment.setup.placement}
+        inside = {name: f"{name}/plan.yaml" for name in parts}
+        _write_yaml(folder / "plan.yaml", {**head, "roles": inside}, chosen)
+        written = ["plan.yaml"]
+        for name, (part, cluster) in parts.items():
+            own = part.model_copy(update={"cluster": _cluster_of(part, cluster, folder / name)})
+            found = write_plan(folder / name, {**head, "role": name}, own, placements[name], result["notes"], name)
+            written += [f"{name}/{path}" for path in found]
     write_step_timeline(folder / "timeline.json.gz", simulation)
     write_json(folder / "result.json", result, indent=1)
     write_json(folder / "simulation.json", {"best": _told(simulation), "baseline": _told(base)}, indent=1)
@@ -357,6 +376,41 @@ def write_run(
     return [
         str(folder / name) for name in [*written, "timeline.json.gz", "result.json", "simulation.json", "report.html"]
     ]
+
+
+def _cluster_of(scenario: Scenario, cluster: ClusterSpec, folder: Path) -> ClusterChoice | Path:
+    """A role's share of the scenario's cluster, as a scenario chooses one; of a cluster file a file in its folder."""
+    if isinstance(scenario.cluster, Path):
+        write_text(folder / "cluster.yaml", yaml.safe_dump(cluster.model_dump(mode="json"), sort_keys=False))
+        return folder / "cluster.yaml"
+    return scenario.cluster.model_copy(update={"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node})
+
+
+def _write_yaml(path: Path, head: dict[str, Any], scenario: Scenario) -> None:
+    # Files of the scenario under absolute names: the plan lies in another folder.
+    plain = resolve_paths(scenario, Path.cwd()).model_dump(mode="json", exclude_none=True)
+    write_text(path, yaml.safe_dump({**head, "scenario": plain}, sort_keys=False, allow_unicode=True))
+
+
+def write_plan(
+    folder: Path, head: dict[str, Any], scenario: Scenario, placement: ExpertPlacement, notes: list[str], role: str = ""
+) -> list[str]:
+    """Write a plan, its placement and what engines load, into a folder; returns the names. notes: are added to."""
+    placement.write(folder / "placement.json")
+    _write_yaml(folder / "plan.yaml", {**head, "placement": "placement.json"}, scenario)
+    written = ["plan.yaml", "placement.json"]
+    for engine, name in MAP_NAMES.items():
+        told = f"{role}, {engine}" if role else engine
+        try:
+            paths = export_placement(placement, engine, folder / engine, scenario, role=role)
+        except Infeasible as error:
+            # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
+            notes.append(f"{told}: {error.line()}")
+            write_map(placement, engine, folder / engine / name, scenario)
+            written.append(f"{engine}/{name}")
+            continue
+        written += [str(path.relative_to(folder)) for path in paths]
+    return written
 
 
 def _told(simulation: Simulation | None) -> dict[str, Any] | None:
@@ -409,7 +463,7 @@ def print_tune(result: dict[str, Any]) -> None:
                 ("memory_peak_bytes", 1e-9, 3),
             )
         ]
-        label = f"{name}: {plan['label']}" if name else plan["label"]
+        label = (f"{name}: {plan['label']}" if name else plan["label"]).replace("; ", "\n")
         table.add_row(label, *cells, _level_word(plan))
     out.print(table)
     out.print("AR: all-reduce; AG+RS: all-gather and reduce-scatter; ETP: TP inside experts; +N: redundant experts.")

@@ -23,8 +23,9 @@ from placement.executors import Workers
 from placement.interrupts import unbroken
 from placement.journal import journal_storage
 from placement.objective import Outcome
+from placement.plans import Plan
 from placement.samplers import GENETIC, generation_of, quasi_random, sampler_of
-from placement.space import Plan, Space
+from placement.space import Space
 from placement.surrogate import Surrogate
 
 # Trials of a batch: told together, in order, so that any number of workers gives the same study.

@@ -23,8 +23,8 @@ from moesim.routing.trace import RoutingCounts
 from moesim.spec.scenario import Scenario
 from moesim.spec.workload import WorkloadSpec
 from placement.objective import Evaluator, Outcome
+from placement.plans import Plan
 from placement.ranking import INDIFFERENCE, LATENCY, order
-from placement.space import Plan
 from placement.tuner import Trial
 
 NETWORK = ("dispatch", "collective")
@@ -185,7 +185,7 @@ def _trials(evaluator: Evaluator, world: World, factor: float, plans: Sequence[P
     ground = world.apply(evaluator.ground, factor)
     there = Evaluator(ground, ground.scenario)
     for plan in plans:
-        evaluator.placement(plan)
+        evaluator.solve_for(plan)
     there.solved = evaluator.solved
     return [Trial(number, plan, _settled(there, plan)) for number, plan in enumerate(plans)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -201,7 +201,9 @@ def resolve(
     """
     scenario = scenario or ground.scenario
     if scenario.serving is not None and scenario.serving.roles is not None:
-        return _resolve_roles(ground, scenario, placement)
+        if placement is not None:
+            refuse_roles(scenario)
+        return resolve_roles(ground, scenario, {})
     if placement is None and scenario.placement.file is not None:
         ranks = (scenario.parallel or whole_cluster(ground.cluster)).ep
         placement = read_placement(scenario.placement.file, MapFrame.of(ground.model, ranks))
@@ -242,12 +244,11 @@ def refuse_roles(scenario: Scenario) -> None:
         )
 
 
-def _resolve_roles(ground: Groundwork, scenario: Scenario, placement: ExpertPlacement | None) -> Deployment:
-    if placement is not None:
-        refuse_roles(scenario)
+def resolve_roles(ground: Groundwork, scenario: Scenario, placements: Mapping[str, ExpertPlacement]) -> Deployment:
+    """`resolve` of a scenario with roles. placements: by role, solved beforehand; what is not there is solved."""
     found = {}
     for name, (part, cluster) in role_scenarios(scenario, ground.cluster).items():
-        one = resolve(replace(ground, cluster=cluster), part)
+        one = resolve(replace(ground, cluster=cluster), part, placements.get(name))
         found[name] = replace(one, ground=ground)
     return replace(found["decode"], prefill=found["prefill"])
 

@@ -10,6 +10,8 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import PlacementSpec, PoliciesSpec, PrecisionSpec, Scenario
 from moesim.spec.workload import BatchingSpec, RoleSpec
 
+ROLES = ("prefill", "decode")
+
 
 def role_scenarios(scenario: Scenario, cluster: ClusterSpec) -> dict[str, tuple[Scenario, ClusterSpec]]:
     """Role -> its scenario without roles, and its GPUs. Raises BadInput and Infeasible."""
@@ -30,15 +32,20 @@ def role_scenarios(scenario: Scenario, cluster: ClusterSpec) -> dict[str, tuple[
             where="serving.balance",
             mend="use round_robin, shortest_queue or fewest_tokens",
         )
-    return {
-        name: (_scenario_of(scenario, name, role), _cluster_of(cluster, name, role))
-        for name, role in (("prefill", roles.prefill), ("decode", roles.decode))
-    }
+    return {name: (role_scenario(scenario, name), role_cluster(scenario, name, cluster)) for name in ROLES}
 
 
-def _scenario_of(scenario: Scenario, name: str, role: RoleSpec) -> Scenario:
+def _role(scenario: Scenario, name: str) -> RoleSpec:
     assert scenario.serving is not None
-    where = f"serving.roles.{name}"
+    assert scenario.serving.roles is not None
+    role: RoleSpec = getattr(scenario.serving.roles, name)
+    return role
+
+
+def role_scenario(scenario: Scenario, name: str) -> Scenario:
+    """The scenario of one role, without roles: what the role leaves out comes from above. Raises BadInput."""
+    assert scenario.serving is not None
+    role, where = _role(scenario, name), f"serving.roles.{name}"
     serving = scenario.serving.model_copy(update={"roles": None})
     if role.batching is not None:
         batching = merged(serving.batching.model_dump(), role.batching)
@@ -74,8 +81,9 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _cluster_of(cluster: ClusterSpec, name: str, role: RoleSpec) -> ClusterSpec:
-    """The GPUs of a role: whole nodes, or a part of one."""
+def role_cluster(scenario: Scenario, name: str, cluster: ClusterSpec) -> ClusterSpec:
+    """The GPUs of a role: whole nodes, or a part of one. Raises Infeasible."""
+    role = _role(scenario, name)
     gpus, node = role.gpus * role.replicas, cluster.gpus_per_node
     if gpus % node == 0:
         return cluster.model_copy(update={"nodes": gpus // node})

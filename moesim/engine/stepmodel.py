@@ -309,7 +309,7 @@ class ExactModel:
 _LIGHT_TOKENS = 8.0
 
 
-def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
+def price_light_steps(deployment: Deployment, kinds: Sequence[str] = ("decode", "prefill")) -> dict[str, PricedStep]:
     """Price a light decode step and the reading of a prompt by each rank, evenly routed. Raises OutsideProfile."""
     setup = deployment.setup
     asked = lengths(deployment.serving.workload)
@@ -321,7 +321,8 @@ def price_light_steps(deployment: Deployment) -> dict[str, PricedStep]:
         "prefill": step_batch(ranks=ranks, prefill_seqs=[[1.0]], prefill_new=prompt),
     }
     found = {}
-    for kind, batch in batches.items():
+    for kind in kinds:
+        batch = batches[kind]
         share = float(batch.tokens.sum()) * setup.model.moe.top_k / setup.model.moe.experts
         counts = np.full((1, setup.model.moe_layers, setup.model.moe.experts), share)
         graphed = kind == "decode" and bool(graphs_of(deployment).sizes)

@@ -56,7 +56,7 @@ def run_page(run: RunFolder) -> str:
     runs = [("best", BEST, best)] + ([("baseline", BASE, base)] if base is not None and not same else [])
     code = result.verdict.code
     tone, badge = _BADGES.get(code, ("", code.replace("_", " ")))
-    planned = tables.plan_lead(best.figures, result.best.label)
+    planned = tables.plan_lead(best.figures, result.best.label) + tables.roles_lead(result.best)
     head = (
         f'<p class="eyebrow">moesim plan report</p><h1>{escape(_title(run.scenario))}</h1>'
         f'<p class="lead">{escape(_workload(run.scenario))}</p>'

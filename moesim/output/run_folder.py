@@ -15,6 +15,7 @@ from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, yaml_fault
+from moesim.spec.workload import RolesSpec
 
 RESULT, SIMULATION, PLAN = "result.json", "simulation.json", "plan.yaml"
 # What the page shows of every plan that ran.
@@ -79,6 +80,7 @@ class PlanRow(Stored):
     status: str
     meets_slo: bool
     metrics: dict[str, Number]
+    roles: RolesSpec | None = None
     intervals: dict[str, Interval] = Field(default_factory=dict)
     tied_with_best: bool | None = None
 
@@ -386,7 +388,8 @@ def read_run(folder: Path) -> RunFolder:
     if not isinstance(plan, dict) or "scenario" not in plan:
         raise BadInput("no `scenario` here", where=str(folder / PLAN), mend=_REMAKE)
     scenario = Scenario.read(plan["scenario"], where=f"{folder / PLAN}: scenario")
-    launch = {path.parent.name: read_text(path, what="launch file") for path in sorted(folder.glob("*/launch.txt"))}
+    found = sorted([*folder.glob("*/launch.txt"), *folder.glob("*/*/launch.txt")])  # by engine, or by role and engine
+    launch = {" ".join(path.relative_to(folder).parts[:-1]): read_text(path, what="launch file") for path in found}
     return RunFolder(result, simulations, scenario, launch, _files(folder))
 
 

@@ -42,6 +42,7 @@ _REASONS = {
     "domains_not_filled": "an instance does not fill whole NVLink domains",
     "tp_spans_nodes": "TP groups do not lie inside nodes",
     "backend_does_not_pack": "this dispatch sends what its own kernels send: nothing can be compressed",
+    "roles_exceed_cluster": "the pools of the roles ask for more GPUs than the cluster has",
     "replica_choice_needs_ep": "with one expert-parallel rank there is no replica to choose",
 }
 
@@ -60,7 +61,7 @@ def tiles(run: RunFolder) -> str:
             span = f"{signed(gain.low)} to {signed(gain.high)}, against the baseline"
             shown.append(_tile(name, exact(gain.value, signed(gain.value)), span))
     placed = (result.placement_gain or {}).get(result.latency_gain.metric)
-    if placed is not None and placed.low is not None and placed.high is not None and best.parallel.ep > 1:
+    if placed is not None and placed.low is not None and placed.high is not None and _spread(best):
         span = f"{signed(placed.low)} to {signed(placed.high)}, against contiguous experts in the same layout"
         shown.append(_tile("TPOT saved by placing experts", exact(placed.value, signed(placed.value)), span))
     for metric, name, scale, digits in (
@@ -75,6 +76,12 @@ def tiles(run: RunFolder) -> str:
             _tile(name, exact(best.metrics[metric], number(best.metrics[metric] * scale, digits) + unit), before)
         )
     return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _spread(row: PlanRow) -> bool:
+    """Whether there are experts to place in it."""
+    pools = [] if row.roles is None else [row.roles.prefill.parallel, row.roles.decode.parallel]
+    return any(one is not None and one.ep > 1 for one in (row.parallel, *pools))
 
 
 def simulation_tiles(figures: Figures) -> str:
@@ -191,6 +198,22 @@ def plan_lead(figures: Figures, label: str) -> str:
     )
 
 
+def roles_lead(row: PlanRow) -> str:
+    """The pools of a plan with roles in one sentence; empty without."""
+    if row.roles is None:
+        return ""
+    told = []
+    for name in ("prefill", "decode"):
+        role = getattr(row.roles, name)
+        backend = ((role.policies or {}).get("dispatch") or {}).get("backend", "")
+        copies = f"{role.replicas} copies, each" if role.replicas > 1 else "one copy"
+        layout = "" if role.parallel is None else f" ({escape(role.parallel.label())}, {escape(str(backend))})"
+        told.append(f"{name}: {copies} on {role.gpus} GPUs{layout}")
+    return (
+        f" Prompts are read in a pool of their own: {'; '.join(told)}. What is said of one plan here is the decode's."
+    )
+
+
 def launch(run: RunFolder) -> str:
     """The launch commands that were exported, and the files of the run."""
     parts = [
@@ -213,7 +236,7 @@ def infeasible(run: RunFolder) -> str:
     """Why plans could not run, counted, and how many missed a service level."""
     result = run.result
     rows = [
-        [f"<code>{escape(reason)}</code>", str(count), escape(_REASONS.get(reason, ""))]
+        [f"<code>{escape(reason)}</code>", str(count), escape(_reason(reason))]
         for reason, count in sorted(result.infeasible.items(), key=lambda item: -item[1])
     ]
     missed = f"<p>{result.missed_slo} of {result.trials} simulated plans missed a service level.</p>"
@@ -221,6 +244,13 @@ def infeasible(run: RunFolder) -> str:
         return f"<p>Every plan of the grid could run.</p>{missed}"
     made = table(["reason", "plans", "what it means"], rows).replace("<td>", '<td class="text">')
     return made.replace('<th scope="col">', '<th scope="col" class="text">') + f"<p></p>{missed}"
+
+
+def _reason(reason: str) -> str:
+    for role in ("prefill", "decode"):
+        if reason.startswith(f"{role}_"):
+            return f"the {role} pool: {_REASONS.get(reason.removeprefix(f'{role}_'), '')}"
+    return _REASONS.get(reason, "")
 
 
 def figures_table(figures: Figures) -> str:

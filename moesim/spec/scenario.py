@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesim.errors import BadInput
 from moesim.files import read_text
@@ -255,6 +255,9 @@ class SearchSpec(Spec):
 
     parallel: Literal["auto", "fixed"] = "auto"
     placement: Literal["auto", "fixed"] = "auto"
+    roles: Literal["auto", "off"] = Field(
+        default="off", description="serving: auto = plans with and without prefill and decode roles; off = as it says"
+    )
     redundant_experts: tuple[int, ...] | None = None
     solvers: tuple[str, ...] | None = None
     capacity_factor: tuple[float, float] | None = None
@@ -268,6 +271,11 @@ class SearchSpec(Spec):
     sampler: Literal["auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random"] = Field(
         default="auto", description="auto = Gaussian processes over the choices, by this program"
     )
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads `off` as false
 
     @model_validator(mode="after")
     def _rising(self) -> SearchSpec:
@@ -308,6 +316,8 @@ class Scenario(Spec):
         schedules, unfit = self.search.schedules or (), "two_batch" if self.serving is None else "forward_backward"
         if unfit in schedules:
             raise ValueError(f"search.schedules: {unfit} is of {'serving' if self.serving is None else 'training'}")
+        if self.serving is None and self.search.roles != "off":
+            raise ValueError("search.roles is of serving: training has no prefill and decode")
         if self.serving is not None and self.search.backends is not None:
             raise ValueError("search.backends is of training; in serving a layout brings its dispatcher")
         return self
@@ -326,6 +336,8 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
         raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
     if not isinstance(data, dict):
         raise BadInput("a scenario is a mapping of keys", where=str(path), mend="start with `model:` and `cluster:`")
+    if data.get("format") == "moesim-plan" and isinstance(data.get("scenario"), dict):
+        data = data["scenario"]  # the plan.yaml of `moesim tune`
     for override in overrides:
         apply_override(data, override)
     scenario = Scenario.read(data, where=path)

@@ -18,6 +18,7 @@ FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
 OVERLAPS = ("sequential", "two_batch")
 SCHEDULES = {"vllm": (*OVERLAPS, "whole_graph")}
 LAUNCH_FILE = "launch.txt"
+TRANSFER = "how the engines move KV cache between the roles, and their router, are yours to set"
 INCOMPLETE = "incomplete: a map knows neither the model nor the nodes; export the plan.yaml of a run for all flags"
 
 
@@ -48,10 +49,11 @@ def suffix_note(form: str, path: Path) -> str:
 
 
 def export_placement(
-    placement: ExpertPlacement, engine: str, folder: Path, scenario: Scenario | None = None
+    placement: ExpertPlacement, engine: str, folder: Path, scenario: Scenario | None = None, *, role: str = ""
 ) -> list[Path]:
     """Write the engine's map (where it loads one) and `launch.txt` into `folder`; returns the files written.
 
+    role: `prefill` or `decode` for a pool of a plan with roles; how KV cache moves between them is not written.
     Everything is rendered and checked before the first file is written. Raises BadInput for an unknown engine,
     Infeasible where the engine cannot load the placement or lacks the plan's schedule or storage.
     """
@@ -60,8 +62,10 @@ def export_placement(
         check_schedule(engine, scenario)
         refuse_dispatch(engine, scenario.policies.dispatch)
     note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
+    if role:
+        note = "; ".join(filter(None, [f"the {role} role: {TRANSFER}", note]))
     if engine == "sglang":
-        lines = sglang.launch(placement, scenario)
+        lines = sglang.launch(placement, scenario, role=role)
         sglang.write(placement, folder / sglang.FILE)
         return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from moesim.engine.role_specs import ROLES
 from moesim.errors import BadInput
 from moesim.files import kind_of, read_text
 from moesim.spec.hf import load_model
@@ -34,6 +35,9 @@ def read_plan(
     if model is not None or ranks is not None:
         raise BadInput("a plan names its model and its ranks itself", where=str(path), mend="leave out --model, --gpus")
     data = _load(path)
+    if isinstance(data, dict) and isinstance(data.get("roles"), dict):
+        inside = " and ".join(str(one) for one in data["roles"].values())
+        raise BadInput("this plan has roles, each with a plan of its own", where=str(path), mend=f"export {inside}")
     if not isinstance(data, dict) or not isinstance(data.get("placement"), str):
         raise BadInput(
             "no `placement: FILE` here", where=str(path), mend="give the plan.yaml of `moesim tune` or a placement map"
@@ -46,6 +50,15 @@ def read_plan(
     else:
         found = resolve_paths(Scenario.read(scenario, where=f"{path}: scenario"), path.parent)
     return read_placement(path.parent / data["placement"]), found
+
+
+def role_of(path: Path) -> str:
+    """The role whose plan this is, `prefill` or `decode`; empty for a plan without roles, and for a map."""
+    if Path(path).suffix not in YAML_SUFFIXES:
+        return ""
+    data = _load(Path(path))
+    role = data.get("role") if isinstance(data, dict) else None
+    return role if role in ROLES else ""
 
 
 def _load(path: Path) -> Any:

@@ -40,8 +40,11 @@ def write(placement: ExpertPlacement, path: Path) -> None:
     write_text(path, text)
 
 
-def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str = "") -> list[str]:
     """Lines of a launch command (docs/advanced_features/server_arguments.md of sgl-project/sglang).
+
+    role: `prefill` or `decode` (pd_disaggregation.md, as above); a prefill server only reads prompts, so DeepEP's mode
+    `auto` is `normal` there.
 
     Under DP attention SGLang divides --chunked-prefill-size and --max-running-requests by the dp size, so the limits
     of one attention-DP rank are multiplied here. tp counts all GPUs of a stage: attention runs at tp / dp.
@@ -68,20 +71,23 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
         lines.append(f"--ep-num-redundant-experts {placement.redundant}")
     if placement.ranks > 1:
         lines.append(f"--init-expert-location {FILE}")
+    if role:
+        lines.append(f"--disaggregation-mode {role}")
     if scenario is None:
         return [*lines, "--ep-dispatch-algorithm static"]
     nodes = instances_of(placement, scenario).nodes
     if nodes > 1:
         lines += [f"--nnodes {nodes}", "--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
     dispatch = scenario.policies.dispatch
-    low_latency = dispatch.backend == "deepep" and dispatch.mode != "normal"
+    mode = "normal" if role == "prefill" and dispatch.mode == "auto" else dispatch.mode
+    low_latency = dispatch.backend == "deepep" and mode != "normal"
     if low_latency:
         limit = engine_rules("sglang").low_latency_tokens
         lines[0] = f"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK={limit} {lines[0]}"
     replica = scenario.policies.dispatch.replica
     lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
     if scenario.policies.dispatch.backend == "deepep":
-        lines += ["--moe-a2a-backend deepep", f"--deepep-mode {scenario.policies.dispatch.mode}"]
+        lines += ["--moe-a2a-backend deepep", f"--deepep-mode {mode}"]
     if scenario.policies.schedule == "two_batch":
         lines.append("--enable-two-batch-overlap")
     if scenario.serving is not None:

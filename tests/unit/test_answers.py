@@ -20,7 +20,7 @@ from moesim.spec.scenario import Scenario, load_scenario
 from placement import whatif
 from placement.answers import binding_json, choices_json, choices_text
 from placement.objective import Evaluator, Outcome
-from placement.space import Plan
+from placement.plans import Plan
 from placement.tuner import Search, Trial
 from placement.whatif import HALVINGS, Scaled, World, tempered, times, what_if, worlds_of
 from tests.unit.test_tune import scenario, tuned

@@ -10,8 +10,8 @@ import pytest
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 from placement.objective import Outcome
+from placement.plans import Plan
 from placement.ranking import LATENCY, Finalist, paired_gain, sure_of_levels, tied, verdict
-from placement.space import Plan
 from placement.tuner import Trial
 from tests.scenarios import small
 

@@ -16,7 +16,8 @@ import yaml
 from moesim.cli import run
 from moesim.engine.deployment import groundwork
 from moesim.spec.scenario import load_scenario
-from placement.space import baseline_plan, enumerate_space
+from placement.plans import baseline_plan
+from placement.space import enumerate_space
 from placement.tuner import BATCH
 from tests.scenarios import small, write
 

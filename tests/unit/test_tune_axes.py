@@ -14,7 +14,8 @@ from moesim.engine.deployment import groundwork
 from moesim.spec.scenario import Scenario, load_scenario
 from placement import space as space_module
 from placement.axes import axes_of, value_at
-from placement.space import Space, baseline_plan, enumerate_space
+from placement.plans import baseline_plan
+from placement.space import Space, enumerate_space
 from tests.scenarios import small, write
 
 TOKENS = "serving.batching.max_batch_tokens_per_dp_rank"

@@ -16,8 +16,8 @@ from moesim.cli import run
 from placement.executors import LocalWorkers
 from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
+from placement.plans import Plan
 from placement.regret import Problem, Remembering, contest, main, problem_of, read_table, scores, stale_rows
-from placement.space import Plan
 from placement.surrogate import Surrogate, front_of, gained, hypervolume, neighbours, reference_of
 from tests.scenarios import small, write
 
