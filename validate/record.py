@@ -43,6 +43,7 @@ def hardware(device: Any) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "threads_per_rank": torch.get_num_threads(),
+        "cores_of_a_rank": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

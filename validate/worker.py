@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moesim.errors import CheckFailed, MoesimError
 from moesim.files import read_text, write_json, write_text
 from validate import probe, record, unfinished
-from validate.group import Beat, CoreShare, Group, continue_with_parent, need_torch
+from validate.group import Beat, CoreShare, Group, continue_with_parent, need_torch, own_cores
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS, forward
 from validate.predict import predict, prediction_json, write_predictions
@@ -216,8 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
     continue_with_parent()
     beat = Beat(given.folder / f"rank{given.rank}.status", parent=given.parent, folder=given.folder)
     try:
-        torch = need_torch()
         job = Job.read(json.loads(read_text(given.job, what="job")), where=given.job)
+        if job.backend == "gloo":
+            own_cores(given.rank, job.ranks)  # before torch starts its threads
+        torch = need_torch()
         store = torch.distributed.FileStore(str(given.folder / "store"), job.ranks)
         with joined(job, store, rank=given.rank, ranks=job.ranks, local_rank=given.rank, beat=beat) as group:
             session(job, group)
