@@ -32,6 +32,15 @@ STARTING_S = 60.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
+def named(name: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say` with the lab's name before each line."""
+
+    def tell(line: str) -> None:
+        say(f"{name}: {line}")
+
+    return tell
+
+
 def check_parts() -> None:
     """Raise MissingPart, named, unless this machine can run a lab."""
     if not sys.platform.startswith("linux"):
