@@ -56,6 +56,10 @@ def check_parts() -> None:
             f"this machine refuses namespaces ({done.stderr.strip()[:120]})", where=WHERE,
             mend="in a container, give it CAP_SYS_ADMIN and CAP_NET_ADMIN",
         )  # fmt: skip
+    limit = ["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1mbit", "burst", "10k", "limit", "10k"]
+    done = subprocess.run([*UNSHARE, *limit], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MissingPart(f"the kernel has no `tc tbf` ({done.stderr.strip()[:120]})", where=WHERE, mend="load sch_tbf")
     if importlib.util.find_spec("torch") is None:
         raise MissingPart("validate fabric needs torch", mend="pip install '.[hardware]'")
 
