@@ -18,7 +18,7 @@ from validate import fabric_calibrate, fabric_net, fabric_record
 from validate.exchange_record import now
 from validate.fabric_predict import busiest_link, by_executor, seconds_of
 from validate.fabric_rank import Case
-from validate.fabric_run import check_parts, run_cell
+from validate.fabric_run import check_parts, named, run_cell
 from validate.fabric_spec import WHERE, LabSpec, RoutedSpec, bundled, read_lab
 from validate.job import file_profile
 
@@ -120,7 +120,7 @@ def run(
     begun, entries = now(), []
     for lab, own, foretold, links, ran in zip(labs, cases, predicted, bound, executed, strict=True):
         started, clock = now(), time.monotonic()
-        found = run_cell(lab, own, stall_s=stall_s, say=lambda line, name=lab.name: say(f"{name}: {line}"))
+        found = run_cell(lab, own, stall_s=stall_s, say=named(lab.name, say))
         found |= {"measured_from": started, "wall_s": time.monotonic() - clock}
         entries.append(fabric_record.lab_entry(lab, own, foretold, links, ran, found))
     record = {

@@ -47,14 +47,14 @@ class Figures:
 
 def measure(*, stall_s: float, say: Callable[[str], None]) -> tuple[Figures, dict[str, Any]]:
     """Measure on both fabrics; returns the figures and what stands behind them. Raises as `run_cell` does."""
-    from validate.fabric_run import run_cell
+    from validate.fabric_run import named, run_cell
 
     sizes = (SMALL, LARGE)
     medians = {}
     for lab, scheme in ((FAR, "flat"), (NEAR, "two_level")):
         say(f"calibrating on {lab.name}")
         cases = [Case(("even",), scheme, size) for size in sizes]
-        found = run_cell(lab, cases, stall_s=stall_s, say=lambda line, name=lab.name: say(f"{name}: {line}"))
+        found = run_cell(lab, cases, stall_s=stall_s, say=named(lab.name, say))
         medians[lab.name] = np.median(np.asarray(found["seconds"])[:, 0], axis=-1)
     return figures_of(medians), {name: values.tolist() for name, values in medians.items()}
 

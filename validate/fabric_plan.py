@@ -171,7 +171,7 @@ def two_level_plans(tokens: Tokens, nodes: int) -> list[RankPlan]:
     holding: list[Ints] = []  # what each rank has to pass on: its own tokens, then what came
     for rank in range(ranks):
         node, place = divmod(rank, each)
-        by_node = [seen.reshape(len(seen), nodes, each).any(axis=2) for seen in visits]
+        by_node = [np.asarray(seen.reshape(len(seen), nodes, each).any(axis=2)) for seen in visits]
         takes = [np.flatnonzero(by_node[rank][:, other]) if other != node else _none() for other in range(nodes)]
         came = [
             held[peer][by_node[peer][:, node]] if other != node else np.zeros((0, 2), np.int64)

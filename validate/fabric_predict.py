@@ -80,11 +80,15 @@ def straight(topology: Topology) -> Exchange:
 def stage_bytes(lab: LabSpec, tokens: Tokens, scheme: str, topology: Topology) -> list[tuple[str, Floats]]:
     """Name and bytes [ranks, ranks] of each all-to-all of an exchange, one after the other."""
     if scheme == "flat":
-        return [("flat", tokens.flat() * float(lab.row_bytes))]
+        return [("flat", _bytes(tokens.flat(), lab))]
     normal = prepare(topology.cluster, "deepep_normal")
-    to_nodes = tokens.node_copies(lab.nodes) * float(lab.row_bytes)
-    loads = normal.loads(tokens.rank_copies() * float(lab.row_bytes), to_nodes)
+    to_nodes = _bytes(tokens.node_copies(lab.nodes), lab)
+    loads = normal.loads(_bytes(tokens.rank_copies(), lab), to_nodes)
     return [(name, load) for name, _, load in loads]
+
+
+def _bytes(rows: NDArray[np.int64], lab: LabSpec) -> Floats:
+    return np.asarray(rows * float(lab.row_bytes), dtype=np.float64)
 
 
 def seconds_of(lab: LabSpec, case: Case, figures: Figures) -> list[float]:

@@ -32,6 +32,15 @@ STARTING_S = 60.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
+def named(name: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say` with the lab's name before each line."""
+
+    def tell(line: str) -> None:
+        say(f"{name}: {line}")
+
+    return tell
+
+
 def check_parts() -> None:
     """Raise MissingPart, named, unless this machine can run a lab."""
     if not sys.platform.startswith("linux"):
@@ -47,6 +56,10 @@ def check_parts() -> None:
             f"this machine refuses namespaces ({done.stderr.strip()[:120]})", where=WHERE,
             mend="in a container, give it CAP_SYS_ADMIN and CAP_NET_ADMIN",
         )  # fmt: skip
+    limit = ["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1mbit", "burst", "10k", "limit", "10k"]
+    done = subprocess.run([*UNSHARE, *limit], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MissingPart(f"the kernel has no `tc tbf` ({done.stderr.strip()[:120]})", where=WHERE, mend="load sch_tbf")
     if importlib.util.find_spec("torch") is None:
         raise MissingPart("validate fabric needs torch", mend="pip install '.[hardware]'")
 
