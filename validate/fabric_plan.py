@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.fabric_spec import LabSpec, Pattern
-from validate.job import PlacedCase, built_in_cases, file_profile, synthetic_profile
+from validate.job import PlacedCase, file_profile, synthetic_profile
 from validate.layer import replica_routes
+from validate.placements import family
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -104,9 +105,9 @@ def case_of(lab: LabSpec, pattern: Pattern) -> PlacedCase:
     """The placement of a routed pattern. Raises Infeasible, MissingPart."""
     profile, _ = profile_of(lab)
     slots = min(len(profile) + REPLICAS_PER_RANK * lab.ranks, len(profile) * lab.ranks)
-    cases = built_in_cases(profile, ranks=lab.ranks, slots=slots, seed=lab.seed, planned=pattern == "routed_planned")
-    wanted = pattern.removeprefix("routed_")
-    return next(case for case in cases if case.name == wanted)
+    # The family begins with contiguous and planned.
+    count = 1 + (pattern == "routed_planned")
+    return family(profile, ranks=lab.ranks, slots=slots, count=count, seed=lab.seed)[-1]
 
 
 def targets_of(picks: Ints, case: PlacedCase, *, ranks: int) -> tuple[Ints, ...]:
