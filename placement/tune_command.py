@@ -34,7 +34,7 @@ from placement.export.engines import export_placement, write_map
 from placement.interrupts import Patience, patience
 from placement.objective import Evaluator
 from placement.plans import Plan, baseline_plan, own_plan, plain_placement
-from placement.pools import Pool
+from placement.pools import Pool, sizes
 from placement.ranking import (
     LATENCY,
     SHOWN,
@@ -238,13 +238,13 @@ def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[
 
 
 def _usual_pool(pool: Pool, node: int) -> bool:
-    """Whether a pool is one that people run: whole experts under DeepEP with attention DP over all of it, or under
-    all-reduce with tensor parallelism over a node (or over all of it).
+    """Whether a pool is one that people run: instances as large as can be, attention DP and whole experts under DeepEP;
+    or the largest within a node, tensor parallelism and whole experts under all-reduce.
     """
-    sizes = pool.parallel
+    layout, largest = pool.parallel, sizes(pool.gpus, node)
     if pool.backend == "deepep":
-        return sizes.tp == 1 and pool.replicas == 1
-    return pool.backend == "allreduce" and sizes.ep == sizes.tp == min(node, pool.gpus)
+        return layout.tp == 1 and layout.gpus == max(largest)
+    return pool.backend == "allreduce" and layout.ep == layout.tp == max(size for size in largest if size <= node)
 
 
 def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:

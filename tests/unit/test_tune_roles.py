@@ -17,12 +17,14 @@ from moesim.spec.cluster import ClusterSpec
 from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import ClusterChoice, load_scenario
 from placement import space as space_module
-from placement.objective import Evaluator
+from placement.objective import Evaluator, Outcome
 from placement.plans import Plan, baseline_plan, own_plan
 from placement.pools import sizes, splits
+from placement.ranking import order
 from placement.space import Space, enumerate_space
 from placement.surrogate import coding, neighbours
 from placement.tune_command import known_recipes
+from placement.tuner import Trial
 from tests.scenarios import small, write
 
 OWN = {
@@ -298,6 +300,20 @@ def test_memory_and_balance_are_of_both_pools(tmp_path: Path) -> None:
     least = [one.memory.fixed_bytes for one in (simulation.deployment, simulation.deployment.prefill)]
     assert outcome.metrics["memory_peak_bytes"] >= max(least)
     assert 0 < outcome.metrics["kv_cache_share"] <= 1
+
+
+def test_among_prefill_pools_of_one_decode_pool_ttft_decides(tmp_path: Path) -> None:
+    """TPOT is made in the decode pool: what it differs by under another prefill pool is chance."""
+    ground, space = space_of(scenario(tmp_path, own=OWN))
+    decode = own_plan(ground, ground.scenario).decode
+    plans = [plan for plan in space.plans if plan.prefill is not None and plan.decode == decode][:3]
+
+    def trial(number: int, tpot_s: float, ttft_s: float) -> Trial:
+        metrics = {"output_tokens_per_s_per_gpu": 1.0, "tpot_s.p50": tpot_s, "ttft_s.p50": ttft_s}
+        return Trial(number, plans[number], Outcome("ok", metrics))
+
+    trials = [trial(0, 0.0200, 0.9), trial(1, 0.0202, 0.1), trial(2, 0.0300, 0.05)]
+    assert [one.number for one in order(trials, "output_tokens_per_s_per_gpu")] == [1, 0, 2]
 
 
 @pytest.mark.parametrize(
