@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,14 @@ from placement.objective import Evaluator, Outcome
 from placement.plans import Plan, baseline_plan, own_plan
 from placement.pools import sizes, splits
 from placement.ranking import order
+from placement.regret import make_table, problem_of, read_table, scores
 from placement.space import Space, enumerate_space
 from placement.surrogate import coding, neighbours
 from placement.tune_command import known_recipes
 from placement.tuner import Trial
 from tests.scenarios import small, write
 
+FOLDER = Path(__file__).resolve().parent.parent / "data" / "regret"
 OWN = {
     "prefill": {"gpus": 4, "placement": {"redundant_experts": 0}, "policies": {"dispatch": {"mode": "normal"}}},
     "decode": {"gpus": 2, "replicas": 2, "batching": {"max_running_requests_per_dp_rank": 32}},
@@ -339,6 +342,23 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert where in line
+
+
+@pytest.mark.skipif(not os.environ.get("MOESIM_WHOLE"), reason="about a CPU minute: MOESIM_WHOLE=1")
+def test_the_regret_of_a_tenth_of_a_space_with_roles(tmp_path: Path) -> None:
+    """632 plans priced whole: with the recipes, and without them, when the search has to find the answer by itself."""
+    problem = problem_of(FOLDER / "roles.yaml")
+    make_table(problem, tmp_path / "table.parquet")
+    table = read_table(tmp_path / "table.parquet", problem.space)
+    trials = problem.space.size // 10
+    regret = np.array([one.regret for one in scores(problem, table, "auto", trials, range(10))])
+    bare = replace(problem, recipes=())
+    alone = np.array([one.regret for one in scores(bare, table, "auto", trials, range(10))])
+    random = np.array([one.regret for one in scores(bare, table, "random", trials, range(10))])
+    print(f"\n{problem.space.size} plans, {trials} evaluated: regret {regret}, no recipes {alone}, at random {random}")
+    assert np.median(regret) <= 0.01
+    assert regret.max() <= 0.03
+    assert np.median(alone) < np.median(random)
 
 
 def test_off_is_what_yaml_makes_of_it(tmp_path: Path) -> None:
