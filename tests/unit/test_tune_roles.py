@@ -272,20 +272,21 @@ def test_roles_and_none_compete_and_workers_and_resume_agree(
     split = next(entry for entry in one["choices"] if entry["choice"] == "split")
     assert split["values"] > 1
     assert one["baseline"]["roles"] is None
-    again = tuned(path, tmp_path / "two", capsys, "--workers", "2", trials=40)
-    assert [trial["label"] for trial in again["trial_list"]] == [trial["label"] for trial in one["trial_list"]]
-    assert again["best"]["metrics"] == one["best"]["metrics"]
-    tuned(path, tmp_path / "cut", capsys, trials=21)
-    resumed = tuned(path, tmp_path / "cut", capsys, "--resume", trials=40)
-    assert resumed["run"]["resumed_trials"] == 21
-    assert [trial["label"] for trial in resumed["trial_list"]] == [trial["label"] for trial in one["trial_list"]]
+    first = [(trial["label"], trial["metrics"]) for trial in one["trial_list"]]
+    again = tuned(path, tmp_path / "two", capsys, "--workers", "2", trials=16)
+    assert [(trial["label"], trial["metrics"]) for trial in again["trial_list"]] == first[:16]
+    tuned(path, tmp_path / "cut", capsys, trials=29)
+    resumed = tuned(path, tmp_path / "cut", capsys, "--resume", trials=38)
+    assert resumed["run"]["resumed_trials"] == 29
+    assert [(trial["label"], trial["metrics"]) for trial in resumed["trial_list"]] == first[:38]
+    assert any(trial["roles"] for trial in resumed["trial_list"][29:])
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "qmc"])
 def test_other_samplers_search_roles(sampler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = scenario(tmp_path, roles="auto", sampler=sampler)
-    result = tuned(path, tmp_path / "run", capsys, trials=48)
-    assert len({trial["label"] for trial in result["trial_list"]}) == 48
+    result = tuned(path, tmp_path / "run", capsys, trials=44)
+    assert len({trial["label"] for trial in result["trial_list"]}) == 44
 
 
 def test_what_would_change_an_answer_with_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
