@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moesim.spec.scenario import Scenario
+from placement.pools import NONE
 from placement.ranking import LATENCY, level_metrics, order
 from placement.tuner import Search, Trial
 
@@ -25,6 +26,8 @@ def choices_json(search: Search, scenario: Scenario, best: Trial) -> list[dict[s
     mine = best.plan.params()
     found = []
     for name, value in mine.items():
+        if value == NONE and name in ("prefill", "prefill_placement"):
+            continue  # without roles, `split` says all
         ran = [trial for trial in search.answers if trial.plan.params()[name] != value]
         good = order([trial for trial in ran if trial.outcome.recommendable], metric)
         other = good[0] if good else None

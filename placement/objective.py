@@ -117,13 +117,6 @@ class Evaluator:
             found[name] = self.solved[key]
         return found
 
-    def solve_for(self, plan: Plan) -> None:
-        """Solve what the plan places. Raises Infeasible and BadInput."""
-        if plan.prefill is not None:
-            self.placements(plan)
-        else:
-            self.placement(plan)
-
     def run(self, plan: Plan, *, draws: int = 0, first_look: bool = False) -> Simulation:
         """Simulate a plan. Raises Infeasible and OutsideProfile."""
         return simulate(self.deployment(plan), draws=draws, first_look=first_look)

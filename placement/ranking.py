@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from moesim.errors import Infeasible
 from moesim.spec.scenario import Scenario
 from placement.objective import MOST_EXTRAPOLATED
 from placement.plans import Plan
+from placement.pools import Pool
 from placement.surrogate import front_of
 from placement.tuner import Search, Trial
 
@@ -82,9 +83,28 @@ def order(good: Sequence[Trial], metric: str) -> list[Trial]:
     best = max((trial.outcome.metrics[metric] for trial in good), default=0.0)
     near_best = [trial for trial in good if trial.outcome.metrics[metric] >= best * (1 - INDIFFERENCE)]
     others = [trial for trial in good if trial.outcome.metrics[metric] < best * (1 - INDIFFERENCE)]
-    near_best.sort(key=lambda trial: trial.outcome.metrics[LATENCY])
+    near_best.sort(key=by_latency(near_best))
     others.sort(key=lambda trial: -trial.outcome.metrics[metric])
     return near_best + others
+
+
+def by_latency(trials: Sequence[Trial]) -> Callable[[Trial], tuple[float, float]]:
+    """Sorts trials by median time per output token; those of one decode pool, which it hardly tells apart, by TTFT."""
+    least: dict[Pool, float] = {}
+    for trial in trials:
+        if trial.plan.prefill is not None:
+            pool, found = trial.plan.decode, trial.outcome.metrics[LATENCY]
+            least[pool] = min(found, least.get(pool, found))
+
+    def key(trial: Trial) -> tuple[float, float]:
+        found = trial.outcome.metrics[LATENCY]
+        if trial.plan.prefill is None:
+            return (found, 0.0)
+        floor = least[trial.plan.decode]
+        near = found <= floor * (1 + INDIFFERENCE)
+        return (floor if near else found, trial.outcome.metrics["ttft_s.p50"])
+
+    return key
 
 
 def finalists_of(order: Sequence[Trial]) -> list[Trial]:

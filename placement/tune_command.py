@@ -6,35 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
-from moesim.engine.explain import explain
 from moesim.engine.moving import refuse_changes
-from moesim.engine.role_specs import role_scenarios
-from moesim.engine.simulate import Simulation
 from moesim.errors import BadInput, Infeasible, Interrupted
-from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
-from moesim.output.explain import explanation_json
-from moesim.output.metrics import simulation_json
-from moesim.output.report import write_run_report
-from moesim.output.series import simulation_series
 from moesim.output.steady import steadiness
-from moesim.output.steptrace import write_step_timeline
-from moesim.spec.cluster import ClusterSpec
 from moesim.spec.faults import refuse_faults
-from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import ClusterChoice, Scenario, load_scenario, resolve_paths
+from moesim.spec.scenario import Scenario, load_scenario
 from placement.answers import binding_json, choices_json, choices_text
 from placement.claims import Claims, open_claims
 from placement.executors import start_workers
-from placement.export.engines import export_placement, write_map
 from placement.interrupts import Patience, patience
 from placement.objective import Evaluator
 from placement.plans import Plan, baseline_plan, own_plan, plain_placement
-from placement.pools import Pool
+from placement.pools import Pool, sizes
 from placement.ranking import (
     LATENCY,
     SHOWN,
@@ -48,6 +34,7 @@ from placement.ranking import (
     tied,
     verdict,
 )
+from placement.run_files import write_run
 from placement.samplers import refuse_sampler
 from placement.settle import settled
 from placement.space import Space, enumerate_space, require_plans
@@ -56,7 +43,6 @@ from placement.tuner import Search, Trial, open_study, search, takes_first_look
 from placement.whatif import what_if
 
 FINAL_DRAWS = 20
-MAP_NAMES = {"sglang": "expert_location.json", "trtllm": "moe_load_balancer.yaml"}
 
 
 def tune(
@@ -238,13 +224,13 @@ def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[
 
 
 def _usual_pool(pool: Pool, node: int) -> bool:
-    """Whether a pool is one that people run: whole experts under DeepEP with attention DP over all of it, or under
-    all-reduce with tensor parallelism over a node (or over all of it).
+    """Whether a pool is one that people run: instances as large as can be, attention DP and whole experts under DeepEP;
+    or the largest within a node, tensor parallelism and whole experts under all-reduce.
     """
-    sizes = pool.parallel
+    layout, largest = pool.parallel, sizes(pool.gpus, node)
     if pool.backend == "deepep":
-        return sizes.tp == 1 and pool.replicas == 1
-    return pool.backend == "allreduce" and sizes.ep == sizes.tp == min(node, pool.gpus)
+        return layout.tp == 1 and layout.gpus == max(largest)
+    return pool.backend == "allreduce" and layout.ep == layout.tp == max(size for size in largest if size <= node)
 
 
 def _placement_sentence(plan: Plan, gain: dict[str, Any]) -> str:
@@ -340,85 +326,6 @@ def _roles_json(scenario: Scenario) -> dict[str, Any] | None:
     assert scenario.serving is not None
     roles = scenario.serving.roles
     return None if roles is None else roles.model_dump(mode="json", exclude_none=True)
-
-
-def write_run(
-    folder: Path,
-    result: dict[str, Any],
-    chosen: Scenario,
-    simulation: Simulation,
-    base: Simulation | None,
-) -> list[str]:
-    """Write the files of a run, each whole or not at all; returns their paths. chosen: the best plan's scenario."""
-    deployment = simulation.deployment
-    head = {
-        "format": "moesim-plan",
-        "schema_version": 1,
-        "verdict": result["verdict"],
-        "gain": result["gain"],
-    }
-    if deployment.prefill is None:
-        written = write_plan(folder, head, chosen, deployment.setup.placement, result["notes"])
-    else:
-        parts = role_scenarios(chosen, deployment.ground.cluster)
-        placements = {"prefill": deployment.prefill.setup.placement, "decode": deployment.setup.placement}
-        inside = {name: f"{name}/plan.yaml" for name in parts}
-        _write_yaml(folder / "plan.yaml", {**head, "roles": inside}, chosen)
-        written = ["plan.yaml"]
-        for name, (part, cluster) in parts.items():
-            own = part.model_copy(update={"cluster": _cluster_of(part, cluster, folder / name)})
-            found = write_plan(folder / name, {**head, "role": name}, own, placements[name], result["notes"], name)
-            written += [f"{name}/{path}" for path in found]
-    write_step_timeline(folder / "timeline.json.gz", simulation)
-    write_json(folder / "result.json", result, indent=1)
-    write_json(folder / "simulation.json", {"best": _told(simulation), "baseline": _told(base)}, indent=1)
-    write_run_report(folder)
-    return [
-        str(folder / name) for name in [*written, "timeline.json.gz", "result.json", "simulation.json", "report.html"]
-    ]
-
-
-def _cluster_of(scenario: Scenario, cluster: ClusterSpec, folder: Path) -> ClusterChoice | Path:
-    """A role's share of the scenario's cluster, as a scenario chooses one; of a cluster file a file in its folder."""
-    if isinstance(scenario.cluster, Path):
-        write_text(folder / "cluster.yaml", yaml.safe_dump(cluster.model_dump(mode="json"), sort_keys=False))
-        return folder / "cluster.yaml"
-    return scenario.cluster.model_copy(update={"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node})
-
-
-def _write_yaml(path: Path, head: dict[str, Any], scenario: Scenario) -> None:
-    # Files of the scenario under absolute names: the plan lies in another folder.
-    plain = resolve_paths(scenario, Path.cwd()).model_dump(mode="json", exclude_none=True)
-    write_text(path, yaml.safe_dump({**head, "scenario": plain}, sort_keys=False, allow_unicode=True))
-
-
-def write_plan(
-    folder: Path, head: dict[str, Any], scenario: Scenario, placement: ExpertPlacement, notes: list[str], role: str = ""
-) -> list[str]:
-    """Write a plan, its placement and what engines load, into a folder; returns the names. notes: are added to."""
-    placement.write(folder / "placement.json")
-    _write_yaml(folder / "plan.yaml", {**head, "placement": "placement.json"}, scenario)
-    written = ["plan.yaml", "placement.json"]
-    for engine, name in MAP_NAMES.items():
-        told = f"{role}, {engine}" if role else engine
-        try:
-            paths = export_placement(placement, engine, folder / engine, scenario, role=role)
-        except Infeasible as error:
-            # The map depends on the experts' layout only; the engine's launch options are what cannot be written.
-            notes.append(f"{told}: {error.line()}")
-            write_map(placement, engine, folder / engine / name, scenario)
-            written.append(f"{engine}/{name}")
-            continue
-        written += [str(path.relative_to(folder)) for path in paths]
-    return written
-
-
-def _told(simulation: Simulation | None) -> dict[str, Any] | None:
-    """A simulation's figures and the series behind its pictures."""
-    if simulation is None:
-        return None
-    figures = {**simulation_json(simulation), "explain": explanation_json(explain(simulation))}
-    return {"figures": figures, "series": simulation_series(simulation)}
 
 
 def print_tune(result: dict[str, Any]) -> None:

@@ -185,7 +185,10 @@ def _trials(evaluator: Evaluator, world: World, factor: float, plans: Sequence[P
     ground = world.apply(evaluator.ground, factor)
     there = Evaluator(ground, ground.scenario)
     for plan in plans:
-        evaluator.solve_for(plan)
+        if plan.prefill is not None:
+            evaluator.placements(plan)
+        else:
+            evaluator.placement(plan)
     there.solved = evaluator.solved
     return [Trial(number, plan, _settled(there, plan)) for number, plan in enumerate(plans)]
 

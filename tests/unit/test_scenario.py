@@ -101,8 +101,10 @@ def test_faults_name_the_place(text: str, told: str, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_told_from_a_scenario(tmp_path: Path) -> None:
+    plan = {"format": "moesim-plan", "schema_version": 1, "placement": "placement.json", "scenario": small()}
+    assert load_scenario(write(tmp_path, plan), ("seed=3",)).seed == 3  # it holds one
     with pytest.raises(BadInput, match="plan of `moesim tune`"):
-        load_scenario(write(tmp_path, {"format": "moesim-plan", "schema_version": 1, "scenario": {}}))
+        load_scenario(write(tmp_path, {**plan, "scenario": "scenario.yaml"}))
 
 
 def test_unknown_keys_name_the_known_ones(tmp_path: Path) -> None:
