@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from moesim.engine.deployment import Groundwork, groundwork
-from moesim.errors import BadInput, MoesimError
+from moesim.errors import BadInput, Infeasible, MoesimError
 from moesim.files import write_bytes
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.executors import LocalWorkers
@@ -167,8 +167,15 @@ def stale_rows(problem: Problem, table: dict[tuple[str, ...], Outcome], rows: in
 def scores(
     problem: Problem, table: dict[tuple[str, ...], Outcome], sampler: str, trials: int, seeds: Sequence[int]
 ) -> list[Score]:
-    """Searches of so many trials on a table, one for each seed."""
-    best = max(outcome.goals()[0] for outcome in table.values() if outcome.recommendable)
+    """Searches of so many trials on a table, one for each seed. Raises Infeasible where no plan may be recommended."""
+    best = max((outcome.goals()[0] for outcome in table.values() if outcome.recommendable), default=None)
+    if best is None:
+        raise Infeasible(
+            f"none of {len(table)} plans meets the service levels inside the profile, so that there is no best to miss",
+            where="objective.slo",
+            mend="loosen the levels",
+            reason="no_plan_meets_the_levels",
+        )
     goals = np.array([outcome.goals() for outcome in table.values() if outcome.status == "ok"])
     reference = reference_of(goals[front_of(goals)])
     whole = hypervolume(goals, reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.cli import run
+from moesim.errors import Infeasible
 from placement.executors import LocalWorkers
 from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
@@ -23,6 +25,7 @@ from tests.scenarios import small, write
 
 FOLDER = Path(__file__).parents[1] / "data" / "regret"
 SEEDS = range(10)
+FEW = SEEDS if os.environ.get("MOESIM_WHOLE") else range(4)
 
 
 @pytest.fixture(scope="module", params=["deepseek_v3", "qwen3_235b"])
@@ -34,12 +37,21 @@ def known(request: Any) -> tuple[Problem, dict[tuple[str, ...], Outcome]]:
 def test_regret_and_hypervolume_on_spaces_known_whole(known: tuple[Problem, dict[tuple[str, ...], Outcome]]) -> None:
     problem, table = known
     assert problem.space.size >= 2000
-    got = scores(problem, table, "auto", problem.space.size // 10, SEEDS)
+    got = scores(problem, table, "auto", problem.space.size // 10, FEW)
     regret, volume = [one.regret for one in got], [one.volume for one in got]
     print(f"\nregret median {np.median(regret):.2%}, worst {max(regret):.2%}; hypervolume {np.median(volume):.2%}")
     assert np.median(regret) <= 0.01
     assert max(regret) <= 0.03
     assert np.median(volume) >= 0.98
+
+
+def test_a_space_in_which_no_plan_keeps_the_levels_has_no_regret(
+    known: tuple[Problem, dict[tuple[str, ...], Outcome]],
+) -> None:
+    problem, table = known
+    missed = {key: replace(outcome, violation=1.0) for key, outcome in table.items()}
+    with pytest.raises(Infeasible, match="meets the service levels"):
+        scores(problem, missed, "auto", 16, [0])
 
 
 def test_the_tables_are_of_the_model_as_it_is(known: tuple[Problem, dict[tuple[str, ...], Outcome]]) -> None:
@@ -106,7 +118,7 @@ def beaten(reached: dict[str, list[float]]) -> None:
 
 def test_better_than_random_and_local_search_on_a_made_up_price(large: Problem) -> None:
     """Without simulating: the real prices are in the test above."""
-    beaten(contest(large, 120, SEEDS if os.environ.get("MOESIM_WHOLE") else range(4), Priced()))
+    beaten(contest(large, 120, FEW, Priced()))
 
 
 def test_local_search_tries_each_plan_once(large: Problem) -> None:
