@@ -12,6 +12,7 @@ import typer
 from moesim.errors import BadInput
 from validate.calibrate_command import calibrate
 from validate.capacity_command import capacity
+from validate.replay_command import replay
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -385,3 +386,4 @@ def records(
 
 app.command()(calibrate)
 app.command()(capacity)
+app.command()(replay)

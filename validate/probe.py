@@ -87,15 +87,15 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
     """
     token_sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
     away_sizes, home_sizes = _exchange_sizes(rig, counts)
-    histograms = _random_histograms(rig, counts) if rig.grouped else _even_histograms(rig, counts)
+    histograms = random_histograms(rig, counts) if rig.grouped else even_histograms(rig, counts)
     one_way_sizes = away_sizes[-ONE_WAY_POINTS:] if rig.job.ranks > 1 else []
     shapes = (
-        [_local_point(rig, size) for size in token_sizes],
+        [local_point(rig, size) for size in token_sizes],
         [_exchange_point(rig, away=size, home=0) for size in away_sizes],
         [_exchange_point(rig, away=0, home=size) for size in home_sizes],
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
-        [_expert_point(rig, histogram) for histogram in histograms],
-        [_expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
+        [expert_point(rig, histogram) for histogram in histograms],
+        [expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
     )
     found, core_share = sample(rig, [point for group in shapes for point in group])
     ends = np.cumsum([len(group) for group in shapes])
@@ -106,28 +106,26 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
     points: list[dict[str, Any]] = []
     gate_s, permute_s, unpermute_s = (
         [
-            _note(points, name, {"tokens": size}, spent[..., column])
+            note(points, name, {"tokens": size}, spent[..., column])
             for size, spent in zip(token_sizes, local, strict=True)
         ]
         for column, name in ((0, "gate"), (1, "permute"), (3, "unpermute"))
     )
     sent = [size * (rig.job.ranks - 1) * row_bytes(rig) for size in away_sizes]
     dispatch_s, combine_s = (
-        [_note(points, name, {"sent_bytes": size}, spent[..., column]) for size, spent in zip(sent, away, strict=True)]
+        [note(points, name, {"sent_bytes": size}, spent[..., column]) for size, spent in zip(sent, away, strict=True)]
         for column, name in ((0, "dispatch"), (2, "combine"))
     )
     kept = [size * row_bytes(rig) for size in home_sizes]
-    stay_s = [
-        _note(points, "keep", {"kept_bytes": size}, spent[..., 2]) for size, spent in zip(kept, home, strict=True)
-    ]
+    stay_s = [note(points, "keep", {"kept_bytes": size}, spent[..., 2]) for size, spent in zip(kept, home, strict=True)]
     single = [size * (rig.job.ranks // 2) * row_bytes(rig) for size in one_way_sizes]
     single_s = [
-        _note(points, "one_way", {"sent_bytes": size}, _slowest(spent[..., 2]))
+        note(points, "one_way", {"sent_bytes": size}, _slowest(spent[..., 2]))
         for size, spent in zip(single, one_way, strict=True)
     ]
     combine_curve = rising(sent, combine_s)
     expert_s = [
-        _note(points, "experts", {"histogram": histogram.tolist()}, spent[..., 0])
+        note(points, "experts", {"histogram": histogram.tolist()}, spent[..., 0])
         for histogram, spent in zip(histograms, experts, strict=True)
     ]
     return Profile(
@@ -156,7 +154,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
     )
 
 
-def _note(points: list[dict[str, Any]], operation: str, shape: dict[str, Any], samples: Floats) -> float:
+def note(points: list[dict[str, Any]], operation: str, shape: dict[str, Any], samples: Floats) -> float:
     """Keep a point's median, p10 and p90 over all ranks and repeats; return the median."""
     low, middle, high = np.quantile(samples, [0.1, 0.5, 0.9]).tolist()
     points.append({"operation": operation, **shape, "median_s": middle, "p10_s": low, "p90_s": high})
@@ -168,7 +166,8 @@ def _slowest(samples: Floats) -> Floats:
     return np.asarray(samples[int(np.median(samples, axis=1).argmax())])
 
 
-def _local_point(rig: Rig, size: int) -> Point:
+def local_point(rig: Rig, size: int) -> Point:
+    """Gate, permute and unpermute of `size` tokens, experts between the last two: four operations, the third idle."""
     torch = need_torch()
     job, layer = rig.job, rig.layers[0]
     drawn = draw_tokens(size, rig.basis, np.asarray(job.profile), generator(job, 2, rig.group.rank, size))
@@ -300,12 +299,12 @@ def _ratio(
     ratios = []
     for (index, rank), spent in zip(which, alone, strict=True):
         shape = {"histogram": histograms[index].tolist(), "rank": rank}
-        median_s = _note(points, "experts_alone", shape, spent[rank, :, 0])
+        median_s = note(points, "experts_alone", shape, spent[rank, :, 0])
         ratios.append(median_s / float(np.median(together[index][rank, :, 0])))
     return min(float(np.median(ratios)), 1.0) if ratios else 1.0
 
 
-def _expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = None) -> Point:
+def expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = None) -> Point:
     """The local experts with `histogram` [local slots] rows each, spread over all source ranks.
 
     only: the one rank that runs them, while the others wait in a collective.
@@ -330,7 +329,7 @@ def _expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = 
     return Point(f"experts at {int(histogram.max())} tokens each{lonely}", call, (False,))
 
 
-def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+def even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """The same number of rows for each used expert, from 1 to beyond the most that one gets in a test case."""
     local = rig.local_slots[0]
     most = max(int(case.sum(axis=0).max()) for case in counts)
@@ -338,7 +337,7 @@ def _even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[
     return [np.where(np.arange(local) < min(max(1, SAMPLE_ROWS // size), SAMPLE_EXPERTS), size, 0) for size in sizes]
 
 
-def _random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+def random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Random rows for each expert, from even to one hot expert; the same on every rank."""
     local = rig.local_slots[0]
     most = max(int(case.sum(axis=0).reshape(rig.job.ranks, -1).sum(axis=1).max()) for case in counts)

@@ -98,8 +98,11 @@ def generator(job: Job, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([job.seed, *purpose])
 
 
-def build(job: Job, group: Group) -> Rig:
-    """Make this rank's weights (a copy for each replica of a placement; placements share them), layers and tokens."""
+def build(job: Job, group: Group, made: Copies | None = None) -> Rig:
+    """Make this rank's weights (a copy for each replica of a placement; placements share them), layers and tokens.
+
+    made: weights that are there already; those that are made are added, so that ranks played in turn can share them.
+    """
     torch = need_torch()
     cuda = group.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -108,7 +111,7 @@ def build(job: Job, group: Group) -> Rig:
         grouped_kernel()
     basis = draw_router(job.shape, generator(job, 0))
     router = torch.as_tensor(basis, dtype=torch.float32).to(group.device)
-    made: Copies = {}
+    made = {} if made is None else made
     layers = tuple(_layer(job, case, group, router, made, dtype, grouped) for case in job.placements)
     profile = np.asarray(job.profile)
     tokens = {

@@ -1,0 +1,228 @@
+"""`validate replay`: one GPU or CPU plays every rank of a layer in turn; what ranks compute is foretold and measured.
+
+The order of events is that of `validate hardware`: profile, predictions written and synced, outputs checked, measured.
+What travels between the ranks is not run, and no figure here holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.files import write_json, write_text
+from validate import replay_profile, replay_ranks
+from validate.compare import mape, order_beyond, rank_correlation, regret, regret_of_any, signed_error, span, split_half
+from validate.costs import Floats
+from validate.group import Beat, need_torch
+from validate.job import Job
+from validate.record import hardware, versions
+from validate.replay_profile import LOCAL, layer_s
+from validate.replay_ranks import Say
+from validate.rig import device_of, generator
+
+PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
+COMMUNICATION = "not run: what ranks exchange is in no figure here, and this validates no plan end to end"
+# Runs of repeats whose medians tell how far a layer's time scatters.
+BLOCKS = 5
+# Goals by device: of a rank's time, mean absolute error; of the layer, what the predicted best loses.
+RANK_MAPE = {"cpu": 0.10, "cuda": 0.05}
+REGRET = 0.02
+# Defaults: eight ranks of eight experts each; two CPU cores take about three minutes.
+RANKS, EXPERTS, TOKENS, PLACEMENTS, REPEATS = 8, 64, (8, 32, 128), 10, 15
+
+
+def run(job: Job, say: Say) -> dict[str, Any]:
+    """The whole replay; returns the record, which is in the job's folder beside the predictions.
+
+    job.backend says the device: "gloo" the CPU, one thread; "nccl" the first GPU. Raises CheckFailed when an output is
+    wrong, before anything is timed, and MissingPart where there is no such device.
+    """
+    torch = need_torch()
+    out = Path(job.out)
+    for name in (PREDICTIONS_FILE, RECORD_FILE):
+        (out / name).unlink(missing_ok=True)
+    torch.set_num_threads(1)
+    device = device_of(job.backend, 0, 0)
+    with torch.inference_mode():
+        say("making weights and tokens of every rank")
+        stage = replay_ranks.set_up(job, device, Beat(None))
+        counts, tokens = stage.counts, [count for _, count in job.cases()]
+        say("profiling")
+        profile = replay_profile.measure(stage.rigs[0], counts)
+        foretold = replay_profile.predict(profile, tokens, counts, job.ranks)
+        cases = [
+            {
+                "placement": placement.name,
+                "tokens_per_rank": count,
+                "layer_s": float(layer_s(foretold[index])),
+                "rank_s": foretold[index].sum(axis=-1).tolist(),
+                "operation_s": dict(zip(LOCAL, foretold[index].T.tolist(), strict=True)),
+                "rows_by_rank": counts[index].sum(axis=0).reshape(job.ranks, -1).sum(axis=1).tolist(),
+            }
+            for index, (placement, count) in enumerate(job.cases())
+        ]
+        predictions = _write(out / PREDICTIONS_FILE, {"cases": cases, "points": profile.points})
+        error = replay_ranks.check(stage, say)
+        started = datetime.now(UTC).isoformat(timespec="microseconds")
+        spent, share = replay_ranks.measure(stage, say)
+    record = {
+        "schema_version": 1,
+        "kind": "validate-replay",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "job": job.model_dump(mode="json", exclude={"out", "backend"}),
+        "device": device.type,
+        "dtype": stage.rigs[0].dtype,
+        "communication": COMMUNICATION,
+        "core_share": {"profile": profile.core_share, "measured": share},
+        "predictions": predictions,
+        "measured_from": started,
+        "output_error": error,
+        "predicted": cases,
+        "measured": _measured(job, spent),
+        "comparison": compare(job, foretold, spent, device.type),
+    }
+    write_json(out / RECORD_FILE, record, indent=1)
+    return record
+
+
+def _write(path: Path, told: dict[str, Any]) -> dict[str, str]:
+    """Write the predictions whole and synced; their time and the hash of the text."""
+    written = datetime.now(UTC).isoformat(timespec="microseconds")
+    text = json.dumps({"schema_version": 1, "written": written, **told}, indent=1, allow_nan=False) + "\n"
+    write_text(path, text)
+    return {"file": path.name, "written": written, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _measured(job: Job, spent: Floats) -> list[dict[str, Any]]:
+    """Of each case the layer of the ranks' medians, and each rank's operations: median, p10 and p90."""
+    low, middle, high = np.quantile(spent, (0.1, 0.5, 0.9), axis=2)  # [cases, ranks, operations]
+    spread = _spread(spent)
+    return [
+        {
+            "placement": placement.name,
+            "tokens_per_rank": tokens,
+            "layer_s": float(layer_s(middle[index])),
+            "spread_s": float(spread[index]),
+            "rank_s": np.median(spent[index].sum(axis=-1), axis=1).tolist(),
+            "operation_s": {
+                name: [
+                    {"median_s": float(middle[index, rank, column]), "p10_s": float(low[index, rank, column]),
+                     "p90_s": float(high[index, rank, column])}
+                    for rank in range(job.ranks)
+                ]
+                for column, name in enumerate(LOCAL)
+            },
+        }
+        for index, (placement, tokens) in enumerate(job.cases())
+    ]  # fmt: skip
+
+
+def _layers(spent: Floats, blocks: int) -> Floats:
+    """The layer of the ranks' medians in runs of repeats that follow each other: [cases, blocks]."""
+    parts = np.array_split(np.arange(spent.shape[2]), min(blocks, spent.shape[2]))
+    return np.stack([layer_s(np.median(spent[:, :, part], axis=2)) for part in parts], axis=1)
+
+
+def _spread(spent: Floats) -> Floats:
+    """How far the layer scatters between runs of repeats, p90 - p10: [cases]."""
+    low, high = np.quantile(_layers(spent, BLOCKS), (0.1, 0.9), axis=1)
+    return np.asarray(high - low)
+
+
+def compare(job: Job, foretold: Floats, spent: Floats, device: str) -> dict[str, Any]:
+    """Errors by rank and layer, pair order, regret, and what is held against which goal.
+
+    foretold: [cases, ranks, operations]; spent: [cases, ranks, repeats, operations].
+    """
+    groups = [tokens for _, tokens in job.cases()]
+    middle = np.median(spent, axis=2)
+    rank_predicted, rank_measured = foretold.sum(axis=-1).ravel(), np.median(spent.sum(axis=-1), axis=2).ravel()
+    predicted, measured = layer_s(foretold), layer_s(middle)
+    order = order_beyond(predicted, measured, _spread(spent), groups)
+    lost = regret(predicted, measured, groups)
+    halves = split_half(spent.sum(axis=-1).reshape(-1, spent.shape[2]), generator(job, 5))
+    by_tokens = {
+        str(tokens): rank_correlation(predicted[np.asarray(groups) == tokens], measured[np.asarray(groups) == tokens])
+        for tokens in dict.fromkeys(groups)
+        if len(job.placements) > 1
+    }
+    error, worst = mape(rank_predicted, rank_measured), max(lost.values())
+    return {
+        "rank": {
+            "mape": error,
+            "mean_signed_error": float(signed_error(rank_predicted, rank_measured).mean()),
+            "by_operation": {
+                name: mape(foretold[..., column], middle[..., column]) for column, name in enumerate(LOCAL)
+            },
+        },
+        "layer": {"mape": mape(predicted, measured), "signed_error": signed_error(predicted, measured).tolist()},
+        "split_half": asdict(halves),
+        "span": {str(group): value for group, value in span(measured, groups).items()},
+        "rank_correlation": by_tokens,
+        "beyond_twice_the_spread": {**asdict(order), "undecided": order.undecided},
+        "regret": {str(group): value for group, value in lost.items()},
+        "regret_of_any": {str(group): value for group, value in regret_of_any(measured, groups).items()},
+        "goals": [
+            _goal("rank time, mean absolute error", f"{error:.1%}", RANK_MAPE[device], error <= RANK_MAPE[device]),
+            {
+                "goal": "pairs beyond twice the spread ordered right",
+                "told": f"{order.agreed} of {order.decided}",
+                "limit": "all",
+                "holds": 0 < order.decided == order.agreed,
+            },
+            _goal("regret of the predicted best", f"{worst:.1%}", REGRET, worst <= REGRET),
+        ],
+    }
+
+
+def _goal(name: str, told: str, limit: float, holds: bool) -> dict[str, Any]:
+    return {"goal": name, "told": told, "limit": f"at most {limit:.0%}", "holds": bool(holds)}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record for a person: the layer of each case, its slowest rank's rows, errors, order, regret, goals."""
+    job, compared = record["job"], record["comparison"]
+    shape = job["shape"]
+    lines = [
+        f"{job['ranks']} ranks played in turn on one {record['device']}, {record['dtype']}: hidden {shape['hidden']}, "
+        f"intermediate {shape['intermediate']}, {shape['experts']} experts, top-{shape['top_k']}; {job['repeats']} "
+        f"repeats; routing: {job['profile_source']}",
+        f"on {record['hardware'].get('gpu', record['hardware']['cpu'])}; communication {record['communication']}",
+        f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; outputs "
+        f"within {record['output_error']:.1g} of the float32 reference",
+        "",
+        f"{'placement':<22}{'tokens':>7}{'most rows':>11}{'predicted':>12}{'measured':>11}{'spread':>9}{'error':>8} ms",
+    ]
+    for foretold, found in zip(record["predicted"], record["measured"], strict=True):
+        lines.append(
+            f"{found['placement']:<22}{found['tokens_per_rank']:>7}{max(foretold['rows_by_rank']):>11}"
+            f"{1e3 * foretold['layer_s']:>12.2f}{1e3 * found['layer_s']:>11.2f}{1e3 * found['spread_s']:>9.2f}"
+            f"{foretold['layer_s'] / found['layer_s'] - 1:>+8.1%}"
+        )
+    parts = ", ".join(f"{name} {value:.1%}" for name, value in compared["rank"]["by_operation"].items())
+    half = compared["split_half"]
+    lines += [
+        "",
+        f"rank time: mean absolute error {compared['rank']['mape']:.1%}, signed "
+        f"{compared['rank']['mean_signed_error']:+.1%}; by operation: {parts}",
+        f"halves of the repeats differ by {half['gap']:.1%}, reliability "
+        + ("not told" if half["reliability"] is None else f"{half['reliability']:.3f}"),
+        *(
+            f"at {tokens} tokens: slowest over quickest {compared['span'][tokens]:.2f}, rank correlation {value:.3f}, "
+            f"regret {compared['regret'][tokens]:.1%} (of any placement {compared['regret_of_any'][tokens]:.1%})"
+            for tokens, value in compared["rank_correlation"].items()
+        ),
+        *(
+            f"{goal['goal']}: {goal['told']} ({goal['limit']}){'' if goal['holds'] else ', missed'}"
+            for goal in compared["goals"]
+        ),
+    ]
+    return "\n".join(lines)
