@@ -46,8 +46,9 @@ def replay(
     """
     from validate import replay as runner
     from validate.hardware import check_parts, make_job
+    from validate.job import Backend
 
-    backend = "gloo" if device is DeviceName.cpu else "nccl"
+    backend: Backend = "gloo" if device is DeviceName.cpu else "nccl"
     check_parts(backend, 1)
     job = make_job(
         backend=backend,

@@ -13,7 +13,7 @@ import pytest
 
 from moesim import cli
 from moesim.errors import CheckFailed
-from validate import replay, replay_ranks
+from validate import layer, replay, replay_ranks
 from validate.alone import Alone
 from validate.group import Beat
 from validate.hardware import make_job
@@ -67,7 +67,7 @@ def test_a_wrong_expert_is_found_before_anything_is_timed(tmp_path: Path, monkey
     import torch
 
     stage = staged(job(tmp_path))
-    right = replay_ranks.run_experts
+    right = layer.run_experts
     monkeypatch.setattr(replay_ranks, "run_experts", lambda *given: right(*given) * 1.01)
     with torch.inference_mode(), pytest.raises(CheckFailed, match="differs from the float32 reference"):
         replay_ranks.check(stage, silent)
