@@ -24,7 +24,7 @@ from validate.job import Job
 from validate.record import hardware, versions
 from validate.replay_profile import LOCAL, layer_s
 from validate.replay_ranks import Say
-from validate.rig import device_of, generator
+from validate.rig import Copies, device_of, generator
 
 PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
 COMMUNICATION = "not run: what ranks exchange is in no figure here, and this validates no plan end to end"
@@ -51,10 +51,12 @@ def run(job: Job, say: Say) -> dict[str, Any]:
     device = device_of(job.backend, 0, 0)
     with torch.inference_mode():
         say("making weights and tokens of every rank")
-        stage = replay_ranks.set_up(job, device, Beat(None))
+        made: Copies = {}
+        stage = replay_ranks.set_up(job, device, Beat(None), made)
         counts, tokens = stage.counts, [count for _, count in job.cases()]
         say("profiling")
-        profile = replay_profile.measure(stage.rigs[0], counts)
+        between = replay_ranks.understudies(stage, device, made)
+        profile = replay_profile.measure(stage.rigs[0], counts, between)
         foretold = replay_profile.predict(profile, tokens, counts, job.ranks)
         cases = [
             {

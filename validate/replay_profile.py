@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from validate.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
+from validate.layer import Mark
 from validate.probe import TOKEN_POINTS, even_histograms, expert_point, local_point, note, random_histograms
 from validate.rig import Rig
-from validate.sampling import probe_sizes, sample
+from validate.sampling import Point, probe_sizes, sample
 
 # What a rank does by itself, in the order of the layer; between permute and experts, and experts and unpermute, rows
 # travel, which a replay leaves out.
@@ -35,17 +36,16 @@ class LocalProfile:
     points: list[dict[str, Any]]
 
 
-def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> LocalProfile:
+def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], None]) -> LocalProfile:
     """Profile the local operations: token counts between those of the test, experts with even (grouped: random) rows.
 
     rig: of a process that is alone. counts: rows of the test cases, [source ranks, slots] each; they only say how far
-    the points must reach.
+    the points must reach. between: run after each sample, unmeasured: it leaves caches and memory as played ranks do.
     """
     sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
     histograms = random_histograms(rig, counts) if rig.grouped else even_histograms(rig, counts)
-    found, core_share = sample(
-        rig, [*(local_point(rig, size) for size in sizes), *(expert_point(rig, one) for one in histograms)]
-    )
+    shapes = [*(local_point(rig, size) for size in sizes), *(expert_point(rig, one) for one in histograms)]
+    found, core_share = sample(rig, [_followed(shape, between) for shape in shapes])
     points: list[dict[str, Any]] = []
     local, experts = found[: len(sizes)], found[len(sizes) :]
     gate_s, permute_s, unpermute_s = (
@@ -64,6 +64,14 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> LocalProfile:
         core_share=core_share,
         points=points,
     )
+
+
+def _followed(point: Point, between: Callable[[], None]) -> Point:
+    def call(mark: Mark) -> None:
+        point.call(mark)
+        between()
+
+    return replace(point, call=call)
 
 
 def predict(profile: LocalProfile, tokens: Sequence[int], counts: Sequence[NDArray[np.int64]], ranks: int) -> Floats:

@@ -13,10 +13,12 @@ from moesim.errors import CheckFailed
 from validate.alone import Alone
 from validate.costs import Floats
 from validate.group import Beat, CoreShare, need_torch
-from validate.job import Job
+from validate.job import Job, PlacedCase
 from validate.layer import expert_weights, gate, permute, reference, run_experts, unpermute
+from validate.placements import scattered
 from validate.replay_profile import LOCAL
 from validate.rig import OUTPUT_LIMIT, Copies, Rig, build, generator
+from validate.sampling import probe_sizes
 
 Say = Callable[[str], None]
 
@@ -60,9 +62,11 @@ class Stage:
         return torch.cat(rows), counts
 
 
-def set_up(job: Job, device: Any, beat: Beat) -> Stage:
-    """Weights, tokens and routes of every rank; ranks share the weights of an expert, as they run in turn."""
-    made: Copies = {}
+def set_up(job: Job, device: Any, beat: Beat, made: Copies) -> Stage:
+    """Weights, tokens and routes of every rank; ranks share the weights of an expert, as they run in turn.
+
+    made: weights that are there already; what is made is added.
+    """
     rigs = tuple(build(job, Alone(rank, job.ranks, device, beat), made) for rank in range(job.ranks))
     sent = []
     for index, (_, tokens) in enumerate(job.cases()):
@@ -118,6 +122,22 @@ def check(stage: Stage, say: Say) -> float:
                 )
             worst = max(worst, error)
     return worst
+
+
+def understudies(stage: Stage, device: Any, made: Copies) -> Callable[[], None]:
+    """Plays, at each call, a rank at random of a placement and of token counts that are not among the cases."""
+    job = stage.job
+    hottest = np.argsort(-np.asarray(job.profile), kind="stable").astype(np.int64)
+    table = scattered(hottest, 2 * job.ranks, generator(job, 13))
+    case = PlacedCase(name="understudy", slots=tuple(table.tolist()), replicas=len(table) - len(hottest))
+    tokens = tuple(probe_sizes(min(job.tokens), max(job.tokens), len(job.tokens), set(job.tokens)))
+    other = set_up(job.model_copy(update={"placements": (case,), "tokens": tokens}), device, Beat(None), made)
+    rng = generator(job, 14)
+
+    def play() -> None:
+        _play(other, int(rng.integers(len(tokens))), int(rng.integers(job.ranks)), None)
+
+    return play
 
 
 def measure(stage: Stage, say: Say) -> tuple[Floats, float | None]:

@@ -37,7 +37,7 @@ def staged(asked: Job) -> replay_ranks.Stage:
     import torch
 
     with torch.inference_mode():
-        return replay_ranks.set_up(asked, torch.device("cpu"), Beat(None))
+        return replay_ranks.set_up(asked, torch.device("cpu"), Beat(None), {})
 
 
 def silent(line: str) -> None:
