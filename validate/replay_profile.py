@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
-from validate.layer import Mark
+from validate.group import need_torch
+from validate.layer import Mark, run_experts
 from validate.probe import TOKEN_POINTS, even_histograms, expert_point, local_point, note, random_histograms
 from validate.rig import Rig
 from validate.sampling import Point, probe_sizes, sample
@@ -24,6 +25,7 @@ LOCAL = ("gate", "permute", "experts", "unpermute")
 class LocalProfile:
     """Seconds of gate, permute and unpermute over a rank's tokens, and of its experts over their rows.
 
+    idle: seconds over the slots of a rank, of experts that get no rows at all: a loop looks at each slot of each source.
     core_share: how much of a processor the process had (None: a device computes). points: every measured median with
     its p10 and p90.
     """
@@ -32,6 +34,7 @@ class LocalProfile:
     permute: Curve
     unpermute: Curve
     experts: ExpertCost
+    idle: Curve
     core_share: float | None
     points: list[dict[str, Any]]
 
@@ -45,9 +48,11 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
     sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
     histograms = random_histograms(rig, counts) if rig.grouped else even_histograms(rig, counts)
     shapes = [*(local_point(rig, size) for size in sizes), *(expert_point(rig, one) for one in histograms)]
+    slots = sorted(set(rig.local_slots))[:: max(len(set(rig.local_slots)) - 1, 1)]
+    shapes += [_idle_point(rig, rig.local_slots.index(one)) for one in slots]
     found, core_share = sample(rig, [_followed(shape, between) for shape in shapes])
     points: list[dict[str, Any]] = []
-    local, experts = found[: len(sizes)], found[len(sizes) :]
+    local, experts, idle = found[: len(sizes)], found[len(sizes) : -len(slots)], found[-len(slots) :]
     gate_s, permute_s, unpermute_s = (
         [note(points, name, {"tokens": size}, spent[..., column]) for size, spent in zip(sizes, local, strict=True)]
         for column, name in ((0, "gate"), (1, "permute"), (3, "unpermute"))
@@ -56,7 +61,16 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
         note(points, "experts", {"histogram": one.tolist()}, spent[..., 0])
         for one, spent in zip(histograms, experts, strict=True)
     ]
+    idle_s = [
+        0.0 if rig.grouped else note(points, "experts without rows", {"slots": one}, spent[..., 0])
+        for one, spent in zip(slots, idle, strict=True)
+    ]
+    unused = rising(slots, idle_s)
+    if not rig.grouped:
+        here = float(unused.at(np.asarray(float(rig.local_slots[0])))[0])
+        expert_s = [max(value - here, 0.0) for value in expert_s]
     return LocalProfile(
+        idle=unused,
         gate=rising(sizes, gate_s),
         permute=rising(sizes, permute_s),
         unpermute=rising(sizes, unpermute_s),
@@ -64,6 +78,21 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
         core_share=core_share,
         points=points,
     )
+
+
+def _idle_point(rig: Rig, index: int) -> Point:
+    """The experts of the rig's placement `index` without a single row."""
+    layer = rig.layers[index]
+    rows = need_torch().empty(0, rig.job.shape.hidden).to(rig.tokens[rig.job.tokens[0]])
+    counts = [[0] * len(layer.weights) for _ in range(rig.job.ranks)]
+
+    def call(mark: Mark) -> None:
+        mark()
+        if not rig.grouped:
+            run_experts(rows, counts, layer)
+        mark()
+
+    return Point(f"{len(layer.weights)} experts without rows", call, (False,))
 
 
 def _followed(point: Point, between: Callable[[], None]) -> Point:
@@ -85,7 +114,8 @@ def predict(profile: LocalProfile, tokens: Sequence[int], counts: Sequence[NDArr
         arriving = table.sum(axis=0).reshape(ranks, -1).astype(np.float64)
         found[index, :, 0] = profile.gate.at(size)[0]
         found[index, :, 1] = profile.permute.at(size)[0]
-        found[index, :, 2] = profile.experts.at(arriving)[0]
+        local = np.full(ranks, float(arriving.shape[1]))
+        found[index, :, 2] = profile.experts.at(arriving)[0] + profile.idle.at(local)[0]
         found[index, :, 3] = profile.unpermute.at(size)[0]
     return found
 
