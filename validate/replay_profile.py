@@ -25,7 +25,7 @@ LOCAL = ("gate", "permute", "experts", "unpermute")
 class LocalProfile:
     """Seconds of gate, permute and unpermute over a rank's tokens, and of its experts over their rows.
 
-    idle: seconds over the slots of a rank, of experts that get no rows at all: a loop looks at each slot of each source.
+    idle: seconds over the slots of a rank of experts without a row: a loop looks at each slot of each source rank.
     core_share: how much of a processor the process had (None: a device computes). points: every measured median with
     its p10 and p90.
     """
