@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from validate.group import Beat, CoreShare, Group, need_torch
+from validate.group import CoreShare, Group
 
 
 class Alone(Group):
     """What one process needs of a group while it plays rank `rank` of `ranks`; exchanges are refused."""
-
-    def __init__(self, rank: int, ranks: int, device: Any, beat: Beat) -> None:
-        self.torch = need_torch()
-        self.rank = rank
-        self.ranks = ranks
-        self.device = device
-        self.beat = beat
-        self._cuda = device.type == "cuda"
-        self.shared_clock = True
 
     def wait(self, call: Callable[[], Any]) -> None:
         """Nobody is there to meet."""
@@ -40,9 +30,3 @@ class Alone(Group):
         """Start at once, when the device is idle."""
         if self._cuda:
             self.torch.cuda.synchronize()
-
-    def linger(self, seconds: float) -> None:
-        """Keep the process busy for a while."""
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            pass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from validate.shown import show
 
 
 def capacity(
@@ -41,10 +42,4 @@ def capacity(
     record = runner.run(job, lambda line: typer.echo(line, err=True))
     from validate.capacity_record import holds, table
 
-    if as_json:
-        typer.echo(json.dumps(record, allow_nan=False))
-    else:
-        typer.echo(table(record))
-        typer.echo(f"\nrecord: {out / runner.RECORD_FILE}")
-    if not holds(record):
-        raise typer.Exit(1)
+    show(record, table, out / runner.RECORD_FILE, as_json=as_json, holds=holds(record))

@@ -13,6 +13,7 @@ from moesim.errors import BadInput
 from validate.calibrate_command import calibrate
 from validate.capacity_command import capacity
 from validate.replay_command import replay
+from validate.shown import show
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -194,15 +195,8 @@ def exchange(
         placement=placement, layer=layer, seed=seed, out=out, stall_limit_s=stall_limit,
         say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
-    if record is None:
-        return
-    if as_json:
-        typer.echo(json.dumps(record, allow_nan=False))
-    else:
-        typer.echo(table(record))
-        typer.echo(f"\nrecord: {out / 'record.json'}")
-    if not holds(record):
-        raise typer.Exit(1)
+    if record is not None:
+        show(record, table, out / "record.json", as_json=as_json, holds=holds(record))
 
 
 @app.command()
@@ -235,13 +229,7 @@ def fabric(
     record = runner.run(
         asked, out=out, calibration=calibration, stall_s=stall_limit, say=lambda line: typer.echo(line, err=True)
     )
-    if as_json:
-        typer.echo(json.dumps(record, allow_nan=False))
-    else:
-        typer.echo(table(record))
-        typer.echo(f"\nrecord: {out / 'record.json'}")
-    if not holds(record):
-        raise typer.Exit(1)
+    show(record, table, out / "record.json", as_json=as_json, holds=holds(record))
 
 
 @app.command()

@@ -136,7 +136,8 @@ def session(
     """The whole run on one rank: profile, predictions (written and synced by rank 0), only then the skews."""
     from torch import distributed
 
-    from validate.exchange_record import now, record_of, write_predictions
+    from validate.exchange_record import keep_predictions, record_of
+    from validate.foretold import now
 
     say = say if rank == 0 else _silent
     hosts = find_hosts(torch, rank, ranks, device, device_name(torch, str(device)))
@@ -150,7 +151,7 @@ def session(
         say("predicting")
         lines = read_lines([path])
         refuse_known(lines, job, counts, hosts)
-        written = write_predictions(Path(job.out) / PREDICTIONS_FILE, job, predict(tables(lines), job, counts, hosts))
+        written = keep_predictions(Path(job.out) / PREDICTIONS_FILE, job, predict(tables(lines), job, counts, hosts))
     distributed.barrier()
     works = [all_to_all(one, seat) for one in counts]
     for case, work in zip(job.cases, works, strict=True):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.files import write_json, write_text
+from moesim.files import write_json
 from moesim.units import MIB, MILLI
 from profiles.collective_work import ELEMENT_BYTES
 from profiles.groups import in_hosts
@@ -27,34 +24,20 @@ from validate.compare import (
     split_half,
     spread_of_medians,
 )
+from validate.foretold import now, write_predictions
 
 if TYPE_CHECKING:
     from validate.exchange import ExchangeJob
 
 
-def now() -> str:
-    """This moment, as files tell it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def write_predictions(path: Path, job: ExchangeJob, predicted: dict[str, Any]) -> dict[str, Any]:
-    """Write the predictions whole and synced; returns them with the file's time and hash, for the record."""
-    written = now()
-    content = {
-        "schema_version": 1,
-        "written": written,
-        "cases": [
-            {"case": case.name, "seconds": seconds, "even_bytes_alike": alike}
-            for case, seconds, alike in zip(job.cases, predicted["seconds"], predicted["even_bytes_alike"], strict=True)
-        ],
-        "both_ways": predicted["both_ways"],
-        "together": predicted["together"],
-        "tag": predicted["tag"],
-    }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_text(path, text)
-    file = {"file": path.name, "written": written, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return {**predicted, "predictions": file}
+def keep_predictions(path: Path, job: ExchangeJob, predicted: dict[str, Any]) -> dict[str, Any]:
+    """Write the predictions; returns them with the file's time and hash, for the record."""
+    cases = [
+        {"case": case.name, "seconds": seconds, "even_bytes_alike": alike}
+        for case, seconds, alike in zip(job.cases, predicted["seconds"], predicted["even_bytes_alike"], strict=True)
+    ]
+    told = {name: predicted[name] for name in ("both_ways", "together", "tag")}
+    return {**predicted, "predictions": write_predictions(path, {"cases": cases, **told})}
 
 
 def record_of(

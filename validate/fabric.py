@@ -15,11 +15,11 @@ from moesim.errors import BadInput
 from moesim.files import write_json
 from profiles.device import device_name
 from validate import fabric_calibrate, fabric_net, fabric_record
-from validate.exchange_record import now
 from validate.fabric_predict import busiest_link, by_executor, seconds_of
 from validate.fabric_rank import Case
 from validate.fabric_run import check_parts, named, run_cell
 from validate.fabric_spec import WHERE, LabSpec, RoutedSpec, bundled, read_lab
+from validate.foretold import now, write_predictions
 from validate.job import file_profile
 
 CALIBRATION_FILE, PREDICTIONS_FILE, RECORD_FILE = "calibration.json", "predictions.json", "record.json"
@@ -95,7 +95,7 @@ def run(
     predicted = [[seconds_of(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
     bound = [[busiest_link(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
     executed = [[by_executor(lab, case, figures) for case in own] for lab, own in zip(labs, cases, strict=True)]
-    written = fabric_record.write_predictions(
+    written = write_predictions(
         out / PREDICTIONS_FILE,
         {
             "figures": vars(figures),

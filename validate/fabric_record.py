@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.files import write_text
 from moesim.units import MILLI
 from validate.compare import split_half
-from validate.exchange_record import now
 from validate.fabric_rank import Case
 from validate.fabric_spec import ROUTED, LabSpec
 
@@ -23,14 +18,6 @@ Floats = NDArray[np.float64]
 # A difference between two ways below this share of the quicker one decides nothing.
 DECIDES = 0.1
 SCHEMES = ("flat", "two_level")
-
-
-def write_predictions(path: Path, content: dict[str, Any]) -> dict[str, str]:
-    """Write the predictions whole and synced; returns the file's name, time and hash, for the record."""
-    written = now()
-    text = json.dumps({"schema_version": 1, "written": written, **content}, indent=1, allow_nan=False) + "\n"
-    write_text(path, text)
-    return {"file": path.name, "written": written, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def lab_entry(

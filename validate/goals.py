@@ -18,17 +18,22 @@ def goals(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     least = min(comparison["span"]["measured"].values())
     error = comparison["layer"]["mape"]
     return [
-        _goal("layer error, mean absolute", error, f"at most {LAYER_MAPE:.0%}", f"{error:.1%}", error <= LAYER_MAPE),
+        at_most("layer error, mean absolute", error, LAYER_MAPE),
         _goal("slowest over quickest placement", least, f"at least {SPAN:g}", f"{least:.2f}", least >= SPAN),
-        _goal(
-            "pairs beyond twice the spread ordered right",
-            pairs["agreed"] / pairs["decided"] if pairs["decided"] else None,
-            "all",
-            f"{pairs['agreed']} of {pairs['decided']}",
-            0 < pairs["decided"] == pairs["agreed"],
-        ),
-        _goal("regret of the predicted best", worst, f"at most {REGRET:.0%}", f"{worst:.1%}", worst <= REGRET),
+        pairs_in_order(pairs["agreed"], pairs["decided"]),
+        at_most("regret of the predicted best", worst, REGRET),
     ]
+
+
+def at_most(name: str, value: float, limit: float) -> dict[str, Any]:
+    """A share that a limit is set to."""
+    return _goal(name, value, f"at most {limit:.0%}", f"{value:.1%}", value <= limit)
+
+
+def pairs_in_order(agreed: int, decided: int) -> dict[str, Any]:
+    """That every pair that the measurement decides was foretold; without such a pair nothing was shown."""
+    name = "pairs beyond twice the spread ordered right"
+    return _goal(name, agreed / decided if decided else None, "all", f"{agreed} of {decided}", 0 < decided == agreed)
 
 
 def _goal(name: str, figure: float | None, limit: str, told: str, holds: bool) -> dict[str, Any]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
-from moesim.files import write_text
 from moesim.graph.task import Stream, Task, TaskGraph
 from profiles.traffic import traffic
 from validate.costs import in_company
@@ -147,26 +142,14 @@ def prediction_json(job: Job, prediction: Prediction, counts: list[NDArray[np.in
     ]
 
 
-def write_predictions(path: Path, cases: list[dict[str, Any]], profile: Profile) -> dict[str, str]:
-    """Write predictions.json whole and synced; return its time and hash, for the record.
-
-    `sha256` is of the text written, so that anyone can see that the record speaks of this very file.
-    """
-    written = datetime.now(UTC).isoformat(timespec="microseconds")
-    text = json.dumps(
-        {
-            "schema_version": 1,
-            "written": written,
-            "cases": cases,
-            "profile": {
-                "both_ways": profile.both_ways,
-                "alone": profile.alone,
-                "core_share": profile.core_share,
-                "points": profile.points,
-            },
+def predictions_json(cases: list[dict[str, Any]], profile: Profile) -> dict[str, Any]:
+    """What predictions.json holds: the cases, and the profile that they come from."""
+    return {
+        "cases": cases,
+        "profile": {
+            "both_ways": profile.both_ways,
+            "alone": profile.alone,
+            "core_share": profile.core_share,
+            "points": profile.points,
         },
-        indent=1,
-        allow_nan=False,
-    )
-    write_text(path, text + "\n")
-    return {"file": path.name, "written": written, "sha256": hashlib.sha256((text + "\n").encode()).hexdigest()}
+    }

@@ -6,25 +6,28 @@ What travels between the ranks is not run, and no figure here holds it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moesim.files import write_json, write_text
+from moesim.errors import CheckFailed
+from moesim.files import write_json
 from validate import replay_profile, replay_ranks
 from validate.compare import mape, order_beyond, rank_correlation, regret, regret_of_any, signed_error, span, split_half
 from validate.costs import Floats
+from validate.foretold import now, write_predictions
+from validate.goals import at_most, pairs_in_order
 from validate.group import Beat, need_torch
 from validate.job import Job
 from validate.record import hardware, versions
 from validate.replay_profile import LOCAL, layer_s
 from validate.replay_ranks import Say
 from validate.rig import Copies, device_of, generator
+from validate.worker import first_line, out_of_memory
 
 PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
 COMMUNICATION = "not run: what ranks exchange is in no figure here, and this validates no plan end to end"
@@ -41,8 +44,21 @@ def run(job: Job, say: Say) -> dict[str, Any]:
     """The whole replay; returns the record, which is in the job's folder beside the predictions.
 
     job.backend says the device: "gloo" the CPU, one thread; "nccl" the first GPU. Raises CheckFailed when an output is
-    wrong, before anything is timed, and MissingPart where there is no such device.
+    wrong, before anything is timed, or memory runs out; MissingPart where there is no such device.
     """
+    try:
+        return _run(job, say)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CheckFailed(
+            f"out of memory: {first_line(error)}",
+            where="validate replay",
+            mend="use a smaller layer, fewer experts or fewer tokens",
+        ) from None
+
+
+def _run(job: Job, say: Say) -> dict[str, Any]:
     torch = need_torch()
     out = Path(job.out)
     for name in (PREDICTIONS_FILE, RECORD_FILE):
@@ -69,9 +85,9 @@ def run(job: Job, say: Say) -> dict[str, Any]:
             }
             for index, (placement, count) in enumerate(job.cases())
         ]
-        predictions = _write(out / PREDICTIONS_FILE, {"cases": cases, "points": profile.points})
+        predictions = write_predictions(out / PREDICTIONS_FILE, {"cases": cases, "points": profile.points})
         error = replay_ranks.check(stage, say)
-        started = datetime.now(UTC).isoformat(timespec="microseconds")
+        started = now()
         spent, share = replay_ranks.measure(stage, say)
     record = {
         "schema_version": 1,
@@ -93,14 +109,6 @@ def run(job: Job, say: Say) -> dict[str, Any]:
     }
     write_json(out / RECORD_FILE, record, indent=1)
     return record
-
-
-def _write(path: Path, told: dict[str, Any]) -> dict[str, str]:
-    """Write the predictions whole and synced; their time and the hash of the text."""
-    written = datetime.now(UTC).isoformat(timespec="microseconds")
-    text = json.dumps({"schema_version": 1, "written": written, **told}, indent=1, allow_nan=False) + "\n"
-    write_text(path, text)
-    return {"file": path.name, "written": written, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _measured(job: Job, spent: Floats) -> list[dict[str, Any]]:
@@ -151,12 +159,8 @@ def compare(job: Job, foretold: Floats, spent: Floats, device: str) -> dict[str,
     order = order_beyond(predicted, measured, _spread(spent), groups)
     lost = regret(predicted, measured, groups)
     halves = split_half(spent.sum(axis=-1).reshape(-1, spent.shape[2]), generator(job, 5))
-    by_tokens = {
-        str(tokens): rank_correlation(predicted[np.asarray(groups) == tokens], measured[np.asarray(groups) == tokens])
-        for tokens in dict.fromkeys(groups)
-        if len(job.placements) > 1
-    }
-    error, worst = mape(rank_predicted, rank_measured), max(lost.values())
+    by_tokens = {str(tokens): _correlation(predicted, measured, np.asarray(groups) == tokens) for tokens in job.tokens}
+    error = mape(rank_predicted, rank_measured)
     return {
         "rank": {
             "mape": error,
@@ -173,20 +177,17 @@ def compare(job: Job, foretold: Floats, spent: Floats, device: str) -> dict[str,
         "regret": {str(group): value for group, value in lost.items()},
         "regret_of_any": {str(group): value for group, value in regret_of_any(measured, groups).items()},
         "goals": [
-            _goal("rank time, mean absolute error", f"{error:.1%}", RANK_MAPE[device], error <= RANK_MAPE[device]),
-            {
-                "goal": "pairs beyond twice the spread ordered right",
-                "told": f"{order.agreed} of {order.decided}",
-                "limit": "all",
-                "holds": 0 < order.decided == order.agreed,
-            },
-            _goal("regret of the predicted best", f"{worst:.1%}", REGRET, worst <= REGRET),
+            at_most("rank time, mean absolute error", error, RANK_MAPE[device]),
+            pairs_in_order(order.agreed, order.decided),
+            at_most("regret of the predicted best", max(lost.values()), REGRET),
         ],
     }
 
 
-def _goal(name: str, told: str, limit: float, holds: bool) -> dict[str, Any]:
-    return {"goal": name, "told": told, "limit": f"at most {limit:.0%}", "holds": bool(holds)}
+def _correlation(predicted: Floats, measured: Floats, mine: NDArray[np.bool_]) -> float | None:
+    """Rank correlation of the cases chosen; None where they do not differ (one placement, one rank)."""
+    apart = np.ptp(predicted[mine]) > 0 and np.ptp(measured[mine]) > 0
+    return rank_correlation(predicted[mine], measured[mine]) if apart else None
 
 
 def table(record: dict[str, Any]) -> str:
@@ -218,7 +219,8 @@ def table(record: dict[str, Any]) -> str:
         f"halves of the repeats differ by {half['gap']:.1%}, reliability "
         + ("not told" if half["reliability"] is None else f"{half['reliability']:.3f}"),
         *(
-            f"at {tokens} tokens: slowest over quickest {compared['span'][tokens]:.2f}, rank correlation {value:.3f}, "
+            f"at {tokens} tokens: slowest over quickest {compared['span'][tokens]:.2f}, rank correlation "
+            f"{'not told' if value is None else f'{value:.3f}'}, "
             f"regret {compared['regret'][tokens]:.1%} (of any placement {compared['regret_of_any'][tokens]:.1%})"
             for tokens, value in compared["rank_correlation"].items()
         ),

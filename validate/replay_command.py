@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from validate.shown import show
 
 
 class DeviceName(StrEnum):
@@ -71,10 +72,5 @@ def replay(
         stall_limit_s=60.0,
     )
     record = runner.run(job, lambda line: typer.echo(line, err=True))
-    typer.echo(
-        json.dumps(record, allow_nan=False)
-        if as_json
-        else f"{runner.table(record)}\n\nrecord: {out / runner.RECORD_FILE}"
-    )
-    if check and not all(goal["holds"] for goal in record["comparison"]["goals"]):
-        raise typer.Exit(1)
+    holds = not check or all(goal["holds"] for goal in record["comparison"]["goals"])
+    show(record, runner.table, out / runner.RECORD_FILE, as_json=as_json, holds=holds)

@@ -151,7 +151,7 @@ def measure(stage: Stage, say: Say) -> tuple[Floats, float | None]:
     found = np.zeros((len(cases), job.ranks, job.repeats, len(LOCAL)))
     share = CoreShare()
     for turn in range(-job.warmup, job.repeats):
-        say(f"measuring, repeat {turn + 1} of {job.repeats}")
+        say("warming up" if turn < 0 else f"measuring, repeat {turn + 1} of {job.repeats}")
         for place in rng.permutation(len(cases) * job.ranks).tolist():
             index, rank = divmod(place, job.ranks)
             moments = _play(stage, index, rank, share if turn >= 0 else None)

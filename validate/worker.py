@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from moesim.errors import CheckFailed, MoesimError
 from moesim.files import read_text, write_json, write_text
 from validate import probe, record, unfinished
+from validate.foretold import now, write_predictions
 from validate.group import Beat, CoreShare, Group, continue_with_parent, need_torch, own_cores
 from validate.job import Job
 from validate.layer import COLLECTIVES, OPERATIONS, forward
-from validate.predict import predict, prediction_json, write_predictions
+from validate.predict import predict, prediction_json, predictions_json
 from validate.ranks import OUT_OF_MEMORY
 from validate.rig import Rig, build, check_outputs, device_of, generator, routed_counts
 
@@ -48,10 +49,10 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
             beat.at("predicting")
             prediction = predict(job, profile, counts, probe.row_bytes(rig), generator(job, 8))
             predicted = prediction_json(job, prediction, counts)
-            written = write_predictions(Path(job.out) / PREDICTIONS_FILE, predicted, profile)
+            written = write_predictions(Path(job.out) / PREDICTIONS_FILE, predictions_json(predicted, profile))
         group.start_together()
         output_error = check(rig, counts)
-        started = datetime.now(UTC).isoformat(timespec="microseconds")
+        started = now()
         moments, core_share = measure(rig, started)
     if group.rank != 0:
         return None
@@ -190,7 +191,7 @@ def join_torchrun(make_job: Any) -> dict[str, Any] | None:
             raise
         except (RuntimeError, MemoryError) as error:
             how = "ran out of memory" if out_of_memory(error) else "failed"
-            reason = f"rank {rank} {how} while {beat.label}: {_first_line(error)}"
+            reason = f"rank {rank} {how} while {beat.label}: {first_line(error)}"
             told = unfinished.tell(Path(job.out), job, reason) if rank == 0 else None
             raise CheckFailed(reason, mend="; ".join(filter(None, ["see the other ranks' messages", told]))) from None
 
@@ -201,7 +202,8 @@ def out_of_memory(error: BaseException) -> bool:
     return named or any(word in str(error) for word in ("can't allocate memory", "std::bad_alloc"))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -227,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         _leave(given, beat, error, type(error).__name__)
         return error.exit_code
     except Exception as error:
-        _leave(given, beat, CheckFailed(_first_line(error)), OUT_OF_MEMORY if out_of_memory(error) else "RuntimeError")
+        _leave(given, beat, CheckFailed(first_line(error)), OUT_OF_MEMORY if out_of_memory(error) else "RuntimeError")
         traceback.print_exc()
         return 1
     finally:

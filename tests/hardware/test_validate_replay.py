@@ -123,6 +123,26 @@ def test_the_command_writes_predictions_first_and_a_whole_record(tmp_path: Path,
     assert replay.table(record).count("\n") > 10
 
 
+@pytest.mark.parametrize("words", [["--ranks", "1", "--placements", "3"], ["--ranks", "2", "--placements", "1"]])
+def test_where_nothing_differs_no_correlation_is_told(words: list[str], tmp_path: Path, capsys: Any) -> None:
+    small = ["--experts", "4", "--hidden", "16", "--intermediate", "8", "--top-k", "2", "--tokens", "4"]
+    out = str(tmp_path)
+    assert cli.run(["validate", "replay", *small, *words, "--repeats", "4", "--check", "--out", out]) == 1
+    assert "rank correlation not told" in capsys.readouterr().out
+    assert json.loads((tmp_path / "record.json").read_text())["comparison"]["rank_correlation"] == {"4": None}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(replay_ranks, "set_up", full)
+    with pytest.raises(CheckFailed, match="out of memory"):
+        replay.run(job(tmp_path), silent)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -1,0 +1,28 @@
+"""Predictions as a file that is there before what it foretells is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moesim.files import write_text
+
+
+def now() -> str:
+    """This moment, as files tell it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def write_predictions(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
+    """Write the predictions whole and synced; the file's name, time and hash, for the record.
+
+    `sha256` is of the text written, so that anyone can see that the record speaks of this very file.
+    """
+    written = now()
+    text = json.dumps({"schema_version": 1, "written": written, **content}, indent=1, allow_nan=False) + "\n"
+    write_text(path, text)
+    return {"file": path.name, "written": written, "sha256": hashlib.sha256(text.encode()).hexdigest()}

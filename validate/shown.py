@@ -1,0 +1,23 @@
+"""How a validation ends on the command line: its record for a person or a program, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def show(
+    record: dict[str, Any], table: Callable[[dict[str, Any]], str], file: Path, *, as_json: bool, holds: bool
+) -> None:
+    """Print the record as one JSON object, or its table and where it is; ends with exit code 1 unless it holds."""
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        typer.echo(table(record))
+        typer.echo(f"\nrecord: {file}")
+    if not holds:
+        raise typer.Exit(1)
