@@ -189,5 +189,5 @@ def plain_placement(ground: Groundwork, plan: Plan) -> Plan:
     experts = ground.model.moe.experts
     if plan.prefill is not None:
         return pooled(plain_pool(plan.prefill, experts), plain_pool(plan.decode, experts), plan.options)
-    spare = -ground.model.moe.experts % plan.parallel.ep
+    spare = -experts % plan.parallel.ep
     return replace(plan, solver="contiguous", redundant_experts=spare)

@@ -107,7 +107,36 @@ class Surrogate:
         self, trials: Sequence[tuple[Plan, Outcome]], room: int, seen: set[Plan], rng: np.random.Generator
     ) -> list[Plan]:
         """Up to `room` legal plans outside `seen` worth an evaluation; random ones before anything is known."""
-        return _propose(self, trials, room, seen, rng)
+        space = self.space
+        ran = [outcome for _, outcome in trials if outcome.status == "ok"]
+        if len(trials) < LEAST or len(ran) < 2:
+            return space.untried(seen, room, rng)
+        told = _shown(trials)
+        candidates = _candidates(told, space, seen, rng)
+        if not candidates:
+            return space.untried(seen, room, rng)
+        coded = self.coded()
+        targets = _targets([outcome for _, outcome in told])
+        model = _Model([plan for plan, _ in told], targets, coded, self.scales(trials))
+        known = _Known([outcome for _, outcome in told], model)
+        if len(candidates) >= WEIGHED or space.estimated:
+            candidates = _climbed(candidates, model, known, coded, space, seen)
+        believed = _Believed(model, candidates, coded)
+        found: list[Plan] = []
+        open_ = np.ones(len(candidates), bool)
+        for turn in range(len(candidates)):
+            if len(found) == room:
+                break
+            value = known.improvement(believed) if turn % 2 == 0 else known.volume(believed, rng)
+            # Rounded, so that the last bits of a linear algebra library decide nothing.
+            value = np.where(open_, np.round(value / max(float(value[open_].max()), 1e-300), 6), -1.0)
+            index = int(value.argmax())
+            open_[index] = False
+            if space.estimated and space.why_not(candidates[index]) is not None:
+                continue
+            believed.take(index)
+            found.append(candidates[index])
+        return found + space.untried(seen | set(found), room - len(found), rng)
 
     def coded(self) -> _Coding:
         """The coding of the space."""
@@ -119,6 +148,8 @@ class Surrogate:
         """Weights of the choices and the nugget, of the trials up to the last one after which they were due."""
         count = len(trials)
         due = count if count < OFTEN_UNTIL else count - count % REFIT
+        if sum(outcome.status == "ok" for _, outcome in trials[:due]) < 2:  # nearly all of them failed
+            due = count
         if self._fitted[0] != due:
             told = _shown(trials[:due])
             standard = _standard(_targets([outcome for _, outcome in told])[0])[2]
@@ -126,45 +157,6 @@ class Surrogate:
             points = self.coded().points([told[int(index)][0] for index in some])
             self._fitted = (due, *_fitted(points, standard[some], self.coded().group))
         return self._fitted[1:]
-
-
-def _propose(
-    sampler: Surrogate,
-    trials: Sequence[tuple[Plan, Outcome]],
-    room: int,
-    seen: set[Plan],
-    rng: np.random.Generator,
-) -> list[Plan]:
-    space = sampler.space
-    ran = [outcome for _, outcome in trials if outcome.status == "ok"]
-    if len(trials) < LEAST or len(ran) < 2:
-        return space.untried(seen, room, rng)
-    told = _shown(trials)
-    candidates = _candidates(told, space, seen, rng)
-    if not candidates:
-        return space.untried(seen, room, rng)
-    coded = sampler.coded()
-    targets = _targets([outcome for _, outcome in told])
-    model = _Model([plan for plan, _ in told], targets, coded, sampler.scales(trials))
-    known = _Known([outcome for _, outcome in told], model)
-    if len(candidates) >= WEIGHED or space.estimated:
-        candidates = _climbed(candidates, model, known, coded, space, seen)
-    believed = _Believed(model, candidates, coded)
-    found: list[Plan] = []
-    open_ = np.ones(len(candidates), bool)
-    for turn in range(len(candidates)):
-        if len(found) == room:
-            break
-        value = known.improvement(believed) if turn % 2 == 0 else known.volume(believed, rng)
-        # Rounded, so that the last bits of a linear algebra library decide nothing.
-        value = np.where(open_, np.round(value / max(float(value[open_].max()), 1e-300), 6), -1.0)
-        index = int(value.argmax())
-        open_[index] = False
-        if space.estimated and space.why_not(candidates[index]) is not None:
-            continue
-        believed.take(index)
-        found.append(candidates[index])
-    return found + space.untried(seen | set(found), room - len(found), rng)
 
 
 def _climbed(

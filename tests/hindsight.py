@@ -10,10 +10,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
+from placement.solvers.anneal import HAND_OVER
 from placement.solvers.greedy import pack_mix
 from placement.solvers.robust import FIRST, LAST, RobustOptions, _scenarios
-
-HAND_OVER = 0.05
 
 
 @njit(cache=True)

@@ -49,13 +49,16 @@ def profile_and_bundle(
     does not take, are the validation's alone. Raises CheckFailed, BadInput, MissingPart; a bundle that was written
     before that has its record.
     """
+    taken = loads if loads is not None and loads.suffix == ".json" else None
+    if loads is not None and taken is None:
+        say(f"{loads.name} is no JSON: the profile is measured without it")
     options = Options(
         bundle,
         "cuda" if backend == "nccl" else "cpu",
         ranks,
         quick,
         budget_s,
-        loads if loads is not None and loads.suffix == ".json" else None,
+        taken,
         None,
         stall_s,
     )

@@ -32,6 +32,8 @@ CLONE_NEWNET = 0x40000000
 POLL_S = 0.02
 # After a rank fails, how long the others may take to fail too, so that the cause can be told from its echoes.
 GRACE_S = 1.0
+# While ranks move, a sign of life at least this often.
+ALIVE_EVERY_S = 1.0
 # What ranks may take to find each other; nothing else of a run is that slow on a busy machine.
 MEETING_S = 60.0
 HOME = Path("/run/moesim-lab")
@@ -198,7 +200,7 @@ class Watch:
     def run(self) -> None:
         """Until all ranks are done. Raises CheckFailed that names rank, node and reason."""
         moved, seen, said = time.monotonic(), list(self.shared.steps), ""
-        pulled = self.lab.dead_link is None
+        pulled, told = self.lab.dead_link is None, moved
         while self.running:
             time.sleep(POLL_S)
             self.reap()
@@ -211,6 +213,9 @@ class Watch:
             steps = list(self.shared.steps)
             if steps != seen:
                 moved, seen = time.monotonic(), steps
+                if moved - told > ALIVE_EVERY_S:
+                    told = moved
+                    tell("alive", min(steps))
             if not pulled and self.shared.timed.value and self._pull():
                 pulled = True
             label = self.shared.label(min(steps))

@@ -118,11 +118,14 @@ def _listen(process: subprocess.Popen[bytes], silence_s: float, say: Callable[[s
                     say(told["progress"])
                 elif "error" in told:
                     raise _error(told["error"])
-                else:
+                elif "result" in told:
                     found: dict[str, Any] = told["result"]
                     return found
-        elif time.monotonic() - heard > silence_s and process.poll() is not None:
-            raise CheckFailed(_death(process, log), where=WHERE, mend="nothing was recorded; run again")
+        elif time.monotonic() - heard > silence_s:
+            raise CheckFailed(
+                f"the lab hangs: no sign of life for {silence_s:g} s", where=WHERE,
+                mend="nothing was recorded; raise --stall-limit if the machine is only slow",
+            )  # fmt: skip
 
 
 def _error(word: dict[str, str]) -> MoesimError:

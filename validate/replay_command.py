@@ -56,7 +56,7 @@ def replay(
         ranks=ranks,
         hidden=hidden,
         intermediate=intermediate,
-        experts=experts or (None if loads else runner.EXPERTS),
+        experts=runner.EXPERTS if experts is None and loads is None else experts,
         top_k=top_k,
         tokens=tuple(tokens) if tokens else runner.TOKENS,
         loads=loads,

@@ -23,8 +23,10 @@ from moesim.routing.gates.routed import Routed, best, softmax, taken
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 
 from validate import capacity  # noqa: E402
+from validate.alone import Alone  # noqa: E402
 from validate.capacity_layer import Policy, capacity_in_floats, capacity_of, place, worked_on  # noqa: E402
 from validate.capacity_record import holds, table  # noqa: E402
+from validate.group import Beat  # noqa: E402
 
 pytestmark = pytest.mark.hardware
 WHOLE = bool(os.environ.get("MOESIM_WHOLE"))
@@ -55,10 +57,8 @@ def test_executed_and_simulated_drops_are_the_same_tokens(ranks: int, more: tupl
     assert counts["expected_without_backup"] == pytest.approx(counts["dropped_without_backup"], rel=0.02)
 
 
-class Alone:
+class Loopback(Alone):
     """A group of one rank without a process group: what it sends, it gets."""
-
-    rank, ranks, torch = 0, 1, torch
 
     def exchange(self, rows: Any, send: list[int], receive: list[int]) -> Any:
         assert send == receive == [len(rows)]
@@ -67,13 +67,14 @@ class Alone:
     def exchange_counts(self, counts: Any) -> Any:
         return counts.clone()
 
-    def gather(self, values: Any) -> Any:
-        return np.asarray(values)[None]
-
 
 def alone(folder: Path, policy: Policy, top_k: int = 2) -> dict[str, Any]:
     case = capacity.Case(policy, top_k, "contiguous", tuple(range(capacity.SHAPE["experts"])), "local_first")
-    record = capacity.session(capacity.CapacityJob((case,), (40,), 3, str(folder)), Alone(), lambda line: None)  # type: ignore[arg-type]
+    record = capacity.session(
+        capacity.CapacityJob((case,), (40,), 3, str(folder)),
+        Loopback(0, 1, torch.device("cpu"), Beat(None)),
+        lambda line: None,
+    )
     assert record is not None
     return record
 

@@ -149,6 +149,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         (["--device", "cuda"], 3, "GPU"),
         (["--ranks", "3"], 1, "do not divide"),
         (["--tokens", "0"], 2, "tokens"),
+        (["--experts", "0"], 2, "0 experts"),
     ],
 )
 def test_refusals(words: list[str], code: int, said: str, capsys: Any, tmp_path: Path) -> None:

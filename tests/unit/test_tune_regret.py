@@ -20,7 +20,7 @@ from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
 from placement.plans import Plan
 from placement.regret import Problem, Remembering, contest, main, problem_of, read_table, scores, stale_rows
-from placement.surrogate import Surrogate, front_of, gained, hypervolume, neighbours, reference_of
+from placement.surrogate import OFTEN_UNTIL, Surrogate, front_of, gained, hypervolume, neighbours, reference_of
 from tests.scenarios import small, write
 
 FOLDER = Path(__file__).parents[1] / "data" / "regret"
@@ -128,6 +128,15 @@ def test_local_search_tries_each_plan_once(large: Problem) -> None:
     for plan in neighbours(large.recipes[0], large.space)[:50]:
         mine, theirs = large.recipes[0].params(), plan.params()
         assert sum(mine[name] != theirs[name] for name in mine) == 1
+
+
+def test_length_scales_are_fitted_where_all_early_trials_failed(large: Problem) -> None:
+    plans = large.space.plans[: OFTEN_UNTIL + 4]
+    told = [
+        (plan, Outcome("out_of_memory") if place < OFTEN_UNTIL else priced(plan)) for place, plan in enumerate(plans)
+    ]
+    found = Surrogate(large.space).propose(told, 4, set(plans), np.random.default_rng(0))
+    assert len(found) == 4
 
 
 def test_proposals_are_new_legal_and_the_same_again(large: Problem) -> None:
