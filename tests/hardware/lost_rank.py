@@ -1,4 +1,4 @@
-"""A rank of `validate hardware` that comes to harm at a given phase; run in place of `python -m validate.worker`.
+"""A rank of `validate hardware` that comes to harm at a given phase, in place of `python -m validate.hardware.worker`.
 
 Its first two arguments say what happens to rank 1, and at the first label with which word; the others are the rank's.
 """
@@ -51,7 +51,7 @@ HARM: dict[str, Callable[[], None]] = {
 
 
 def main() -> int:
-    from validate import group, worker
+    from validate.hardware import group, worker
 
     what, phase, *rest = sys.argv[1:]
     if rest[rest.index("--rank") + 1] == "1":

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from moesim.errors import CheckFailed, Infeasible
-from validate import hardware, ranks
-from validate.job import Job, LayerShape, PlacedCase
-from validate.ranks import read_status
+from validate.hardware import ranks
+from validate.hardware import run as hardware
+from validate.hardware.job import Job, LayerShape, PlacedCase
+from validate.hardware.ranks import read_status
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -144,7 +145,8 @@ def test_a_killed_command_leaves_no_rank_not_even_a_stopped_one_and_no_folder(tm
     scratch.mkdir()
     (tmp_path / "job.json").write_text(job_of(tmp_path / "run", repeats=2000).model_dump_json())
     script = (
-        "import sys; from pathlib import Path; from validate import hardware; from validate.job import Job;"
+        "import sys; from pathlib import Path; from validate.hardware import run as hardware;"
+        "from validate.hardware.job import Job;"
         "hardware.run(Job.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     parent = subprocess.Popen(
