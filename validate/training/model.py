@@ -269,7 +269,7 @@ def all_counts(counts: Any, way: Way) -> Any:
     """How many rows come from each rank for each local expert: [ranks, local experts]."""
     torch = need_torch()
     arriving = torch.empty_like(counts)
-    torch.distributed.all_to_all_single(arriving, counts.contiguous(), group=way.group)
+    way.meet(lambda: torch.distributed.all_to_all_single(arriving, counts.contiguous(), group=way.group))
     return arriving
 
 
@@ -297,7 +297,8 @@ def entropy_function() -> Any:
         def forward(ctx: Any, logits: Any, targets: Any, way: Way) -> Any:
             most = logits.amax(dim=-1)
             if way.size > 1:
-                torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=way.group)
+                largest = torch.distributed.ReduceOp.MAX
+                way.meet(lambda: torch.distributed.all_reduce(most, op=largest, group=way.group))
             local = targets - way.place * logits.shape[-1]
             outside = (local < 0) | (local >= logits.shape[-1])
             local = local.masked_fill(outside, 0)
@@ -305,7 +306,7 @@ def entropy_function() -> Any:
             own = (logits.gather(-1, local[:, None])[:, 0] - most).masked_fill(outside, 0.0)
             both = torch.stack([share.sum(dim=-1), own])
             if way.size > 1:
-                torch.distributed.all_reduce(both, group=way.group)
+                way.meet(lambda: torch.distributed.all_reduce(both, group=way.group))
             ctx.save_for_backward(share.div_(both[0][:, None]), local, outside)
             return (both[0].log() - both[1]).sum()
 

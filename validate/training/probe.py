@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.points import Family, Key
-from validate.hardware.group import need_torch
+from validate.hardware.group import Beat, need_torch
 from validate.training.job import TrainingJob
 from validate.training.model import entropy_function, rotated, swiglu
 from validate.training.ways import Made, Way, all_gather, all_to_all, reduce_scatter
@@ -55,38 +55,38 @@ class Measured:
     samples: Floats
 
 
-def measure(
-    job: TrainingJob, made: Made, ranks: int, asked: list[Asked], say: Callable[[str], None]
-) -> tuple[list[Measured], float]:
+def measure(job: TrainingJob, made: Made, ranks: int, asked: list[Asked]) -> tuple[list[Measured], float]:
     """Measure every operation on all ranks together, in turns that differ; every rank returns the same.
 
     Also the share of a core that ranks had while they computed: 1 on a machine with as many free cores as ranks.
     """
     torch = need_torch()
-    distributed = torch.distributed
+    distributed, met = torch.distributed, Way((), 0, None, made.beat).meet
     calls = [_call(job, made, ranks, one) for one in asked]
     order = np.random.default_rng([job.seed, 11])
     counts = []
     for number, (one, call) in enumerate(zip(asked, calls, strict=True)):
-        say(f"trying {one.family} {number + 1} of {len(asked)}")
-        counts.append(_repeats(one, call))
+        made.beat.at(f"trying operations: {one.family}, {number + 1} of {len(asked)}")
+        counts.append(_repeats(one, call, met))
     samples = np.zeros((len(asked), SAMPLES))
     passed = np.zeros(2)  # wall clock and processor, outside of meetings
     for turn in range(SAMPLES):
         for index in order.permutation(len(asked)).tolist():
-            say(f"profiling, turn {turn + 1} of {SAMPLES}: {asked[index].family}")
-            distributed.barrier()
+            made.beat.at(f"profiling, turn {turn + 1} of {SAMPLES}: {asked[index].family}")
+            met(distributed.barrier)
             worked, start = process_time(), perf_counter()
+            made.beat.waiting = asked[index].family in MEETING
             for _ in range(counts[index]):
                 calls[index]()
+            made.beat.waiting = False
             took = perf_counter() - start
             samples[index, turn] = took / counts[index] / _works(asked[index])
             if asked[index].family not in MEETING:
                 passed += (took, process_time() - worked)
     total = torch.as_tensor(passed)
-    distributed.all_reduce(total)
+    met(lambda: distributed.all_reduce(total))
     gathered = [torch.zeros(samples.shape, dtype=torch.float64) for _ in range(ranks)]
-    distributed.all_gather(gathered, torch.as_tensor(samples))
+    met(lambda: distributed.all_gather(gathered, torch.as_tensor(samples)))
     table = np.stack([one.numpy() for one in gathered])  # [ranks, operations, samples]
     found = [
         Measured(one, table[:, index].max(axis=0) if one.family in MEETING else table[:, index].ravel())
@@ -95,15 +95,16 @@ def measure(
     return found, float(total[1] / total[0])
 
 
-def _repeats(asked: Asked, call: Callable[[], None]) -> int:
+def _repeats(asked: Asked, call: Callable[[], None], met: Callable[[Callable[[], Any]], Any]) -> int:
     """Calls of a sample, the same on every rank."""
     torch = need_torch()
-    call()
-    torch.distributed.barrier()
+    run = met if asked.family in MEETING else lambda work: work()
+    run(call)
+    met(torch.distributed.barrier)
     start = perf_counter()
-    call()
+    run(call)
     took = torch.tensor([perf_counter() - start])
-    torch.distributed.all_reduce(took, op=torch.distributed.ReduceOp.MAX)
+    met(lambda: torch.distributed.all_reduce(took, op=torch.distributed.ReduceOp.MAX))
     most = MOST_CALLS // 20 if asked.family in MEETING else MOST_CALLS
     return int(min(max(1, math.ceil(SAMPLE_S / max(float(took), 1e-7))), most))
 
@@ -194,7 +195,11 @@ def _memory(job: TrainingJob, asked: Asked) -> Callable[[], Any]:
         return lambda: functional.embedding(ids, table)
     if name == "cross entropy":
         logits, columns = _logits(job, asked)
-        targets, alone, entropy = torch.randint(columns, (len(logits),)), Way((0,), 0, None), entropy_function()
+        targets, alone, entropy = (
+            torch.randint(columns, (len(logits),)),
+            Way((0,), 0, None, Beat(None)),
+            entropy_function(),
+        )
         return lambda: entropy(logits, targets, alone)
     if name == "gradient accumulation":
         y, sums = torch.zeros(rows_of(ACCUMULATED)), _turning((rows_of(ACCUMULATED),), graph=False)

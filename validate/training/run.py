@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +20,6 @@ from moesim.files import write_json, write_text
 from moesim.graph.pipeline import program
 from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
-from profiles.launch import launch
 from validate.compare import (
     mape,
     order_beyond,
@@ -31,18 +32,20 @@ from validate.compare import (
     spread_of_medians,
 )
 from validate.foretold import now, write_predictions
+from validate.hardware import ranks as processes
 from validate.hardware.group import need_torch
 from validate.hardware.record import hardware, versions
 from validate.training import predict as told
 from validate.training.job import WHERE, Layout, TrainingJob
 from validate.training.probe import Asked, Measured
-from validate.training.rank import ONE, contiguous
+from validate.training.rank import ONE, RESULT_FILE, contiguous
 from validate.training.step import Stepper
 from validate.training.ways import Made
 
 Floats = NDArray[np.float64]
 Say = Callable[[str], None]
 
+TOLD = processes.Told(WHERE, "use fewer sequences of fewer tokens, or layouts of fewer ranks")
 PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
 PARTS = ("forward", "backward", "pipeline", "reduce", "optimizer")
 
@@ -88,14 +91,8 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     errors: dict[str, Any] = {}
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
-        content: dict[str, object] = {
-            "backend": job.backend,
-            "phase": "steps",
-            "job": job.model_copy(update={"layouts": tuple(mine)}).model_dump(mode="json"),
-            "slots": {layout.name: slots[layout.name] for layout in mine},
-        }
-        ended = launch("validate.training.rank", content, ranks, stall_s=job.stall_s, say=say, where=WHERE)
-        answer = json.loads(ended)
+        content = {"phase": "steps", "slots": {layout.name: slots[layout.name] for layout in mine}}
+        answer = started_ranks(job.model_copy(update={"layouts": tuple(mine)}), ranks, content, say)
         for layout, error, found in zip(mine, answer["errors"], answer["moments"], strict=True):
             errors[layout.name], moments[layout.name] = error, found
     record = {
@@ -132,17 +129,32 @@ def routed(job: TrainingJob, out: Path) -> None:
 
 def profile(job: TrainingJob, asked: Sequence[Asked], ranks: int, say: Say) -> tuple[list[Measured], float]:
     """Measure operations on so many ranks; and the share of a core that each of them had."""
-    content: dict[str, object] = {
-        "backend": job.backend,
-        "phase": "profile",
-        "job": job.model_dump(mode="json"),
-        "asked": [asdict(one) for one in asked],
-    }
     say(f"profiling {len(asked)} operations on {ranks} ranks")
-    ended = launch("validate.training.rank", content, ranks, stall_s=job.stall_s, say=say, where=WHERE)
-    answer = json.loads(ended)
+    answer = started_ranks(job, ranks, {"phase": "profile", "asked": [asdict(one) for one in asked]}, say)
     found = [Measured(one, np.asarray(each)) for one, each in zip(asked, answer["samples"], strict=True)]
     return found, float(answer["core_share"])
+
+
+def started_ranks(job: TrainingJob, ranks: int, content: dict[str, Any], say: Say) -> Any:
+    """Run local ranks on one phase of the job; what rank 0 found. Raises CheckFailed that names a rank that failed."""
+    folder = Path(tempfile.mkdtemp(prefix="moesim-ranks-"))
+    last = ""
+
+    def tell(label: str) -> None:
+        nonlocal last
+        phase = label.partition(":")[0]
+        if phase != last:
+            say(label)
+            last = phase
+
+    try:
+        given = {"job": job.model_dump(mode="json"), "ranks": ranks, **content}
+        write_json(folder / "job.json", given)
+        lines = processes.commands(folder / "job.json", folder, ranks, "validate.training.rank")
+        processes.launch(lines, folder, stall_limit_s=job.stall_s, tell=tell, told=TOLD)
+        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def scenario_file(layout: Layout) -> str:

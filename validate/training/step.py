@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,7 +13,7 @@ from moesim.graph.pipeline import Pass, PipelineProgram, layers_of_chunks, progr
 from moesim.network.rank_groups import Group as GroupKind
 from validate.hardware.group import need_torch
 from validate.training.job import Layout, TrainingJob
-from validate.training.model import KINDS, Decoder, Weights, batch_tokens, slices
+from validate.training.model import Decoder, Weights, batch_tokens, slices
 from validate.training.ways import Made, Way, ways_of
 
 # A step that changes nothing, so that every repeat routes its tokens alike: Adam costs the same at any rate.
@@ -41,7 +40,7 @@ class Stepper:
 
     def __init__(self, job: TrainingJob, layout: Layout, made: Made, slots: NDArray[np.int64]) -> None:
         torch = need_torch()
-        self.job, self.layout, self.rank = job, layout, made.rank
+        self.job, self.layout, self.beat = job, layout, made.beat
         self.ways: dict[GroupKind, Way] = ways_of(layout, made)
         self.whole = made.group(tuple(range(layout.ranks)))
         self.stage = self.ways["pp"].place
@@ -78,8 +77,8 @@ class Stepper:
         start = (number * self.ranks + self.first) * size
         return self.tokens[start : start + size]
 
-    def run(self, beat: Callable[[str], None] = lambda label: None) -> Moments:
-        """One step; every rank of the layout calls it at once."""
+    def run(self, doing: str = "running") -> Moments:
+        """One step; every rank of the layout calls it at once. doing: what signs of life say."""
         torch = need_torch()
         distributed, told = torch.distributed, self.program
         self.loss, self.routed = 0.0, []
@@ -90,7 +89,7 @@ class Stepper:
         passes = []
         for index in self.mine.tolist():
             kind, micro, chunk = Pass(told.kind[index]), int(told.micro[index]), int(told.chunk[index])
-            beat(f"{kind.name.lower()} of micro-batch {micro}, layers {self.chunks[chunk]}")
+            self.beat.at(f"{doing}, {kind.name.lower()} pass of micro-batch {micro}")
             given = self._receive(index) if told.crosses[index] else None
             start = perf_counter()
             if kind == Pass.FORWARD:
@@ -104,16 +103,15 @@ class Stepper:
                 if leaf is not None:
                     sends.append(self._send(leaf.grad, kind, micro, chunk, chunk - 1))
             passes.append((start - begun, perf_counter() - begun))
-        for work, _ in sends:
-            work.wait()
+        self.ways["pp"].meet(lambda: [work.wait() for work, _ in sends])
         piped = perf_counter() - begun
-        beat("reducing gradients")
+        self.beat.at(f"{doing}, reducing gradients")
         self._reduce()
         reduced = perf_counter() - begun
-        beat("optimizer")
+        self.beat.at(f"{doing}, optimizer")
         norm = torch.stack([one.square().sum() for one in self.weights.gradients.values()]).sum()
         if self.whole is not None:
-            distributed.all_reduce(norm, group=self.whole)
+            self.ways["pp"].meet(lambda: distributed.all_reduce(norm, group=self.whole))
         scale = (MOST_NORM / norm.sqrt()).clamp(max=1.0)
         if float(scale) < 1.0:
             for one in self.weights.gradients.values():
@@ -150,19 +148,18 @@ class Stepper:
         kind, micro, chunk = Pass(told.kind[source]), int(told.micro[source]), int(told.chunk[source])
         rows = self.job.micro_batch * self.job.sequence_length // self.layout.tp
         got = torch.empty(rows, self.job.shape.hidden)
-        torch.distributed.recv(got, self.ways["pp"].members[chunk % self.layout.pp], tag=self._tag(kind, micro, chunk))
+        way = self.ways["pp"]
+        way.meet(lambda: torch.distributed.recv(got, way.members[chunk % way.size], tag=self._tag(kind, micro, chunk)))
         return got.requires_grad_() if told.kind[index] == Pass.FORWARD else got
 
     def _reduce(self) -> None:
         distributed, gradients = need_torch().distributed, self.weights.gradients
         for kind, over in (("whole", "tp"), ("whole", "dp_cp"), ("dense", "dp_cp"), ("experts", "expert_dp")):
             way = self.ways[over]  # type: ignore[index]
-            if way.size > 1 and gradients[kind].numel():
-                distributed.all_reduce(gradients[kind], group=way.group)
+            mine = gradients[kind]
+            if way.size > 1 and mine.numel():
+                way.meet(lambda mine=mine, way=way: distributed.all_reduce(mine, group=way.group))  # type: ignore[misc]
 
     def gradients(self) -> dict[str, Any]:
         """Gradients by parameter, this rank's parts; after a step, before the next."""
         return {name: view.grad for name, view in self.weights.views.items()}
-
-
-__all__ = ["KINDS", "Moments", "Stepper"]

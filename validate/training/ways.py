@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.network.rank_groups import Group as GroupKind
-from validate.hardware.group import need_torch
+from validate.hardware.group import Beat, need_torch
 from validate.training.job import Layout
 
 KINDS: tuple[GroupKind, ...] = ("tp", "ep", "dp_cp", "expert_dp", "pp")
@@ -15,9 +15,13 @@ KINDS: tuple[GroupKind, ...] = ("tp", "ep", "dp_cp", "expert_dp", "pp")
 
 @dataclass
 class Made:
-    """Process groups made so far by their members; every rank makes all of them, in the same order."""
+    """Process groups made so far by their members; every rank makes all of them, in the same order.
+
+    beat: told while this rank waits for others.
+    """
 
     rank: int
+    beat: Beat = field(default_factory=lambda: Beat(None))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def group(self, members: tuple[int, ...]) -> Any:
@@ -36,6 +40,14 @@ class Way:
     members: tuple[int, ...]
     place: int
     group: Any
+    beat: Beat
+
+    def meet(self, call: Callable[[], Any]) -> Any:
+        """Run a collective, noting that this rank waits for the others."""
+        self.beat.waiting = True
+        found = call()
+        self.beat.waiting = False
+        return found
 
     @property
     def size(self) -> int:
@@ -51,7 +63,7 @@ def ways_of(layout: Layout, made: Made) -> dict[GroupKind, Way]:
             members = tuple(row)
             group = made.group(members)
             if made.rank in members:
-                found[kind] = Way(members, members.index(made.rank), group)
+                found[kind] = Way(members, members.index(made.rank), group, made.beat)
     return found
 
 
@@ -99,31 +111,35 @@ def functions() -> tuple[Any, Any, Any]:
         @staticmethod
         def forward(ctx: Any, mine: Any, way: Way) -> Any:
             ctx.way = way
-            return all_gather(mine, way.group, way.size)
+            return way.meet(lambda: all_gather(mine, way.group, way.size))
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            return reduce_scatter(gradient, ctx.way.group, ctx.way.size), None
+            way = ctx.way
+            return way.meet(lambda: reduce_scatter(gradient, way.group, way.size)), None
 
     class Scatter(base):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(ctx: Any, whole: Any, way: Way) -> Any:
             ctx.way = way
-            return reduce_scatter(whole, way.group, way.size)
+            return way.meet(lambda: reduce_scatter(whole, way.group, way.size))
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            return all_gather(gradient, ctx.way.group, ctx.way.size), None
+            way = ctx.way
+            return way.meet(lambda: all_gather(gradient, way.group, way.size)), None
 
     class Exchange(base):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(ctx: Any, rows: Any, send: list[int], receive: list[int], way: Way) -> Any:
             ctx.send, ctx.receive, ctx.way = send, receive, way
-            return all_to_all(rows, send, receive, way.group)
+            return way.meet(lambda: all_to_all(rows, send, receive, way.group))
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            return all_to_all(gradient, ctx.receive, ctx.send, ctx.way.group), None, None, None
+            way = ctx.way
+            back = way.meet(lambda: all_to_all(gradient, ctx.receive, ctx.send, way.group))
+            return back, None, None, None
 
     def alone(function: Any) -> Any:
         return lambda rows, *rest: rows if rest[-1].size == 1 else function.apply(rows, *rest)
