@@ -15,10 +15,17 @@ def training(
         list[int] | None, typer.Option(help="Only layouts of so many gloo ranks; repeats. [default: 2 3 4]")
     ] = None,
     layout: Annotated[list[str] | None, typer.Option(help="Only this layout; repeats.")] = None,
-    sequence_length: Annotated[int, typer.Option(min=4, help="Tokens of a sequence.")] = 256,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few short sequences, repeats and samples: a look at whether it runs.")
+    ] = False,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=4, help="Tokens of a sequence. [default: 256, quick: 32]")
+    ] = None,
     global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 12,
     bias: Annotated[float, typer.Option(min=0.0, help="How unevenly experts are wanted.")] = 0.5,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each layout.")] = 9,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps of each layout. [default: 9, quick: 2]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, tokens and turns.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for scenarios, points, predictions and the record.")] = Path(
         "runs/validate-training"
@@ -48,10 +55,11 @@ def training(
     job = TrainingJob.read(
         {
             "layouts": [one.model_dump() for one in chosen],
-            "sequence_length": sequence_length,
+            "sequence_length": sequence_length or (32 if quick else 256),
             "global_batch": global_batch,
             "bias": bias,
-            "repeats": repeats,
+            "repeats": repeats or (2 if quick else 9),
+            **({"samples": 3, "sample_s": 0.001, "warmup": 0} if quick else {}),
             "seed": seed,
             "stall_s": stall_limit,
             "out": str(out.absolute()),

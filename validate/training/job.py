@@ -96,6 +96,8 @@ class TrainingJob(Spec):
     bias: float = Field(default=1.0, ge=0)
     repeats: int = Field(default=9, gt=0)
     warmup: int = Field(default=2, ge=0)
+    samples: int = Field(default=11, gt=0, description="of each operation of the profile, on each rank")
+    sample_s: float = Field(default=0.02, gt=0, description="what a sample takes: several calls where one is shorter")
     seed: int = 0
     backend: Literal["gloo"] = "gloo"
     stall_s: float = Field(default=120.0, gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -20,9 +21,7 @@ from validate.training.ways import Made, Way, all_gather, all_to_all, reduce_sca
 
 Floats = NDArray[np.float64]
 
-# A sample takes about this long, several calls where one is short, so that a slice of the scheduler's is not all of it.
-SAMPLE_S = 0.02
-SAMPLES = 11
+# Calls of a sample, which takes as long as the job says so that a slice of the scheduler's is not all of it.
 MOST_CALLS = 200
 # Weights (and accumulated gradients) that calls take in turn are as large together: in a step, too, all others are used
 # before the same ones come again. Rows are one set, as they were just written when an operation gets them.
@@ -67,12 +66,12 @@ def measure(job: TrainingJob, made: Made, ranks: int, asked: list[Asked]) -> tup
     counts = []
     for number, (one, call) in enumerate(zip(asked, calls, strict=True)):
         made.beat.at(f"trying operations: {one.family}, {number + 1} of {len(asked)}")
-        counts.append(_repeats(one, call, met))
-    samples = np.zeros((len(asked), SAMPLES))
+        counts.append(_repeats(job, one, call, met))
+    samples = np.zeros((len(asked), job.samples))
     passed = np.zeros(2)  # wall clock and processor, outside of meetings
-    for turn in range(SAMPLES):
+    for turn in range(job.samples):
         for index in order.permutation(len(asked)).tolist():
-            made.beat.at(f"profiling, turn {turn + 1} of {SAMPLES}: {asked[index].family}")
+            made.beat.at(f"profiling, turn {turn + 1} of {job.samples}: {asked[index].family}")
             met(distributed.barrier)
             worked, start = process_time(), perf_counter()
             made.beat.waiting = asked[index].family in MEETING
@@ -95,7 +94,7 @@ def measure(job: TrainingJob, made: Made, ranks: int, asked: list[Asked]) -> tup
     return found, float(total[1] / total[0])
 
 
-def _repeats(asked: Asked, call: Callable[[], None], met: Callable[[Callable[[], Any]], Any]) -> int:
+def _repeats(job: TrainingJob, asked: Asked, call: Callable[[], None], met: Callable[[Callable[[], Any]], Any]) -> int:
     """Calls of a sample, the same on every rank."""
     torch = need_torch()
     run = met if asked.family in MEETING else lambda work: work()
@@ -106,7 +105,7 @@ def _repeats(asked: Asked, call: Callable[[], None], met: Callable[[Callable[[],
     took = torch.tensor([perf_counter() - start])
     met(lambda: torch.distributed.all_reduce(took, op=torch.distributed.ReduceOp.MAX))
     most = MOST_CALLS // 20 if asked.family in MEETING else MOST_CALLS
-    return int(min(max(1, math.ceil(SAMPLE_S / max(float(took), 1e-7))), most))
+    return int(min(max(1, math.ceil(job.sample_s / max(float(took), 1e-7))), most))
 
 
 def _works(asked: Asked) -> int:
@@ -134,16 +133,21 @@ def _call(job: TrainingJob, made: Made, ranks: int, asked: Asked) -> Callable[[]
 
 
 def _turning(shape: tuple[int, ...], *, graph: bool = True) -> Iterator[Any]:
-    """Tensors of one shape in turn, without end; not one after another in memory, which a core would foresee.
+    """Tensors of one shape in turn, without end.
 
     graph: as weights in training, so that calls leave what their backward pass would need.
     """
+    return itertools.cycle(_set(shape, graph))
+
+
+@functools.cache
+def _set(shape: tuple[int, ...], graph: bool) -> list[Any]:
+    """Tensors of one shape, shared by all operations on it; not in memory's order, which a core would foresee."""
     torch = need_torch()
-    size = math.prod(shape) * FLOAT_BYTES
-    count = min(MOST_COPIES, max(1, math.ceil(TURNING_BYTES / size)))
+    count = min(MOST_COPIES, max(1, math.ceil(TURNING_BYTES / (math.prod(shape) * FLOAT_BYTES))))
     tensors = [torch.randn(shape).requires_grad_(graph) for _ in range(count)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
-    return itertools.cycle([tensors[index] for index in order])
+    return [tensors[index] for index in order]
 
 
 def _attention(job: TrainingJob, asked: Asked) -> Callable[[], Any]:
