@@ -20,7 +20,7 @@ from moesim.graph.training_layer import TrainingSetup
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario, resolve_paths
 from moesim.units import BYTES_PER_ELEMENT
-from profiles.points import FORMAT, SCHEMA_VERSION, Family, Key, MeasuredPoint, places
+from profiles.points import FORMAT, SCHEMA_VERSION, Family, MeasuredPoint, places
 from validate.training.job import PRECISION, Layout, TrainingJob
 from validate.training.probe import Asked, Measured
 
@@ -283,6 +283,3 @@ def counted(routed: Iterable[tuple[int, int, Any]], job: TrainingJob) -> NDArray
     for micro, layer, rows in routed:
         found[micro, layer - 1] += rows.numpy()
     return found
-
-
-__all__ = ["Asked", "Key", "Measured"]
