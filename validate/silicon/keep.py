@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import BadInput, CheckFailed
+from validate.silicon import coverage
 from validate.silicon import table as silicon_table
 from validate.silicon.check import drift, words
 from validate.silicon.command import result_of
@@ -73,7 +74,9 @@ def update(
     table, read = _table(rows)
     found = price_for_record(read, _profiles(profiles, read, say, workers), workers, progress)
     write_record(folder, found, table)
-    told = summarized(_all(read, table, folder))
+    kept = read_record(read, table, folder)
+    coverage.write(folder, coverage.summary(list(kept.predictions.values()), kept.table, kept.version))
+    told = summarized(list(kept.predictions.values()))
     text = markdown(told)
     if docs is not None:
         silicon_table.put(docs, text)
@@ -96,6 +99,11 @@ def check(
     moved = drift(fresh, [record.predictions[row.id] for row in again])
     lines = [words(moved) + ("" if moved.holds else f"; if that is meant, {MAKE}")]
     holds = moved.holds
+    try:
+        coverage.check(folder, coverage.summary(list(record.predictions.values()), record.table, record.version))
+    except CheckFailed as error:
+        holds = False
+        lines.append(error.line())
     if docs is not None:
         try:
             silicon_table.check(docs, markdown(summarized(list(record.predictions.values()))))

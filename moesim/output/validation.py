@@ -1,0 +1,184 @@
+"""Which validations on record cover what a verdict leans on; what none covers is `not validated`, and told so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moesim.plugins import RECORDS, available, load
+from moesim.spec.evidence import TRAITS, Evidence, Leaning, Trait, differences, trait_words
+from moesim.spec.scenario import Scenario
+
+# covered by a record that agrees in every trait; by none, but by records that agree in some; by nothing at all.
+VALIDATED, NEAREST, NOT_VALIDATED = "validated", "nearest", "not_validated"
+OVER_NODES = ("placement_gain", "exchange_time", "training_step")
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What records say of one leaning. evidence: those cited, all as near; differs: trait -> in what they differ."""
+
+    leaning: Leaning
+    evidence: tuple[Evidence, ...] = ()
+    differs: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """VALIDATED, NEAREST or NOT_VALIDATED."""
+        if not self.evidence:
+            return NOT_VALIDATED
+        return NEAREST if self.differs else VALIDATED
+
+    def error(self) -> dict[str, Any] | None:
+        """How far the predictions of the records cited were off, all their cases together; None where none is told."""
+        single = np.abs([error for one in self.evidence for error in one.errors])
+        told = [one for one in self.evidence if one.errors or one.mean_absolute is not None]
+        if not told:
+            return None
+        cases = sum(one.cases for one in told)
+        means = [one.mean_absolute if one.mean_absolute is not None else _mean(one.errors) for one in told]
+        between = np.abs([error for one in self.evidence for error in one.between])
+        whole = all(one.errors for one in told)
+        return {
+            "figure": told[0].figure,
+            "cases": cases,
+            "mean": sum(mean * one.cases for mean, one in zip(means, told, strict=True)) / cases,
+            "median": float(np.median(single)) if whole else None,
+            "largest": float(single.max()) if whole else None,
+            "between_median": float(np.median(between)) if between.size else None,
+        }
+
+    def ran(self, trait: str) -> str:
+        """What ran, of one trait, over all that is cited: `2 to 4`, `Qwen3 or DeepSeek`; empty where it is not told."""
+        return _merged([one.traits[trait] for one in self.evidence if trait in one.traits])
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for JSON. `records` are names; `differs` says how they differ from what is asked."""
+        return {
+            "claim": self.leaning.claim,
+            "of": self.leaning.of,
+            "status": self.status,
+            "records": [one.record for one in self.evidence],
+            "commands": sorted({one.command for one in self.evidence if one.command}),
+            "dates": sorted({one.date[:10] for one in self.evidence if one.date}),
+            "error": self.error(),
+            "differs": [
+                f"{name}: {self.ran(name) or 'not told'} instead of {trait_words(self.leaning.traits[name])}"
+                for name in self.differs
+            ],
+            "missed": sorted({missed for one in self.evidence for missed in one.missed}),
+        }
+
+
+def _mean(errors: Sequence[float]) -> float:
+    return float(np.abs(errors).mean())
+
+
+def _merged(values: Sequence[Trait]) -> str:
+    """Numbers and ranges as one range, names side by side, at most three of them."""
+    ends: list[float] = []
+    for value in values:
+        ends += value if isinstance(value, tuple) else [value] if isinstance(value, int) else []
+    names = sorted({value for value in values if isinstance(value, str)})
+    more = [f"{len(names) - 3} others"] if len(names) > 3 else []
+    return " or ".join(([trait_words((min(ends), max(ends)))] if ends else []) + names[:3] + more)
+
+
+def evidence_of(scenario: Scenario | None) -> list[Evidence]:
+    """All that validations show, of every registered source (group `moesim.records`).
+
+    Raises BadInput for records that the scenario names and that cannot be read.
+    """
+    return [one for name in available(RECORDS) for one in load(RECORDS, name)(scenario)]
+
+
+def cover(leanings: Iterable[Leaning], evidence: Sequence[Evidence]) -> list[Covered]:
+    """What covers each leaning, each once, in order.
+
+    The records that differ in nothing; else those that differ in the fewest traits, and of as many in those that
+    matter least. All that are as near are cited, the good and the bad.
+    """
+    found = {}
+    for leaning in leanings:
+        key = (leaning.claim, tuple(sorted(leaning.traits.items(), key=str)))
+        if key not in found:
+            found[key] = _cover(leaning, evidence)
+    return list(found.values())
+
+
+def _cover(leaning: Leaning, evidence: Sequence[Evidence]) -> Covered:
+    order = TRAITS[leaning.claim]
+    near: dict[tuple[str, ...], list[Evidence]] = {}
+    for one in evidence:
+        if one.claim == leaning.claim:
+            near.setdefault(tuple(differences(leaning, one)), []).append(one)
+    if len(leaning.traits) == 0 or not near:
+        return Covered(leaning)
+    least = min(near, key=lambda names: (len(names), [name in names for name in order]))
+    if len(least) == len([name for name in order if name in leaning.traits]):
+        return Covered(leaning)  # it agrees in nothing
+    return Covered(leaning, tuple(near[least]), least)
+
+
+def validated_over_nodes(found: Iterable[Covered]) -> bool:
+    """Whether all that happens between nodes is covered by records; so it is where nothing does."""
+    return all(one.status == VALIDATED for one in found if _over_nodes(one.leaning))
+
+
+def _over_nodes(leaning: Leaning) -> bool:
+    nodes = leaning.traits.get("nodes")
+    return leaning.claim in OVER_NODES and isinstance(nodes, int) and nodes > 1
+
+
+def validation_json(found: Iterable[Covered]) -> list[dict[str, Any]]:
+    """The list under `validation`."""
+    return [one.to_json() for one in found]
+
+
+def validation_text(found: Sequence[Covered]) -> str:
+    """One or two lines for a person; empty where nothing is leaned on."""
+    sure = [f"{one.leaning.of} ({_by(one)})" for one in found if one.status == VALIDATED]
+    rest = [
+        f"{one.leaning.of} ({f'nearest: {_by(one)}' if one.evidence else 'nothing on record is near'})"
+        for one in found
+        if one.status != VALIDATED
+    ]
+    lines = [f"Validated, by records: {'; '.join(sure)}."] if sure else []
+    return "\n".join([*lines, f"Not validated on hardware: {'; '.join(rest)}."] if rest else lines)
+
+
+# What says where a record ran, by claim; the trait and how it reads in a sentence.
+_WHERE = {
+    "gpu": "{}",
+    "exchange": "{}",
+    "nodes": "nodes: {}",
+    "ranks": "ranks: {}",
+    "model": "{}",
+    "engine": "{}",
+    "layout": "{}",
+    "rule": "{}",
+}
+
+
+def _by(found: Covered) -> str:
+    """`validate fabric, CPU, gloo alltoall, nodes: 4; median error 1.4% in 24 cases`."""
+    where = [
+        words.format(found.ran(name))
+        for name, words in _WHERE.items()
+        if name in TRAITS[found.leaning.claim] and found.ran(name)
+    ]
+    commands = " and ".join(sorted({one.command for one in found.evidence if one.command}))
+    error = found.error()
+    told = f"{sum(one.cases for one in found.evidence)} cases"
+    if error is not None:
+        kind, value = ("mean", error["mean"]) if error["median"] is None else ("median", error["median"])
+        figure = f"{error['figure']} error" if error["figure"] else "error"
+        told = f"{kind} {figure} {value:.1%} in {error['cases']} cases"
+        if error["between_median"] is not None:
+            told += f", {error['between_median']:.1%} between alternatives"
+    missed = {missed for one in found.evidence for missed in one.missed}
+    wrong = f", {len(missed)} limit{'s' if len(missed) > 1 else ''} missed" if missed else ""
+    return f"{', '.join([commands, *where] if commands else where)}: {told}{wrong}"

@@ -1,0 +1,169 @@
+"""Which deployments the measured serving runs cover, and how far predictions were off there: a committed summary.
+
+Measured figures stay in the package that ships them. The summary holds, of the runs of one model, GPU, engine, expert
+type and layout together, what was run and the mean absolute error; of fewer than five runs their number alone, as on
+the accuracy page. It is read by verdicts (`moesim.records`); nothing that fits reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import BadInput, CheckFailed
+from moesim.files import read_text, write_json
+from moesim.spec.base import Spec
+from moesim.spec.evidence import Evidence, device_trait, layout_trait
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.presets import load_cluster
+from moesim.spec.scenario import ClusterChoice
+from validate.silicon.price import Prediction
+from validate.silicon.record import FOLDER, MAKE
+from validate.silicon.rows import SiliconRow
+from validate.silicon.scenario import SYSTEMS
+from validate.silicon.score import TOLD
+from validate.silicon.scored import FIGURES, Half, halves
+from validate.silicon.settings import layout_of, measured_on, settings_of
+
+FILE, FORMAT = "silicon_coverage.json", "moesim-silicon-coverage"
+DIGITS = 4
+
+
+class Group(Spec):
+    """Runs of one deployment. tokens in and out and requests in flight from the least to the most.
+
+    half: whether the cell calibrates (`even`) or is blind (`odd`). tpot, ttft: mean absolute error, None of few runs.
+    """
+
+    model: str
+    system: str
+    engine: str
+    experts: str
+    layout: str
+    drafts: int
+    half: str
+    runs: int
+    isl: tuple[int, int]
+    osl: tuple[int, int]
+    concurrency: tuple[int, int]
+    measured: tuple[str, str]
+    tpot: float | None
+    ttft: float | None
+
+
+class Summary(Spec):
+    """All groups, and of which record they are made."""
+
+    format: str
+    table_sha256: str
+    package_version: str
+    groups: tuple[Group, ...]
+
+
+def groups(found: Sequence[Prediction]) -> list[Group]:
+    """The groups of the clean, measured, aggregated MoE rows that were priced; in order of name."""
+    told = []
+    for half, side in halves(found).items():
+        by_key: dict[tuple[Any, ...], list[int]] = {}
+        for index, row in enumerate(side.rows):
+            by_key.setdefault(_key(row), []).append(index)
+        told += [_group(half, side, key, indices) for key, indices in by_key.items()]
+    return sorted(told, key=lambda one: (one.model, one.system, one.engine, one.experts, one.layout, one.drafts))
+
+
+def _key(row: SiliconRow) -> tuple[Any, ...]:
+    layout = layout_of(row)
+    settings = settings_of(row, layout)
+    sizes = ParallelSpec(tp=layout.tp, attention_dp=layout.attention_dp, ep=layout.ep, expert_tp=layout.expert_tp)
+    backend = "allreduce" if layout.attention_dp == 1 else "allgather_reducescatter"
+    return row.model, row.system, row.engine, settings.experts, layout_trait(sizes, backend), settings.drafts
+
+
+def _group(half: str, side: Half, key: tuple[Any, ...], at: Sequence[int]) -> Group:
+    rows = [side.rows[index] for index in at]
+    errors = {
+        name: float(np.abs(side.predicted[name][list(at)] / side.measured[name][list(at)] - 1.0).mean())
+        if len(at) >= TOLD
+        else None
+        for name in FIGURES
+    }
+
+    def ends(values: Sequence[int]) -> tuple[int, int]:
+        return min(values), max(values)
+
+    days = sorted(measured_on(row) for row in rows)
+    return Group(
+        **dict(zip(("model", "system", "engine", "experts", "layout", "drafts"), key, strict=True)),
+        half=half,
+        runs=len(rows),
+        isl=ends([row.isl for row in rows]),
+        osl=ends([row.osl for row in rows]),
+        concurrency=ends([row.in_flight or 0 for row in rows]),
+        measured=(days[0], days[-1]),
+        **{name: None if errors[name] is None else round(errors[name], DIGITS) for name in ("tpot", "ttft")},
+    )
+
+
+def summary(found: Sequence[Prediction], table_sha256: str, version: str) -> Summary:
+    """The summary of a record of predictions."""
+    return Summary(
+        format=FORMAT, table_sha256=table_sha256, package_version=version, groups=tuple(groups(found))
+    )  # fmt: skip
+
+
+def write(folder: Path, told: Summary) -> None:
+    """Write it beside the record, whole or not at all."""
+    write_json(folder / FILE, told.model_dump(mode="json"))
+
+
+def read(folder: Path = FOLDER) -> Summary:
+    """The committed summary. Raises BadInput."""
+    path = folder / FILE
+    try:
+        content = json.loads(read_text(path, what="summary of measured runs"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BadInput(f"not a {FORMAT}", where=str(path), mend=MAKE)
+    return Summary.read(content, where=path)
+
+
+def check(folder: Path, told: Summary) -> None:
+    """Raises CheckFailed where the committed summary is not that of the record."""
+    if read(folder) != told:
+        raise CheckFailed("the summary of coverage is not the record's", where=str(folder / FILE), mend=MAKE)
+
+
+def evidence(folder: Path = FOLDER) -> list[Evidence]:
+    """What the measured runs show of the whole time of serving: a piece for each group."""
+    told = read(folder)
+    devices = {one.system: _device(one.system) for one in told.groups}
+    versions = {"aiconfigurator-core": told.package_version}
+    found = []
+    for one in told.groups:
+        kind = "blind" if one.half == "odd" else "calibrating"
+        name = f"silicon: {one.model}, {one.system}, {one.engine}, {one.experts}, {one.layout}, drafts {one.drafts}"
+        found.append(
+            Evidence(
+                claim="serving_time", record=f"{name} ({kind} cell)", command="validate silicon",
+                date=one.measured[1], versions=versions, cases=one.runs, figure="TPOT", mean_absolute=one.tpot,
+                traits={
+                    "gpu": devices[one.system], "model": one.model, "engine": one.engine, "layout": one.layout,
+                    "experts_dtype": one.experts, "drafts": one.drafts, "isl": one.isl, "osl": one.osl,
+                    "concurrency": one.concurrency,
+                },
+            )
+        )  # fmt: skip
+    return found
+
+
+def _device(system: str) -> str:
+    """The GPU of a system as its preset names it; the system's own name where there is no preset."""
+    try:
+        return device_trait(load_cluster(ClusterChoice(system=SYSTEMS.get(system, system))).gpu.name)
+    except BadInput:
+        return system
