@@ -348,8 +348,13 @@ def published(
 @app.command()
 def records(
     add: Annotated[
-        list[Path] | None, typer.Option(help="record.json of hardware, exchange, fabric, replay, capacity; or a bundle; repeats.")
+        list[Path] | None,
+        typer.Option(help="record.json of hardware, exchange, fabric, replay, capacity; or a bundle; repeats."),
     ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(help="With --add: the cluster of several nodes, as scenarios name it."),
+    ] = "",
     update: Annotated[bool, typer.Option("--update", help="Write the table into --docs.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 unless --docs holds the table.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Folder of the records. [default: the committed ones]")] = None,
@@ -361,7 +366,7 @@ def records(
     from validate.records.table import PART, markdown
 
     where = folder or store.FOLDER
-    for one in store.add(add or (), where):
+    for one in store.add(add or (), where, cluster=cluster):
         typer.echo(f"added {one.path}", err=True)
     found = store.read_all(where)
     table = markdown(found)

@@ -18,7 +18,12 @@ SCHEMES = {"deepep": ""}
 
 
 def leanings(
-    scenario: Scenario, cluster: ClusterSpec, model: ModelSpec, *, label: str = "", tokens: tuple[int, int] | None = None
+    scenario: Scenario,
+    cluster: ClusterSpec,
+    model: ModelSpec,
+    *,
+    label: str = "",
+    tokens: tuple[int, int] | None = None,
 ) -> list[Leaning]:
     """Everything that a plan's figures lean on: its whole time first, then what decides between placements.
 
@@ -42,6 +47,10 @@ def of_placement(
     return _inside(scenario, cluster, model, tokens, placed=True)
 
 
+def _placed(scenario: Scenario) -> bool:
+    return scenario.placement.solver not in PLAIN or scenario.placement.file is not None
+
+
 def _parallel(scenario: Scenario, cluster: ClusterSpec) -> ParallelSpec:
     return scenario.parallel or ParallelSpec(attention_dp=cluster.gpus, ep=cluster.gpus)
 
@@ -56,7 +65,7 @@ def _whole(scenario: Scenario, cluster: ClusterSpec, layout: str, label: str) ->
     traits: dict[str, Trait] = {"gpu": device_trait(cluster.gpu.name), "model": scenario.model, "layout": layout}
     if scenario.training is not None:
         parallel = _parallel(scenario, cluster)
-        traits |= {"exchange": _exchange(scenario), "nodes": -(-cluster.gpus // cluster.gpus_per_node)}
+        traits |= {"exchange": _exchange(scenario), **_nodes(cluster.gpus, cluster)}
         return Leaning("training_step", f"training step of {label or parallel.label()}", traits)
     assert scenario.serving is not None
     work, drafts = scenario.serving.workload, scenario.serving.speculative
@@ -71,7 +80,13 @@ def _whole(scenario: Scenario, cluster: ClusterSpec, layout: str, label: str) ->
     if work.arrivals is not None and work.arrivals.concurrency is not None:
         instances = max(cluster.gpus // _parallel(scenario, cluster).gpus, 1)
         traits["concurrency"] = -(-work.arrivals.concurrency // instances)
-    return Leaning("serving_time", f"serving time of {label}", traits)
+    aside = ", placement aside" if _parallel(scenario, cluster).ep > 1 and _placed(scenario) else ""
+    return Leaning("serving_time", f"serving time of {label}{aside}", traits)
+
+
+def _nodes(gpus: int, cluster: ClusterSpec) -> dict[str, Trait]:
+    nodes = -(-gpus // cluster.gpus_per_node)
+    return {"nodes": nodes, "cluster": cluster.name} if nodes > 1 else {"nodes": nodes}
 
 
 def _exchange(scenario: Scenario) -> str:
@@ -91,13 +106,11 @@ def _inside(
         "gpu": device, "layer": layer, "experts_dtype": scenario.precision.experts, "tokens_per_rank": (least, most),
     }  # fmt: skip
     over: dict[str, Trait] = {
-        "gpu": device, "exchange": _exchange(scenario), "nodes": nodes, "ranks": parallel.gpus,
+        "gpu": device, "exchange": _exchange(scenario), **_nodes(parallel.gpus, cluster), "ranks": parallel.gpus,
     }  # fmt: skip
     spot = f"{parallel.gpus} GPUs" + (f" of {nodes} nodes" if nodes > 1 else "")
     found = []
-    placement = scenario.placement
-    placed = placed or placement.solver not in PLAIN or placement.file is not None
-    if parallel.ep > 1 and placed:
+    if parallel.ep > 1 and (placed or _placed(scenario)):
         found.append(Leaning("placement_gain", f"placement gain on {spot}", {**over, **shape}))
     if parallel.gpus > 1:
         precision = scenario.precision

@@ -16,6 +16,7 @@ from moesim.output.charts import BASE, BEST
 from moesim.output.explain_page import why
 from moesim.output.page import section
 from moesim.output.run_folder import RunFolder, Told, check_series, read_run
+from moesim.output.validation_page import validation_sections
 from moesim.spec.scenario import Scenario
 from moesim.units import human_seconds
 
@@ -72,6 +73,7 @@ def run_page(run: RunFolder) -> str:
         *answers_sections(result),
         *sections.ledgers(runs),
         section("not-run", "Plans that could not run, or missed a level", tables.infeasible(run)),
+        *validation_sections([one.model_dump() for one in result.validation]),
         section("caveats", "What this rests on", caveats_of(run.scenario, best, None if same else base, result.notes)),
         section("run", "This run", tables.about(run.scenario, tables.run_rows(run))),
     ]

@@ -61,7 +61,7 @@ class Covered:
             "claim": self.leaning.claim,
             "of": self.leaning.of,
             "status": self.status,
-            "records": [one.record for one in self.evidence],
+            "records": list(dict.fromkeys(one.record for one in self.evidence)),
             "commands": sorted({one.command for one in self.evidence if one.command}),
             "dates": sorted({one.date[:10] for one in self.evidence if one.date}),
             "error": self.error(),
@@ -98,8 +98,8 @@ def evidence_of(scenario: Scenario | None) -> list[Evidence]:
 def cover(leanings: Iterable[Leaning], evidence: Sequence[Evidence]) -> list[Covered]:
     """What covers each leaning, each once, in order.
 
-    The records that differ in nothing; else those that differ in the fewest traits, and of as many in those that
-    matter least. All that are as near are cited, the good and the bad.
+    The records that differ in nothing; else those that agree in what matters most, by the order of TRAITS. All that are
+    as near are cited, the good and the bad.
     """
     found = {}
     for leaning in leanings:
@@ -112,20 +112,41 @@ def cover(leanings: Iterable[Leaning], evidence: Sequence[Evidence]) -> list[Cov
 def _cover(leaning: Leaning, evidence: Sequence[Evidence]) -> Covered:
     order = TRAITS[leaning.claim]
     near: dict[tuple[str, ...], list[Evidence]] = {}
-    for one in evidence:
-        if one.claim == leaning.claim:
-            near.setdefault(tuple(differences(leaning, one)), []).append(one)
-    if len(leaning.traits) == 0 or not near:
+    for runs in _alike(one for one in evidence if one.claim == leaning.claim):
+        near.setdefault(tuple(differences(leaning, _together(runs))), []).extend(runs)
+    if not near:
         return Covered(leaning)
-    least = min(near, key=lambda names: (len(names), [name in names for name in order]))
+    least = min(near, key=lambda names: [name in names for name in order])
     if len(least) == len([name for name in order if name in leaning.traits]):
         return Covered(leaning)  # it agrees in nothing
     return Covered(leaning, tuple(near[least]), least)
 
 
+def _alike(evidence: Iterable[Evidence]) -> list[list[Evidence]]:
+    """Pieces that differ in their ranges alone: each adds to what the others ran."""
+    found: dict[tuple[tuple[str, str], ...], list[Evidence]] = {}
+    for one in evidence:
+        key = tuple(
+            sorted((name, "" if isinstance(value, tuple) else str(value)) for name, value in one.traits.items())
+        )
+        found.setdefault(key, []).append(one)
+    return list(found.values())
+
+
+def _together(runs: Sequence[Evidence]) -> dict[str, Trait]:
+    """Their traits, ranges from the least to the most of all."""
+    found = dict(runs[0].traits)
+    for name, value in found.items():
+        if isinstance(value, tuple):
+            lows, highs = zip(*(other for one in runs if isinstance(other := one.traits[name], tuple)), strict=True)
+            found[name] = (min(lows), max(highs))
+    return found
+
+
 def validated_over_nodes(found: Iterable[Covered]) -> bool:
-    """Whether all that happens between nodes is covered by records; so it is where nothing does."""
-    return all(one.status == VALIDATED for one in found if _over_nodes(one.leaning))
+    """Whether there is something that happens between nodes, and records cover all of it."""
+    over = [one.status for one in found if _over_nodes(one.leaning)]
+    return bool(over) and all(status == VALIDATED for status in over)
 
 
 def _over_nodes(leaning: Leaning) -> bool:
@@ -138,47 +159,75 @@ def validation_json(found: Iterable[Covered]) -> list[dict[str, Any]]:
     return [one.to_json() for one in found]
 
 
-def validation_text(found: Sequence[Covered]) -> str:
-    """One or two lines for a person; empty where nothing is leaned on."""
-    sure = [f"{one.leaning.of} ({_by(one)})" for one in found if one.status == VALIDATED]
-    rest = [
-        f"{one.leaning.of} ({f'nearest: {_by(one)}' if one.evidence else 'nothing on record is near'})"
-        for one in found
-        if one.status != VALIDATED
-    ]
-    lines = [f"Validated, by records: {'; '.join(sure)}."] if sure else []
-    return "\n".join([*lines, f"Not validated on hardware: {'; '.join(rest)}."] if rest else lines)
-
-
-# What says where a record ran, by claim; the trait and how it reads in a sentence.
-_WHERE = {
-    "gpu": "{}",
-    "exchange": "{}",
-    "nodes": "nodes: {}",
-    "ranks": "ranks: {}",
-    "model": "{}",
-    "engine": "{}",
-    "layout": "{}",
-    "rule": "{}",
+# How a claim reads in a sentence.
+_WORDS = {
+    "serving_time": "serving time",
+    "placement_gain": "placement gain",
+    "exchange_time": "exchanges",
+    "expert_time": "expert time",
+    "capacity_drops": "dropped tokens",
+    "training_step": "training step",
 }
 
 
+def validation_text(found: Sequence[Covered]) -> str:
+    """One or two lines for a person, each claim once; empty where nothing is leaned on."""
+    sure, rest = ([one for one in found if (one.status == VALIDATED) is want] for want in (True, False))
+    lines = []
+    if sure:
+        lines.append(f"Validated by records: {', '.join(f'{_claim(one)} ({_by(one)})' for one in _once(sure))}.")
+    if rest:
+        near = [f"{_claim(one)} (nearest: {_by(one)})" for one in _once(rest) if one.evidence]
+        bare = [f"{_claim(one)} (nothing near on record)" for one in _once(rest) if not one.evidence]
+        lines.append(f"Not validated on hardware: {', '.join(near + bare)}.")
+    return "\n".join(lines)
+
+
+def _once(found: Sequence[Covered]) -> list[Covered]:
+    """Of each claim the one over the most nodes, or else the first."""
+    chosen: dict[str, Covered] = {}
+    for one in found:
+        before = chosen.get(one.leaning.claim)
+        if before is None or _nodes(one) > _nodes(before):
+            chosen[one.leaning.claim] = one
+    return list(chosen.values())
+
+
+def _nodes(found: Covered) -> int:
+    nodes = found.leaning.traits.get("nodes", 1)
+    return nodes if isinstance(nodes, int) else 1
+
+
+def _claim(found: Covered) -> str:
+    nodes = _nodes(found)
+    return _WORDS[found.leaning.claim] + (f" over {nodes} nodes" if nodes > 1 else "")
+
+
+# What tells a record's run from what is asked, in a sentence; the number of nodes is told wherever there are several.
+_TELLING = ("gpu", "exchange", "model", "engine", "layout", "nodes", "ranks", "rule")
+
+
 def _by(found: Covered) -> str:
-    """`validate fabric, CPU, gloo alltoall, nodes: 4; median error 1.4% in 24 cases`."""
-    where = [
-        words.format(found.ran(name))
-        for name, words in _WHERE.items()
-        if name in TRAITS[found.leaning.claim] and found.ran(name)
-    ]
+    """`validate fabric, CPU, gloo, 4 nodes, 8 ranks: median error 1.4%`."""
+    where = []
+    for name in _TELLING:
+        ran = found.ran(name)
+        if not ran or (name not in found.differs and (name != "nodes" or ran == "1")):
+            continue
+        if name == "exchange":
+            exchanges = {str(one.traits[name]).partition(" ")[0] for one in found.evidence if name in one.traits}
+            ran = " or ".join(sorted(exchanges))
+        if name in ("nodes", "ranks"):
+            ran = f"{ran} {name.removesuffix('s') if ran == '1' else name}"
+        where.append(ran)
     commands = " and ".join(sorted({one.command for one in found.evidence if one.command}))
     error = found.error()
     told = f"{sum(one.cases for one in found.evidence)} cases"
     if error is not None:
         kind, value = ("mean", error["mean"]) if error["median"] is None else ("median", error["median"])
-        figure = f"{error['figure']} error" if error["figure"] else "error"
-        told = f"{kind} {figure} {value:.1%} in {error['cases']} cases"
-        if error["between_median"] is not None:
-            told += f", {error['between_median']:.1%} between alternatives"
+        told = f"{kind} {error['figure']} error {value:.1%}".replace("  ", " ")
+        if found.leaning.claim == "placement_gain" and error["between_median"] is not None:
+            told += f", {error['between_median']:.1%} between placements"
     missed = {missed for one in found.evidence for missed in one.missed}
     wrong = f", {len(missed)} limit{'s' if len(missed) > 1 else ''} missed" if missed else ""
     return f"{', '.join([commands, *where] if commands else where)}: {told}{wrong}"

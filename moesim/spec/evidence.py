@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,14 +16,15 @@ Claim = Literal[
     "serving_time", "placement_gain", "exchange_time", "expert_time", "capacity_drops", "training_step"
 ]  # fmt: skip
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
-# What must agree for a record to cover a claim, what matters most first.
+# What must agree for a record to cover a claim, what matters most first. `cluster` counts over several
+# nodes: GPUs of one name meet over networks of many kinds.
 TRAITS: dict[Claim, tuple[str, ...]] = {
     "serving_time": ("gpu", "model", "engine", "layout", "experts_dtype", "drafts", "isl", "osl", "concurrency"),
-    "placement_gain": ("gpu", "exchange", "nodes", "ranks", "layer", "experts_dtype", "tokens_per_rank"),
-    "exchange_time": ("gpu", "exchange", "nodes", "ranks", "rank_bytes"),
+    "placement_gain": ("gpu", "exchange", "nodes", "cluster", "ranks", "layer", "experts_dtype", "tokens_per_rank"),
+    "exchange_time": ("gpu", "exchange", "nodes", "cluster", "ranks", "rank_bytes"),
     "expert_time": ("gpu", "layer", "experts_dtype", "tokens_per_rank"),
     "capacity_drops": ("rule", "drop", "backup", "pad"),
-    "training_step": ("gpu", "exchange", "nodes", "model", "layout"),
+    "training_step": ("gpu", "exchange", "nodes", "cluster", "model", "layout"),
 }
 # A name, a number, or the range from the least to the most that was run, or that is asked for.
 Trait = str | int | tuple[float, float]
@@ -60,17 +62,13 @@ class Leaning:
     traits: dict[str, Trait] = field(default_factory=dict)
 
 
-def differences(leaning: Leaning, evidence: Evidence) -> dict[str, str]:
-    """Trait -> `what ran instead of what is asked`, of those that differ, in the order of TRAITS.
+def differences(leaning: Leaning, ran: Mapping[str, Trait]) -> list[str]:
+    """The traits in which what ran differs from what is asked, in the order of TRAITS.
 
-    A name or number must be equal; a range must lie inside the record's.
+    A name or number must be equal; a range must lie inside what ran. What is not told agrees with nothing.
     """
-    found = {}
-    for name in TRAITS[leaning.claim]:
-        asked, ran = leaning.traits.get(name), evidence.traits.get(name)
-        if asked is not None and not _covers(ran, asked):
-            found[name] = f"{'not told' if ran is None else trait_words(ran)} instead of {trait_words(asked)}"
-    return found
+    asked = leaning.traits
+    return [name for name in TRAITS[leaning.claim] if name in asked and not _covers(ran.get(name), asked[name])]
 
 
 def _covers(ran: Trait | None, asked: Trait) -> bool:

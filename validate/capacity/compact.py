@@ -1,4 +1,4 @@
-"""A record of `validate capacity` in the compact form: cases of one rule, way to keep tokens, backup and padding together.
+"""A record of `validate capacity` in the compact form: the cases of each policy together.
 
 Which tokens are dropped is the same on any hardware, so no hardware is a trait of what is covered.
 """
@@ -11,7 +11,9 @@ from typing import Any
 from validate.records.form import check
 
 # As `validate capacity` names a case; see `validate.capacity.run.Case.name`.
-_NAME = re.compile(r"(?P<rule>\w+) [^,]+, top-\d+, keep by (?P<drop>\w+)(?:, backup (?P<backup>\w+))?(?P<pad>, padded)?;")
+_NAME = re.compile(
+    r"(?P<rule>\w+) [^,]+, top-\d+, keep by (?P<drop>\w+)(?:, backup (?P<backup>\w+))?(?P<pad>, padded)?;"
+)
 
 
 def compact(record: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from profiles.launch import LocalRank, launch, serve
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY, elements
 from profiles.traffic import Floats, Ints, endpoint, traffic
 from profiles.uneven import uneven_cost
-
 from validate.hardware.record import hardware, versions
 
 if TYPE_CHECKING:

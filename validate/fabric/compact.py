@@ -51,9 +51,7 @@ def _covers(entry: dict[str, Any]) -> list[dict[str, Any]]:
         name = f"{lab['name']}, {scheme}"
         found.append({"name": name, "claim": "exchange_time", "traits": {**traits, "rank_bytes": size}})
         if {row["patterns"][0] for row in entry["cases"] if _routed(row) and row["scheme"] == scheme} == set(ROUTED):
-            found.append(
-                {"name": f"{name}, placed", "claim": "placement_gain", "figure": "exchange", "traits": traits}
-            )
+            found.append({"name": f"{name}, placed", "claim": "placement_gain", "figure": "exchange", "traits": traits})
     return found
 
 
@@ -83,7 +81,9 @@ def _checks(compared: dict[str, Any]) -> list[dict[str, Any]]:
     if error is not None:
         for name, limit in (("median", MEDIAN), ("p90", P90)):
             told = f"{error[name]:.1%}"
-            found.append(check(f"one exchange, {name} absolute error", told, f"at most {limit:.0%}", error[name] <= limit))
+            found.append(
+                check(f"one exchange, {name} absolute error", told, f"at most {limit:.0%}", error[name] <= limit)
+            )
     for key, what in (("schemes", "flat or two-level"), ("placements", "which placement")):
         one = compared[key]
         if one["contests"]:

@@ -126,7 +126,8 @@ def run(
         found |= {"measured_from": started, "wall_s": time.monotonic() - clock}
         entries.append(fabric_record.lab_entry(lab, own, foretold, links, ran, found))
     record = {
-        "schema_version": 1, "kind": "validate-fabric", "date": now(), "code": code(), "hardware": hardware(), "versions": versions(),
+        "schema_version": 1, "kind": "validate-fabric", "date": now(), "code": code(), "hardware": hardware(),
+        "versions": versions(),
         "settings": {lab.name: fabric_net.settings(lab) for lab in labs},
         "calibration": {
             "source": "measured before, on the spot" if calibration is None else calibration.name,

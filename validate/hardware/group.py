@@ -7,9 +7,9 @@ import ctypes
 import importlib.util
 import json
 import os
-import socket
 import shutil
 import signal
+import socket
 import threading
 import time
 import zlib

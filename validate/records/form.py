@@ -103,7 +103,8 @@ class ValidationRecord(Spec):
         known = {one.name for one in self.covers}
         if len(known) < len(self.covers):
             raise ValueError("two of `covers` have one name")
-        lost = {name for case in (*self.cases, *self.counted) for name in case.covers} - known
+        asked = {name for case in self.cases for name in case.covers}
+        lost = (asked | {name for case in self.counted for name in case.covers}) - known
         if lost:
             raise ValueError(f"a case covers {min(lost)!r}, which `covers` does not tell")
         return self
@@ -116,7 +117,7 @@ class ValidationRecord(Spec):
     def evidence(self, name: str) -> list[Evidence]:
         """What the record, of this name, shows: one for each of `covers` that has cases."""
         found = []
-        missed = tuple(f"{self.date[:10]} {self.command}: {one.goal}" for one in self.checks if not one.holds)
+        missed = tuple(f"{name}: {one.goal}: {one.told} ({one.limit})" for one in self.checks if not one.holds)
         for one in self.covers:
             timed = [case for case in self.cases if one.name in case.covers]
             counted = [case for case in self.counted if one.name in case.covers]

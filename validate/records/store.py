@@ -12,22 +12,24 @@ from typing import Any
 
 from moesim.errors import BadInput
 from moesim.files import write_json
+from moesim.spec.evidence import TRAITS
 from profiles.bundle import read_records as in_bundle
 from validate.records.form import FORMAT, SCHEMA_VERSION, ValidationRecord, compact_of
 
 # What ships: the records that this project's own accuracy page is built from.
 FOLDER = Path(__file__).parents[1] / "data" / "records"
-# `kind` of a command's record -> the module whose `compact(record)` gives the fields of the compact form.
+# `kind` of a command's record -> the module whose `compact(record)` gives the fields of the compact form: that of every
+# command's folder which has one.
 KINDS = {
-    f"validate-{name}": f"validate.{name}.compact"
-    for name in ("hardware", "exchange", "fabric", "replay", "capacity", "training")
+    f"validate-{path.parent.name}": f"validate.{path.parent.name}.compact"
+    for path in sorted(Path(__file__).parents[1].glob("*/compact.py"))
 }
 
 
 def compact(record: dict[str, Any]) -> ValidationRecord:
     """The compact form of what a `validate` command recorded. Raises BadInput where it is no such record."""
     kind = record.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise BadInput(
             f"a record of {kind!r}", where="record", mend=f"give one of {', '.join(KINDS)}".replace("-", " ")
         )
@@ -73,12 +75,14 @@ def read_any(path: Path) -> list[tuple[str, ValidationRecord]]:
     if path.is_dir():
         found = [(one.name, read(one)) for one in sorted(path.glob("*.json"))]
         if not found:
-            raise BadInput("no record in this folder", where=str(path), mend="`moesim validate records --add` puts some")
+            raise BadInput(
+                "no record in this folder", where=str(path), mend="`moesim validate records --add` puts some"
+            )
         return found
     if path.suffix == ".zip":
         return [(path.name, compact(content)) for content in _contents(path)]
     content = _json(path)
-    if isinstance(content, dict) and content.get("kind") in KINDS:
+    if isinstance(content, dict) and "kind" in content and "format" not in content:
         return [(path.name, checked(compact(content).model_dump(mode="json"), path))]
     return [(path.name, checked(content, path))]
 
@@ -100,12 +104,22 @@ class Added:
     record: ValidationRecord
 
 
-def add(paths: Iterable[Path], folder: Path = FOLDER) -> list[Added]:
+def add(paths: Iterable[Path], folder: Path = FOLDER, *, cluster: str = "") -> list[Added]:
     """Put what `validate` commands recorded (record.json, or a bundle with one) into the folder, in the compact form.
 
-    Raises BadInput.
+    cluster: what the scenarios call the cluster that it ran on, "" for not told. Raises BadInput.
     """
-    return [_put(compact(content), folder) for path in paths for content in _contents(path)]
+    return [_put(_on(compact(content), cluster), folder) for path in paths for content in _contents(path)]
+
+
+def _on(record: ValidationRecord, cluster: str) -> ValidationRecord:
+    if not cluster:
+        return record
+    covers = [
+        one.model_copy(update={"traits": {**one.traits, "cluster": cluster}}) if "cluster" in TRAITS[one.claim] else one
+        for one in record.covers
+    ]
+    return record.model_copy(update={"covers": tuple(covers)})
 
 
 def _contents(path: Path) -> list[dict[str, Any]]:

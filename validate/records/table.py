@@ -21,7 +21,8 @@ TITLES = {
     "validate training": "Training steps",
 }
 _HEAD = (
-    "| date | what ran | on | cases, repeats | error: mean and median absolute, signed, largest | reliability | cores | code |",
+    "| date | what ran | on | cases, repeats | error: mean and median absolute, signed, largest | reliability | cores "
+    "| code |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 _COUNTED = (

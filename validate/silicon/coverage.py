@@ -86,7 +86,7 @@ def _key(row: SiliconRow) -> tuple[Any, ...]:
 def _group(half: str, side: Half, key: tuple[Any, ...], at: Sequence[int]) -> Group:
     rows = [side.rows[index] for index in at]
     errors = {
-        name: float(np.abs(side.predicted[name][list(at)] / side.measured[name][list(at)] - 1.0).mean())
+        name: round(float(np.abs(side.predicted[name][list(at)] / side.measured[name][list(at)] - 1.0).mean()), DIGITS)
         if len(at) >= TOLD
         else None
         for name in FIGURES
@@ -104,7 +104,8 @@ def _group(half: str, side: Half, key: tuple[Any, ...], at: Sequence[int]) -> Gr
         osl=ends([row.osl for row in rows]),
         concurrency=ends([row.in_flight or 0 for row in rows]),
         measured=(days[0], days[-1]),
-        **{name: None if errors[name] is None else round(errors[name], DIGITS) for name in ("tpot", "ttft")},
+        tpot=errors["tpot"],
+        ttft=errors["ttft"],
     )
 
 
@@ -150,7 +151,8 @@ def evidence(folder: Path = FOLDER) -> list[Evidence]:
         found.append(
             Evidence(
                 claim="serving_time", record=f"{name} ({kind} cell)", command="validate silicon",
-                date=one.measured[1], versions=versions, cases=one.runs, figure="TPOT", mean_absolute=one.tpot,
+                date=one.measured[1], versions=versions, cases=one.runs,
+                figure="TPOT" if one.half == "odd" else "in-sample TPOT", mean_absolute=one.tpot,
                 traits={
                     "gpu": devices[one.system], "model": one.model, "engine": one.engine, "layout": one.layout,
                     "experts_dtype": one.experts, "drafts": one.drafts, "isl": one.isl, "osl": one.osl,
