@@ -28,9 +28,9 @@ def validation_sections(found: Sequence[Mapping[str, Any]]) -> list[str]:
             [
                 escape(one["of"]),
                 escape(_WORDS.get(one["status"], one["status"])),
-                "<br>".join(names) or "\u2013",
+                "<br/>".join(names) or "\u2013",
                 _error(one["error"]),
-                "<br>".join([*map(escape, one["differs"]), *missed]) or "\u2013",
+                "<br/>".join([*map(escape, one["differs"]), *missed]) or "\u2013",
             ]
         )
     head = ["what the verdict leans on", "", "records", "error there", "how they differ"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,11 @@ def test_reading_what_ships_imports_no_torch(repo: Path) -> None:
         "sys.exit('torch' in sys.modules or 'optuna' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo.parent, check=False).returncode == 0
+
+
+def test_the_section_of_a_page_is_well_formed() -> None:
+    missed = tuple(f"{number}: regret & <order>" for number in range(6))
+    records = [shown(f"{number} & <more>", gpu="CPU", missed=missed) for number in range(6)]
+    (page,) = validation_sections(validation_json(cover([LEANING], records)))
+    ET.fromstring(page)
+    assert "and 2 more" in page
