@@ -49,7 +49,22 @@ class Covered:
             "median": float(np.median(single)) if whole else None,
             "largest": float(single.max()) if whole else None,
             "between_median": float(np.median(between)) if between.size else None,
+            "others": self._others(),
         }
+
+    def _others(self) -> dict[str, float]:
+        """Mean absolute errors of further figures, over all cases that tell them."""
+        found: dict[str, tuple[float, int]] = {}
+        for one in self.evidence:
+            for name, mean in one.others.items():
+                total, cases = found.get(name, (0.0, 0))
+                found[name] = total + mean * one.cases, cases + one.cases
+        return {name: total / cases for name, (total, cases) in found.items()}
+
+    def _versions(self) -> dict[str, list[str]]:
+        """Versions of what ran; they are told and compared with nothing."""
+        names = sorted({name for one in self.evidence for name in one.versions})
+        return {name: sorted({one.versions[name] for one in self.evidence if name in one.versions}) for name in names}
 
     def ran(self, trait: str) -> str:
         """What ran, of one trait, over all that is cited: `2 to 4`, `Qwen3 or DeepSeek`; empty where it is not told."""
@@ -64,6 +79,7 @@ class Covered:
             "records": list(dict.fromkeys(one.record for one in self.evidence)),
             "commands": sorted({one.command for one in self.evidence if one.command}),
             "dates": sorted({one.date[:10] for one in self.evidence if one.date}),
+            "versions": self._versions(),
             "error": self.error(),
             "differs": [
                 f"{name}: {self.ran(name) or 'not told'} instead of {trait_words(self.leaning.traits[name])}"
@@ -226,6 +242,7 @@ def _by(found: Covered) -> str:
     if error is not None:
         kind, value = ("mean", error["mean"]) if error["median"] is None else ("median", error["median"])
         told = f"{kind} {error['figure']} error {value:.1%}".replace("  ", " ")
+        told += "".join(f", {name} {mean:.1%}" for name, mean in error["others"].items())
         if found.leaning.claim == "placement_gain" and error["between_median"] is not None:
             told += f", {error['between_median']:.1%} between placements"
     missed = {missed for one in found.evidence for missed in one.missed}

@@ -35,7 +35,8 @@ class Evidence(Spec):
 
     record: its name. traits: of what ran, by the names of TRAITS; one that is left out is not told and agrees with
     nothing. errors: predicted over measured less 1, of each case; or only their mean absolute value. between: the
-    same with the error that alternatives share taken out. missed: limits that the record was held to and missed.
+    same with the error that alternatives share taken out. others: mean absolute errors of further figures. missed:
+    limits that the record was held to and missed.
     """
 
     claim: Claim
@@ -49,6 +50,7 @@ class Evidence(Spec):
     errors: tuple[float, ...] = ()
     between: tuple[float, ...] = ()
     mean_absolute: float | None = Field(default=None, ge=0)
+    others: dict[str, float] = Field(default_factory=dict)
     checks: int = Field(default=0, ge=0)
     missed: tuple[str, ...] = ()
 

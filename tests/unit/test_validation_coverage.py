@@ -62,7 +62,7 @@ def test_a_record_that_agrees_in_everything_covers() -> None:
     assert (found.status, found.differs) == (VALIDATED, ())
     assert found.to_json()["records"] == ["ours.json"]
     assert found.to_json()["error"] == {
-        "figure": "", "cases": 2, "mean": 0.05, "median": 0.05, "largest": 0.05, "between_median": 0.01,
+        "figure": "", "cases": 2, "mean": 0.05, "median": 0.05, "largest": 0.05, "between_median": 0.01, "others": {},
     }  # fmt: skip
     assert validated_over_nodes([found])
 
@@ -125,6 +125,9 @@ def test_errors_that_are_told_as_a_mean_alone_are_weighed_by_cases() -> None:
     error = of([many, few, bare], Leaning("expert_time", "x", {"gpu": "H200"})).error()
     assert error is not None
     assert (error["mean"], error["cases"], error["median"]) == (pytest.approx(0.15), 40, None)
+    both = [many.model_copy(update={"others": {"TTFT": 0.2}}), few.model_copy(update={"others": {"TTFT": 0.6}}), bare]
+    error = of(both, Leaning("expert_time", "x", {"gpu": "H200"})).error()
+    assert error is not None and error["others"] == {"TTFT": pytest.approx(0.3)}
     assert of([bare], Leaning("expert_time", "x", {"gpu": "H200"})).error() is None
 
 

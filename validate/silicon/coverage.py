@@ -51,6 +51,7 @@ class Group(Spec):
     osl: tuple[int, int]
     concurrency: tuple[int, int]
     measured: tuple[str, str]
+    versions: tuple[str, ...]
     tpot: float | None
     ttft: float | None
 
@@ -104,6 +105,7 @@ def _group(half: str, side: Half, key: tuple[Any, ...], at: Sequence[int]) -> Gr
         osl=ends([row.osl for row in rows]),
         concurrency=ends([row.in_flight or 0 for row in rows]),
         measured=(days[0], days[-1]),
+        versions=tuple(sorted({row.version for row in rows if row.version})),
         tpot=errors["tpot"],
         ttft=errors["ttft"],
     )
@@ -143,9 +145,9 @@ def evidence(folder: Path = FOLDER) -> list[Evidence]:
     """What the measured runs show of the whole time of serving: a piece for each group."""
     told = read(folder)
     devices = {one.system: _device(one.system) for one in told.groups}
-    versions = {"aiconfigurator-core": told.package_version}
     found = []
     for one in told.groups:
+        versions = {"aiconfigurator-core": told.package_version, one.engine: ", ".join(one.versions)}
         kind = "blind" if one.half == "odd" else "calibrating"
         name = f"silicon: {one.model}, {one.system}, {one.engine}, {one.experts}, {one.layout}, drafts {one.drafts}"
         found.append(
@@ -153,6 +155,7 @@ def evidence(folder: Path = FOLDER) -> list[Evidence]:
                 claim="serving_time", record=f"{name} ({kind} cell)", command="validate silicon",
                 date=one.measured[1], versions=versions, cases=one.runs,
                 figure="TPOT" if one.half == "odd" else "in-sample TPOT", mean_absolute=one.tpot,
+                others={} if one.ttft is None else {"TTFT": one.ttft},
                 traits={
                     "gpu": devices[one.system], "model": one.model, "engine": one.engine, "layout": one.layout,
                     "experts_dtype": one.experts, "drafts": one.drafts, "isl": one.isl, "osl": one.osl,
