@@ -195,3 +195,4 @@ def test_records_that_cannot_be_read_are_one_line(scenario: Path, capsys) -> Non
     assert cli.run(["place", str(scenario), "--set", "records=[absent.json]"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "absent.json: cannot read the record" in said
+    assert cli.run(["doctor", str(scenario), "--set", "records=[absent.json]"]) == 2
