@@ -239,7 +239,9 @@ def _by(found: Covered) -> str:
     commands = " and ".join(sorted({one.command for one in found.evidence if one.command}))
     error = found.error()
     told = f"{sum(one.cases for one in found.evidence)} cases"
-    if error is not None:
+    if error is not None and found.leaning.claim == "capacity_drops":
+        told += f", {error['mean']:.1%} of them differ"
+    elif error is not None:
         kind, value = ("mean", error["mean"]) if error["median"] is None else ("median", error["median"])
         told = f"{kind} {error['figure']} error {value:.1%}".replace("  ", " ")
         told += "".join(f", {name} {mean:.1%}" for name, mean in error["others"].items())

@@ -213,6 +213,7 @@ def test_measured_runs_are_summed_up_by_deployment(tmp_path: Path) -> None:
     assert [one.cases for one in coverage.evidence(tmp_path)] == [6, 1]
     with pytest.raises(CheckFailed, match="not the record's"):
         coverage.check(tmp_path, coverage.summary(many, "ab", "0.12.0"))
+    assert coverage.evidence(tmp_path / "absent") == []
     (tmp_path / coverage.FILE).write_text("{}")
     with pytest.raises(BadInput, match="moesim-silicon-coverage"):
         coverage.read(tmp_path)

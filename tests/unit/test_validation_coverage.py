@@ -249,6 +249,9 @@ def test_dropped_tokens_are_covered_on_any_hardware() -> None:
         found = of(evidence, claims(one)["capacity_drops"])
         assert found.status == VALIDATED
         assert found.to_json()["error"]["mean"] == 0.0  # share of cases that differ in any token
+        assert validation_text([found]) == (
+            "Validated by records: dropped tokens (validate capacity: 12 cases, 0.0% of them differ)."
+        )
 
 
 def test_names_of_gpus() -> None:

@@ -36,7 +36,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": names[key],
                 "claim": "capacity_drops",
-                "figure": "token for token",
+                "figure": "share of cases that differ",
                 "traits": dict(zip(("rule", "drop", "backup", "pad"), key, strict=True)),
             }
             for key in groups

@@ -23,7 +23,7 @@ def of_scenario(scenario: Scenario | None) -> list[Evidence]:
 
 def of_shipped() -> list[Evidence]:
     """Evidence of the records that ship, and of measured serving runs."""
-    return [*of_paths([store.FOLDER]), *coverage.evidence()]
+    return [*of_paths(sorted(store.FOLDER.glob("*.json"))), *coverage.evidence()]
 
 
 def of_paths(paths: tuple[Path, ...] | list[Path]) -> list[Evidence]:

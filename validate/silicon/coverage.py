@@ -142,7 +142,9 @@ def check(folder: Path, told: Summary) -> None:
 
 
 def evidence(folder: Path = FOLDER) -> list[Evidence]:
-    """What the measured runs show of the whole time of serving: a piece for each group."""
+    """What the measured runs show of the whole time of serving: a piece for each group; none without a summary."""
+    if not (folder / FILE).is_file():
+        return []
     told = read(folder)
     devices = {one.system: _device(one.system) for one in told.groups}
     found = []
