@@ -18,6 +18,7 @@ from validate.records import store
 from validate.records.evidence import of_paths
 from validate.records.table import markdown
 from validate.silicon import coverage
+from validate.silicon.groups import summary
 from validate.silicon.price import Prediction
 
 HEAD = {
@@ -204,7 +205,7 @@ def test_the_commit_is_known_in_a_checkout_only(repo: Path, monkeypatch: pytest.
 def test_measured_runs_are_summed_up_by_deployment(tmp_path: Path) -> None:
     many = [Prediction(replace(row(number), isl=512 * (1 + number)), 0.2, 0.011) for number in range(6)]
     few = [Prediction(replace(row(9), model="openai/gpt-oss-120b"), 0.2, 0.02)]
-    told = coverage.summary([*many, *few], "ab", "0.12.0")
+    told = summary([*many, *few], "ab", "0.12.0")
     large, small = told.groups
     assert (large.runs, large.isl, large.layout, large.tpot) == (6, (512, 3072), "TP8 ETP8 allreduce", 0.1)
     assert (small.runs, small.tpot, small.ttft) == (1, None, None)  # of so few, only that they are
@@ -212,7 +213,7 @@ def test_measured_runs_are_summed_up_by_deployment(tmp_path: Path) -> None:
     coverage.check(tmp_path, told)
     assert [one.cases for one in coverage.evidence(tmp_path)] == [6, 1]
     with pytest.raises(CheckFailed, match="not the record's"):
-        coverage.check(tmp_path, coverage.summary(many, "ab", "0.12.0"))
+        coverage.check(tmp_path, summary(many, "ab", "0.12.0"))
     assert coverage.evidence(tmp_path / "absent") == []
     (tmp_path / coverage.FILE).write_text("{}")
     with pytest.raises(BadInput, match="moesim-silicon-coverage"):

@@ -11,6 +11,7 @@ from validate.silicon import coverage
 from validate.silicon import table as silicon_table
 from validate.silicon.check import drift, words
 from validate.silicon.command import result_of
+from validate.silicon.groups import summary
 from validate.silicon.page import write_page
 from validate.silicon.price import Asked, Prediction, predict_all
 from validate.silicon.profiles import cached_profiles, sample_path
@@ -75,7 +76,7 @@ def update(
     found = price_for_record(read, _profiles(profiles, read, say, workers), workers, progress)
     write_record(folder, found, table)
     kept = read_record(read, table, folder)
-    coverage.write(folder, coverage.summary(list(kept.predictions.values()), kept.table, kept.version))
+    coverage.write(folder, summary(list(kept.predictions.values()), kept.table, kept.version))
     told = summarized(list(kept.predictions.values()))
     text = markdown(told)
     if docs is not None:
@@ -100,7 +101,7 @@ def check(
     lines = [words(moved) + ("" if moved.holds else f"; if that is meant, {MAKE}")]
     holds = moved.holds
     try:
-        coverage.check(folder, coverage.summary(list(record.predictions.values()), record.table, record.version))
+        coverage.check(folder, summary(list(record.predictions.values()), record.table, record.version))
     except CheckFailed as error:
         holds = False
         lines.append(error.line())
