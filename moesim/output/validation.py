@@ -12,7 +12,7 @@ from moesim.plugins import RECORDS, available, load
 from moesim.spec.evidence import TRAITS, Evidence, Leaning, Trait, differences, trait_words
 from moesim.spec.scenario import Scenario
 
-# covered by a record that agrees in every trait; by none, but by records that agree in some; by nothing at all.
+# Covered by records that agree in every trait; by none, but there are records of the claim; no record of the claim.
 VALIDATED, NEAREST, NOT_VALIDATED = "validated", "nearest", "not_validated"
 OVER_NODES = ("placement_gain", "exchange_time", "training_step")
 
@@ -133,8 +133,6 @@ def _cover(leaning: Leaning, evidence: Sequence[Evidence]) -> Covered:
     if not near:
         return Covered(leaning)
     least = min(near, key=lambda names: [name in names for name in order])
-    if len(least) == len([name for name in order if name in leaning.traits]):
-        return Covered(leaning)  # it agrees in nothing
     return Covered(leaning, tuple(near[least]), least)
 
 
@@ -194,7 +192,7 @@ def validation_text(found: Sequence[Covered]) -> str:
         lines.append(f"Validated by records: {', '.join(f'{_claim(one)} ({_by(one)})' for one in _once(sure))}.")
     if rest:
         near = [f"{_claim(one)} (nearest: {_by(one)})" for one in _once(rest) if one.evidence]
-        bare = [f"{_claim(one)} (nothing near on record)" for one in _once(rest) if not one.evidence]
+        bare = [f"{_claim(one)} (nothing on record)" for one in _once(rest) if not one.evidence]
         lines.append(f"Not validated on hardware: {', '.join(near + bare)}.")
     return "\n".join(lines)
 

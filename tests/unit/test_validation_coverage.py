@@ -81,14 +81,13 @@ def test_a_record_of_another_claim_covers_nothing() -> None:
     other = shown().model_copy(update={"claim": "expert_time"})
     assert of([other]).status == NOT_VALIDATED
     assert of([]).to_json()["records"] == []
-    assert validation_text([of([])]) == (
-        "Not validated on hardware: placement gain over 4 nodes (nothing near on record)."
-    )
+    assert validation_text([of([])]) == ("Not validated on hardware: placement gain over 4 nodes (nothing on record).")
 
 
-def test_what_agrees_in_nothing_is_not_near() -> None:
+def test_what_agrees_in_nothing_says_so() -> None:
     found = of([shown(**OTHERS)])
-    assert (found.status, found.evidence) == (NOT_VALIDATED, ())
+    assert (found.status, found.differs) == (NEAREST, TRAITS["placement_gain"])
+    assert len(found.to_json()["differs"]) == len(TRAITS["placement_gain"])
 
 
 def test_a_range_has_to_lie_inside_what_all_like_runs_ran_together() -> None:

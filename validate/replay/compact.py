@@ -38,7 +38,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": COVERS,
                 "claim": "expert_time",
-                "figure": "computing time of the slowest rank",
+                "figure": "computing time",
                 "traits": {
                     "gpu": device_trait(hardware["gpu"]) if "gpu" in hardware else "CPU",
                     "layer": layer_trait(shape["experts"], shape["hidden"], shape["intermediate"], shape["top_k"]),
