@@ -15,6 +15,7 @@ from moesim.errors import BadInput, MissingPart
 COMMANDS = "moesim.commands"
 COSTS = "moesim.costs"
 SOLVERS = "moesim.solvers"
+RECORDS = "moesim.records"
 
 
 @functools.cache

@@ -133,6 +133,7 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
     from rich.table import Table
 
     from moesim.output.console import console as wide_console
+    from moesim.output.validation import validation_text
     from moesim.units import human_seconds
     from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS
 
@@ -178,6 +179,8 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         for reason, names in placed.choices.reasons().items():
             console.print(f"not priced: {reason} ({', '.join(names)})")
     console.print(placed.verdict.text)
+    if placed.validation:
+        console.print(validation_text(placed.validation))
     if placed.budgets is not None:
         from placement.budget_table import print_budgets
 

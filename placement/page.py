@@ -15,6 +15,8 @@ from moesim.files import write_text
 from moesim.output import page
 from moesim.output.page import details, exact, section, signed, table
 from moesim.output.pictures import load_maps
+from moesim.output.validation import validated_over_nodes, validation_json
+from moesim.output.validation_page import validation_sections
 from moesim.units import human_seconds
 from placement import page_pictures as pictures
 from placement.compare import BASELINE, PLANNED
@@ -71,6 +73,7 @@ def place_page(placed: Placed, *, written: str = "", more: Sequence[str] = ()) -
         section("loads", "Load by rank and layer, before and after", _loads(placed), lead=_loads_lead(placed)),
         section("replicas", "Where the replicas are", _replicas(placed)),
         *more,
+        *validation_sections(validation_json(placed.validation)),
         section("caveats", "What this rests on", _caveats(placed)),
         section("run", "This run", _about(placed, written)),
     ]
@@ -248,7 +251,7 @@ def _caveats(placed: Placed) -> str:
             "The loads are aggregates: how far single steps stray from them is not known from these files, and is "
             "assumed where time is priced."
         )
-    if asked.nodes > 1:
+    if asked.nodes > 1 and not (placed.validation and validated_over_nodes(placed.validation)):
         said.append(
             "The plan spans nodes: no hardware that this project could use has run expert parallelism over several "
             "nodes, so its step time is not validated."

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import BadInput
+from moesim.output.leanings import of_placement
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
 from moesim.routing.trace import RoutingCounts
+from moesim.spec.evidence import Evidence
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
 from moesim.spec.scenario import HoldoutSpec, Scenario
@@ -49,6 +52,7 @@ class Asked:
     scenario: Scenario | None = None
     current: ExpertPlacement | None = None
     budgets: tuple[int, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Placed:
     choices: ChoiceTimes | None = None
     cross_node: CrossNode | None = None
     budgets: Budgets | None = None
+    validation: tuple[Covered, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `placement.json` holds, and more."""
@@ -101,6 +106,8 @@ class Placed:
             "replica_choices": None if self.choices is None else self.choices.to_json(),
             "cross_node": None if self.cross_node is None else self.cross_node.to_json(),
             "verdict": self.verdict.to_json(),
+            "validation": validation_json(self.validation),
+            "validation_text": validation_text(self.validation),
             "budgets": None if self.budgets is None else self.budgets.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,
@@ -174,6 +181,7 @@ def ask(
         scenario=scenario,
         current=None if current is None else read_placement(current),
         budgets=tuple(budgets),
+        evidence=() if scenario is None else tuple(evidence_of(scenario)),
     )
 
 
@@ -259,6 +267,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
             )
         judged = judge_choices(asked.scenario, splits, request, asked.solver, draws, costs)
     cross_node = _cross_node(asked, splits[0], request) if splits else None
+    validation = _validation(asked, step_time)
     budgets = None
     if asked.budgets and asked.scenario is not None:
         budgets = judge_budgets(asked.scenario, splits, request, asked.solver, asked.budgets, draws)
@@ -272,10 +281,24 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
         held=held,
         step_time=step_time,
         choices=judged,
-        verdict=_with_copies(_verdict(asked, held, step_time), asked, step_time, cross_node),
+        verdict=_with_copies(_verdict(asked, held, step_time, validation), asked, step_time, cross_node),
         cross_node=cross_node,
         budgets=budgets,
+        validation=validation,
     )
+
+
+def _validation(asked: Asked, step_time: StepTime | None) -> tuple[Covered, ...]:
+    """Which records cover what a verdict in time leans on; a verdict on balance leans on counts alone."""
+    from moesim.spec.hf import load_model
+    from moesim.spec.presets import load_cluster
+
+    scenario = asked.scenario
+    if scenario is None or step_time is None:
+        return ()
+    tokens = (min(step_time.step_s), max(step_time.step_s))
+    leans = of_placement(scenario, load_cluster(scenario.cluster), load_model(scenario.model), tokens=tokens)
+    return tuple(cover(leans, asked.evidence))
 
 
 def _cross_node(asked: Asked, split: Split, request: PlacementRequest) -> CrossNode | None:
@@ -303,7 +326,7 @@ def _with_copies(verdict: Verdict, asked: Asked, step_time: StepTime | None, cro
     return replace(verdict, text=text)
 
 
-def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> Verdict:
+def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None, validation: Sequence[Covered]) -> Verdict:
     if held is None:
         if asked.holdout.by == "none" and len(asked.loads) == 1:
             return withheld("one snapshot: no split, no verdict")
@@ -311,11 +334,11 @@ def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None) -> 
     if step_time is None:
         return on_balance(held, asked.solver)
     judged = f"judged on {' and '.join(step_time.judged)}, which the plan was not fitted to"
-    leans = _leans_on(asked, step_time)
+    leans = _leans_on(asked, step_time, validation)
     return on_step_time(step_time.gains, step_time.replicas, asked.solver, judged=judged, leans_on=leans)
 
 
-def _leans_on(asked: Asked, step_time: StepTime) -> str:
+def _leans_on(asked: Asked, step_time: StepTime, validation: Sequence[Covered]) -> str:
     """What the verdict leaves out, and what it leans on that nobody measured, in a sentence."""
     parts = []
     if step_time.unpriced:
@@ -324,7 +347,7 @@ def _leans_on(asked: Asked, step_time: StepTime) -> str:
         )
     if not any(load.per_step for load in asked.loads):
         parts.append("how far a step strays from these aggregate counts is assumed")
-    if asked.nodes > 1:
+    if asked.nodes > 1 and not validated_over_nodes(validation):
         parts.append("expert parallelism over several nodes is not validated on hardware")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""

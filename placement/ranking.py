@@ -168,11 +168,15 @@ def verdict(
     scenario: Scenario,
     judged_on_fit: bool,
     gpus_per_node: int,
+    nodes_validated: bool = False,
 ) -> dict[str, Any]:
-    """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld."""
+    """A code and one honest sentence: gain, latency_gain, tie, dont, baseline_fails, withheld.
+
+    nodes_validated: whether records cover all that happens between nodes.
+    """
     compared = [("best plan", best)] + ([] if base is None else [("baseline", base)])
     caveat = ""
-    if any(one.trial.plan.instance_gpus > gpus_per_node for _, one in compared):
+    if not nodes_validated and any(one.trial.plan.instance_gpus > gpus_per_node for _, one in compared):
         caveat = " Multi-node expert parallelism is not validated on hardware."
     for name, one in reversed(compared):
         lean = one.trial.outcome.metrics["extrapolated_share"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from moesim.engine.training_plan import SharedTraining
 from moesim.errors import Infeasible, Interrupted
 from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.leanings import leanings
 from moesim.output.training_explain import training_explanation_json
 from moesim.output.training_metrics import training_json
 from moesim.output.training_page import write_training_report
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
 from moesim.spec.scenario import ObjectiveSpec, Scenario, SearchSpec, resolve_paths
 from moesim.systems.load import apply_system
 from placement.claims import Claims
@@ -67,6 +70,7 @@ def tune_training(
 ) -> dict[str, Any]:
     """Search the training plans of a scenario; returns what `--json` prints. Raises MoesimError in one line."""
     started = (time.perf_counter(), time.process_time())
+    evidence = evidence_of(spec)
     spec, shared = apply_system(spec), SharedTraining()
     space, own, near = training_space(spec, shared)
     require_training_plans(space, near, where)
@@ -88,7 +92,14 @@ def tune_training(
     finalists = [Finalist(trial, drawn[trial.plan]) for trial in chosen]
     base = Finalist(base_trial, drawn[own]) if base_trial is not None and own in drawn else None
     run = evaluator.run(chosen[0].plan, draws=FINAL_DRAWS)
-    result = _result(spec, space, own, found, finalists, base_trial, base, evaluator)
+    _, ground, _ = evaluator.shared.ground(spec)
+    leans = [
+        one
+        for plan in dict.fromkeys([chosen[0].plan, *([own] if base is not None else [])])
+        for one in leanings(plan.apply(spec), ground.cluster, ground.model, label=plan.layout)
+    ]
+    validation = cover(leans, evidence)
+    result = _result(spec, space, own, found, finalists, base_trial, base, evaluator, validation)
     if not found.exhausted:
         result["verdict"]["text"] += f" {len(found.trials)} of {size} legal plans were tried."
     result["interrupted"] = found.interrupted
@@ -147,6 +158,7 @@ def _result(
     base_trial: Trial | None,
     base: Finalist | None,
     evaluator: TrainingEvaluator,
+    validation: Sequence[Covered],
 ) -> dict[str, Any]:
     best, metric = finalists[0], objective_of(scenario.objective)[0]
     reason = ""
@@ -170,8 +182,10 @@ def _result(
         "baseline": None if base_trial is None else training_plan_json(base_trial, scenario, base),
         "gain": {"metric": metric, "level": LEVEL} | (nothing if base is None else training_gain(best, base, metric)),
         "verdict": training_verdict(
-            best, base, base_reason=reason, objective=scenario.objective, caveat=_caveat(best, evaluator)
+            best, base, base_reason=reason, objective=scenario.objective, caveat=_caveat(best, evaluator, validation)
         ),
+        "validation": validation_json(validation),
+        "validation_text": validation_text(validation),
         "alternatives": [
             training_plan_json(one.trial, scenario, one)
             | {"tied_with_best": tied_training(best, one, metric), "gain_of_best": training_gain(best, one, metric)}
@@ -192,11 +206,11 @@ def _result(
     }
 
 
-def _caveat(best: Finalist, evaluator: TrainingEvaluator) -> str:
+def _caveat(best: Finalist, evaluator: TrainingEvaluator, validation: Sequence[Covered]) -> str:
     lean = best.trial.outcome.metrics["extrapolated_share"]
     caveat = f" {lean:.0%} of its working time lies outside the profile." if 0.005 <= lean <= MOST_EXTRAPOLATED else ""
     _, ground, _ = evaluator.shared.ground(evaluator.scenario)
-    if ground.cluster.gpus > ground.cluster.gpus_per_node:
+    if ground.cluster.gpus > ground.cluster.gpus_per_node and not validated_over_nodes(validation):
         caveat += " Training over several nodes is not validated on hardware."
     return caveat
 
@@ -256,6 +270,7 @@ def _print(result: dict[str, Any]) -> None:
     first, second = result["pareto_axes"]
     out.print(_table(f"Nothing beats these in both {first} and {second}", [("", one) for one in result["pareto"]]))
     out.print(result["verdict"]["text"])
+    out.print(result["validation_text"])
     for note in result["notes"]:
         out.print(f"note: {note}")
     out.print("Wrote " + ", ".join(result["files"]) + ".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.moving import refuse_changes
 from moesim.errors import BadInput, Infeasible, Interrupted
 from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.leanings import leanings
 from moesim.output.steady import steadiness
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
 from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.answers import binding_json, choices_json, choices_text
@@ -120,6 +123,7 @@ def _tune(
             claims=claims,
             waiting=waiting,
         )
+    evidence = evidence_of(spec)
     ground = groundwork(spec)
     spec = ground.scenario
     space = enumerate_space(ground, spec)
@@ -150,7 +154,12 @@ def _tune(
     base_final = Finalist(base_trial, drawn[base]) if base_trial is not None and base in drawn else None
     simulation = evaluator.run(plans[0])
     base_simulation = evaluator.run(base) if base_final is not None else None
-    result = _result(ground, spec, space, found, finalists, base_trial, base_final)
+    compared = [plans[0], *([base] if base_final is not None else [])]
+    leans = [
+        one for plan in compared for one in leanings(plan.apply(spec), ground.cluster, ground.model, label=plan.layout)
+    ]
+    validation = cover(leans, evidence)
+    result = _result(ground, spec, space, found, finalists, base_trial, base_final, validation)
     plain_final = Finalist(chosen[0], drawn[plain_placement(ground, plans[0])])
     result["placement_gain"] = {metric: gain_json(finalists[0], plain_final, metric) for metric in (LATENCY, SHOWN[0])}
     if not found.exhausted:
@@ -256,6 +265,7 @@ def _result(
     finalists: list[Finalist],
     base_trial: Trial | None,
     base: Finalist | None,
+    validation: Sequence[Covered],
 ) -> dict[str, Any]:
     best = finalists[0]
     metric = scenario.objective.maximize if scenario.objective.maximize in best.drawn else SHOWN[0]
@@ -296,7 +306,10 @@ def _result(
             scenario=scenario,
             judged_on_fit=ground.judged_on_fit,
             gpus_per_node=ground.cluster.gpus_per_node,
+            nodes_validated=validated_over_nodes(validation),
         ),
+        "validation": validation_json(validation),
+        "validation_text": validation_text(validation),
         "alternatives": [
             plan_json(one.trial, one, levels)
             | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": gain_json(best, one, LATENCY)}
@@ -375,6 +388,7 @@ def print_tune(result: dict[str, Any]) -> None:
     out.print(table)
     out.print("AR: all-reduce; AG+RS: all-gather and reduce-scatter; ETP: TP inside experts; +N: redundant experts.")
     out.print(result["verdict"]["text"])
+    out.print(result["validation_text"])
     for text in (_binding_text(result["best"]), result["choices_text"], result.get("what_if", {}).get("text", "")):
         if text:
             out.print(text)

@@ -349,8 +349,13 @@ def published(
 @app.command()
 def records(
     add: Annotated[
-        list[Path] | None, typer.Option(help="record.json of `validate hardware`, or a bundle with one; repeats.")
+        list[Path] | None,
+        typer.Option(help="record.json of hardware, exchange, fabric, replay, capacity; or a bundle; repeats."),
     ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(help="With --add: the cluster of several nodes, as scenarios name it."),
+    ] = "",
     update: Annotated[bool, typer.Option("--update", help="Write the table into --docs.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 unless --docs holds the table.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Folder of the records. [default: the committed ones]")] = None,
@@ -358,17 +363,18 @@ def records(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON object.")] = False,
 ) -> None:
     """Keep validations on record, one dated file for each, and show how far predictions were off."""
-    from validate import records as kept
+    from validate.records import store
+    from validate.records.table import PART, markdown
 
-    where = folder or kept.FOLDER
-    for one in kept.add(add or (), where):
+    where = folder or store.FOLDER
+    for one in store.add(add or (), where, cluster=cluster):
         typer.echo(f"added {one.path}", err=True)
-    found = kept.read_all(where)
-    table = kept.markdown(found)
+    found = store.read_all(where)
+    table = markdown(found)
     if update:
-        kept.PART.put(docs, table)
+        PART.put(docs, table)
     if check:
-        kept.PART.check(docs, table)
+        PART.check(docs, table)
     if as_json:
         typer.echo(json.dumps({"records": [one.model_dump(mode="json") for one in found]}, allow_nan=False))
     else:

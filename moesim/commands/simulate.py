@@ -25,7 +25,9 @@ def simulate(
     from moesim.engine.stepmodel import FIDELITIES
     from moesim.errors import BadInput
     from moesim.output.console import print_json, print_simulation, progress_bar
+    from moesim.output.leanings import leanings
     from moesim.output.metrics import simulation_json
+    from moesim.output.validation import cover, evidence_of, validation_json
     from moesim.spec.scenario import load_scenario
 
     if fidelity not in FIDELITIES:
@@ -40,10 +42,14 @@ def simulate(
             spec, json_=json_, timeline=timeline, report=report, fidelity=fidelity, draws=draws, explain=explain
         )  # fmt: skip
         return
+    evidence = evidence_of(spec)
     deployment = resolve(groundwork(spec))
     with progress_bar("simulating") as progress:
         simulation = run(deployment, draws=draws, fidelity=FIDELITIES[fidelity], progress=progress)
     result = simulation_json(simulation)
+    ground = deployment.ground
+    leans = leanings(deployment.scenario, ground.cluster, ground.model)
+    result["validation"] = validation_json(cover(leans, evidence))
     if explain or report is not None:
         from moesim.engine.explain import explain as explained
         from moesim.output.explain import explanation_json

@@ -15,14 +15,19 @@ def simulate_training_command(
     from moesim.engine.training_overlap import OVERLAPPED
     from moesim.errors import BadInput
     from moesim.output.console import print_json, progress_bar
+    from moesim.output.leanings import leanings
     from moesim.output.training_metrics import training_json
     from moesim.output.training_page import print_training, write_training_report
+    from moesim.output.validation import cover, evidence_of, validation_json
 
     if fidelity == "des":
         raise BadInput("training runs on maxplus alone", where="--fidelity", mend="leave it out")
+    evidence = evidence_of(spec)
     with progress_bar("simulating") as progress:
         run = simulate_training(spec, draws=draws, progress=progress)
     result = training_json(run)
+    leans = leanings(spec, run.model.setup.cluster, run.model.setup.model)
+    result["validation"] = validation_json(cover(leans, evidence))
     if explain or (report is not None and run.model.setup.policies.schedule != OVERLAPPED):
         from moesim.engine.training_explain import explain_training
         from moesim.output.training_explain import training_explanation_json

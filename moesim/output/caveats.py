@@ -10,15 +10,20 @@ from moesim.output.run_folder import Told
 from moesim.spec.scenario import Scenario
 
 
-def caveats(scenario: Scenario, told: Told, baseline: Told | None = None) -> list[str]:
-    """What is assumed, generated or not validated here, most important first."""
+def caveats(
+    scenario: Scenario, told: Told, baseline: Told | None = None, *, nodes_validated: bool = False
+) -> list[str]:
+    """What is assumed, generated or not validated here, most important first.
+
+    nodes_validated: whether records cover all that happens between nodes.
+    """
     figures, found = told.figures, []
     for name, run in (("This plan's run", told), ("The baseline's run", baseline)):
         load = run.figures.load if run is not None else None
         if load is not None and load.fault is not None:
             found.append(f"{name} has no steady state: {load.fault}.")
     cluster = scenario.cluster
-    if isinstance(cluster, Path) or cluster.nodes > 1:
+    if not nodes_validated and (isinstance(cluster, Path) or cluster.nodes > 1):
         found.append(
             "Plans that span nodes are not validated: no hardware that this project could use has run expert "
             "parallelism over several nodes. Costs of operations are tagged as above; how they add up over nodes is "
@@ -75,8 +80,11 @@ def _overheads(scenario: Scenario) -> str:
     )
 
 
-def caveats_of(scenario: Scenario, told: Told, baseline: Told | None, notes: Sequence[str]) -> str:
+def caveats_of(
+    scenario: Scenario, told: Told, baseline: Told | None, notes: Sequence[str], *, nodes_validated: bool = False
+) -> str:
     """The caveats and a run's own notes as HTML lists."""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in caveats(scenario, told, baseline))
+    found = caveats(scenario, told, baseline, nodes_validated=nodes_validated)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in found)
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<ul>{listed}</ul>" + (f"<h3>Notes of this run</h3><ul>{noted}</ul>" if noted else "")

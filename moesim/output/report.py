@@ -16,6 +16,8 @@ from moesim.output.charts import BASE, BEST
 from moesim.output.explain_page import why
 from moesim.output.page import section
 from moesim.output.run_folder import RunFolder, Told, check_series, read_run
+from moesim.output.validation import OVER_NODES, VALIDATED
+from moesim.output.validation_page import validation_sections
 from moesim.spec.scenario import Scenario
 from moesim.units import human_seconds
 
@@ -63,6 +65,9 @@ def run_page(run: RunFolder) -> str:
         f'<section class="verdict {tone}" id="verdict" aria-label="Verdict"><span class="badge">{escape(badge)}</span>'
         f"<p>{escape(result.verdict.text)}</p></section>{tables.tiles(run)}"
     )
+    over = [one.status for one in result.validation if one.claim in OVER_NODES]
+    sure = bool(over) and all(status == VALIDATED for status in over)
+    rests = caveats_of(run.scenario, best, None if same else base, result.notes, nodes_validated=sure)
     parts = [
         section("plans", "The best plan and its alternatives", tables.ranked(run), lead=tables.ranked_lead(run)),
         section("launch", "What would be launched", tables.launch(run), lead=planned),
@@ -72,7 +77,8 @@ def run_page(run: RunFolder) -> str:
         *answers_sections(result),
         *sections.ledgers(runs),
         section("not-run", "Plans that could not run, or missed a level", tables.infeasible(run)),
-        section("caveats", "What this rests on", caveats_of(run.scenario, best, None if same else base, result.notes)),
+        *validation_sections([one.model_dump() for one in result.validation]),
+        section("caveats", "What this rests on", rests),
         section("run", "This run", tables.about(run.scenario, tables.run_rows(run))),
     ]
     return page.page(f"moesim: {_title(run.scenario)}", head, parts, _foot())

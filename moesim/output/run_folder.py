@@ -127,6 +127,27 @@ class WhatIf(Stored):
     text: str
 
 
+class ClaimError(Stored):
+    """How far predictions of the records cited were off."""
+
+    figure: str
+    cases: int
+    mean: Number
+    median: Number | None
+
+
+class ClaimRow(Stored):
+    """One thing that the verdict leans on, and the records that cover it or are the nearest."""
+
+    claim: str
+    of: str
+    status: str
+    records: tuple[str, ...]
+    error: ClaimError | None
+    differs: tuple[str, ...]
+    missed: tuple[str, ...]
+
+
 class Result(Stored):
     """What `moesim tune --json` told."""
 
@@ -147,6 +168,7 @@ class Result(Stored):
     trial_list: tuple[PlanRow, ...]
     choices: tuple[ChoiceRow, ...] = ()
     what_if: WhatIf | None = None
+    validation: tuple[ClaimRow, ...] = ()
     run: dict[str, float | int | str]
 
 

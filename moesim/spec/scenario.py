@@ -303,6 +303,9 @@ class Scenario(Spec):
     objective: ObjectiveSpec = ObjectiveSpec()
     search: SearchSpec = SearchSpec()
     faults: tuple[FaultSpec, ...] = ()
+    records: tuple[Path, ...] = Field(
+        default=(), description="your own validations: folders of `validate records`, records, bundles of a node"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -397,6 +400,8 @@ def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
         files = tuple(str(at(Path(name))) for name in scenario.cost.profiles if name != "default")
         cost = update.get("cost", scenario.cost)
         update["cost"] = cost.model_copy(update={"profiles": files or scenario.cost.profiles})
+    if scenario.records:
+        update["records"] = tuple(at(path) for path in scenario.records)
     if scenario.model.endswith(".json"):
         update["model"] = str(at(Path(scenario.model)))
     if scenario.serving is not None and scenario.serving.workload.file is not None:

@@ -26,6 +26,7 @@ from validate.capacity import run as capacity  # noqa: E402
 from validate.capacity.layer import Policy, capacity_in_floats, capacity_of, place, worked_on  # noqa: E402
 from validate.capacity.record import holds, table  # noqa: E402
 from validate.hardware.group import Beat  # noqa: E402
+from validate.records.store import compact  # noqa: E402
 from validate.replay.alone import Alone  # noqa: E402
 
 pytestmark = pytest.mark.hardware
@@ -46,6 +47,8 @@ def test_executed_and_simulated_drops_are_the_same_tokens(ranks: int, more: tupl
     assert record == json.loads((tmp_path / "runs" / "validate-capacity" / "record.json").read_text())
     print(table(record))
     assert holds(record)
+    shown = compact(record).evidence("it")
+    assert sum(one.cases for one in shown) == record["cases"] and not any(one.mean_absolute for one in shown)
     assert record["cases_that_differ"] == 0
     for name in ("dropped", "moved", "tokens_without_expert", "rows"):
         assert record[name]["simulated"] == record[name]["executed"] > 0

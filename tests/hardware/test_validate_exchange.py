@@ -18,6 +18,7 @@ from profiles.capture import read_lines
 from validate.exchange.run import ExchangeJob, predict, refuse_known, tables, ten_cases
 from validate.hardware.job import synthetic_profile
 from validate.hardware.run import EXPERTS
+from validate.records.store import compact
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -46,6 +47,8 @@ def test_predictions_come_first_from_a_profile_without_the_skews(tmp_path: Path)
     assert done.returncode == int(pairs["agreed"] < pairs["decided"])
     lines = read_lines([folder / "profile.jsonl"])
     assert {line.extra.get("pattern", "even") for line in lines} == {"even", "kept", "kept_by_one", "one_way"}
+    (shown,) = compact(record).evidence("it")
+    assert (shown.traits["gpu"], shown.traits["nodes"], shown.traits["ranks"], shown.cases) == ("CPU", 1, 2, 10)
     # The predictions are what that file says, and nothing else.
     job = asked_job(record)
     counts = [case.counts(job.size) for case in job.cases]

@@ -21,6 +21,7 @@ import pytest
 from moesim.errors import MissingPart
 from validate.fabric.run import TOOLS, check_parts
 from validate.fabric.spec import bundled
+from validate.records.store import compact
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 try:
@@ -129,6 +130,9 @@ def test_a_lab_is_predicted_then_measured_and_recorded(tmp_path: Path) -> None:
     assert contests["contests"] == 4 and record["comparison"]["placements"]["contests"] == 2
     wrong = contests["wrong"] + record["comparison"]["placements"]["wrong"]
     assert done.returncode == int(bool(wrong))
+    shown = compact(record).evidence("it")
+    assert [one.cases for one in shown] == [6, 2, 4, 2]
+    assert [one.claim for one in shown] == ["exchange_time", "placement_gain"] * 2
     assert subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout == spaces
 
 

@@ -18,6 +18,7 @@ from moesim.errors import BadInput, CheckFailed, Infeasible, MissingPart, Moesim
 from moesim.spec.plan import ExpertPlacement
 from validate.hardware import run as hardware
 from validate.hardware.job import Job, LayerShape, PlacedCase
+from validate.records.store import compact
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -107,6 +108,8 @@ def test_predictions_are_on_disk_before_anything_is_measured(finished: tuple[Job
     probed = {point["tokens"] for point in written["profile"]["points"] if "tokens" in point}
     assert probed and not probed & {1, 13}
     assert json.loads((folder / "record.json").read_text()) == record
+    (shown,) = compact(record).evidence("it")
+    assert (shown.traits["gpu"], shown.traits["nodes"]) == ("CPU", 1)
 
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])

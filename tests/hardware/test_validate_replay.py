@@ -17,6 +17,7 @@ from validate.hardware import layer
 from validate.hardware.group import Beat
 from validate.hardware.job import Job
 from validate.hardware.run import make_job
+from validate.records.store import compact
 from validate.replay import ranks as replay_ranks
 from validate.replay import run as replay
 from validate.replay.alone import Alone
@@ -123,6 +124,8 @@ def test_the_command_writes_predictions_first_and_a_whole_record(tmp_path: Path,
     sizes = {point["tokens"] for point in predictions["points"] if "tokens" in point}
     assert sizes.isdisjoint({6})
     assert replay.table(record).count("\n") > 10
+    (shown,) = compact(record).evidence("it")
+    assert (shown.claim, shown.traits["gpu"], shown.cases) == ("expert_time", "CPU", 3)
 
 
 @pytest.mark.parametrize("words", [["--ranks", "1", "--placements", "3"], ["--ranks", "2", "--placements", "1"]])

@@ -137,3 +137,62 @@ def test_a_person_reads_the_step_times(scenario: Path, monkeypatch, capsys) -> N
 def test_gpus_that_contradict_the_scenario_are_refused(scenario: Path, capsys) -> None:
     assert cli.run(["place", str(scenario), "--gpus", "16"]) == 2
     assert "leave --gpus out" in capsys.readouterr().err
+
+
+def record_over_nodes(folder: Path, **other: Any) -> Path:
+    """A made-up record of the scenario's own exchanges and placements on its own cluster."""
+    over = {"gpu": "H200", "exchange": "DeepEP", "nodes": 4, "cluster": "h200_sxm", "ranks": 32, **other}
+    layer = {"layer": "256 experts of 7168 x 2048, top-8", "experts_dtype": "fp8_block", "tokens_per_rank": [1, 4096]}
+    case = {"case": "a", "covers": ["gain", "exchange"], "predicted_s": 1.1, "measured_s": 1.0}
+    content = {
+        "format": "moesim-validation", "schema_version": 2, "command": "our own", "date": "2026-11-26", "what": "x",
+        "hardware": {}, "versions": {}, "written": "1", "measured_from": "2", "predictions_sha256": "ab", "checks": [],
+        "covers": [
+            {"name": "gain", "claim": "placement_gain", "traits": {**over, **layer}},
+            {"name": "exchange", "claim": "exchange_time", "traits": {**over, "rank_bytes": [1000, 10**9]}},
+        ],
+        "cases": [case],
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "ours.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_verdict_cites_records_or_says_that_there_are_none(scenario: Path, monkeypatch, capsys) -> None:
+    _, said = place(monkeypatch, capsys, KnownEngine(0.0), str(scenario), "--json")
+    report = json.loads(said)
+    found = {one["claim"]: one for one in report["validation"]}
+    assert set(found) == {"placement_gain", "exchange_time", "expert_time"}
+    assert found["placement_gain"]["status"] == "nearest"
+    assert found["placement_gain"]["commands"] == ["validate fabric"]
+    assert found["placement_gain"]["error"]["cases"] > 0
+    assert "exchange: gloo alltoall or gloo two_level instead of DeepEP" in found["placement_gain"]["differs"]
+    assert "expert parallelism over several nodes is not validated" in report["verdict"]["text"].lower()
+    _, said = place(monkeypatch, capsys, KnownEngine(0.0), str(scenario))
+    assert "Not validated on hardware: placement gain over 4 nodes (nearest: validate fabric, CPU, gloo" in said
+
+
+def test_a_record_of_ones_own_validates_what_it_covers(scenario: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    page = tmp_path / "place.html"
+    record_over_nodes(tmp_path / "records")
+    asked = (str(scenario), "--set", "records=[records]")
+    _, said = place(monkeypatch, capsys, KnownEngine(0.0), *asked, "--json", "--report", str(page))
+    report = json.loads(said)
+    found = {one["claim"]: one for one in report["validation"]}
+    assert (found["placement_gain"]["status"], found["placement_gain"]["records"]) == ("validated", ["ours.json"])
+    assert found["exchange_time"]["status"] == "validated"
+    assert "several nodes" not in report["verdict"]["text"]
+    assert "ours.json" in page.read_text() and "no hardware that this project" not in page.read_text()
+    # The same on two nodes covers nothing over four.
+    record_over_nodes(tmp_path / "records", nodes=2)
+    _, said = place(monkeypatch, capsys, KnownEngine(0.0), *asked, "--json")
+    report = json.loads(said)
+    assert {one["status"] for one in report["validation"]} == {"nearest", "not_validated"}
+    assert "over several nodes is not validated" in report["verdict"]["text"]
+
+
+def test_records_that_cannot_be_read_are_one_line(scenario: Path, capsys) -> None:
+    assert cli.run(["place", str(scenario), "--set", "records=[absent.json]"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "absent.json: cannot read the record" in said
+    assert cli.run(["doctor", str(scenario), "--set", "records=[absent.json]"]) == 2

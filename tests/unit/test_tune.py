@@ -47,6 +47,8 @@ def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest
         assert key in result
     assert result["trials"] == TRIALS == len(set(tried(result)))
     assert result["verdict"]["text"]
+    assert {one["claim"] for one in result["validation"]} >= {"serving_time", "exchange_time"}
+    assert result["validation_text"].startswith("Not validated on hardware: serving time")
     assert result["best"]["meets_slo"]
     files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"plan.yaml", "placement.json", "report.html", "timeline.json.gz", "result.json"} <= files

@@ -51,6 +51,8 @@ def test_the_run_has_the_contracts_keys_and_its_plan_can_be_simulated(
     assert result["trials"] == 12 == len({trial["label"] for trial in result["trial_list"]})
     assert result["gain"]["low"] <= result["gain"]["value"] <= result["gain"]["high"]
     assert result["verdict"]["code"] == "gain"
+    assert result["validation"][0]["claim"] == "training_step"
+    assert result["validation"][0]["status"] != "validated"
     assert {"backend_needs_ep", "contradictory"} <= set(result["infeasible"])
     assert run(["simulate", str(tmp_path / "run" / "plan.yaml"), "--draws", "0", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

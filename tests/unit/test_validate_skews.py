@@ -89,6 +89,9 @@ def test_a_profile_that_holds_a_skew_is_refused() -> None:
         refuse_known([line(held, float(SIZE))], job(cases), counts, (0, 0))
 
 
+MACHINE = {"hardware": {"cpu": "a box"}, "versions": {}, "pretended_hosts": 0}
+
+
 def test_the_record_says_what_the_check_asks(tmp_path: Path) -> None:
     cases = ten_cases(PROFILE, 2, source="x")
     counts = [case.counts(SIZE) for case in cases]
@@ -99,7 +102,7 @@ def test_the_record_says_what_the_check_asks(tmp_path: Path) -> None:
         "seconds": (true_s * 1.1).tolist(), "both_ways": 0.5, "together": 0.5, "tag": "formula",
         "predictions": {"file": "predictions.json", "written": "now", "sha256": "0"},
     }  # fmt: skip
-    record = record_of(job(cases, tmp_path), counts, (0, 0), written, "later", samples, {"device": "a box"})
+    record = record_of(job(cases, tmp_path), counts, (0, 0), written, "later", samples, {"device": "a box"}, MACHINE)
     assert record["comparison"]["span"] == pytest.approx(3.0, rel=0.05)
     assert record["comparison"]["error"]["median"] == pytest.approx(0.1, abs=0.02)
     assert record["comparison"]["rank_correlation"] == pytest.approx(1.0)
@@ -108,8 +111,12 @@ def test_the_record_says_what_the_check_asks(tmp_path: Path) -> None:
     assert f"{pairs['agreed']} of {pairs['decided']} ordered right" in table(record)
     assert pairs["decided"] > 30
     scattered = rng.uniform(1e-3, 3e-3, (10, 40))
-    undecided = record_of(job(cases, tmp_path), counts, (0, 0), written, "later", scattered, {"device": "a box"})
+    undecided = record_of(
+        job(cases, tmp_path), counts, (0, 0), written, "later", scattered, {"device": "a box"}, MACHINE
+    )
     assert undecided["comparison"]["beyond_twice_the_spread"]["decided"] == 0
     assert "none, so no order is judged (45 differ less)" in table(undecided)
     backwards = {**written, "seconds": true_s[::-1].tolist()}
-    assert not holds(record_of(job(cases, tmp_path), counts, (0, 0), backwards, "later", samples, {"device": "a box"}))
+    assert not holds(
+        record_of(job(cases, tmp_path), counts, (0, 0), backwards, "later", samples, {"device": "a box"}, MACHINE)
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from validate.foretold import code
 from validate.hardware.record import hardware, versions
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ def record_of(job: CapacityJob, outcomes: Sequence[dict[str, Any]]) -> dict[str,
     exact = [one for one, told in zip(outcomes, counts, strict=True) if told["claimed_exact"]]
     assumed = [one for one in outcomes if "backup" not in one["name"]]
     return {
+        "schema_version": 1,
+        "kind": "validate-capacity",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code(),
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
         "backend": job.backend,

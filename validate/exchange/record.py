@@ -24,7 +24,7 @@ from validate.compare import (
     split_half,
     spread_of_medians,
 )
-from validate.foretold import now, write_predictions
+from validate.foretold import code, now, write_predictions
 
 if TYPE_CHECKING:
     from validate.exchange.run import ExchangeJob
@@ -43,6 +43,7 @@ def keep_predictions(path: Path, job: ExchangeJob, predicted: dict[str, Any]) ->
 def record_of(
     job: ExchangeJob, counts: Sequence[Ints], hosts: Sequence[int], written: dict[str, Any], begun: str,
     samples: Floats, run: dict[str, Any],
+    machine: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Compare, write record.json, and return it. samples: [cases, repeats]."""
     predicted = np.asarray(written["seconds"])
@@ -71,9 +72,9 @@ def record_of(
         for index, case in enumerate(job.cases)
     ]  # fmt: skip
     record = {
-        "schema_version": 1, "kind": "validate-exchange", "date": now(), "backend": job.backend,
+        "schema_version": 1, "kind": "validate-exchange", "date": now(), "code": code(), "backend": job.backend,
         "ranks": len(hosts), "hosts": len(set(hosts)), "bytes": job.size, "repeats": job.repeats, "seed": job.seed,
-        "profile": Path(job.profile).name if job.profile else "measured before, on the spot", "run": run,
+        "profile": Path(job.profile).name if job.profile else "measured before, on the spot", "run": run, **machine,
         "both_ways": written["both_ways"], "together": written["together"],
         "tag": written["tag"], "predictions": written["predictions"],
         "measured_from": begun, "cases": cases, "comparison": comparison,

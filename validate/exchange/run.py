@@ -18,11 +18,12 @@ from profiles.collective_points import Job, Part, spots_of
 from profiles.collective_work import ELEMENT_BYTES, Seat, all_to_all
 from profiles.collectives import check, check_parts, interleaved, joined, ready, seat_of, work_at
 from profiles.device import conditions, device_name
-from profiles.groups import ALL, find_hosts, partitions
+from profiles.groups import ALL, PRETENDED, find_hosts, partitions, pretended_hosts
 from profiles.launch import LocalRank, launch, serve
 from profiles.shares import KEPT, KEPT_BY_ONE, ONE_WAY, elements
 from profiles.traffic import Floats, Ints, endpoint, traffic
 from profiles.uneven import uneven_cost
+from validate.hardware.record import hardware, versions
 
 if TYPE_CHECKING:
     import polars as pl
@@ -162,7 +163,8 @@ def session(
     if rank != 0:
         return None
     run_of = conditions(torch, str(device)) | {"device": device_name(torch, str(device)), "ranks": ranks}
-    return record_of(job, counts, hosts, written, begun, samples, run_of)
+    machine = {"hardware": hardware(device), "versions": versions(), PRETENDED: pretended_hosts()}
+    return record_of(job, counts, hosts, written, begun, samples, run_of, machine)
 
 
 def _silent(line: str) -> None:

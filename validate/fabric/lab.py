@@ -21,7 +21,7 @@ from validate.fabric.predict import busiest_link, by_executor, seconds_of
 from validate.fabric.rank import Case
 from validate.fabric.run import check_parts, named, run_cell
 from validate.fabric.spec import WHERE, LabSpec, RoutedSpec, bundled, read_lab
-from validate.foretold import now, write_predictions
+from validate.foretold import code, now, write_predictions
 from validate.hardware.job import file_profile
 
 CALIBRATION_FILE, PREDICTIONS_FILE, RECORD_FILE = "calibration.json", "predictions.json", "record.json"
@@ -126,7 +126,8 @@ def run(
         found |= {"measured_from": started, "wall_s": time.monotonic() - clock}
         entries.append(fabric_record.lab_entry(lab, own, foretold, links, ran, found))
     record = {
-        "schema_version": 1, "kind": "validate-fabric", "date": now(), "hardware": hardware(), "versions": versions(),
+        "schema_version": 1, "kind": "validate-fabric", "date": now(), "code": code(), "hardware": hardware(),
+        "versions": versions(),
         "settings": {lab.name: fabric_net.settings(lab) for lab in labs},
         "calibration": {
             "source": "measured before, on the spot" if calibration is None else calibration.name,

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import zlib
@@ -227,6 +228,11 @@ class Group:
             (np.diff(self.gather(np.asarray([float(_clock_identity())]))[:, 0]) == 0).all()
         )
 
+    def hosts(self) -> int:
+        """Machines that the ranks run on, by host name and boot; asked on every rank."""
+        name = f"{socket.gethostname()} {_boot()}"
+        return len(np.unique(self.gather(np.asarray([float(zlib.crc32(name.encode()))]))))
+
     def marks(self) -> Marks:
         """A fresh set of marks, of the device's kind."""
         return EventMarks() if self._cuda else HostMarks()
@@ -290,8 +296,16 @@ class Group:
 def _clock_identity() -> int:
     """A number that two processes share when they read the same monotonic clock (boot and time namespace)."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = str(Path("/proc/self/ns/time").readlink())
     except OSError:
         return os.getpid()
-    return zlib.crc32(f"{boot} {space}".encode())
+    boot = _boot()
+    return zlib.crc32(f"{boot} {space}".encode()) if boot else os.getpid()
+
+
+def _boot() -> str:
+    """The kernel's number of this boot; empty where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -26,6 +26,7 @@ from validate.compare import (
     split_half,
     spread_of_medians,
 )
+from validate.foretold import code
 from validate.goals import goals
 from validate.hardware.group import need_torch
 from validate.hardware.job import Job
@@ -178,6 +179,7 @@ def record_json(
     *,
     device: Any,
     dtype: str,
+    hosts: int,
     clock: str,
     core_share: dict[str, float | None],
     prediction_file: dict[str, str],
@@ -192,10 +194,12 @@ def record_json(
         "schema_version": 1,
         "kind": "validate-hardware",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code(),
         "hardware": hardware(device),
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out"}),
         "dtype": dtype,
+        "hosts": hosts,
         "clock": clock,
         "core_share": core_share,
         "predictions": prediction_file,

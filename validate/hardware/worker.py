@@ -50,6 +50,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
             written = write_predictions(Path(job.out) / PREDICTIONS_FILE, predictions_json(predicted, profile))
         group.start_together()
         output_error = check(rig, counts)
+        hosts = group.hosts()
         started = now()
         moments, core_share = measure(rig, started)
     if group.rank != 0:
@@ -60,6 +61,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         job,
         device=group.device,
         dtype=rig.dtype,
+        hosts=hosts,
         clock="shared" if group.shared_clock else "each rank's own",
         core_share={"profile": profile.core_share, "measured": core_share},
         prediction_file=written,

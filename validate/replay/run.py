@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moesim.errors import CheckFailed
 from moesim.files import write_json
 from validate.compare import mape, order_beyond, rank_correlation, regret, regret_of_any, signed_error, span, split_half
-from validate.foretold import now, write_predictions
+from validate.foretold import code, now, write_predictions
 from validate.goals import at_most, pairs_in_order
 from validate.hardware.costs import Floats
 from validate.hardware.group import Beat, need_torch
@@ -94,6 +94,7 @@ def _run(job: Job, say: Say) -> dict[str, Any]:
         "schema_version": 1,
         "kind": "validate-replay",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code(),
         "hardware": hardware(device),
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out", "backend"}),

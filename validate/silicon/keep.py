@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import BadInput, CheckFailed
+from validate.silicon import coverage
 from validate.silicon import table as silicon_table
 from validate.silicon.check import drift, words
 from validate.silicon.command import result_of
+from validate.silicon.groups import summary
 from validate.silicon.page import write_page
 from validate.silicon.price import Asked, Prediction, predict_all
 from validate.silicon.profiles import cached_profiles, sample_path
@@ -73,7 +75,9 @@ def update(
     table, read = _table(rows)
     found = price_for_record(read, _profiles(profiles, read, say, workers), workers, progress)
     write_record(folder, found, table)
-    told = summarized(_all(read, table, folder))
+    kept = read_record(read, table, folder)
+    coverage.write(folder, summary(list(kept.predictions.values()), kept.table, kept.version))
+    told = summarized(list(kept.predictions.values()))
     text = markdown(told)
     if docs is not None:
         silicon_table.put(docs, text)
@@ -96,6 +100,11 @@ def check(
     moved = drift(fresh, [record.predictions[row.id] for row in again])
     lines = [words(moved) + ("" if moved.holds else f"; if that is meant, {MAKE}")]
     holds = moved.holds
+    try:
+        coverage.check(folder, summary(list(record.predictions.values()), record.table, record.version))
+    except CheckFailed as error:
+        holds = False
+        lines.append(error.line())
     if docs is not None:
         try:
             silicon_table.check(docs, markdown(summarized(list(record.predictions.values()))))

@@ -31,7 +31,7 @@ from validate.compare import (
     split_half,
     spread_of_medians,
 )
-from validate.foretold import now, write_predictions
+from validate.foretold import code, now, write_predictions
 from validate.hardware import ranks as processes
 from validate.hardware.group import need_torch
 from validate.hardware.record import hardware, versions
@@ -99,6 +99,7 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
         "schema_version": 1,
         "kind": "validate-training",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code(),
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out"}),

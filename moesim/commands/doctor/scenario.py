@@ -119,6 +119,11 @@ def _registered(scenario: Scenario) -> Iterator[Finding]:
     if scenario.placement.solver is not None:
         plugins.load(plugins.SOLVERS, scenario.placement.solver, where="placement.solver")
         yield Finding("solver", "ok", scenario.placement.solver)
+    if scenario.records:
+        from moesim.output.validation import evidence_of
+
+        own = len(evidence_of(scenario)) - len(evidence_of(None))
+        yield Finding("records", "ok", f"{own} claims in {len(scenario.records)} places")
 
 
 def _loads(scenario: Scenario, model: ModelSpec) -> Iterator[Finding]:
