@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from moesim.engine.role_specs import role_scenarios
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.spec.cluster import ClusterSpec
@@ -38,6 +40,11 @@ def leanings(
         return found
     layout = _layout(scenario, cluster)
     return [_whole(scenario, cluster, layout, label or layout), *_inside(scenario, cluster, model, tokens)]
+
+
+def of_plans(plans: Iterable[tuple[str, Scenario]], cluster: ClusterSpec, model: ModelSpec) -> list[Leaning]:
+    """What a comparison of plans leans on: labels and scenarios."""
+    return [one for label, scenario in plans for one in leanings(scenario, cluster, model, label=label)]
 
 
 def of_placement(

@@ -173,6 +173,11 @@ def validation_json(found: Iterable[Covered]) -> list[dict[str, Any]]:
     return [one.to_json() for one in found]
 
 
+def validation_keys(found: Sequence[Covered]) -> dict[str, Any]:
+    """What a report says of it: the list, and the same for a person."""
+    return {"validation": validation_json(found), "validation_text": validation_text(found)}
+
+
 # How a claim reads in a sentence.
 _WORDS = {
     "serving_time": "serving time",
