@@ -14,6 +14,7 @@ from validate.calibrate.command import calibrate
 from validate.capacity.command import capacity
 from validate.replay.command import replay
 from validate.shown import show
+from validate.training.command import training
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -349,7 +350,7 @@ def published(
 def records(
     add: Annotated[
         list[Path] | None,
-        typer.Option(help="record.json of hardware, exchange, fabric, replay, capacity; or a bundle; repeats."),
+        typer.Option(help="record.json of a `validate` command that predicts, or a bundle; repeats."),
     ] = None,
     cluster: Annotated[
         str,
@@ -382,4 +383,5 @@ def records(
 
 app.command()(calibrate)
 app.command()(capacity)
+app.command()(training)
 app.command()(replay)

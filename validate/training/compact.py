@@ -1,0 +1,64 @@
+"""A record of `validate training` in the compact form; layouts of as many ranks are alternatives to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesim.spec.evidence import layout_trait
+from validate.records.form import check, short, timed_head
+from validate.training.job import Layout
+
+# The only dispatcher that is run, and what its model is called in a scenario: see Shape.config.
+DISPATCHER, MODEL = "alltoall", "small-moe"
+
+
+def compact(record: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the compact form."""
+    job, compared = record["job"], record["comparison"]
+    layouts = [Layout.read(one, where="layout") for one in job["layouts"]]
+    shape, order, half = job["shape"], compared["beyond_twice_the_spread"], compared["split_half"]
+    ranks = sorted({layout.ranks for layout in layouts})
+    return {
+        **timed_head(record),
+        "what": f"{job['backend']}, {ranks[0]} to {ranks[-1]} ranks, fp32, {shape['layers']} layers of "
+        f"{shape['hidden']}, {shape['experts']} experts of {shape['intermediate']}, top-{shape['top_k']}: "
+        f"{len(layouts)} layouts, {job['global_batch']} sequences of {job['sequence_length']} tokens a step",
+        "repeats": job["repeats"],
+        "reliability": half["reliability"],
+        "core_share": {f"profile of {ranks} ranks": share for ranks, share in record["core_share"].items()},
+        "covers": [
+            {
+                "name": layout.name,
+                "claim": "training_step",
+                "figure": "step time",
+                "traits": {
+                    "gpu": "CPU",
+                    "exchange": f"{job['backend']} {DISPATCHER}",
+                    "nodes": 1,
+                    "model": MODEL,
+                    "layout": layout_trait(layout.parallel, DISPATCHER),
+                },
+            }
+            for layout in layouts
+        ],
+        "cases": [
+            {
+                "case": f"{layout.name}, {layout.ranks} ranks",
+                "covers": [layout.name],
+                "group": f"{layout.ranks} ranks",
+                "predicted_s": short(foretold["step_s"]),
+                "measured_s": short(found["step_s"]["median_s"]),
+                "measured_p10_s": short(found["step_s"]["p10_s"]),
+                "measured_p90_s": short(found["step_s"]["p90_s"]),
+            }
+            for layout, foretold, found in zip(layouts, record["predicted"], record["measured"], strict=True)
+        ],
+        "checks": [
+            check(
+                "layouts of as many ranks beyond twice the spread ordered right",
+                f"{order['agreed']} of {order['decided']}",
+                "all",
+                0 < order["decided"] == order["agreed"],
+            )
+        ],
+    }
