@@ -11,7 +11,7 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.output.leanings import of_placement
-from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.evidence import Evidence
 from moesim.spec.placement_file import read_placement
@@ -106,8 +106,7 @@ class Placed:
             "replica_choices": None if self.choices is None else self.choices.to_json(),
             "cross_node": None if self.cross_node is None else self.cross_node.to_json(),
             "verdict": self.verdict.to_json(),
-            "validation": validation_json(self.validation),
-            "validation_text": validation_text(self.validation),
+            **validation_keys(self.validation),
             "budgets": None if self.budgets is None else self.budgets.to_json(),
             "solve_cpu_s": self.solve_cpu_s,
             "notes": self.placement.notes,

@@ -18,11 +18,11 @@ from moesim.engine.training_plan import SharedTraining
 from moesim.errors import Infeasible, Interrupted
 from moesim.files import write_json, write_text
 from moesim.output.console import console, print_json, progress_bar, with_interval
-from moesim.output.leanings import leanings
+from moesim.output.leanings import of_plans
 from moesim.output.training_explain import training_explanation_json
 from moesim.output.training_metrics import training_json
 from moesim.output.training_page import write_training_report
-from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
 from moesim.spec.scenario import ObjectiveSpec, Scenario, SearchSpec, resolve_paths
 from moesim.systems.load import apply_system
 from placement.claims import Claims
@@ -93,12 +93,8 @@ def tune_training(
     base = Finalist(base_trial, drawn[own]) if base_trial is not None and own in drawn else None
     run = evaluator.run(chosen[0].plan, draws=FINAL_DRAWS)
     _, ground, _ = evaluator.shared.ground(spec)
-    leans = [
-        one
-        for plan in dict.fromkeys([chosen[0].plan, *([own] if base is not None else [])])
-        for one in leanings(plan.apply(spec), ground.cluster, ground.model, label=plan.layout)
-    ]
-    validation = cover(leans, evidence)
+    judged = [(plan.layout, plan.apply(spec)) for plan in (chosen[0].plan, *([own] if base is not None else []))]
+    validation = cover(of_plans(judged, ground.cluster, ground.model), evidence)
     result = _result(spec, space, own, found, finalists, base_trial, base, evaluator, validation)
     if not found.exhausted:
         result["verdict"]["text"] += f" {len(found.trials)} of {size} legal plans were tried."
@@ -184,8 +180,7 @@ def _result(
         "verdict": training_verdict(
             best, base, base_reason=reason, objective=scenario.objective, caveat=_caveat(best, evaluator, validation)
         ),
-        "validation": validation_json(validation),
-        "validation_text": validation_text(validation),
+        **validation_keys(validation),
         "alternatives": [
             training_plan_json(one.trial, scenario, one)
             | {"tied_with_best": tied_training(best, one, metric), "gain_of_best": training_gain(best, one, metric)}

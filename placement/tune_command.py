@@ -12,9 +12,9 @@ from moesim.engine.draws import LEVEL
 from moesim.engine.moving import refuse_changes
 from moesim.errors import BadInput, Infeasible, Interrupted
 from moesim.output.console import console, print_json, progress_bar, with_interval
-from moesim.output.leanings import leanings
+from moesim.output.leanings import of_plans
 from moesim.output.steady import steadiness
-from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_json, validation_text
+from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
 from moesim.spec.faults import refuse_faults
 from moesim.spec.scenario import Scenario, load_scenario
 from placement.answers import binding_json, choices_json, choices_text
@@ -154,11 +154,8 @@ def _tune(
     base_final = Finalist(base_trial, drawn[base]) if base_trial is not None and base in drawn else None
     simulation = evaluator.run(plans[0])
     base_simulation = evaluator.run(base) if base_final is not None else None
-    compared = [plans[0], *([base] if base_final is not None else [])]
-    leans = [
-        one for plan in compared for one in leanings(plan.apply(spec), ground.cluster, ground.model, label=plan.layout)
-    ]
-    validation = cover(leans, evidence)
+    judged = [(plan.layout, plan.apply(spec)) for plan in (plans[0], *([base] if base_final is not None else []))]
+    validation = cover(of_plans(judged, ground.cluster, ground.model), evidence)
     result = _result(ground, spec, space, found, finalists, base_trial, base_final, validation)
     plain_final = Finalist(chosen[0], drawn[plain_placement(ground, plans[0])])
     result["placement_gain"] = {metric: gain_json(finalists[0], plain_final, metric) for metric in (LATENCY, SHOWN[0])}
@@ -308,8 +305,7 @@ def _result(
             gpus_per_node=ground.cluster.gpus_per_node,
             nodes_validated=validated_over_nodes(validation),
         ),
-        "validation": validation_json(validation),
-        "validation_text": validation_text(validation),
+        **validation_keys(validation),
         "alternatives": [
             plan_json(one.trial, one, levels)
             | {"tied_with_best": tied(best, one, metric), "tpot_gain_of_best": gain_json(best, one, LATENCY)}

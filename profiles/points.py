@@ -74,6 +74,8 @@ class PointsFile(Spec):
     format: Literal["moesim-points"]
     schema_version: Literal[1]
     measured: str
+    dtype: str = Field(description="element type of all operations that have one, as scenarios name it")
+    nodes: int = Field(gt=0, description="nodes that collectives span")
     hardware: dict[str, Any]
     versions: dict[str, str]
     points: tuple[MeasuredPoint, ...] = Field(min_length=1)
@@ -89,15 +91,22 @@ class _Line:
 
 @dataclass(frozen=True, eq=False)
 class PointCosts:
-    """A cost model of measured points. sigma: of each family; beyond: whether it may go on past the last point."""
+    """A cost model of measured points.
+
+    sigma: of each family; dtype, nodes: of what was measured; beyond: whether it may go on past the last point.
+    """
 
     lines: dict[tuple[str, Key], _Line]
     sigma: dict[str, float]
+    dtype: str
+    nodes: int
     source: str
     beyond: bool
 
     @classmethod
-    def of(cls, points: Iterable[MeasuredPoint], source: str, *, beyond: bool) -> PointCosts:
+    def of(
+        cls, points: Iterable[MeasuredPoint], source: str, *, dtype: str, nodes: int = 1, beyond: bool = False
+    ) -> PointCosts:
         """A cost model of some points; those of one key and size are averaged."""
         found: dict[tuple[str, Key], dict[float, list[float]]] = {}
         scatter: dict[str, list[float]] = {}
@@ -110,11 +119,12 @@ class PointCosts:
             lines[name] = _Line(np.asarray(sizes), np.asarray([float(np.mean(sized[size])) for size in sizes]))
         # p90 - p10 of a normal distribution is 2.56 standard deviations.
         sigma = {name: max(LEAST_SIGMA, float(np.median(each)) / 2.56) for name, each in scatter.items()}
-        return cls(lines, sigma, source, beyond)
+        return cls(lines, sigma, dtype, nodes, source, beyond)
 
     def estimate(self, operation: Operation) -> Estimate:
         """Price an operation. Raises OutsideProfile where no point holds it."""
         family, key, sizes = _place(operation)
+        self._refuse_others(operation)
         line = self.lines.get((family, key))
         told = ", ".join(f"{name} {value}" for name, value in zip(KEYS[family], key, strict=True))
         if line is None:
@@ -125,6 +135,20 @@ class PointCosts:
         if family == "experts":
             seconds, tags = seconds.sum(axis=-1), tags.max(axis=-1)
         return estimate(seconds, tags, family_of(operation), self.sigma[family], self.source)
+
+    def _refuse_others(self, operation: Operation) -> None:
+        """What is of another element type, or spans as many nodes as nothing measured does. Raises OutsideProfile."""
+        dtype, nodes = getattr(operation, "dtype", self.dtype), getattr(operation, "nodes", self.nodes)
+        if dtype != self.dtype:
+            raise OutsideProfile(
+                f"the points are of {self.dtype}, {type(operation).__name__} in {dtype} is asked for",
+                where=self.source, mend=f"set precision to {self.dtype}, or measure {dtype}",
+            )  # fmt: skip
+        if nodes != self.nodes:
+            raise OutsideProfile(
+                f"the points are of {self.nodes} node(s), a collective over {nodes} is asked for",
+                where=self.source, mend="measure it there, or use another cost.source",
+            )  # fmt: skip
 
     def _at(self, line: _Line, sizes: Floats, told: str) -> tuple[Floats, NDArray[np.int8]]:
         """Seconds and tags at sizes [...]; nothing costs nothing."""
@@ -198,9 +222,17 @@ def read_points(path: Path) -> PointsFile:
 def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) -> CostModel:
     """The cost model of `cost: {source: points, profiles: [FILE, ...]}`. Raises BadInput."""
     names = scenario.cost.profiles
-    if names == ("default",):
+    if "default" in names:
         raise BadInput(
             "source points needs files of points", where="cost.profiles", mend="name the points.json that holds them"
         )
-    points = [point for name in names for point in read_points(Path(name)).points]
-    return PointCosts.of(points, ", ".join(names), beyond=scenario.cost.extrapolate == "allow")
+    files = [read_points(Path(name)) for name in names]
+    kinds = {(one.dtype, one.nodes) for one in files}
+    if len(kinds) > 1:
+        raise BadInput(
+            "files of several element types or numbers of nodes", where="cost.profiles", mend="name files of one kind"
+        )
+    dtype, nodes = kinds.pop()
+    points = [point for one in files for point in one.points]
+    beyond = scenario.cost.extrapolate == "allow"
+    return PointCosts.of(points, ", ".join(names), dtype=dtype, nodes=nodes, beyond=beyond)

@@ -41,6 +41,19 @@ def torch_allocation() -> None:
     torch.ones(2**28)
 
 
+def other_gradients() -> None:
+    """From here on this rank's gradients of norms and gates are not what they should be."""
+    from validate.training import step
+
+    right = step.Stepper._reduce
+
+    def reduce(stepper: step.Stepper) -> None:
+        stepper.weights.gradients["whole"] *= 1.01
+        right(stepper)
+
+    step.Stepper._reduce = reduce  # type: ignore[method-assign]
+
+
 HARM: dict[str, Callable[[], None]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -49,6 +62,7 @@ HARM: dict[str, Callable[[], None]] = {
     "numpy": numpy_allocation,
     "torch": torch_allocation,
     "aborted": os.abort,
+    "other_gradients": other_gradients,
 }
 
 

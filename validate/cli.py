@@ -350,7 +350,7 @@ def published(
 def records(
     add: Annotated[
         list[Path] | None,
-        typer.Option(help="record.json of hardware, exchange, fabric, replay, capacity; or a bundle; repeats."),
+        typer.Option(help="record.json of a `validate` command that predicts, or a bundle; repeats."),
     ] = None,
     cluster: Annotated[
         str,

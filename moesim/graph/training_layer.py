@@ -123,6 +123,8 @@ class LayerPieces:
     def __init__(self, setup: TrainingSetup) -> None:
         self.setup = setup
         self.size = BYTES_PER_ELEMENT[setup.precision.activations]
+        # Gates and logits are never in fewer bits than the activations have.
+        self.wide = "fp32" if setup.precision.activations == "fp32" else "bf16"
         nodes = setup.grid.nodes("ep")
         placement_nodes = nodes if setup.placement.ranks % nodes == 0 else 1
         self.shares = replica_shares(setup.placement, policy=setup.policies.dispatch.replica, nodes=placement_nodes)
@@ -166,7 +168,7 @@ class LayerPieces:
         setup = self.setup
         model, moe, local = setup.model, setup.model.moe, setup.local_rows
         gate = [
-            *self._gemm(local, moe.experts, model.hidden, "bf16"),
+            *self._gemm(local, moe.experts, model.hidden, self.wide),
             self._memory(local * moe.experts * BYTES_PER_ELEMENT["fp32"] * 2, "top-k"),
         ]
         found = [
@@ -196,7 +198,7 @@ class LayerPieces:
         """Last norm, logits over TP's share of the vocabulary, and the loss."""
         setup = self.setup
         columns = -(-setup.model.vocabulary // setup.parallel.tp)
-        logits = self._gemm(setup.rows, columns, setup.model.hidden, "bf16")
+        logits = self._gemm(setup.rows, columns, setup.model.hidden, self.wide)
         # Logits read once for the maximum and once for the sum, the softmax written in float32.
         loss = self._memory(setup.rows * columns * (2 * self.size + BYTES_PER_ELEMENT["fp32"]), "cross entropy")
         return [

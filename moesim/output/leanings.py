@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from moesim.engine.role_specs import role_scenarios
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.spec.cluster import ClusterSpec
-from moesim.spec.evidence import Leaning, Trait, device_trait, layer_trait, layout_trait
+from moesim.spec.evidence import Leaning, Trait, device_trait, layer_trait, layout_trait, training_layout_trait
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
@@ -40,6 +42,11 @@ def leanings(
     return [_whole(scenario, cluster, layout, label or layout), *_inside(scenario, cluster, model, tokens)]
 
 
+def of_plans(plans: Iterable[tuple[str, Scenario]], cluster: ClusterSpec, model: ModelSpec) -> list[Leaning]:
+    """What a comparison of plans leans on: labels and scenarios."""
+    return [one for label, scenario in plans for one in leanings(scenario, cluster, model, label=label)]
+
+
 def of_placement(
     scenario: Scenario, cluster: ClusterSpec, model: ModelSpec, *, tokens: tuple[int, int] | None
 ) -> list[Leaning]:
@@ -65,7 +72,11 @@ def _whole(scenario: Scenario, cluster: ClusterSpec, layout: str, label: str) ->
     traits: dict[str, Trait] = {"gpu": device_trait(cluster.gpu.name), "model": scenario.model, "layout": layout}
     if scenario.training is not None:
         parallel = _parallel(scenario, cluster)
-        traits |= {"exchange": _exchange(scenario), **_nodes(cluster.gpus, cluster)}
+        policies, pipeline = scenario.policies, scenario.training.pipeline
+        traits |= {"exchange": _exchange(scenario), **_nodes(cluster.gpus, cluster), "ranks": cluster.gpus}
+        traits["layout"] = training_layout_trait(
+            parallel, policies.dispatch.backend, policies.schedule, pipeline.schedule, pipeline.virtual_stages
+        )
         return Leaning("training_step", f"training step of {label or parallel.label()}", traits)
     assert scenario.serving is not None
     work, drafts = scenario.serving.workload, scenario.serving.speculative

@@ -295,15 +295,14 @@ def provenance(simulation: Simulation) -> dict[str, float]:
 
 def outside_share(simulation: Simulation) -> float:
     """Share of the step time for which a store was asked beyond what it holds: extrapolated points, and operations by
-    formula that a store has tables for (no row of them fits the engine or the shape). Without a store nothing is
-    outside.
+    formula that a store has tables for (no row of them fits the engine or the shape). A cost model that measures
+    nothing has no outside.
     """
-    if simulation.deployment.scenario.cost.source != "store":
-        return 0.0
+    store = simulation.deployment.scenario.cost.source == "store"
     outside = [
         share
         for (family, tag), share in cost_shares(simulation).items()
-        if tag == Tag.EXTRAPOLATED.label or (tag == Tag.FORMULA.label and family in _MEASURED_WHOLE)
+        if tag == Tag.EXTRAPOLATED.label or (store and tag == Tag.FORMULA.label and family in _MEASURED_WHOLE)
     ]
     return float(sum(outside))
 

@@ -16,7 +16,7 @@ from moesim.output.charts import BASE, BEST
 from moesim.output.explain_page import why
 from moesim.output.page import section
 from moesim.output.run_folder import RunFolder, Told, check_series, read_run
-from moesim.output.validation import OVER_NODES, VALIDATED
+from moesim.output.validation import told_over_nodes
 from moesim.output.validation_page import validation_sections
 from moesim.spec.scenario import Scenario
 from moesim.units import human_seconds
@@ -65,8 +65,7 @@ def run_page(run: RunFolder) -> str:
         f'<section class="verdict {tone}" id="verdict" aria-label="Verdict"><span class="badge">{escape(badge)}</span>'
         f"<p>{escape(result.verdict.text)}</p></section>{tables.tiles(run)}"
     )
-    over = [one.status for one in result.validation if one.claim in OVER_NODES]
-    sure = bool(over) and all(status == VALIDATED for status in over)
+    sure = told_over_nodes((one.claim, one.nodes, one.status) for one in result.validation)
     rests = caveats_of(run.scenario, best, None if same else base, result.notes, nodes_validated=sure)
     parts = [
         section("plans", "The best plan and its alternatives", tables.ranked(run), lead=tables.ranked_lead(run)),

@@ -141,6 +141,7 @@ class ClaimRow(Stored):
 
     claim: str
     of: str
+    nodes: int = 1
     status: str
     records: tuple[str, ...]
     error: ClaimError | None

@@ -75,6 +75,7 @@ class Covered:
         return {
             "claim": self.leaning.claim,
             "of": self.leaning.of,
+            "nodes": self.leaning.traits.get("nodes", 1),
             "status": self.status,
             "records": list(dict.fromkeys(one.record for one in self.evidence)),
             "commands": sorted({one.command for one in self.evidence if one.command}),
@@ -159,18 +160,26 @@ def _together(runs: Sequence[Evidence]) -> dict[str, Trait]:
 
 def validated_over_nodes(found: Iterable[Covered]) -> bool:
     """Whether there is something that happens between nodes, and records cover all of it."""
-    over = [one.status for one in found if _over_nodes(one.leaning)]
+    return told_over_nodes(
+        (one.leaning.claim, nodes if isinstance(nodes := one.leaning.traits.get("nodes"), int) else 1, one.status)
+        for one in found
+    )
+
+
+def told_over_nodes(rows: Iterable[tuple[str, int, str]]) -> bool:
+    """`validated_over_nodes` of what was kept of each claim: its name, nodes and status."""
+    over = [status for claim, nodes, status in rows if claim in OVER_NODES and nodes > 1]
     return bool(over) and all(status == VALIDATED for status in over)
-
-
-def _over_nodes(leaning: Leaning) -> bool:
-    nodes = leaning.traits.get("nodes")
-    return leaning.claim in OVER_NODES and isinstance(nodes, int) and nodes > 1
 
 
 def validation_json(found: Iterable[Covered]) -> list[dict[str, Any]]:
     """The list under `validation`."""
     return [one.to_json() for one in found]
+
+
+def validation_keys(found: Sequence[Covered]) -> dict[str, Any]:
+    """What a report says of it: the list, and the same for a person."""
+    return {"validation": validation_json(found), "validation_text": validation_text(found)}
 
 
 # How a claim reads in a sentence.

@@ -24,7 +24,7 @@ TRAITS: dict[Claim, tuple[str, ...]] = {
     "exchange_time": ("gpu", "exchange", "nodes", "cluster", "ranks", "rank_bytes"),
     "expert_time": ("gpu", "layer", "experts_dtype", "tokens_per_rank"),
     "capacity_drops": ("rule", "drop", "backup", "pad"),
-    "training_step": ("gpu", "exchange", "nodes", "cluster", "model", "layout"),
+    "training_step": ("gpu", "exchange", "nodes", "cluster", "ranks", "model", "layout"),
 }
 # A name, a number, or the range from the least to the most that was run, or that is asked for.
 Trait = str | int | tuple[float, float]
@@ -98,6 +98,14 @@ def device_trait(name: str) -> str:
 def layout_trait(parallel: ParallelSpec, backend: str, schedule: str = "sequential") -> str:
     """Parallelism, dispatcher and overlap in words."""
     return f"{parallel.label()} {backend}" + ("" if schedule == "sequential" else f" {schedule}")
+
+
+def training_layout_trait(
+    parallel: ParallelSpec, backend: str, schedule: str, pipeline: str, virtual_stages: int
+) -> str:
+    """`layout_trait` with the pipeline's schedule: `PP2 alltoall, interleaved by 3`."""
+    stages = "" if pipeline == "1f1b" else f", {pipeline}" + (f" by {virtual_stages}" if virtual_stages > 1 else "")
+    return layout_trait(parallel, backend, schedule) + stages
 
 
 def layer_trait(experts: int, hidden: int, intermediate: int, top_k: int) -> str:

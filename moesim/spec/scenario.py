@@ -397,9 +397,9 @@ def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
     if isinstance(scenario.cost.overheads, Path):
         update["cost"] = scenario.cost.model_copy(update={"overheads": at(scenario.cost.overheads)})
     if scenario.cost.source == "points":  # whose profiles are files; those of the store are names
-        files = tuple(str(at(Path(name))) for name in scenario.cost.profiles if name != "default")
+        files = tuple(name if name == "default" else str(at(Path(name))) for name in scenario.cost.profiles)
         cost = update.get("cost", scenario.cost)
-        update["cost"] = cost.model_copy(update={"profiles": files or scenario.cost.profiles})
+        update["cost"] = cost.model_copy(update={"profiles": files})
     if scenario.records:
         update["records"] = tuple(at(path) for path in scenario.records)
     if scenario.model.endswith(".json"):

@@ -187,7 +187,7 @@ def test_a_record_of_ones_own_validates_what_it_covers(scenario: Path, monkeypat
     record_over_nodes(tmp_path / "records", nodes=2)
     _, said = place(monkeypatch, capsys, KnownEngine(0.0), *asked, "--json")
     report = json.loads(said)
-    assert {one["status"] for one in report["validation"]} == {"nearest", "not_validated"}
+    assert {one["status"] for one in report["validation"]} == {"nearest"}
     assert "over several nodes is not validated" in report["verdict"]["text"]
 
 

@@ -34,7 +34,7 @@ POINTS = [
 
 
 def costs(*, beyond: bool = False) -> PointCosts:
-    return PointCosts.of(POINTS, "points.json", beyond=beyond)
+    return PointCosts.of(POINTS, "points.json", dtype="fp32", beyond=beyond)
 
 
 def gemm(m: float) -> Gemm:
@@ -88,6 +88,13 @@ def test_what_no_point_holds_is_named() -> None:
         costs().estimate(exchange)
 
 
+def test_other_types_and_more_nodes_are_refused() -> None:
+    with pytest.raises(OutsideProfile, match=r"points are of fp32, Gemm in fp8_block"):
+        costs(beyond=True).estimate(Gemm(m=100.0 * ONE, n=8, k=4, dtype="fp8_block"))
+    with pytest.raises(OutsideProfile, match=r"over 2 is asked for"):
+        costs(beyond=True).estimate(Collective("all_gather", 1000.0 * ONE, 2, 2))
+
+
 def test_places_lists_what_would_have_to_be_measured() -> None:
     found = places([gemm(5.0), gemm(3.0), gemm(0.0), MemoryBound(bytes=2.0 * ONE, name="norm")])
     assert found == {("gemm", (8, 4)): [3.0, 5.0], ("memory_bound", ("norm",)): [2.0]}
@@ -98,6 +105,8 @@ def file_of(**changes: Any) -> dict[str, Any]:
         "format": "moesim-points",
         "schema_version": 1,
         "measured": "2026-11-26T00:00:00+00:00",
+        "dtype": "fp32",
+        "nodes": 1,
         "hardware": {},
         "versions": {},
         "points": [one.model_dump(mode="json") for one in POINTS],

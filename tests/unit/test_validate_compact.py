@@ -89,6 +89,26 @@ def capacity(differences: list[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def training() -> dict[str, Any]:
+    layouts = [
+        {"name": "TP2", "tp": 2},
+        {"name": "two", "dp": 2, "instances": 2, "schedule": "interleaved", "virtual_stages": 3},
+    ]
+    shape = {"layers": 6, "hidden": 256, "experts": 12, "intermediate": 256, "top_k": 2}
+    steps = [{"step_s": 1.5}, {"step_s": 0.9}]
+    found = [{"step_s": {"median_s": value, "p10_s": value, "p90_s": value}} for value in (1.0, 1.0)]
+    order = {"agreed": 1, "decided": 2}
+    return {
+        **HEAD, "kind": "validate-training", "core_share": {"2": 0.9, "4": 0.5}, "predicted": steps, "measured": found,
+        "job": {
+            "backend": "gloo", "layouts": layouts, "shape": shape, "global_batch": 12, "sequence_length": 256,
+            "repeats": 9,
+        },
+        "comparison": {"split_half": {"reliability": 0.99}, "pairs": order},
+        "gradient_error": 1e-6, "loss_error": 1e-8,
+    }  # fmt: skip
+
+
 def shown(record: dict[str, Any]) -> list[Evidence]:
     return store.compact(record).evidence("one.json")
 
@@ -141,6 +161,15 @@ def test_dropped_tokens_are_kept_by_policy() -> None:
     assert "| 3 | 0 | 15, 15 |" in text
 
 
+def test_a_training_step_covers_its_layout_alone() -> None:
+    first, second = shown(training())
+    assert (first.claim, first.traits["layout"], first.errors) == ("training_step", "TP2 EP2 alltoall", (0.5,))
+    assert (second.traits["layout"], second.traits["model"]) == ("DP2 EP2 alltoall, interleaved by 3", "small-moe")
+    assert (first.traits["ranks"], second.traits["ranks"]) == (2, 4)
+    assert len(first.missed) == 1
+    assert "profile of 4 ranks 50%" in markdown([store.compact(training())])
+
+
 def test_records_of_several_nodes_can_name_their_cluster(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text(json.dumps(exchange()))
@@ -152,9 +181,10 @@ def test_records_of_several_nodes_can_name_their_cluster(tmp_path: Path) -> None
     assert "cluster" not in bare.traits
 
 
-@pytest.mark.parametrize("kind", ["fabric", "replay", "exchange", "capacity"])
+@pytest.mark.parametrize("kind", ["fabric", "replay", "exchange", "capacity", "training"])
 def test_every_kind_is_added_and_read_back(kind: str, tmp_path: Path) -> None:
-    record = {"fabric": fabric, "replay": replay, "exchange": exchange, "capacity": capacity}[kind]()
+    made = {"fabric": fabric, "replay": replay, "exchange": exchange, "capacity": capacity, "training": training}
+    record = made[kind]()
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
     (added,) = store.add([path], tmp_path / "kept")

@@ -128,7 +128,17 @@ def test_predictions_that_did_not_come_first_do_not_count(tmp_path: Path) -> Non
     record = record_of(GOOD, MEASURED)
     record["predictions"]["written"] = record["measured_from"]
     (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="not older than measurements"):
+        records.add([tmp_path / "record.json"], tmp_path / "kept")
+    with pytest.raises(BadInput, match="not older than measurements"):
+        records.read_any(tmp_path / "record.json")
+    assert not (tmp_path / "kept").exists()
+    # One that was put there by other means is refused when it is read.
+    record["predictions"]["written"] = "2026-11-26T03:59:00.1+00:00"
+    (tmp_path / "record.json").write_text(json.dumps(record))
     (added,) = records.add([tmp_path / "record.json"], tmp_path / "kept")
+    late = json.loads(added.path.read_text()) | {"written": record["measured_from"]}
+    added.path.write_text(json.dumps(late))
     with pytest.raises(BadInput, match="not older than measurements"):
         records.read(added.path)
 

@@ -48,7 +48,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
         "checks": [
             check(
                 "pairs beyond twice the spread ordered right",
-                f"{pairs['agreed']} of {pairs['decided']}",
+                f"{pairs['agreed']} of {pairs['decided']}" if pairs["decided"] else "no pair differs by as much",
                 "all",
                 pairs["agreed"] == pairs["decided"],
             )

@@ -30,10 +30,10 @@ BEAT_EVERY_S = 0.2
 START_LEAD_S = 1e-3
 
 
-def need_torch() -> Any:
+def need_torch(command: str = "this validation") -> Any:
     """Import torch. Raises MissingPart where it is not installed."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingPart("validate hardware needs torch", mend="pip install '.[hardware]'")
+        raise MissingPart(f"{command} needs torch", mend="pip install '.[hardware]'")
     import torch
     import torch.distributed
 

@@ -80,10 +80,10 @@ def read_any(path: Path) -> list[tuple[str, ValidationRecord]]:
             )
         return found
     if path.suffix == ".zip":
-        return [(path.name, compact(content)) for content in _contents(path)]
+        return [(path.name, _made(content, path)) for content in _contents(path)]
     content = _json(path)
     if isinstance(content, dict) and "kind" in content and "format" not in content:
-        return [(path.name, checked(compact(content).model_dump(mode="json"), path))]
+        return [(path.name, _made(content, path))]
     return [(path.name, checked(content, path))]
 
 
@@ -109,7 +109,13 @@ def add(paths: Iterable[Path], folder: Path = FOLDER, *, cluster: str = "") -> l
 
     cluster: what the scenarios call the cluster that it ran on, "" for not told. Raises BadInput.
     """
-    return [_put(_on(compact(content), cluster), folder) for path in paths for content in _contents(path)]
+    made = [_on(_made(content, path), cluster) for path in paths for content in _contents(path)]
+    return [_put(one, folder) for one in made]
+
+
+def _made(content: dict[str, Any], where: Path) -> ValidationRecord:
+    """The compact form of a command's record, checked. Raises BadInput."""
+    return checked(compact(content).model_dump(mode="json"), where)
 
 
 def _on(record: ValidationRecord, cluster: str) -> ValidationRecord:

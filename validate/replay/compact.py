@@ -30,7 +30,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
         **timed_head(record),
         "what": f"{job['ranks']} ranks in turn on one {record['device']}, {record['dtype']}, {shape['experts']} "
         f"experts of {shape['hidden']} x {shape['intermediate']}, top-{shape['top_k']}, {job['profile_source']} "
-        f"routing: {len(job['placements'])} placements at {tokens} tokens; communication {record['communication']}",
+        f"routing: {len(job['placements'])} placements at {tokens} tokens; nothing is exchanged",
         "repeats": job["repeats"],
         "reliability": compared["split_half"]["reliability"],
         "core_share": record["core_share"],

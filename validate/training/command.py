@@ -24,9 +24,9 @@ def training(
     global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 12,
     bias: Annotated[float, typer.Option(min=0.0, help="How unevenly experts are wanted.")] = 0.5,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Timed steps of each layout. [default: 9, quick: 2]")
+        int | None, typer.Option(min=2, help="Timed steps of each layout. [default: 9, quick: 2]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, tokens and turns.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, tokens and turns.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for scenarios, points, predictions and the record.")] = Path(
         "runs/validate-training"
     ),
@@ -41,16 +41,17 @@ def training(
     from moesim.errors import BadInput
     from validate.hardware.group import need_torch
     from validate.training import run as runner
-    from validate.training.job import LAYOUTS, TrainingJob
+    from validate.training.job import LAYOUTS, WHERE, TrainingJob
 
-    need_torch()
+    need_torch(WHERE)
     chosen = tuple(one for one in LAYOUTS if (not ranks or one.ranks in ranks) and (not layout or one.name in layout))
-    unknown = set(layout or ()) - {one.name for one in LAYOUTS}
+    unknown = [f"no layout {one!r}" for one in layout or () if one not in {each.name for each in LAYOUTS}]
+    unknown += [f"no layout of {one} ranks" for one in ranks or () if one not in {each.ranks for each in LAYOUTS}]
     if unknown or not chosen:
         raise BadInput(
-            f"no layout {', '.join(sorted(unknown))}" if unknown else "no layout has so many ranks",
-            where="--layout" if unknown else "--ranks",
-            mend=f"use one of: {'; '.join(f'{one.name} ({one.ranks} ranks)' for one in LAYOUTS)}",
+            unknown[0] if unknown else "no layout of that name has so many ranks",
+            where="--layout, --ranks",
+            mend=f"use some of: {'; '.join(f'{one.name} ({one.ranks} ranks)' for one in LAYOUTS)}",
         )
     job = TrainingJob.read(
         {

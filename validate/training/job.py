@@ -93,12 +93,12 @@ class TrainingJob(Spec):
     sequence_length: int = Field(default=256, gt=0)
     micro_batch: int = Field(default=1, gt=0)
     global_batch: int = Field(default=12, gt=0)
-    bias: float = Field(default=1.0, ge=0)
-    repeats: int = Field(default=9, gt=0)
+    bias: float = Field(default=0.5, ge=0)
+    repeats: int = Field(default=9, ge=2)
     warmup: int = Field(default=2, ge=0)
     samples: int = Field(default=11, gt=0, description="of each operation of the profile, on each rank")
     sample_s: float = Field(default=0.02, gt=0, description="what a sample takes: several calls where one is shorter")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     backend: Literal["gloo"] = "gloo"
     stall_s: float = Field(default=120.0, gt=0)
     out: str = "runs/validate-training"

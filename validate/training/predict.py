@@ -94,15 +94,18 @@ def cluster(
     latency_s: float = 1e-4,
     bytes_per_s: float = 1e9,
     points: int = 0,
+    rel_sigma: float = 0.0,
+    processor: str = "a processor",
 ) -> dict[str, Any]:
     """The machine as a cluster file: each rank a device, memory shared by all; the network as sends find it.
 
-    points: measured sends behind it; 0 = nothing is measured yet, and the figures are placeholders that price nothing.
-    """  # fmt: skip
+    points, rel_sigma: measured sends behind it and how they scatter; 0 = without stages nothing is sent, and the link's
+    figures are placeholders that price nothing.
+    """
     found: dict[str, Any] = {
         "name": "ranks of this machine",
         "gpu": {
-            "name": "a process",
+            "name": processor,
             "hbm_bytes": memory_bytes,
             "hbm_bytes_per_s": 1e10,
             "flops_per_s": {"bf16": flops_per_s, "fp32": flops_per_s},
@@ -121,7 +124,7 @@ def cluster(
         },
     }
     if points:
-        told = {"rel_sigma": 0.1, "points": points, "source": "validate training"}
+        told = {"rel_sigma": rel_sigma, "points": points, "source": "validate training"}
         found["measured"] = {"nvlink_bytes_per_s": told, "nvlink_latency_s": told}
     return found
 
@@ -151,7 +154,9 @@ def asked_of(job: TrainingJob, layouts: Iterable[Layout], folder: Path) -> tuple
     listed = [
         Asked(family, key, size) for (family, key), sizes in places(heard).items() for size in _chosen(family, sizes)
     ]
-    listed += [Asked("send", (), size) for size in sorted({SMALL_SEND_BYTES, *sends})] if sends else []
+    if sends:  # two sizes at least, for a latency and a rate
+        small = SMALL_SEND_BYTES if max(sends) > SMALL_SEND_BYTES else min(sends) / 4.0
+        listed += [Asked("send", (), size) for size in sorted({small, *sends})]
     return listed, slots
 
 
@@ -191,19 +196,28 @@ def points_of(measured: Iterable[Measured]) -> list[MeasuredPoint]:
     return found
 
 
-def measured_cluster(ranks: int, memory_bytes: float, measured: Sequence[Measured]) -> dict[str, Any]:
+def measured_cluster(ranks: int, memory_bytes: float, measured: Sequence[Measured], processor: str) -> dict[str, Any]:
     """The cluster file with what sends and products were found to take."""
     products = [
         2.0 * one.asked.size * float(one.asked.key[0]) * float(one.asked.key[1]) / float(np.median(one.samples))
         for one in measured
         if one.asked.family == "gemm"
     ]
-    sends = sorted((one.asked.size, float(np.median(one.samples))) for one in measured if one.asked.family == "send")
-    if len(sends) < 2:
-        return cluster(ranks, memory_bytes, flops_per_s=max(products))
-    (small, first), (large, last) = sends[0], sends[-1]
-    rate = (large - small) / max(last - first, 1e-9)
-    return cluster(ranks, memory_bytes, flops_per_s=max(products), latency_s=first, bytes_per_s=rate, points=len(sends))
+    sends = sorted((one for one in measured if one.asked.family == "send"), key=lambda one: one.asked.size)
+    if not sends:
+        return cluster(ranks, memory_bytes, flops_per_s=max(products), processor=processor)
+    first, last = (float(np.median(one.samples)) for one in (sends[0], sends[-1]))
+    low, high = np.quantile(sends[-1].samples, (0.1, 0.9))
+    return cluster(
+        ranks,
+        memory_bytes,
+        flops_per_s=max(products),
+        latency_s=first,
+        bytes_per_s=(sends[-1].asked.size - sends[0].asked.size) / max(last - first, 1e-9),
+        points=len(sends),
+        rel_sigma=float(high - low) / 2.56 / last,
+        processor=processor,
+    )
 
 
 def content(
@@ -214,6 +228,8 @@ def content(
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "measured": when,
+        "dtype": "fp32",
+        "nodes": 1,
         "hardware": hardware,
         "versions": versions,
         "points": [one.model_dump(mode="json") for one in points],

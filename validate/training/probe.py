@@ -143,13 +143,21 @@ def _turning(shape: tuple[int, ...], *, graph: bool = True) -> Iterator[Any]:
 
 
 @functools.cache
+def _memory_of_all() -> Any:
+    """What all shapes' tensors are parts of: [floats]."""
+    return need_torch().randn(round(TURNING_BYTES / FLOAT_BYTES))
+
+
 def _set(shape: tuple[int, ...], graph: bool) -> list[Any]:
-    """Tensors of one shape, shared by all operations on it; not in memory's order, which a core would foresee."""
+    """Tensors of one shape in the memory that all share; not in its order, which a core would foresee."""
     torch = need_torch()
-    count = min(MOST_COPIES, max(1, math.ceil(TURNING_BYTES / (math.prod(shape) * FLOAT_BYTES))))
-    tensors = [torch.randn(shape).requires_grad_(graph) for _ in range(count)]
+    size, whole = math.prod(shape), _memory_of_all()
+    count = min(MOST_COPIES, len(whole) // size)
+    if not count:
+        return [torch.randn(shape).requires_grad_(graph)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
-    return [tensors[index] for index in order]
+    parts = [whole[index * size : (index + 1) * size].view(shape).detach() for index in order]
+    return [one.requires_grad_(graph) for one in parts]
 
 
 def _attention(job: TrainingJob, asked: Asked) -> Callable[[], Any]:

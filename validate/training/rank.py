@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -92,16 +93,23 @@ def _of_all(found: Moments, ranks: int, made: Made) -> list[dict[str, Any]]:
 def _errors(stepper: Stepper, truth: dict[str, Any], loss: float) -> tuple[float, float]:
     """Largest relative error of any gradient of this rank, and of the loss (told by ranks with the head)."""
     torch = need_torch()
+    total = torch.tensor([stepper.loss if stepper.ways["tp"].place == 0 else 0.0], dtype=torch.float64)
+    stepper.ways["tp"].meet(lambda: torch.distributed.all_reduce(total))
+    lost = abs(float(total) / loss - 1.0)
+    return gradient_error(stepper, truth), lost if math.isfinite(lost) else math.inf
+
+
+def gradient_error(stepper: Stepper, truth: dict[str, Any]) -> float:
+    """Largest relative error of any gradient of this rank; infinite where one is no number."""
+    norm = need_torch().linalg.vector_norm
     worst = 0.0
     for name, found in stepper.gradients().items():
         right = stepper.weights.slices[name].of(truth[name])
-        size = float(torch.linalg.vector_norm(right))
-        gap = float(torch.linalg.vector_norm(found - right))
+        size, gap = float(norm(right)), float(norm(found - right))
         # An expert that no token reached has no gradient at all, on either side.
-        worst = max(worst, gap / size if size > 0 else (0.0 if gap == 0 else np.inf))
-    total = torch.tensor([stepper.loss if stepper.ways["tp"].place == 0 else 0.0], dtype=torch.float64)
-    stepper.ways["tp"].meet(lambda: torch.distributed.all_reduce(total))
-    return worst, abs(float(total) / loss - 1.0)
+        error = gap / size if size > 0 else (0.0 if gap == 0 else math.inf)
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
 
 
 def main(arguments: list[str] | None = None) -> int:

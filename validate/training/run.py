@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,14 +23,13 @@ from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
 from validate.compare import (
     mape,
-    order_beyond,
+    pair_ordering,
     rank_correlation,
     regret,
     regret_of_any,
     signed_error,
     span,
     split_half,
-    spread_of_medians,
 )
 from validate.foretold import code, now, write_predictions
 from validate.hardware import ranks as processes
@@ -59,12 +59,10 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     torch = need_torch()
     torch.set_num_threads(1)
     out = Path(job.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (PREDICTIONS_FILE, RECORD_FILE):
-        (out / name).unlink(missing_ok=True)
     for layout in job.layouts:
         job.micro_batches(layout)
     write_json(out / told.CONFIG_FILE, job.shape.config(), indent=1)
+    forget(out)
     say("routing the batch on one process")
     routed(job, out)
     counts = sorted({layout.ranks for layout in job.layouts})
@@ -77,8 +75,9 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
         asked, placed = told.asked_of(job, mine, out)
         slots |= {name: table.tolist() for name, table in placed.items()}
         measured, share[str(ranks)] = profile(job, asked, ranks, say)
-        _write_yaml(out / told.cluster_file(ranks), told.measured_cluster(ranks, memory, measured))
-        found = told.content(told.points_of(measured), now(), hardware(torch.device("cpu")), versions())
+        machine = hardware(torch.device("cpu"))
+        _write_yaml(out / told.cluster_file(ranks), told.measured_cluster(ranks, memory, measured, machine["cpu"]))
+        found = told.content(told.points_of(measured), now(), machine, versions())
         write_json(out / told.points_file(ranks), found, indent=1)
     say("predicting")
     predicted = []
@@ -114,6 +113,16 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     }
     write_json(out / RECORD_FILE, record, indent=1)
     return record
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier run left in its folder, so that nothing there can be taken for this one's."""
+    earlier: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        told_before = json.loads((out / PREDICTIONS_FILE).read_text(encoding="utf-8"))["layouts"]
+        earlier = [Path(one["scenario"]).name for one in told_before]
+    for name in (PREDICTIONS_FILE, RECORD_FILE, *earlier):
+        (out / name).unlink(missing_ok=True)
 
 
 def routed(job: TrainingJob, out: Path) -> None:
@@ -191,7 +200,7 @@ def compare(job: TrainingJob, predicted: Sequence[dict[str, Any]], samples: Sequ
     table = np.stack(samples)
     found = np.median(table, axis=1)
     groups = [layout.ranks for layout in job.layouts]
-    order = order_beyond(foretold, found, spread_of_medians(table), groups)
+    order = pair_ordering(foretold, table, groups)
     inside = [one["low_s"] <= float(middle) <= one["high_s"] for one, middle in zip(predicted, found, strict=True)]
     correlation = {}
     for ranks in sorted(set(groups)):
@@ -210,7 +219,7 @@ def compare(job: TrainingJob, predicted: Sequence[dict[str, Any]], samples: Sequ
         "split_half": asdict(split_half(table, np.random.default_rng([job.seed, 5]))),
         "span": {str(group): value for group, value in span(found, groups).items()},
         "rank_correlation": correlation,
-        "beyond_twice_the_spread": {**asdict(order), "undecided": order.undecided},
+        "pairs": {**asdict(order), "undecided": order.undecided},
         "regret": {str(group): value for group, value in regret(foretold, found, groups).items()},
         "regret_of_any": {str(group): value for group, value in regret_of_any(found, groups).items()},
     }
@@ -243,7 +252,7 @@ def table(record: dict[str, Any]) -> str:
             f"{1e3 * step['median_s']:>11.0f}{1e3 * step['p10_s']:>9.0f} to {1e3 * step['p90_s']:<5.0f}"
             f"{foretold['step_s'] / step['median_s'] - 1:>+7.1%}   {parts}"
         )
-    step, order, half = compared["step"], compared["beyond_twice_the_spread"], compared["split_half"]
+    step, order, half = compared["step"], compared["pairs"], compared["split_half"]
     by_ranks = ", ".join(f"{value:.1%} on {ranks}" for ranks, value in step["mape_by_ranks"].items())
     lines += [
         "",
@@ -251,8 +260,8 @@ def table(record: dict[str, Any]) -> str:
         f"{step['within_interval']} of {len(record['predicted'])}",
         f"halves of the repeats differ by {half['gap']:.1%}, reliability "
         + ("not told" if half["reliability"] is None else f"{half['reliability']:.3f}"),
-        f"layouts of as many ranks that differ by more than twice the spread: {order['agreed']} of {order['decided']} "
-        f"ordered right, {order['undecided']} undecided",
+        f"pairs of layouts of as many ranks that differ by more than chance (sign test, 10 %): {order['agreed']} of "
+        f"{order['decided']} ordered right, {order['undecided']} undecided",
         *(
             f"on {ranks} ranks: slowest over quickest {compared['span'][ranks]:.2f}, rank correlation "
             f"{_told(compared['rank_correlation'].get(ranks))}, regret {value:.1%} (of any layout "
