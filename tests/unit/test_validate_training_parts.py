@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from moesim.cost.ops import Gemm
 from moesim.errors import BadInput
 from moesim.graph.pipeline import layers_of_chunks
-from validate.training import predict
+from validate.training import machine, predict
 from validate.training import run as runner
 from validate.training.job import LAYOUTS, Layout, Shape, TrainingJob
 from validate.training.model import slices
@@ -153,6 +154,19 @@ def test_a_pair_that_never_overlaps_is_decided_though_repeats_scatter_widely() -
     foretold = [{"step_s": step, "low_s": step, "high_s": step} for step in (0.733, 0.758)]
     found = runner.compare(job, foretold, samples)["pairs"]
     assert (found["decided"], found["agreed"]) == (1, 0)
+
+
+def test_what_other_processes_use_is_what_the_kernel_counts_beyond_the_own(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    tick = os.sysconf("SC_CLK_TCK")
+    stat.write_text(f"cpu  {3 * tick} 0 {tick} 500 600 {tick} {tick} 70 0 0\ncpu0 1 2 3\n")
+    assert machine.busy_s(stat) == pytest.approx(6.0)
+    stat.write_text("intr 1 2\n")
+    assert machine.busy_s(stat) is None
+    assert machine.busy_s(tmp_path / "no such file") is None
+    assert machine.others_cores(10.0, 30.0, 15.0, 10.0) == pytest.approx(0.5)
+    assert machine.others_cores(10.0, 30.0, 21.0, 10.0) == 0.0
+    assert machine.others_cores(None, 30.0, 1.0, 10.0) is None
 
 
 def test_what_an_earlier_run_left_is_taken_away_and_nothing_else(tmp_path: Path) -> None:

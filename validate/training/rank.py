@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from moesim.files import read_text, write_text
 from validate.hardware.group import Beat, need_torch, own_cores
 from validate.hardware.process import Seat, serve
 from validate.training.job import WHERE, Layout, TrainingJob
+from validate.training.machine import busy_s, others_cores
 from validate.training.probe import Asked, measure
 from validate.training.step import Moments, Stepper
 from validate.training.ways import Made, Way
@@ -71,6 +73,7 @@ def steps(job: TrainingJob, slots: dict[str, list[list[int]]], made: Made, ranks
     del truth
     order = np.random.default_rng([job.seed, 12])
     kept: list[list[Any]] = [[] for _ in steppers]
+    begun, worked, busy = perf_counter(), process_time(), busy_s()
     for turn in range(-job.warmup, job.repeats):
         for index in order.permutation(len(steppers)).tolist():
             stepper = steppers[index]
@@ -79,7 +82,10 @@ def steps(job: TrainingJob, slots: dict[str, list[list[int]]], made: Made, ranks
             everyone = _of_all(found, ranks, made)
             if turn >= 0:
                 kept[index].append(everyone)
-    return {"errors": worst.tolist(), "loss": loss, "moments": kept}
+    own = torch.tensor([process_time() - worked], dtype=torch.float64)
+    met(lambda: distributed.all_reduce(own))
+    others = others_cores(busy, busy_s(), float(own), perf_counter() - begun)
+    return {"errors": worst.tolist(), "loss": loss, "moments": kept, "others_cores": others}
 
 
 def _of_all(found: Moments, ranks: int, made: Made) -> list[dict[str, Any]]:

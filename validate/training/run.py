@@ -88,10 +88,12 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     started = now()
     moments: dict[str, Any] = {}
     errors: dict[str, Any] = {}
+    others: dict[str, float | None] = {}
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
         content = {"phase": "steps", "slots": {layout.name: slots[layout.name] for layout in mine}}
         answer = started_ranks(job.model_copy(update={"layouts": tuple(mine)}), ranks, content, say)
+        others[str(ranks)] = answer["others_cores"]
         for layout, error, found in zip(mine, answer["errors"], answer["moments"], strict=True):
             errors[layout.name], moments[layout.name] = error, found
     record = {
@@ -103,6 +105,7 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out"}),
         "core_share": share,
+        "others_cores": others,
         "predictions": predictions,
         "measured_from": started,
         "gradient_error": max(error[0] for error in errors.values()),
@@ -235,7 +238,9 @@ def table(record: dict[str, Any]) -> str:
         f"tokens a step; {job['repeats']} repeats",
         f"on {record['hardware']['cpu']}, {record['hardware']['cpus']} CPUs; of a core each rank had "
         + ", ".join(f"{share:.0%} (of {ranks})" for ranks, share in record["core_share"].items())
-        + " while operations were profiled",
+        + " while operations were profiled; other processes kept "
+        + ", ".join("?" if cores is None else f"{cores:.2f}" for cores in record["others_cores"].values())
+        + " cores busy while steps were timed",
         f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; gradients "
         f"within {record['gradient_error']:.1g} of one process's",
         "",
