@@ -18,6 +18,7 @@ from moesim.errors import CheckFailed
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 
 from tests.harm import STALL_S, harmed, processes_with
+from validate.records.store import compact
 from validate.training import run as runner
 from validate.training.job import LAYOUTS, Shape, TrainingJob
 from validate.training.rank import ONE, contiguous
@@ -53,6 +54,7 @@ def test_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(text)["layouts"] == record["predicted"]
     assert record["predictions"]["written"] < record["measured_from"]
     assert record["gradient_error"] < 1e-5
+    assert len(compact(record).evidence("it")) == len(record["predicted"])
     for foretold, found in zip(record["predicted"], record["measured"], strict=True):
         assert found["step_s"]["median_s"] > 0
         assert len(found["step_s"]["samples_s"]) == 2
