@@ -42,6 +42,9 @@ def test_json_has_the_contracts_keys(path: Path, capsys: pytest.CaptureFixture[s
     metrics = result["metrics"]
     assert result["schema_version"] == 1
     assert metrics["requests_completed"] == 120
+    claims = [one["claim"] for one in result["validation"]]
+    assert claims == ["serving_time", "placement_gain", "exchange_time", "expert_time"]
+    assert "validated" not in {one["status"] for one in result["validation"]}
     for rate in RATES:
         assert metrics[f"{rate}_per_gpu"] == pytest.approx(metrics[rate] / 8)
     for name in LATENCIES:

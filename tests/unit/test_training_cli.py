@@ -37,6 +37,7 @@ def test_the_example_runs(repo: Path, capsys: pytest.CaptureFixture[str]) -> Non
     store = ("--set", "cost.source=store", "--set", "cost.extrapolate=allow", "--draws", "0")
     measured = simulated(example, capsys, *store)["provenance"]
     assert result["provenance"] == {"formula": 1.0}
+    assert result["validation"][0]["claim"] == "training_step"
     assert measured["measured"] > 0
     assert measured["extrapolated"] > 0
     assert result["schema_version"] == 1
