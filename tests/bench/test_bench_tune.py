@@ -1,7 +1,7 @@
 """CPU time and memory of a search of 1,000 trials: DESIGN's budget, printed (`make bench`).
 
 The gate on time allows SLACK times the budget: it catches an algorithm that went wrong, never a slow machine. Without
-MOESIM_WHOLE the search has a quarter of the trials, and half of the gate.
+MOESIM_WHOLE the search has an eighth of the trials, and 0.4 of the gate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 BUDGET_S, SLACK, MOST_BYTES = 60.0, 2.0, 1.5e9
-TRIALS = 1000 if os.environ.get("MOESIM_WHOLE") else 250
+TRIALS = 1000 if os.environ.get("MOESIM_WHOLE") else 125
 # DeepSeek-V3 on 32 GPUs as the demo has it, with more budgets and schedules, so that there are plans enough.
 WIDER = ("search.schedules=[sequential,two_batch]", "search.redundant_experts=[0,32,64,96,128]")
 
@@ -43,5 +43,5 @@ def test_a_long_search(repo: Path, tmp_path: Path) -> None:
     assert told["trials"] == TRIALS
     assert told["trials"] < told["space"]
     assert told["best"]["trial"] in {one["trial"] for one in told["trial_list"] if one["in_full"]}
-    assert cpu_s < BUDGET_S * SLACK * max(TRIALS / 1000, 0.5)
+    assert cpu_s < BUDGET_S * SLACK * max(TRIALS / 1000, 0.4)
     assert peak < MOST_BYTES
