@@ -16,7 +16,8 @@ from placement.solvers.packing import pack_rows
 from placement.solvers.two_slots import best_pairs
 
 MOST = 500
-CASES = MOST if os.environ.get("MOESIM_WHOLE") else 200
+# Of 500 cases 458 are proven optimal; of 200 the share scatters by 0.02 (one standard deviation).
+CASES, PROVEN = (MOST, 0.9) if os.environ.get("MOESIM_WHOLE") else (200, 0.85)
 
 
 def case(seed: int) -> PlacementRequest:
@@ -53,7 +54,7 @@ def test_small_cases_lie_within_one_percent_of_the_optimum() -> None:
         assert hottest(request, "robust") == pytest.approx(greedy, rel=1e-12)  # one load: nothing to hedge between
     print(f"{CASES} cases: greedy at most {max(above):.4f} above the proven bound; exact proven optimal in {proven}")
     assert max(above) <= 0.01
-    assert proven >= 0.9 * CASES
+    assert proven >= PROVEN * CASES
 
 
 def by_highs(request: PlacementRequest) -> float:
