@@ -14,6 +14,7 @@ from validate.calibrate.command import calibrate
 from validate.capacity.command import capacity
 from validate.replay.command import replay
 from validate.shown import show
+from validate.training.command import training
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -376,4 +377,5 @@ def records(
 
 app.command()(calibrate)
 app.command()(capacity)
+app.command()(training)
 app.command()(replay)

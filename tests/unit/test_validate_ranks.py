@@ -98,7 +98,7 @@ def test_a_rank_out_of_memory_comes_before_one_that_died_of_it(tmp_path: Path) -
 
 
 def test_failed_allocations_are_told_from_other_errors() -> None:
-    from validate.hardware.worker import out_of_memory
+    from validate.hardware.process import out_of_memory
 
     class OutOfMemoryError(RuntimeError):
         """As torch names the one of a GPU."""

@@ -23,11 +23,9 @@ POLL_S = 0.05
 GRACE_S = 1.0
 # A rank writes a sign of life five times a second; this long without one, and it is stopped or stuck in one call.
 SILENCE_S = 5.0
-WHERE = "validate hardware"
 SILENT = "it said nothing"
-# The kind of word that a rank leaves whose allocation failed, and what helps then.
+# The kind of word that a rank leaves whose allocation failed.
 OUT_OF_MEMORY = "OutOfMemory"
-SMALLER = "use a smaller layer, fewer tokens or fewer placements"
 
 # One thread for each rank; gloo over loopback, whatever the host's name resolves to; and glibc keeps freed memory (up
 # to its largest mmap threshold, 32 MiB) instead of mapping it anew at every run, as the allocators of engines do
@@ -88,17 +86,33 @@ class Watch:
         return f"rank {rank} hangs: {self._limit_s:g} s without progress, while {busy[rank].label}; {waits}"
 
 
-def commands(job: Path, folder: Path, ranks: int) -> list[list[str]]:
+def commands(job: Path, folder: Path, ranks: int, module: str = "validate.hardware.worker") -> list[list[str]]:
     """The command line of each rank; `-P` keeps a user's folder called `validate` from standing in for ours."""
-    worker = (sys.executable, "-P", "-m", "validate.hardware.worker")
+    worker = (sys.executable, "-P", "-m", module)
     return [
         [*worker, "--job", str(job), "--rank", str(rank), "--folder", str(folder), "--parent", str(os.getpid())]
         for rank in range(ranks)
     ]
 
 
+@dataclass(frozen=True)
+class Told:
+    """How errors speak of a run: the command, and what helps where memory is short."""
+
+    where: str = "validate hardware"
+    smaller: str = "use a smaller layer, fewer tokens or fewer placements"
+
+
+HARDWARE = Told()
+
+
 def launch(
-    lines: Sequence[Sequence[str]], folder: Path, *, stall_limit_s: float, tell: Callable[[str], None] = lambda _: None
+    lines: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    stall_limit_s: float,
+    tell: Callable[[str], None] = lambda _: None,
+    told: Told = HARDWARE,
 ) -> None:
     """Run one process for each command line until all are done; on any failure end them all, and raise.
 
@@ -121,7 +135,7 @@ def launch(
                         start_new_session=True,
                     )
                 )
-        _watch(running, folder, stall_limit_s, tell, ended_before)
+        _watch(running, folder, stall_limit_s, tell, ended_before, told)
     finally:
         for process in running:
             _end(process)
@@ -133,6 +147,7 @@ def _watch(
     stall_limit_s: float,
     tell: Callable[[str], None],
     ended_before: int,
+    told: Told,
 ) -> None:
     watch = Watch(stall_limit_s, time.monotonic())
     while True:
@@ -142,13 +157,15 @@ def _watch(
             while time.monotonic() < deadline and any(process.poll() is None for process in running):
                 time.sleep(POLL_S)
             codes = [process.poll() for process in running]
-            raise cause(codes, folder, short_of_memory=oom_kills() > ended_before)
+            raise cause(codes, folder, short_of_memory=oom_kills() > ended_before, told=told)
         if all(code == 0 for code in codes):
             return
         statuses = {rank: read_status(folder / f"rank{rank}.status") for rank, code in enumerate(codes) if code is None}
         reason = watch.hung(statuses, time.monotonic())
         if reason is not None:
-            raise CheckFailed(reason, where=WHERE, mend="free the machine, or raise --stall-limit if it is only slow")
+            raise CheckFailed(
+                reason, where=told.where, mend="free the machine, or raise --stall-limit if it is only slow"
+            )
         first = statuses.get(0)
         if first is not None:
             tell(first.label)
@@ -164,7 +181,9 @@ def oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def cause(codes: Sequence[int | None], folder: Path, *, short_of_memory: bool = False) -> MoesimError:
+def cause(
+    codes: Sequence[int | None], folder: Path, *, short_of_memory: bool = False, told: Told = HARDWARE
+) -> MoesimError:
     """The error that explains why ranks ended with `codes` (None: still running, negative: killed by a signal).
 
     A rank whose allocation failed comes first, then a killed one, then one that reported an error of its own, then one
@@ -174,33 +193,36 @@ def cause(codes: Sequence[int | None], folder: Path, *, short_of_memory: bool = 
     for rank, word in words.items():
         if word is not None and word["kind"] == OUT_OF_MEMORY:
             return CheckFailed(
-                f"rank {rank} ran out of memory while {word['label']}: {word['what']}", where=WHERE, mend=SMALLER
+                f"rank {rank} ran out of memory while {word['label']}: {word['what']}",
+                where=told.where,
+                mend=told.smaller,
             )
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            return _killed(rank, -code, folder, short_of_memory)
+            return _killed(rank, -code, folder, short_of_memory, told)
     for word in words.values():
         if word is not None and word["kind"] != "RuntimeError":
             kind = getattr(errors, str(word["kind"]), CheckFailed)
             found: MoesimError = kind(str(word["what"]), where=str(word["where"]), mend=str(word["mend"]))
             return found
-    told = sorted((bool(word["waiting"]), rank) for rank, word in words.items() if word is not None)
-    rank = told[0][1] if told else next(rank for rank, code in enumerate(codes) if code)
+    alone = sorted((bool(word["waiting"]), rank) for rank, word in words.items() if word is not None)
+    rank = alone[0][1] if alone else next(rank for rank, code in enumerate(codes) if code)
     word = words[rank]
     what = f"{word['what']} (while {word['label']})" if word is not None else _last_line(folder / f"rank{rank}.stderr")
-    return CheckFailed(f"rank {rank} failed: {what}", where=WHERE, mend="mend that and run again")
+    return CheckFailed(f"rank {rank} failed: {what}", where=told.where, mend="mend that and run again")
 
 
-def _killed(rank: int, number: int, folder: Path, short_of_memory: bool) -> CheckFailed:
+def _killed(rank: int, number: int, folder: Path, short_of_memory: bool, told: Told) -> CheckFailed:
     status = read_status(folder / f"rank{rank}.status")
     doing = f" while {status.label}" if status is not None else ""
-    why, mend = "", f"if it was the kernel for want of memory, {SMALLER}"
+    why, mend = "", f"if it was the kernel for want of memory, {told.smaller}"
     if number == signal.SIGKILL and short_of_memory:
-        why, mend = " (the kernel ended a process for want of memory then)", SMALLER
+        why, mend = " (the kernel ended a process for want of memory then)", told.smaller
     elif number != signal.SIGKILL:  # it ended itself, and may have said why
         said = _last_line(folder / f"rank{rank}.stderr")
         why, mend = f" ({said})" if said != SILENT else "", "mend that and run again"
-    return CheckFailed(f"rank {rank} was killed by {_signal_name(number)}{doing}{why}", where=WHERE, mend=mend)
+    what = f"rank {rank} was killed by {_signal_name(number)}{doing}{why}"
+    return CheckFailed(what, where=told.where, mend=mend)
 
 
 def _word(path: Path) -> dict[str, Any] | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import CheckFailed, MoesimError
-from moesim.files import read_text, write_json, write_text
+from moesim.files import read_text, write_json
 from validate.foretold import now, write_predictions
 from validate.hardware import probe, record, unfinished
-from validate.hardware.group import Beat, CoreShare, Group, continue_with_parent, need_torch, own_cores
+from validate.hardware.group import Beat, CoreShare, Group, need_torch, own_cores
 from validate.hardware.job import Job
 from validate.hardware.layer import COLLECTIVES, OPERATIONS, forward
 from validate.hardware.predict import predict, prediction_json, predictions_json
-from validate.hardware.ranks import OUT_OF_MEMORY
+from validate.hardware.process import Seat, first_line, out_of_memory, serve
 from validate.hardware.rig import Rig, build, check_outputs, device_of, generator, routed_counts
 
 PREDICTIONS_FILE = "predictions.json"
@@ -196,58 +194,19 @@ def join_torchrun(make_job: Any) -> dict[str, Any] | None:
             raise CheckFailed(reason, mend="; ".join(filter(None, ["see the other ranks' messages", told]))) from None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's and NumPy's error, torch's on a GPU, torch's and C++'s on a CPU."""
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or any(word in str(error) for word in ("can't allocate memory", "std::bad_alloc"))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one rank started by the command: read the job, join over the file store, write what went wrong, if it did."""
-    parser = argparse.ArgumentParser(description="one rank of moesim validate hardware")
-    parser.add_argument("--job", type=Path, required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="where ranks meet and leave their state")
-    parser.add_argument("--parent", type=int, required=True, help="process to outlive by at most a moment")
-    given = parser.parse_args(arguments)
-    continue_with_parent()
-    beat = Beat(given.folder / f"rank{given.rank}.status", parent=given.parent, folder=given.folder)
-    try:
-        job = Job.read(json.loads(read_text(given.job, what="job")), where=given.job)
+
+    def work(rank: Seat, beat: Beat) -> None:
+        job = Job.read(json.loads(read_text(rank.job, what="job")), where=rank.job)
         if job.backend == "gloo":
-            own_cores(given.rank, job.ranks)  # before torch starts its threads
+            own_cores(rank.rank, job.ranks)  # before torch starts its threads
         torch = need_torch()
-        store = torch.distributed.FileStore(str(given.folder / "store"), job.ranks)
-        with joined(job, store, rank=given.rank, ranks=job.ranks, local_rank=given.rank, beat=beat) as group:
+        store = torch.distributed.FileStore(str(rank.folder / "store"), job.ranks)
+        with joined(job, store, rank=rank.rank, ranks=job.ranks, local_rank=rank.rank, beat=beat) as group:
             session(job, group)
-    except MoesimError as error:
-        _leave(given, beat, error, type(error).__name__)
-        return error.exit_code
-    except Exception as error:
-        _leave(given, beat, CheckFailed(first_line(error)), OUT_OF_MEMORY if out_of_memory(error) else "RuntimeError")
-        traceback.print_exc()
-        return 1
-    finally:
-        beat.stop()
-    return 0
 
-
-def _leave(given: argparse.Namespace, beat: Beat, error: MoesimError, kind: str) -> None:
-    """Leave word of why this rank ends; `waiting` tells a rank that failed from one that others left alone."""
-    word = {
-        "kind": kind,
-        "what": error.what,
-        "where": error.where,
-        "mend": error.mend,
-        "label": beat.label,
-        "waiting": beat.waiting,
-    }
-    write_text(given.folder / f"rank{given.rank}.error", json.dumps(word))
+    return serve("validate hardware", arguments, work)
 
 
 if __name__ == "__main__":

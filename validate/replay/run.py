@@ -22,9 +22,9 @@ from validate.goals import at_most, pairs_in_order
 from validate.hardware.costs import Floats
 from validate.hardware.group import Beat, need_torch
 from validate.hardware.job import Job
+from validate.hardware.process import first_line, out_of_memory
 from validate.hardware.record import hardware, versions
 from validate.hardware.rig import Copies, device_of, generator
-from validate.hardware.worker import first_line, out_of_memory
 from validate.replay import profile as replay_profile
 from validate.replay import ranks as replay_ranks
 from validate.replay.profile import LOCAL, layer_s

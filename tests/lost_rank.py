@@ -1,10 +1,12 @@
-"""A rank of `validate hardware` that comes to harm at a given phase, in place of `python -m validate.hardware.worker`.
+"""A rank of a command that comes to harm at a given phase, in place of the command's own `python -m MODULE`.
 
-Its first two arguments say what happens to rank 1, and at the first label with which word; the others are the rank's.
+Its first arguments are that module, what happens to rank 1, and at the first label with which word; the others are the
+rank's.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -51,9 +53,9 @@ HARM: dict[str, Callable[[], None]] = {
 
 
 def main() -> int:
-    from validate.hardware import group, worker
+    from validate.hardware import group
 
-    what, phase, *rest = sys.argv[1:]
+    module, what, phase, *rest = sys.argv[1:]
     if rest[rest.index("--rank") + 1] == "1":
         at = group.Beat.at
 
@@ -63,7 +65,7 @@ def main() -> int:
                 HARM[what]()
 
         group.Beat.at = harmed  # type: ignore[method-assign,assignment]
-    return worker.main(rest)
+    return int(importlib.import_module(module).main(rest))
 
 
 if __name__ == "__main__":
