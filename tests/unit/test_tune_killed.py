@@ -153,8 +153,9 @@ def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[
         ended = now if np.isfinite(now) and now > ended else ended
         time.sleep(0.005)
     undisturbed.communicate()
-    # Short of its end, as the next one may take less.
-    moments = np.sort(np.random.default_rng(7).uniform(0.0, 0.9 * (ended - begun), KILLS))
+    # One in each of equal parts, short of its end, as the next one may take less.
+    shares = (np.arange(KILLS) + np.random.default_rng(7).uniform(size=KILLS)) / KILLS
+    moments = 0.8 * (ended - begun) * shares
     phases: Counter[str] = Counter()
     for index, moment in enumerate(moments):
         out = tmp_path / f"killed{index}"
