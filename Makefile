@@ -9,6 +9,8 @@ export OMP_NUM_THREADS = 1
 export NUMBA_NUM_THREADS = 1
 export POLARS_MAX_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The tests start hundreds of processes: a module is compiled once, not by each of them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types imports tests bench accuracy accuracy-check accuracy-page clean clean-kernels
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from moesim.cli import run
 
 DEMO = Path(__file__).resolve().parent.parent / "notebooks" / "scenarios" / "demo.yaml"
 
@@ -36,3 +41,11 @@ def write(folder: Path, data: dict[str, Any], name: str = "scenario.yaml") -> Pa
     path = folder / name
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+def printed(arguments: list[str]) -> dict[str, Any]:
+    """The JSON that a command prints, for fixtures of a module, which have no capsys."""
+    with redirect_stdout(StringIO()) as out:
+        assert run(arguments) == 0
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.spec.plan import PlacementRequest, max_over_mean, mean_over_max
 from placement.problem import solve
+from placement.solvers import affinity
 from placement.solvers.packing import pack_apart, replica_counts, row_max_over_mean, swap_down
 from placement.solvers.search import search_layers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_annealing() -> Iterator[None]:
+    """What holds of every placement holds after few swaps, too; how good many make it: tests/oracle/test_copies.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(affinity, "SWAPS", 2_000)
+        yield
 
 
 @st.composite

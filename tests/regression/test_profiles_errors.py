@@ -31,7 +31,8 @@ RECORDED = {
 MARGIN = 1.2
 
 
-@pytest.fixture(scope="module")
+# Of the session: workers that take tests from each other leave a module and come back to it.
+@pytest.fixture(scope="session")
 def errors() -> dict[str, dict[str, float]]:
     profile = open_profile("default", "h200_sxm")
     return errors_of({name: profile.table(name) for name in FAMILIES}, {})

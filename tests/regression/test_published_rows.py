@@ -36,12 +36,12 @@ def trained(row: PublishedRow) -> TrainingSpec:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rows() -> Manifest:
     return read_manifest(bundled_manifest())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def found(rows: Manifest) -> list[Predicted]:
     return predict_rows(rows.rows, draws=20)
 

@@ -203,7 +203,8 @@ TRACE = Path(__file__).parents[1] / "data" / "router_trace.parquet"
 
 
 def test_place_tells_copies_between_nodes_where_there_are_tokens_and_nodes(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["place", "--loads", str(TRACE), "--gpus", "8", "--slots", "64", "--solver", "affinity"]
+    plain = ["place", "--loads", str(TRACE), "--gpus", "8", "--slots", "64"]
+    arguments = [*plain, "--solver", "affinity"]
     assert cli.run([*arguments, "--nodes", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     told = report["cross_node"]
@@ -213,7 +214,7 @@ def test_place_tells_copies_between_nodes_where_there_are_tokens_and_nodes(capsy
     assert "cross between 2 nodes" in report["verdict"]["text"]
     assert cli.run([*arguments, "--nodes", "2"]) == 0
     assert "fewer than greedy" in " ".join(capsys.readouterr().out.split())
-    assert cli.run([*arguments, "--json"]) == 0
+    assert cli.run([*plain, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cross_node"] is None
 
 

@@ -50,15 +50,18 @@ def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scenario(tmp_path: Path, one_size: None) -> Path:
+def scenario(repo: Path, tmp_path: Path, one_size: None) -> Path:
+    """DeepSeek-V3 with five of its 58 MoE layers: what is priced does not depend on how many there are."""
+    bundled = json.loads((repo / "moesim/spec/models/deepseek-ai--DeepSeek-V3.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(bundled["config"] | {"num_hidden_layers": 8}))
     rng = np.random.default_rng(0)
-    shared = rng.lognormal(0.0, 0.5, (58, 256))
+    shared = rng.lognormal(0.0, 0.5, (5, 256))
     for name in ("d", "e"):
-        counts = np.zeros((61, 256))
-        counts[3:] = 1e4 * shared * rng.lognormal(0.0, 0.2, (58, 256))
+        counts = np.zeros((8, 256))
+        counts[3:] = 1e4 * shared * rng.lognormal(0.0, 0.2, (5, 256))
         (tmp_path / f"{name}.json").write_text(json.dumps({"logical_count": counts.round().tolist()}))
     data = {
-        "model": "deepseek-ai/DeepSeek-V3",
+        "model": str(tmp_path / "config.json"),
         "cluster": {"system": "h200_sxm", "nodes": 4, "gpus_per_node": 8},
         "routing": {"loads": [{"file": f"{name}.json", "phase": "decode"} for name in ("d", "e")]},
         "parallel": {"attention_dp": 32, "ep": 32},

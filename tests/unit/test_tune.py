@@ -19,7 +19,7 @@ from moesim.spec.scenario import load_scenario
 from placement.plans import baseline_plan
 from placement.space import enumerate_space
 from placement.tuner import BATCH
-from tests.scenarios import small, write
+from tests.scenarios import printed, small, write
 
 TRIALS = 14
 
@@ -41,8 +41,16 @@ def tried(result: dict[str, Any]) -> list[str]:
     return [trial["label"] for trial in result["trial_list"]]
 
 
-def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = tuned(scenario(tmp_path), tmp_path / "run", capsys)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What one undisturbed search finds, and its run folder; neither is to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    path = scenario(tmp_path_factory.mktemp("scenario"))
+    return printed(["tune", str(path), "--trials", str(TRIALS), "--out", str(out), "--json"]), out
+
+
+def test_the_run_has_the_contracts_keys_and_files(whole: tuple[dict[str, Any], Path]) -> None:
+    result, out = whole
     for key in ("best", "baseline", "gain", "verdict", "pareto", "trials", "space", "infeasible", "run"):
         assert key in result
     assert result["trials"] == TRIALS == len(set(tried(result)))
@@ -50,11 +58,11 @@ def test_the_run_has_the_contracts_keys_and_files(tmp_path: Path, capsys: pytest
     assert {one["claim"] for one in result["validation"]} >= {"serving_time", "exchange_time"}
     assert result["validation_text"].startswith("Not validated on hardware: serving time")
     assert result["best"]["meets_slo"]
-    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"plan.yaml", "placement.json", "report.html", "timeline.json.gz", "result.json"} <= files
     assert any(name.startswith("sglang/") for name in files)
     assert any(name.startswith("trtllm/") for name in files)
-    plan = yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())
+    plan = yaml.safe_load((out / "plan.yaml").read_text())
     assert plan["verdict"] == result["verdict"]
     front = [
         (plan["metrics"]["output_tokens_per_s_per_gpu"], plan["metrics"]["tpot_s.p50"]) for plan in result["pareto"]
@@ -69,29 +77,31 @@ def test_a_person_gets_a_table_and_a_sentence(tmp_path: Path, capsys: pytest.Cap
         assert wanted in printed
 
 
-def test_the_plan_exports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tuned(scenario(tmp_path), tmp_path / "run", capsys)
-    assert run(["export", str(tmp_path / "run" / "plan.yaml"), "--engine", "sglang", "--out", str(tmp_path / "x")]) == 0
-    capsys.readouterr()
+def test_the_plan_exports_again(tmp_path: Path, whole: tuple[dict[str, Any], Path]) -> None:
+    _, out = whole
+    assert run(["export", str(out / "plan.yaml"), "--engine", "sglang", "--out", str(tmp_path / "x")]) == 0
     again = json.loads(next((tmp_path / "x").glob("*.json")).read_text())
-    first = json.loads(next((tmp_path / "run" / "sglang").glob("*.json")).read_text())
+    first = json.loads(next((out / "sglang").glob("*.json")).read_text())
     assert again == first
 
 
-def test_two_workers_try_the_same_plans_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = scenario(tmp_path)
-    one = tuned(path, tmp_path / "one", capsys)
-    two = tuned(path, tmp_path / "two", capsys, "--workers", "2")
+def test_two_workers_try_the_same_plans_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple[dict[str, Any], Path]
+) -> None:
+    one, _ = whole
+    two = tuned(scenario(tmp_path), tmp_path / "two", capsys, "--workers", "2")
     assert tried(one) == tried(two)
     assert [trial["metrics"] for trial in one["trial_list"]] == [trial["metrics"] for trial in two["trial_list"]]
     assert one["gain"] == two["gain"]
 
 
 @pytest.mark.parametrize("stored", [1, 5, BATCH + 1])
-def test_kill_and_resume_lose_nothing(stored: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kill_and_resume_lose_nothing(
+    stored: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple[dict[str, Any], Path]
+) -> None:
     """Killed as soon as so many trials are stored, between batches or within one: the same trials as without."""
     path, out = scenario(tmp_path), tmp_path / "killed"
-    whole = tuned(path, tmp_path / "whole", capsys)
+    undisturbed, _ = whole
     killing = (
         "import os, signal, sys, optuna\n"
         "add, kept = optuna.Study.add_trial, []\n"
@@ -107,8 +117,8 @@ def test_kill_and_resume_lose_nothing(stored: int, tmp_path: Path, capsys: pytes
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     resumed = tuned(path, out, capsys, "--resume")
     assert resumed["run"]["resumed_trials"] == stored
-    assert tried(resumed) == tried(whole)
-    assert resumed["best"]["label"] == whole["best"]["label"]
+    assert tried(resumed) == tried(undisturbed)
+    assert resumed["best"]["label"] == undisturbed["best"]["label"]
 
 
 def test_a_second_run_in_the_same_folder_needs_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

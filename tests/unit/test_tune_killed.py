@@ -23,10 +23,10 @@ import pytest
 from moesim.cli import run
 from placement import tuner
 from placement.journal import journal_storage
-from tests.scenarios import small, write
+from tests.scenarios import printed, small, write
 
 # Twenty in the whole check, which takes two minutes.
-TRIALS, KILLS = 14, 20 if os.environ.get("MOESIM_WHOLE") else 8
+TRIALS, KILLS = 14, 20 if os.environ.get("MOESIM_WHOLE") else 6
 # The command as a child that says when its imports are done; it takes first looks even at few trials.
 CHILD = """
 import sys
@@ -88,6 +88,15 @@ def tuned(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str)
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a search finds that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "FIRST_LOOK_ABOVE", 4)
+        return printed(arguments(scenario(folder), folder / "run"))
+
+
 def child(marker: Path, asked: list[str], extra: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start the command in a process of its own and wait for its imports."""
     marker.unlink(missing_ok=True)
@@ -133,11 +142,10 @@ def phase(out: Path, kept: int) -> str:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: dict[str, Any]) -> None:
     path, marker = scenario(tmp_path), tmp_path / "imported"
     before, own = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time()
-    whole = tuned(path, tmp_path / "whole", capsys)
-    # The longest a child lived: the moments are spread over all of it.
+    # How long a child lives: the moments are spread over it.
     undisturbed = child(marker, arguments(path, tmp_path / "undisturbed"))
     begun = ended = cpu_s(undisturbed)
     while undisturbed.poll() is None:
@@ -145,7 +153,9 @@ def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[
         ended = now if np.isfinite(now) and now > ended else ended
         time.sleep(0.005)
     undisturbed.communicate()
-    moments = np.sort(np.random.default_rng(7).uniform(0.0, ended - begun, KILLS))
+    # One in each of equal parts, short of its end, as the next one may take less.
+    shares = (np.arange(KILLS) + np.random.default_rng(7).uniform(size=KILLS)) / KILLS
+    moments = 0.8 * (ended - begun) * shares
     phases: Counter[str] = Counter()
     for index, moment in enumerate(moments):
         out = tmp_path / f"killed{index}"
@@ -176,18 +186,19 @@ def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(phases) >= 3
 
 
-def test_ctrl_c_ends_with_the_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_with_the_best_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: dict[str, Any]
+) -> None:
     path, out = scenario(tmp_path), tmp_path / "run"
-    whole = tuned(path, tmp_path / "whole", capsys)
     victim = child(tmp_path / "imported", arguments(path, out), SLOW)
     while len(stored(out)) < 3 and victim.poll() is None:
         time.sleep(0.05)
     victim.send_signal(signal.SIGINT)
-    printed, line = victim.communicate(timeout=60)
+    said, line = victim.communicate(timeout=60)
     assert victim.returncode == 130
     assert line.count("\n") == 1
     assert "--resume" in line
-    told = json.loads(printed)
+    told = json.loads(said)
     assert told["interrupted"]
     assert 3 <= told["trials"] < TRIALS
     assert json.loads((out / "result.json").read_text())["best"] == told["best"]
@@ -208,23 +219,24 @@ def test_ctrl_c_before_anything_is_found(tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     victim.send_signal(signal.SIGINT)
-    printed, line = victim.communicate(timeout=60)
-    assert (victim.returncode, printed) == (130, "")
+    said, line = victim.communicate(timeout=60)
+    assert (victim.returncode, said) == (130, "")
     assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize("most_bytes", [1500, 6000, 12_000])
-def test_a_full_disk_loses_nothing(most_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_loses_nothing(
+    most_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: dict[str, Any]
+) -> None:
     """No file may grow beyond so many bytes: the journal breaks off in the middle of a line."""
     path, out = scenario(tmp_path), tmp_path / "run"
-    whole = tuned(path, tmp_path / "whole", capsys)
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, resource.RLIM_INFINITY))"
     victim = child(tmp_path / "imported", arguments(path, out), limit)
-    printed, line = victim.communicate(timeout=60)
+    said, line = victim.communicate(timeout=60)
     assert victim.returncode == 1, line
     assert line.count("\n") == 1
     assert "--resume" in line
-    assert printed == ""
+    assert said == ""
     assert (out / "study.journal").stat().st_size == most_bytes
     kept = stored(out)
     resumed = tuned(path, out, capsys, "--resume")
@@ -232,9 +244,8 @@ def test_a_full_disk_loses_nothing(most_bytes: int, tmp_path: Path, capsys: pyte
     same(resumed, whole)
 
 
-def test_a_killed_worker_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_worker_is_replaced(tmp_path: Path, whole: dict[str, Any]) -> None:
     path, out = scenario(tmp_path), tmp_path / "run"
-    whole = tuned(path, tmp_path / "whole", capsys)
     # Spawned workers import the main module anew: a script, whose top level they run, too.
     script = tmp_path / "dying.py"
     guarded = CHILD.replace("Path(sys.argv[1])", "if __name__ == '__main__':\n    Path(sys.argv[1])")

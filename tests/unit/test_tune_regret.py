@@ -195,7 +195,7 @@ def test_every_other_sampler_searches(sampler: str, tmp_path: Path) -> None:
         pytest.importorskip("torch")
     problem = problem_of(FOLDER / "deepseek_v3.yaml")
     table = read_table(FOLDER / "deepseek_v3.parquet", problem.space)
-    one, again = (scores(problem, table, sampler, 40 if sampler == "gp" else 72, [1]) for _ in range(2))
+    one, again = (scores(problem, table, sampler, 24 if sampler == "gp" else 72, [1]) for _ in range(2))
     assert one == again
     assert one[0].regret < 0.1
 

@@ -18,7 +18,7 @@ from moesim.cli import run
 from placement.claims import Claims, FileLocks, Locks, NoLocks, PostgresLocks, hidden
 from placement.journal import journal_storage
 from tests.postgres_server import postgres_url
-from tests.scenarios import small, write
+from tests.scenarios import printed, small, write
 
 TRIALS = 22
 # The command with slower trials, each noted in a file of its process.
@@ -71,11 +71,11 @@ def same(result: dict[str, Any], whole: dict[str, Any]) -> None:
         assert result[key] == whole[key]
 
 
-def alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    asked = ["--trials", str(TRIALS), "--out", str(tmp_path / "alone"), "--json"]
-    assert run(["tune", str(scenario(tmp_path)), *asked]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    return printed(["tune", str(scenario(folder)), "--trials", str(TRIALS), "--out", str(folder / "run"), "--json"])
 
 
 def where(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[list[str], list[str], Any]:
@@ -102,10 +102,9 @@ def numbers(storage: Any) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgres", "folder", "sqlite"])
 def test_two_processes_share_one_study(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest, whole: dict[str, Any]
 ) -> None:
     first, second, storage = where(kind, tmp_path, request)
-    whole = alone(tmp_path, capsys)
     path, notes = scenario(tmp_path), [tmp_path / "noted1", tmp_path / "noted2"]
     both = [start(path, note, *asked) for note, asked in zip(notes, (first, second), strict=True)]
     for process in both:
@@ -120,10 +119,9 @@ def test_two_processes_share_one_study(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgres", "folder"])
 def test_what_a_killed_process_had_claimed_is_done_by_the_other(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, whole: dict[str, Any]
 ) -> None:
     first, second, storage = where(kind, tmp_path, request)
-    whole = alone(tmp_path, capsys)
     path, notes = scenario(tmp_path), [tmp_path / "noted1", tmp_path / "noted2"]
     victim, other = (start(path, note, *asked) for note, asked in zip(notes, (first, second), strict=True))
     until = time.monotonic() + 60

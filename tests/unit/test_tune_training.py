@@ -81,13 +81,13 @@ def test_a_small_space_is_evaluated_whole_and_its_best_is_the_best(
 
 
 def test_two_workers_and_a_resume_find_the_same_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What two workers have tried when the search is cut, and what one goes on with, is what one tries alone."""
     path = write(tmp_path, training())
     one = tuned(path, tmp_path / "one", capsys, 34)
-    two = tuned(path, tmp_path / "two", capsys, 34, "--workers", "2")
-    tuned(path, tmp_path / "cut", capsys, 27)
+    two = tuned(path, tmp_path / "cut", capsys, 27, "--workers", "2")
     cut = tuned(path, tmp_path / "cut", capsys, 34, "--resume")
     assert cut["run"]["resumed_trials"] == 27
-    assert one["trial_list"] == two["trial_list"]
+    assert one["trial_list"][:27] == two["trial_list"]
     assert one["trial_list"] == cut["trial_list"]
     assert len({trial["label"] for trial in cut["trial_list"]}) == 34
 
@@ -139,11 +139,13 @@ def test_drops_against_step_time_is_the_front_of_a_capped_scenario(
 
 @pytest.mark.parametrize("metric", ["mfu", "memory_headroom_bytes"])
 def test_other_objectives(tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str) -> None:
-    path = write(tmp_path, training(search=NARROW, objective={"maximize": metric}))
+    search = {**NARROW, "schedules": ["sequential"], "backends": ["alltoall"]}
+    path = write(tmp_path, training(search=search, objective={"maximize": metric}))
     result = tuned(path, tmp_path / "run", capsys, 1000)
     every = [trial["metrics"][metric] for trial in result["trial_list"]]
     assert result["gain"]["metric"] == metric
     assert result["best"]["metrics"][metric] == max(every)
+    assert len(set(every)) > 2
 
 
 def test_an_impossible_limit_names_the_nearest_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
