@@ -28,7 +28,7 @@ def requests(draw: st.DrawFn) -> PlacementRequest:
     seconds = st.sampled_from([0.0, 1e-8, 1e-6, 1e-5])
     cost = LayerCost(
         tokens_per_rank=draw(st.sampled_from([1.0, 8.0, 64.0])),
-        top_k=draw(st.integers(1, 4)),
+        top_k=draw(st.integers(1, min(4, experts))),  # a model that wants more experts than it has is refused
         nodes=nodes,
         expert_s=draw(seconds),
         token_s=draw(st.sampled_from([1e-8, 1e-7])),
