@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks
 from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.kernel import kernel
 from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_rank, interpolated, sizes_of, trilinear
 from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.engine.steptable import StepTable
@@ -87,7 +87,7 @@ def _grid(table: StepTable) -> Grid:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@kernel
 def _place(prompts: Prompts, seqs: int, tokens: int, prefix: float) -> int:
     """Where a key stands, or the free place that it would take."""
     size = len(prompts.seqs)
@@ -99,7 +99,7 @@ def _place(prompts: Prompts, seqs: int, tokens: int, prefix: float) -> int:
     return at
 
 
-@njit(cache=True)
+@kernel
 def step_s(
     plan: Plan, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
     counters: Ints, clock: Floats,
@@ -140,7 +140,7 @@ def step_s(
     return DONE, trilinear(grid.tokens, grid.hot, grid.attention_s, grid.seconds, mean, most / mean, longest)
 
 
-@njit(cache=True)
+@kernel
 def _queue(
     requests: Requests, group: Ranks, mine: Ints, sent: int, admitted_s: Floats, until_s: float, counters: Ints,
     shortest: bool,
@@ -159,7 +159,7 @@ def _queue(
         counters[NEXT] += 1
 
 
-@njit(cache=True)
+@kernel
 def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
@@ -229,7 +229,7 @@ def _advance(
     return DONE
 
 
-@njit(cache=True)
+@kernel
 def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> None:
     """When each request is let in, by a process that waits from one to the next, and when that was scheduled."""
     now = since = 0.0
