@@ -230,7 +230,7 @@ def _advance(
 
 
 @kernel
-def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> None:
+def admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> None:
     """When each request is let in, by a process that waits from one to the next, and when that was scheduled."""
     now = since = 0.0
     for request in range(len(arrival_s)):
@@ -300,7 +300,7 @@ class Instances(StepTables):
         self.requests, self.limits, self.ranks, self.instances = requests, limits, ranks, instances
         self.concurrency, self.shortest = concurrency, shortest
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
-        _admission(arrival_s, self.admitted_s, self.scheduled_s)
+        admission(arrival_s, self.admitted_s, self.scheduled_s)
         self.front_end_s = front_end_s
         if front_end_s > 0.0 and not concurrency:  # a process of its own brings each request to the queue
             self.scheduled_s = self.admitted_s
