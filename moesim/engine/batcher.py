@@ -42,6 +42,7 @@ __all__ = [
     "Ranks",
     "Requests",
     "arrive",
+    "count_gap",
     "finish_step",
     "new_plan",
     "new_ranks",
@@ -254,7 +255,7 @@ def accepted_tokens(limits: Limits, request: int, generated: int) -> int:
 
 
 @kernel
-def _count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int) -> int:
+def count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int) -> int:
     """Count inter-token latencies, runs of equal ones together; place 0 counts tokens of the same step."""
     if gap_s == 0.0:
         gaps_n[0] += count
@@ -303,7 +304,7 @@ def finish_step(
             if limits.draft_tokens > 0:
                 made += accepted_tokens(limits, request, requests.generated[request])
                 made = min(made, requests.osl[request] - requests.generated[request])
-            used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
+            used = count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
             gaps_n[0] += made - 1
             requests.last_token_s[request] = now_s
             requests.generated[request] += made
@@ -330,7 +331,7 @@ def finish_step(
             if requests.generated[request] == 0:
                 requests.first_token_s[request] = now_s
             else:
-                used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
+                used = count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
             requests.last_token_s[request] = now_s
             requests.generated[request] += 1
             ranks.tokens_in[rank] += 1

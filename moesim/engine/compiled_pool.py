@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks
 from moesim.engine.batcher import arrive, finish_step, plan_step
-from moesim.engine.compiled import (
+from moesim.engine.compiled import FIRST_STEPS
+from moesim.engine.compiled_steps import (
     DONE,
-    FIRST_STEPS,
     GAPS_FULL,
     LOG_FULL,
     Grid,

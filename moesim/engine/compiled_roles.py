@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.compiled import DONE, GAPS_FULL, admission
+from moesim.engine.compiled import admission
 from moesim.engine.compiled_pool import PoolState, RolePart, Timing, begin_all, earliest, end_step, put, turn, wake
+from moesim.engine.compiled_steps import DONE, GAPS_FULL
 from moesim.engine.compiled_transfers import UNDER_WAY, Links, pop, push
 from moesim.engine.kernel import kernel
 

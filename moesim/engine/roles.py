@@ -14,7 +14,7 @@ from moesim.engine.batch_state import Limits, Requests, new_requests
 from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, record, served_of
 
 if TYPE_CHECKING:
-    from moesim.engine.compiled import StepTables
+    from moesim.engine.compiled_steps import StepTables
 
 Floats = NDArray[np.float64]
 
@@ -152,9 +152,9 @@ def _with_caches(load: Load) -> Requests:
 
 
 def _compiled(load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer) -> Served:
-    from moesim.engine.compiled import StepTables
     from moesim.engine.compiled_pool import RolePart, pool_state
     from moesim.engine.compiled_roles import closed_arrivals, open_arrivals, run
+    from moesim.engine.compiled_steps import StepTables
     from moesim.engine.compiled_transfers import Links
 
     count = len(load.isl)
