@@ -6,6 +6,7 @@ a pool cannot run is found out once, not for every pool of the other role beside
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -208,6 +209,18 @@ class PoolChecks:
             self._known[key] = self._checked(name, pool, applied())
         return self._known[key]
 
+    def short(self, name: str, pool: Pool, options: Options, applied: Callable[[], Scenario]) -> float:
+        """What share of a GPU's memory the pool lacks: 0 where it can run, infinity where it is not memory it lacks."""
+        if self.why_not(name, pool, options, applied) is None:
+            return 0.0
+        try:
+            self.check(name, applied())
+        except Infeasible as error:
+            return math.inf if error.over is None else error.over
+        except BadInput:
+            pass
+        return math.inf
+
     def _checked(self, name: str, pool: Pool, scenario: Scenario) -> str | None:
         try:
             ground, part = self.check(name, scenario)
@@ -244,30 +257,58 @@ def pool_pairs(
 
     Where the search has further axes, pools that another value may help stay, to be checked with each.
     """
-    own = own_pools(scenario)
     found: dict[tuple[Pool, Pool], None] = {}
     reasons: Counter[str] = Counter()
+    for schedule, sides in _sides(ground, scenario):
+        barred = [
+            [(pool, _barred(checks, name, pool, options, scenario)) for pool in pools]
+            for name, pools in zip(ROLES, sides, strict=True)
+        ]
+        for prefill, first in barred[0]:
+            for decode, second in barred[1]:
+                if not _overlaps(schedule, prefill, decode):
+                    continue
+                reason = first or second
+                if reason is not None:
+                    reasons[reason] += 1
+                else:
+                    found[prefill, decode] = None
+    return list(found), reasons
+
+
+def nearest_pools(
+    ground: Groundwork, scenario: Scenario, checks: PoolChecks, options: Options
+) -> tuple[float, tuple[Pool, Pool] | None]:
+    """The pair that lacks least memory, and what share of a GPU's its worse pool lacks; None where it is not memory."""
+    best: tuple[float, tuple[Pool, Pool] | None] = (math.inf, None)
+    for schedule, sides in _sides(ground, scenario):
+        short = [
+            [(pool, checks.short(name, pool, options, _as_both(scenario, pool))) for pool in pools]
+            for name, pools in zip(ROLES, sides, strict=True)
+        ]
+        for prefill, first in short[0]:
+            for decode, second in short[1]:
+                if _overlaps(schedule, prefill, decode) and 0.0 < max(first, second) < best[0]:
+                    best = (max(first, second), (prefill, decode))
+    return best
+
+
+def _sides(ground: Groundwork, scenario: Scenario) -> Iterator[tuple[str | None, list[list[Pool]]]]:
+    """The pools of both roles for every schedule and split."""
+    own = own_pools(scenario)
     for schedule in scenario.search.schedules or (None,):
         for totals in _totals(ground.cluster, scenario, own):
-            sides = []
-            for place, (name, gpus) in enumerate(zip(ROLES, totals, strict=True)):
-                mine = None if own is None else own[place]
-                sides.append(
-                    [
-                        (pool, _barred(checks, name, pool, options, scenario))
-                        for pool in _candidates(ground, scenario, name, gpus, mine, schedule)
-                    ]
-                )
-            for prefill, first in sides[0]:
-                for decode, second in sides[1]:
-                    if schedule == "two_batch" and prefill.schedule == decode.schedule == "sequential":
-                        continue  # neither can overlap: it is the sequential plan again
-                    reason = first or second
-                    if reason is not None:
-                        reasons[reason] += 1
-                    else:
-                        found[prefill, decode] = None
-    return list(found), reasons
+            mine = (None, None) if own is None else own
+            asked = zip(ROLES, totals, mine, strict=True)
+            yield (
+                schedule,
+                [list(_candidates(ground, scenario, name, gpus, one, schedule)) for name, gpus, one in asked],
+            )
+
+
+def _overlaps(schedule: str | None, prefill: Pool, decode: Pool) -> bool:
+    """Whether a pair is one of this schedule; where neither can overlap, it is the sequential pair again."""
+    return schedule != "two_batch" or not prefill.schedule == decode.schedule == "sequential"
 
 
 def _totals(cluster: ClusterSpec, scenario: Scenario, own: tuple[Pool, Pool] | None) -> list[tuple[int, int]]:
@@ -278,10 +319,15 @@ def _totals(cluster: ClusterSpec, scenario: Scenario, own: tuple[Pool, Pool] | N
 
 
 def _barred(checks: PoolChecks, name: str, pool: Pool, options: Options, scenario: Scenario) -> str | None:
-    reason = checks.why_not(name, pool, options, lambda: with_pools(scenario, pool, pool))
+    reason = checks.why_not(name, pool, options, _as_both(scenario, pool))
     if reason is not None and options and reason.removeprefix(f"{name}_") in _UNDONE:
         return None
     return reason
+
+
+def _as_both(scenario: Scenario, pool: Pool) -> Callable[[], Scenario]:
+    """The scenario with the pool in either role, when it is asked for."""
+    return lambda: with_pools(scenario, pool, pool)
 
 
 def _candidates(

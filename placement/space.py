@@ -24,8 +24,8 @@ from moesim.spec.scenario import Scenario
 from placement.axes import Axis, axes_of
 from placement.layouts import layouts
 from placement.near import Grid
-from placement.plans import Plan, baseline_plan, own_plan, own_without_roles, plain_base, pooled, told
-from placement.pools import PoolChecks, pool_pairs, searches_roles
+from placement.plans import Plan, baseline_plan, own_options, own_plan, own_without_roles, plain_base, pooled, told
+from placement.pools import PoolChecks, nearest_pools, pool_pairs, searches_roles
 
 # Plans of a grid that are all checked (50 microseconds each); of more, a sample of SAMPLED tells how many are legal.
 ENUMERATED = 40_000
@@ -289,4 +289,9 @@ def _nearest(space: Space, ground: Groundwork, scenario: Scenario) -> str:
                 over, label = error.over, plan.label()
         except BadInput:
             continue
+    if searches_roles(scenario):
+        options = own_options(scenario)
+        short, pair = nearest_pools(ground, scenario, PoolChecks(ground), options)
+        if pair is not None and short < over:
+            over, label = short, pooled(*pair, options).label()
     return f"; nearest: {label}, {over:.0%} of a GPU's memory short" if label else ""

@@ -28,6 +28,8 @@ Floats = NDArray[np.float64]
 # Rows of a tile of the grouped products: DeepGEMM's masked and contiguous kernels work on blocks of 64 or 128 rows
 # (deepseek-ai/DeepGEMM, get_best_configs); Triton's fused MoE takes 16 to 128 by its tuned config.
 TILE = {"deepep_low_latency": 64.0, "deepep_normal": 128.0, "fused": 16.0}
+# Rows that `histogram_seconds` remembers, one for each remainder by this.
+KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,11 @@ def _seconds(touched: float, pairs: float, padded: float, rows: float, c: Floats
 def histogram_seconds(tokens: Floats, c: Floats, out: Floats) -> None:
     """M of each row of tokens [rows, slots]; a mean below one token touches its expert that share of the time.
 
-    Four rows go side by side: a sum waits for the addition before it, not for those of other rows.
+    Four rows go side by side: a sum waits for the addition before it, not for those of other rows. Most rows have the
+    sums of another one, whose powers are then not raised again.
     """
     rows, slots = tokens.shape
+    sums = np.empty((rows, 3))  # touched experts, pairs, padded pairs
     whole = rows - rows % 4
     for i in range(0, whole, 4):
         touched0 = touched1 = touched2 = touched3 = 0.0
@@ -171,10 +175,10 @@ def histogram_seconds(tokens: Floats, c: Floats, out: Floats) -> None:
             pairs0, pairs1, pairs2, pairs3 = pairs0 + h0, pairs1 + h1, pairs2 + h2, pairs3 + h3
             padded0, padded1 = padded0 + _padded(h0, share0, c[5]), padded1 + _padded(h1, share1, c[5])
             padded2, padded3 = padded2 + _padded(h2, share2, c[5]), padded3 + _padded(h3, share3, c[5])
-        out[i] = _seconds(touched0, pairs0, padded0, pairs0 * c[8], c)
-        out[i + 1] = _seconds(touched1, pairs1, padded1, pairs1 * c[8], c)
-        out[i + 2] = _seconds(touched2, pairs2, padded2, pairs2 * c[8], c)
-        out[i + 3] = _seconds(touched3, pairs3, padded3, pairs3 * c[8], c)
+        sums[i, 0], sums[i, 1], sums[i, 2] = touched0, pairs0, padded0
+        sums[i + 1, 0], sums[i + 1, 1], sums[i + 1, 2] = touched1, pairs1, padded1
+        sums[i + 2, 0], sums[i + 2, 1], sums[i + 2, 2] = touched2, pairs2, padded2
+        sums[i + 3, 0], sums[i + 3, 1], sums[i + 3, 2] = touched3, pairs3, padded3
     for i in range(whole, rows):
         touched = pairs = padded = 0.0
         for j in range(slots):
@@ -182,7 +186,17 @@ def histogram_seconds(tokens: Floats, c: Floats, out: Floats) -> None:
             touched += share
             pairs += tokens[i, j]
             padded += _padded(tokens[i, j], share, c[5])
+        sums[i, 0], sums[i, 1], sums[i, 2] = touched, pairs, padded
+    last = np.full(KEPT, -1, np.int64)  # the last row of each remainder: of like sums, both have the same
+    for i in range(rows):
+        touched, pairs, padded = sums[i, 0], sums[i, 1], sums[i, 2]
+        place = int(touched * 1009.0 + pairs * 97.0 + padded * 13.0) & (KEPT - 1)
+        row = last[place]
+        if row >= 0 and sums[row, 0] == touched and sums[row, 1] == pairs and sums[row, 2] == padded:
+            out[i] = out[row]
+            continue
         out[i] = _seconds(touched, pairs, padded, pairs * c[8], c)
+        last[place] = i
 
 
 @njit(cache=True)

@@ -7,7 +7,6 @@ who gives way when memory ends is the engine's rule (see memory_rules.py).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moesim.engine.batch_state import (
     NONE,
@@ -21,6 +20,7 @@ from moesim.engine.batch_state import (
     new_ranks,
     new_requests,
 )
+from moesim.engine.kernel import kernel
 from moesim.engine.kv_memory import (
     admit,
     arrive,
@@ -42,6 +42,7 @@ __all__ = [
     "Ranks",
     "Requests",
     "arrive",
+    "count_gap",
     "finish_step",
     "new_plan",
     "new_ranks",
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 
-@njit(cache=True)
+@kernel
 def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, rank: int, budget: int) -> None:
     """Give prompt tokens to the request in progress, then to waiting ones, up to the budget."""
     seqs, code = 0, limits.rule.code
@@ -99,7 +100,7 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
     plan.prefill_seqs[rank] = seqs
 
 
-@njit(cache=True)
+@kernel
 def _plan_rank(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, rank: int) -> None:
     """Who gets tokens of one rank, memory included; `decode_seqs` is left to the caller."""
     code, budget, admits = limits.rule.code, limits.max_tokens, True
@@ -120,7 +121,7 @@ def _plan_rank(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, ran
         keep_decoding(requests, ranks, limits, rank)
 
 
-@njit(cache=True)
+@kernel
 def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
     """Let every running sequence of a rank go on; returns how many."""
     plan.decode_seqs[rank] = ranks.running_seqs[rank]
@@ -133,7 +134,7 @@ def _decode_on(requests: Requests, ranks: Ranks, plan: Plan, rank: int) -> int:
     return int(plan.decode_seqs[rank])
 
 
-@njit(cache=True)
+@kernel
 def _held_back(ranks: Ranks, limits: Limits) -> bool:
     """Whether waiting prompts are held back so that all attention-DP ranks read in the same step.
 
@@ -164,7 +165,7 @@ def _held_back(ranks: Ranks, limits: Limits) -> bool:
     return True
 
 
-@njit(cache=True)
+@kernel
 def _waits(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> bool:
     """Whether the prompts of the only attention-DP rank wait for a fuller batch.
 
@@ -195,7 +196,7 @@ def _waits(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> bool:
     return False
 
 
-@njit(cache=True)
+@kernel
 def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> int:
     """Form the next step of all ranks into `plan`; returns the tokens in it (0: nothing to do)."""
     decodes = prompts = fullest = 0
@@ -220,7 +221,7 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
             decodes += _decode_on(requests, ranks, plan, rank)
             fullest = max(fullest, ranks.kv_tokens[rank])
             continue
-        # Calls between compiled functions count references of every array: ranks that only decode are spared them.
+        # Ranks that only decode are spared the call, and the new count of their context.
         if limits.rule.code != CONTEXT or ranks.head[rank] != NONE or ranks.reading[rank] != NONE:
             ranks.context[rank] = NONE
             _plan_rank(requests, ranks, limits, plan, rank)
@@ -232,7 +233,7 @@ def plan_step(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan) -> i
     return decodes * (1 + limits.draft_tokens) + prompts
 
 
-@njit(cache=True)
+@kernel
 def accepted_tokens(limits: Limits, request: int, generated: int) -> int:
     """Draft tokens accepted in a row: each with the acceptance rate, drawn from the request and its place alone.
 
@@ -253,8 +254,8 @@ def accepted_tokens(limits: Limits, request: int, generated: int) -> int:
     return found
 
 
-@njit(cache=True)
-def _count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int) -> int:
+@kernel
+def count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int) -> int:
     """Count inter-token latencies, runs of equal ones together; place 0 counts tokens of the same step."""
     if gap_s == 0.0:
         gaps_n[0] += count
@@ -267,7 +268,7 @@ def _count_gap(gaps_s: Floats, gaps_n: Ints, used: int, gap_s: float, count: int
     return used + 1
 
 
-@njit(cache=True)
+@kernel
 def _end(requests: Requests, ranks: Ranks, rank: int, request: int, now_s: float) -> None:
     requests.finish_s[request] = now_s
     ranks.requests_in[rank] -= 1
@@ -275,7 +276,7 @@ def _end(requests: Requests, ranks: Ranks, rank: int, request: int, now_s: float
     give_back(requests, ranks, rank, request)
 
 
-@njit(cache=True)
+@kernel
 def finish_step(
     requests: Requests,
     ranks: Ranks,
@@ -303,7 +304,7 @@ def finish_step(
             if limits.draft_tokens > 0:
                 made += accepted_tokens(limits, request, requests.generated[request])
                 made = min(made, requests.osl[request] - requests.generated[request])
-            used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
+            used = count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
             gaps_n[0] += made - 1
             requests.last_token_s[request] = now_s
             requests.generated[request] += made
@@ -330,7 +331,7 @@ def finish_step(
             if requests.generated[request] == 0:
                 requests.first_token_s[request] = now_s
             else:
-                used = _count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
+                used = count_gap(gaps_s, gaps_n, used, now_s - requests.last_token_s[request], 1)
             requests.last_token_s[request] = now_s
             requests.generated[request] += 1
             ranks.tokens_in[rank] += 1

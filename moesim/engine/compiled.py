@@ -8,139 +8,45 @@ against the SimPy loop: the same times to the last digit.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks
-from moesim.engine.batcher import arrive, finish_step, plan_step
-from moesim.engine.lookups import DecodeAttention, Graphs, attention_of_rank, interpolated, sizes_of, trilinear
+from moesim.engine.batcher import arrive, count_gap, finish_step, plan_step
+from moesim.engine.compiled_steps import (
+    ASKED_PREFIX,
+    ASKED_SEQS,
+    ASKED_TOKENS,
+    DONE,
+    GAPS_FULL,
+    LOG_FULL,
+    Grid,
+    Prompts,
+    StepTables,
+    Timed,
+    step_s,
+)
+from moesim.engine.kernel import kernel
+from moesim.engine.lookups import DecodeAttention, Graphs
+from moesim.engine.memory_rules import CONTEXT
 from moesim.engine.prefix_cache import new_prefix_cache
-from moesim.engine.steptable import StepTable
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Why the loop came back to Python.
-DONE, NEED_DECODE, NEED_PREFILL, NEED_PROMPT, TOO_SMALL, TOO_LARGE, LOG_FULL, GAPS_FULL = range(8)
 # Places in `counters`: the next of the instance's requests, whether a step is planned, ...
-NEXT, PLANNED, GAPS, STEPS, ENDED, PEAK_KV, ASKED_SEQS, ASKED_TOKENS, SENT = range(9)
+NEXT, PLANNED, GAPS, STEPS, ENDED, PEAK_KV = range(6)
+SENT = 8
+COUNTERS = max(SENT, ASKED_SEQS, ASKED_TOKENS) + 1
 # ... and in `clock`.
-NOW, STARTED, ASKED_PREFIX = range(3)
-# A step outside the priced grid by less than this (relative) is on its end.
-ON_THE_END = 1e-9
-FIRST_PROMPTS, FIRST_STEPS = 64, 4096
+NOW, STARTED = 0, 1
+CLOCKS = max(NOW, STARTED, ASKED_PREFIX) + 1
+FIRST_STEPS = 4096
+
+__all__ = ["FIRST_STEPS", "Instances", "StepTables", "admission"]
 
 
-class Grid(NamedTuple):
-    """A StepTable as the loop takes it; `known` is false until it is asked for, `ends` tells which ends refuse."""
-
-    known: bool
-    tokens: Floats
-    hot: Floats
-    attention_s: Floats
-    seconds: Floats
-    before_s: Floats
-    ends_below: bool
-    ends_above: bool
-
-
-class Prompts(NamedTuple):
-    """Attention seconds of prompts by (sequences, tokens, prefix of each): open addressing, sequences 0 where free."""
-
-    seqs: Ints
-    tokens: Ints
-    prefix: Floats
-    seconds: Floats
-
-
-class Timed(Protocol):
-    """What times the steps: `stepmodel.TimedModel`."""
-
-    def table(self, kind: str) -> StepTable:
-        """The timed table of a kind of step. Raises OutsideProfile."""
-        ...
-
-    def prompt_s(self, seqs: int, tokens: int, prefix: float) -> float:
-        """Attention of the prompts that a rank reads, of one layer. Raises OutsideProfile."""
-        ...
-
-    def attention(self) -> DecodeAttention:
-        """Decode attention."""
-        ...
-
-    def graphs_taken(self) -> Graphs:
-        """Captured graphs."""
-        ...
-
-
-_NOTHING = np.zeros(0)
-_UNKNOWN = Grid(False, _NOTHING, _NOTHING, _NOTHING, np.zeros((0, 0, 0)), _NOTHING, False, False)
-
-
-def _grid(table: StepTable) -> Grid:
-    return Grid(
-        True, table.tokens, table.hot, table.attention_s, table.seconds, table.before_s, table.lower is not None,
-        table.upper is not None,
-    )  # fmt: skip
-
-
-@njit(cache=True)
-def _place(prompts: Prompts, seqs: int, tokens: int, prefix: float) -> int:
-    """Where a key stands, or the free place that it would take."""
-    size = len(prompts.seqs)
-    at = (seqs * 7919 + tokens * 104729 + int(prefix * 16.0) * 1299709) % size
-    while prompts.seqs[at] != 0:
-        if prompts.seqs[at] == seqs and prompts.tokens[at] == tokens and prompts.prefix[at] == prefix:
-            return at
-        at = (at + 1) % size
-    return at
-
-
-@njit(cache=True)
-def step_s(
-    plan: Plan, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
-    counters: Ints, clock: Floats,
-) -> tuple[int, float]:  # fmt: skip
-    """Why a planned step cannot be timed yet (DONE where it can), and its seconds."""
-    ranks = len(plan.decode_seqs)
-    total, most, reading = sizes_of(plan.decode_seqs, plan.prefill_tokens)
-    grid = prefill if reading > 0 else decode
-    if not grid.known:
-        return (NEED_PREFILL if reading > 0 else NEED_DECODE), 0.0
-    mean = total / ranks
-    longest = 0.0
-    for rank in range(ranks):
-        seconds = attention_of_rank(plan.decode_seqs[rank], plan.decode_kv[rank], attention)
-        seqs = plan.prefill_seqs[rank]
-        if plan.prefill_tokens[rank] > 0:
-            prefix = plan.prefill_prefix[rank] / seqs
-            at = _place(prompts, seqs, plan.prefill_tokens[rank], prefix)
-            if prompts.seqs[at] == 0:
-                counters[ASKED_SEQS], counters[ASKED_TOKENS] = seqs, plan.prefill_tokens[rank]
-                clock[ASKED_PREFIX] = prefix
-                return NEED_PROMPT, 0.0
-            seconds += prompts.seconds[at]
-        longest = max(longest, seconds)
-    if mean < grid.tokens[0] * (1 - ON_THE_END) and grid.ends_below:
-        return TOO_SMALL, 0.0
-    if mean > grid.tokens[-1] * (1 + ON_THE_END) and grid.ends_above:
-        return TOO_LARGE, 0.0
-    if reading == 0:
-        rows = float(most)
-        place = int(np.searchsorted(graphs.sizes, most))
-        if place < len(graphs.sizes):
-            rows = float(graphs.sizes[place])
-        padding = interpolated(grid.tokens, grid.before_s, rows) - interpolated(grid.tokens, grid.before_s, mean)
-        longest = longest + max(0.0, padding)
-        if len(graphs.sizes) > 0 and most > graphs.sizes[-1]:
-            longest += graphs.eager_layer_s
-    return DONE, trilinear(grid.tokens, grid.hot, grid.attention_s, grid.seconds, mean, most / mean, longest)
-
-
-@njit(cache=True)
+@kernel
 def _queue(
     requests: Requests, group: Ranks, mine: Ints, sent: int, admitted_s: Floats, until_s: float, counters: Ints,
     shortest: bool,
@@ -159,7 +65,68 @@ def _queue(
         counters[NEXT] += 1
 
 
-@njit(cache=True)
+@kernel
+def _repeats(limits: Limits) -> bool:
+    """Whether a step that only decodes, and that nobody leaves, is followed by its like until somebody comes.
+
+    So it is where whoever could not be let in cannot be until somebody leaves: memory is kept for whole requests, and
+    no rule counts steps.
+    """
+    counts = limits.poll_steps > 1 or limits.hold_steps > 0 or limits.wait_steps > 0
+    return bool(limits.rule.code == CONTEXT and limits.draft_tokens == 0 and not counts)
+
+
+@kernel
+def _repeat(
+    requests: Requests, group: Ranks, plan: Plan, mine: Ints, admitted_s: Floats, scheduled_s: Floats, decode: Grid,
+    prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts, counters: Ints, clock: Floats,
+    gap_s: Floats, gap_n: Ints, log: Floats, room: int, known: int,
+) -> None:  # fmt: skip
+    """Repeat the decode step that has just ended, until somebody comes or may end: the batcher's part done at once.
+
+    room: places that the gaps of one step may need. known: of `mine`, those whose time to come is known.
+    """
+    next_s = scheduled = np.inf
+    if counters[NEXT] < known:
+        next_s, scheduled = admitted_s[mine[counters[NEXT]]], scheduled_s[mine[counters[NEXT]]]
+    if next_s < 2 * clock[NOW] - clock[STARTED]:
+        return  # too soon to be worth it
+    ranks, left = len(group.head), np.iinfo(np.int64).max
+    for rank in range(ranks):
+        for place in range(group.running_seqs[rank]):
+            request = group.running[rank, place]
+            left = min(left, requests.osl[request] - requests.generated[request])
+    steps, used = 0, counters[GAPS]
+    while steps + 1 < left and counters[STEPS] < len(log) and used + room <= len(gap_s):
+        if next_s < clock[NOW] or (next_s == clock[NOW] and scheduled <= clock[STARTED]):
+            break
+        for rank in range(ranks):
+            plan.decode_kv[rank] += plan.decode_seqs[rank]
+        why, seconds = step_s(plan, decode, prefill, attention, graphs, prompts, counters, clock)
+        if why != DONE:
+            break
+        row = log[counters[STEPS]]
+        row[0], row[1], row[2], row[3] = clock[NOW], seconds, plan.totals[0], plan.totals[1]
+        counters[STEPS] += 1
+        clock[STARTED] = clock[NOW]
+        clock[NOW] += seconds
+        used = count_gap(gap_s, gap_n, used, clock[NOW] - clock[STARTED], plan.totals[0])
+        steps += 1
+    counters[GAPS] = used
+    if steps == 0:
+        return
+    for rank in range(ranks):
+        made = steps * plan.decode_seqs[rank]
+        group.context[rank] += made
+        group.tokens_in[rank] += made
+        group.unpolled[rank] += steps
+        for place in range(group.running_seqs[rank]):
+            request = group.running[rank, place]
+            requests.generated[request] += steps
+            requests.last_token_s[request] = clock[NOW]
+
+
+@kernel
 def _advance(
     requests: Requests, group: Ranks, limits: Limits, plan: Plan, mine: Ints, instances: int, admitted_s: Floats,
     scheduled_s: Floats, decode: Grid, prefill: Grid, attention: DecodeAttention, graphs: Graphs, prompts: Prompts,
@@ -172,7 +139,7 @@ def _advance(
     closed loop go to the rank with the fewest, see `balance.shortest_queue`; else in turn. front_end_s: of each request
     of a closed loop, from its arrival to the queue; in an open one `admitted_s` holds it already.
     """
-    ranks = len(group.head)
+    ranks, repeats = len(group.head), _repeats(limits)
     while counters[ENDED] < len(mine):
         if counters[PLANNED] == 0 and concurrency > 0:
             sent = min(concurrency + counters[ENDED], len(mine))
@@ -219,6 +186,7 @@ def _advance(
         counters[STEPS] += 1
         clock[STARTED] = clock[NOW]
         clock[NOW] += seconds
+        waiting = counters[NEXT]
         if concurrency > 0 and counters[NEXT] < counters[SENT]:  # they come while the step runs, which ends after them
             before_s = np.nextafter(clock[NOW], -np.inf)
             _queue(requests, group, mine, counters[SENT], admitted_s, before_s, counters, shortest)
@@ -226,11 +194,17 @@ def _advance(
         counters[GAPS] = gaps
         counters[ENDED] += done
         counters[PLANNED] = 0
+        known = len(mine) if concurrency == 0 else counters[SENT]
+        if repeats and done == 0 and plan.totals[1] == 0 and counters[NEXT] == waiting:
+            _repeat(
+                requests, group, plan, mine, admitted_s, scheduled_s, decode, prefill, attention, graphs, prompts,
+                counters, clock, gap_s, gap_n, log, len(ended), known,
+            )  # fmt: skip
     return DONE
 
 
-@njit(cache=True)
-def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> None:
+@kernel
+def admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> None:
     """When each request is let in, by a process that waits from one to the next, and when that was scheduled."""
     now = since = 0.0
     for request in range(len(arrival_s)):
@@ -239,50 +213,6 @@ def _admission(arrival_s: Floats, admitted_s: Floats, scheduled_s: Floats) -> No
             now += arrival_s[request] - now
         admitted_s[request] = now
         scheduled_s[request] = since
-
-
-class StepTables:
-    """What one kind of instance has been timed for so far: two grids, and the prompts that were met."""
-
-    def __init__(self, timed: Timed) -> None:
-        self.timed = timed
-        self.tables: dict[str, StepTable] = {}
-        self.decode, self.prefill = _UNKNOWN, _UNKNOWN
-        self.prompts, self.priced = _no_prompts(FIRST_PROMPTS), 0
-
-    def answer(self, why: int, counters: Ints, clock: Floats, kind: str) -> None:
-        """Bring what a step asked for; `kind` of table it belongs to. Raises OutsideProfile."""
-        if why == NEED_PROMPT:
-            self._price(int(counters[ASKED_SEQS]), int(counters[ASKED_TOKENS]), float(clock[ASKED_PREFIX]))
-        else:
-            self._bring(why, kind)
-
-    def _bring(self, why: int, kind: str) -> None:
-        """The table that a step asks for; or the reason why it has no price, raised."""
-        if why in (TOO_SMALL, TOO_LARGE):
-            outside = self.tables[kind].lower if why == TOO_SMALL else self.tables[kind].upper
-            assert outside is not None
-            raise outside
-        kind = "prefill" if why == NEED_PREFILL else "decode"
-        self.tables[kind] = self.timed.table(kind)
-        if kind == "decode":
-            self.decode = _grid(self.tables[kind])
-        else:
-            self.prefill = _grid(self.tables[kind])
-
-    def _price(self, seqs: int, tokens: int, prefix: float) -> None:
-        """Price prompts that were not met before; the places are doubled before half of them are taken."""
-        if 2 * (self.priced + 1) > len(self.prompts.seqs):
-            old, self.prompts = self.prompts, _no_prompts(2 * len(self.prompts.seqs))
-            for place in np.flatnonzero(old.seqs):
-                self._keep(int(old.seqs[place]), int(old.tokens[place]), old.prefix[place], old.seconds[place])
-        self._keep(seqs, tokens, prefix, self.timed.prompt_s(seqs, tokens, prefix))
-        self.priced += 1
-
-    def _keep(self, seqs: int, tokens: int, prefix: float, seconds: float) -> None:
-        place = _place(self.prompts, seqs, tokens, prefix)
-        self.prompts.seqs[place], self.prompts.tokens[place] = seqs, tokens
-        self.prompts.prefix[place], self.prompts.seconds[place] = prefix, seconds
 
 
 class Instances(StepTables):
@@ -300,7 +230,7 @@ class Instances(StepTables):
         self.requests, self.limits, self.ranks, self.instances = requests, limits, ranks, instances
         self.concurrency, self.shortest = concurrency, shortest
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
-        _admission(arrival_s, self.admitted_s, self.scheduled_s)
+        admission(arrival_s, self.admitted_s, self.scheduled_s)
         self.front_end_s = front_end_s
         if front_end_s > 0.0 and not concurrency:  # a process of its own brings each request to the queue
             self.scheduled_s = self.admitted_s
@@ -330,7 +260,7 @@ class Instances(StepTables):
         self.groups.append(group)
         plan = new_plan(self.ranks, self.limits.max_running)
         ended = np.zeros(group.running.size + self.ranks * self.limits.max_running, np.int64)
-        counters, clock = np.zeros(9, np.int64), np.zeros(3)
+        counters, clock = np.zeros(COUNTERS, np.int64), np.zeros(CLOCKS)
         counters[GAPS] = self.gaps
         log = np.zeros((FIRST_STEPS, 5))
         attention, graphs = self.timed.attention(), self.timed.graphs_taken()
@@ -354,7 +284,3 @@ class Instances(StepTables):
         steps = log[: counters[STEPS]]
         steps[:, 4] = instance
         return steps
-
-
-def _no_prompts(size: int) -> Prompts:
-    return Prompts(np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size), np.zeros(size))

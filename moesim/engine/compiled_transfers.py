@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from moesim.engine.kernel import kernel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,21 +38,21 @@ class Links(NamedTuple):
     by_layer: bool
 
 
-@njit(cache=True)
+@kernel
 def _before(links: Links, one: int, other: int) -> bool:
     if links.end_s[one] != links.end_s[other]:
         return bool(links.end_s[one] < links.end_s[other])
     return bool(links.order[one] < links.order[other])
 
 
-@njit(cache=True)
+@kernel
 def _swap(links: Links, one: int, other: int) -> None:
     links.end_s[one], links.end_s[other] = links.end_s[other], links.end_s[one]
     links.order[one], links.order[other] = links.order[other], links.order[one]
     links.request[one], links.request[other] = links.request[other], links.request[one]
 
 
-@njit(cache=True)
+@kernel
 def push(links: Links, end_s: float, request: int) -> None:
     """Add a transfer that ends at `end_s`."""
     at = links.moving[UNDER_WAY]
@@ -63,7 +64,7 @@ def push(links: Links, end_s: float, request: int) -> None:
         at = (at - 1) // 2
 
 
-@njit(cache=True)
+@kernel
 def pop(links: Links) -> int:
     """Take the transfer that ends first; returns its request."""
     request = int(links.request[0])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from numba import njit
-
 from moesim.engine.batch_state import NONE, Limits, Ranks, Requests
+from moesim.engine.kernel import kernel
 from moesim.engine.memory_rules import CONTEXT, ESTIMATE
 from moesim.engine.prefix_cache import evict, find, lock, release, store
 
 
-@njit(cache=True)
+@kernel
 def enqueue(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     """Put a request at the end of a rank's queue."""
     requests.following[request] = NONE
@@ -20,7 +19,7 @@ def enqueue(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     ranks.tail[rank] = request
 
 
-@njit(cache=True)
+@kernel
 def arrive(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     """A request comes to a rank and waits there."""
     ranks.requests_in[rank] += 1
@@ -28,7 +27,7 @@ def arrive(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     enqueue(requests, ranks, rank, request)
 
 
-@njit(cache=True)
+@kernel
 def _put_first(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     requests.following[request] = ranks.head[rank]
     if ranks.head[rank] == NONE:
@@ -36,7 +35,7 @@ def _put_first(requests: Requests, ranks: Ranks, rank: int, request: int) -> Non
     ranks.head[rank] = request
 
 
-@njit(cache=True)
+@kernel
 def take(requests: Requests, ranks: Ranks, limits: Limits, rank: int, request: int, tokens: int) -> bool:
     """Let a request hold `tokens` of context in all, in whole pages; False, nothing taken, where they do not fit."""
     page = limits.rule.page_tokens
@@ -53,7 +52,7 @@ def take(requests: Requests, ranks: Ranks, limits: Limits, rank: int, request: i
     return True
 
 
-@njit(cache=True)
+@kernel
 def give_back(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     """Free all KV memory of a request; its blocks in the cache stay there, unused."""
     ranks.kv_tokens[rank] -= requests.held[request]
@@ -63,7 +62,7 @@ def give_back(requests: Requests, ranks: Ranks, rank: int, request: int) -> None
     ranks.full[rank] = False
 
 
-@njit(cache=True)
+@kernel
 def keep_prompt(requests: Requests, ranks: Ranks, rank: int, request: int) -> None:
     """Hand a prompt that was read to the prefix cache."""
     handed, woken = store(ranks.cache, rank, request, requests.isl[request])
@@ -71,7 +70,7 @@ def keep_prompt(requests: Requests, ranks: Ranks, rank: int, request: int) -> No
     ranks.kv_tokens[rank] += woken - handed
 
 
-@njit(cache=True)
+@kernel
 def remove_running(ranks: Ranks, rank: int, place: int) -> None:
     """Take a request out of the running ones, the others stay in order."""
     for later in range(place, ranks.running_seqs[rank] - 1):
@@ -79,7 +78,7 @@ def remove_running(ranks: Ranks, rank: int, place: int) -> None:
     ranks.running_seqs[rank] -= 1
 
 
-@njit(cache=True)
+@kernel
 def preempt(requests: Requests, ranks: Ranks, rank: int, request: int, first: bool) -> None:
     """Free a request that was taken off its rank; it waits, first or last, and will compute all its tokens again."""
     ranks.preemptions[rank] += 1
@@ -96,7 +95,7 @@ def preempt(requests: Requests, ranks: Ranks, rank: int, request: int, first: bo
         enqueue(requests, ranks, rank, request)
 
 
-@njit(cache=True)
+@kernel
 def grow_running(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> bool:
     """vLLM's rule: running requests take a page when they need one; where none is left, the last admitted gives way.
 
@@ -121,7 +120,7 @@ def grow_running(requests: Requests, ranks: Ranks, limits: Limits, rank: int) ->
     return nobody
 
 
-@njit(cache=True)
+@kernel
 def _last_choice(requests: Requests, ranks: Ranks, rank: int) -> int:
     """Place of the running request that SGLang retracts first: fewest tokens generated, then the longest prompt."""
     found = 0
@@ -134,7 +133,7 @@ def _last_choice(requests: Requests, ranks: Ranks, rank: int) -> int:
     return found
 
 
-@njit(cache=True)
+@kernel
 def keep_decoding(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> None:
     """SGLang's rule: before a decode step that does not fit, retract requests until it does, at least one remaining."""
     rule, count = limits.rule, ranks.running_seqs[rank]
@@ -177,7 +176,7 @@ def keep_decoding(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -
         )
 
 
-@njit(cache=True)
+@kernel
 def expected_output(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> float:
     """Tokens that SGLang expects the running requests of a rank still to make."""
     total = 0.0
@@ -188,13 +187,13 @@ def expected_output(requests: Requests, ranks: Ranks, limits: Limits, rank: int)
     return total
 
 
-@njit(cache=True)
+@kernel
 def computed(requests: Requests, request: int) -> bool:
     """Whether a waiting request's context was computed elsewhere and came with it (decode role)."""
     return bool(requests.generated[request] > 0 and requests.read[request] >= requests.target[request])
 
 
-@njit(cache=True)
+@kernel
 def admit(
     requests: Requests, ranks: Ranks, limits: Limits, rank: int, request: int, expected: float, alone: bool
 ) -> bool:

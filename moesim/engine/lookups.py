@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moesim.engine.kernel import kernel
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -40,7 +42,7 @@ class Drafting(NamedTuple):
     projection_s: Floats
 
 
-@njit(cache=True)
+@kernel
 def bracket(axis: Floats, value: float) -> tuple[int, float]:
     """Lower index and share of the way to the next point; clamped to the axis."""
     n = len(axis)
@@ -52,7 +54,7 @@ def bracket(axis: Floats, value: float) -> tuple[int, float]:
     return low, (value - axis[low]) / (axis[low + 1] - axis[low])
 
 
-@njit(cache=True)
+@kernel
 def trilinear(xs: Floats, ys: Floats, zs: Floats, values: Floats, x: float, y: float, z: float) -> float:
     """A value between the points of a grid; clamped along x and y, carried on along z."""
     i, u = bracket(xs, x)
@@ -70,14 +72,14 @@ def trilinear(xs: Floats, ys: Floats, zs: Floats, values: Floats, x: float, y: f
     return total
 
 
-@njit(cache=True)
+@kernel
 def interpolated(xs: Floats, values: Floats, x: float) -> float:
     """A value between points; clamped to the ends."""
     i, u = bracket(xs, x)
     return float(values[i] if len(xs) == 1 else values[i] * (1.0 - u) + values[i + 1] * u)
 
 
-@njit(cache=True)
+@kernel
 def attention_of_rank(seqs: int, kv: float, attention: DecodeAttention) -> float:
     """Decode attention of a rank's sequences: bilinear in the logarithms of sequences and mean context."""
     if seqs == 0:
@@ -94,7 +96,7 @@ def attention_of_rank(seqs: int, kv: float, attention: DecodeAttention) -> float
     )
 
 
-@njit(cache=True)
+@kernel
 def log_bracket(axis: Floats, value: float) -> tuple[int, float]:
     """As `bracket`, in the logarithm."""
     n = len(axis)
@@ -106,7 +108,7 @@ def log_bracket(axis: Floats, value: float) -> tuple[int, float]:
     return low, np.log(value / axis[low]) / np.log(axis[low + 1] / axis[low])
 
 
-@njit(cache=True)
+@kernel
 def sizes_of(decode_seqs: Ints, prefill_tokens: Ints) -> tuple[int, int, int]:
     """Tokens of all ranks, of the fullest rank, and of prompts."""
     total = most = prompts = 0

@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from moesim.engine.kernel import kernel
 
 Ints = NDArray[np.int64]
 
@@ -63,7 +64,7 @@ def new_prefix_cache(requests: int, ranks: int, tokens: int, offsets: Ints, hash
     )
 
 
-@njit(cache=True)
+@kernel
 def find(cache: PrefixCache, rank: int, request: int, target: int) -> tuple[int, int]:
     """Leading blocks of a request that a rank holds, and how many of them are in use; one token is left to compute."""
     found = used = 0
@@ -80,7 +81,7 @@ def find(cache: PrefixCache, rank: int, request: int, target: int) -> tuple[int,
     return found, used
 
 
-@njit(cache=True)
+@kernel
 def _lock(cache: PrefixCache, rank: int, block: int) -> int:
     """Use a held block once more; returns the tokens that stop being idle."""
     cache.uses[rank, block] += 1
@@ -93,7 +94,7 @@ def _lock(cache: PrefixCache, rank: int, block: int) -> int:
     return cache.tokens
 
 
-@njit(cache=True)
+@kernel
 def lock(cache: PrefixCache, rank: int, request: int, blocks: int) -> int:
     """Lock the leading blocks that `find` found for a request; returns the tokens that stop being idle."""
     woken = 0
@@ -103,7 +104,7 @@ def lock(cache: PrefixCache, rank: int, request: int, blocks: int) -> int:
     return woken
 
 
-@njit(cache=True)
+@kernel
 def store(cache: PrefixCache, rank: int, request: int, prompt: int) -> tuple[int, int]:
     """Hand the full blocks of a prompt that was read to the cache.
 
@@ -126,7 +127,7 @@ def store(cache: PrefixCache, rank: int, request: int, prompt: int) -> tuple[int
     return handed, woken
 
 
-@njit(cache=True)
+@kernel
 def release(cache: PrefixCache, rank: int, request: int) -> int:
     """Stop using a request's blocks, the last first; returns the tokens that become idle."""
     idle = 0
@@ -146,7 +147,7 @@ def release(cache: PrefixCache, rank: int, request: int) -> int:
     return idle
 
 
-@njit(cache=True)
+@kernel
 def evict(cache: PrefixCache, rank: int, most_idle: int) -> None:
     """Drop unused blocks, least recently used first, until at most `most_idle` tokens are idle."""
     end = cache.uses.shape[1]

@@ -14,7 +14,7 @@ from moesim.engine.batch_state import Limits, Requests, new_requests
 from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, record, served_of
 
 if TYPE_CHECKING:
-    from moesim.engine.compiled import StepTables
+    from moesim.engine.compiled_steps import StepTables
 
 Floats = NDArray[np.float64]
 
@@ -111,17 +111,15 @@ def serve_roles(
     """Run all requests through a prefill pool and then a decode pool.
 
     The first token is the user's when the cache has arrived, as the decode rank answers. A request preempted in the
-    decode pool is read again there. compiled: a closed loop sent in turn, whose front end takes no time and whose steps
-    are timed by table, runs in `compiled_roles`, with the same times. Raises Infeasible when a request can never be
-    admitted in either.
+    decode pool is read again there. compiled: requests sent in turn, whose steps are timed by table, run in
+    `compiled_roles`, with the same times. Raises Infeasible when a request can never be admitted in either.
     """
     count = len(load.isl)
     prompts = replace(load, osl=np.ones(count, np.int64))
     check_limits(prompts, prefill.limits)
     check_limits(replace(load, blocks=None), decode.limits)
     timed = all(getattr(pool.step_time, "role_compilable", False) for pool in (prefill, decode))
-    in_turn = load.concurrency is not None and load.blocks is None and balance == "round_robin"
-    if compiled and timed and in_turn and load.front_end_s == 0:
+    if compiled and timed and load.blocks is None and balance == "round_robin":
         return _compiled(load, prefill, decode, transfer)
     environment = simpy.Environment()
     first = Pool(
@@ -154,8 +152,9 @@ def _with_caches(load: Load) -> Requests:
 
 
 def _compiled(load: Load, prefill: RolePool, decode: RolePool, transfer: Transfer) -> Served:
-    from moesim.engine.compiled import StepTables
-    from moesim.engine.compiled_roles import RolePart, pool_state, run_closed
+    from moesim.engine.compiled_pool import RolePart, pool_state
+    from moesim.engine.compiled_roles import closed_arrivals, open_arrivals, run
+    from moesim.engine.compiled_steps import StepTables
     from moesim.engine.compiled_transfers import Links
 
     count = len(load.isl)
@@ -184,7 +183,11 @@ def _compiled(load: Load, prefill: RolePool, decode: RolePool, transfer: Transfe
         layers=transfer.layers,
         by_layer=transfer.by_layer,
     )
-    now_s = run_closed(first, second, links, int(load.concurrency or 0))
+    if load.arrival_s is None:
+        arrivals = closed_arrivals(count, int(load.concurrency or 0), load.front_end_s)
+    else:
+        arrivals = open_arrivals(load.arrival_s, load.front_end_s)
+    now_s = run(first, second, links, arrivals)
     read, done = (_served(part, count, now_s) for part in (first, second))
     moved = np.isfinite(links.taken_s)
     sent = float(load.isl[moved].sum()) * transfer.bytes_per_token * transfer.gpus
@@ -197,7 +200,7 @@ def _timed(pool: RolePool) -> Any:
 
 
 def _served(part: Any, count: int, now_s: float) -> Served:
-    from moesim.engine.compiled_roles import GAPS, PEAK_KV, STEPS
+    from moesim.engine.compiled_pool import GAPS, PEAK_KV, STEPS
 
     state = part.state
     gaps = int(state.counters[GAPS])

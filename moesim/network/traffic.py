@@ -352,11 +352,19 @@ def _miss_of_part(part: Floats, picks: int, size: float) -> Floats:
 
     C(size (1 - part), picks) / C(size, picks), as a product that holds for sizes that are not whole.
     """
-    outside = size * (1.0 - np.clip(part, 0.0, 1.0))
-    missed = np.ones_like(outside)
-    for taken in range(min(picks, int(size))):
-        missed = missed * np.maximum(outside - taken, 0.0) / (size - taken)
+    missed = np.empty(part.shape)
+    _fill_missed(np.ascontiguousarray(part).ravel(), min(picks, int(size)), size, missed.ravel())
     return missed
+
+
+@njit(cache=True, error_model="numpy")
+def _fill_missed(part: Floats, picks: int, size: float, missed: Floats) -> None:
+    for i in range(len(part)):
+        outside = size * (1.0 - min(max(part[i], 0.0), 1.0))
+        chance = 1.0
+        for taken in range(picks):
+            chance = chance * max(outside - taken, 0.0) / (size - taken)
+        missed[i] = chance
 
 
 def _part(values: Floats) -> Floats:

@@ -6,6 +6,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from placement.solvers.layer_loads import layer_loads
+
 
 @njit(cache=True)
 def power(value: float, doublings: int) -> float:
@@ -49,21 +51,7 @@ def search_layer(
     scenarios, experts = loads.shape
     slots = len(table)
     room = slots // ranks
-    count = np.zeros(experts, dtype=np.int64)
-    holds = np.zeros((ranks, experts), dtype=np.bool_)
-    homes = np.empty((experts, ranks), dtype=np.int64)  # the ranks of each expert's replicas, rising
-    for slot in range(slots):
-        homes[table[slot], count[table[slot]]] = slot // room
-        count[table[slot]] += 1
-        holds[slot // room, table[slot]] = True
-    share = np.empty((experts, scenarios), dtype=np.float64)
-    for expert in range(experts):
-        for s in range(scenarios):
-            share[expert, s] = loads[s, expert] * ranks / count[expert]
-    load = np.zeros((ranks, scenarios), dtype=np.float64)
-    for slot in range(slots):
-        for s in range(scenarios):
-            load[slot // room, s] += share[table[slot], s]
+    count, holds, homes, share, load = layer_loads(table, loads, ranks)
     cost = np.empty((ranks, scenarios), dtype=np.float64)
     for rank in range(ranks):
         for s in range(scenarios):

@@ -100,6 +100,25 @@ def test_both_closed_loops_agree(
     same(*both(models[engine], load, 1, chunked=chunked, kv_tokens=kv_tokens, **asked))
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    gaps=st.lists(st.sampled_from([0.0, 0.004, 0.3, 5.0]), min_size=1, max_size=20), seed=st.integers(0, 99),
+    instances=st.integers(1, 2), engine=st.sampled_from(ENGINES), chunked=st.booleans(),
+    kv_tokens=st.sampled_from([600, 100_000]), concurrency=st.one_of(st.none(), st.integers(1, 9)),
+    front_end_s=front_ends,
+)  # fmt: skip
+def test_long_outputs_agree(
+    models: dict[str, StepModel], gaps: list[float], seed: int, instances: int, engine: str, chunked: bool,
+    kv_tokens: int, concurrency: int | None, front_end_s: float,
+) -> None:  # fmt: skip
+    """Hundreds of decode steps between two that anybody joins or leaves; some wait for memory all the while."""
+    rng = np.random.default_rng(seed)
+    arrival_s = None if concurrency else np.cumsum(gaps)
+    load = Load(rng.integers(1, 240, len(gaps)), rng.integers(1, 350, len(gaps)), arrival_s, concurrency)
+    count = 1 if concurrency else instances
+    same(*both(models[engine], load, count, chunked=chunked, kv_tokens=kv_tokens, front_end_s=front_end_s))
+
+
 @pytest.mark.parametrize("balance", ["round_robin", "shortest_queue"])
 @pytest.mark.parametrize(("hold", "gather"), [(0, 0), (7, 0), (50, 3)])
 def test_a_long_closed_loop_agrees_and_is_compiled(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import replace
@@ -19,11 +21,12 @@ from moesim.errors import Infeasible
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.presets import load_cluster
-from moesim.spec.scenario import ClusterChoice, load_scenario
+from moesim.spec.scenario import ClusterChoice, Scenario, load_scenario
 from placement import space as space_module
+from placement.layouts import layouts_of
 from placement.objective import Evaluator, Outcome
 from placement.plans import Plan, baseline_plan, own_plan
-from placement.pools import sizes, splits
+from placement.pools import Pool, PoolChecks, sizes, splits, with_pools
 from placement.ranking import order
 from placement.regret import make_table, problem_of, read_table, scores
 from placement.space import Space, enumerate_space
@@ -367,3 +370,49 @@ def test_off_is_what_yaml_makes_of_it(tmp_path: Path) -> None:
     text = path.read_text().replace("search:\n", "search:\n  roles: off\n")
     path.write_text(text)
     assert load_scenario(path).search.roles == "off"
+
+
+def test_where_no_pair_of_pools_fits_the_nearest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3 in FP8 on eight H100: 671 GB of weights, 640 GB of memory, and both pools hold all of them."""
+    data = small(
+        model="deepseek-ai/DeepSeek-V3",
+        cluster={"system": "h100_sxm", "nodes": 1, "gpus_per_node": 8},
+        precision={"dense": "fp8_block", "experts": "fp8_block"},
+        search={"schedules": ["sequential", "two_batch"]},
+    )
+    data["parallel"] = None
+    data["serving"]["roles"] = {"prefill": {"gpus": 4}, "decode": {"gpus": 4}}
+    path = write(tmp_path, data)
+    assert run(["tune", str(path), "--trials", "4", "--out", str(tmp_path / "run")]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    label, told = line.split("nearest: ")[1].split("% of a GPU's memory short")[0].rsplit(", ", 1)
+
+    ground = groundwork(load_scenario(path))
+    checks, worst = PoolChecks(ground), {}
+    for totals in splits(ground.cluster):
+        for prefill, decode in itertools.product(*(plain_pools(gpus) for gpus in totals)):
+            spec = with_pools(ground.scenario, prefill, decode)
+            worst[f"prefill {prefill.label()}; decode {decode.label()}"] = max(
+                lacking(checks, name, spec) for name in ("prefill", "decode")
+            )
+    assert worst[label] == min(worst.values()) > 0
+    assert told == f"{min(worst.values()):.0%}".removesuffix("%")
+
+
+def plain_pools(gpus: int) -> list[Pool]:
+    """Every layout of a pool on one node of 8, with no more experts than there are."""
+    return [
+        Pool(parallel, backend, "greedy" if parallel.ep > 1 else "contiguous", 0, "sequential", gpus // size)
+        for size in sizes(gpus, 8)
+        for parallel, backend in layouts_of(size)
+    ]
+
+
+def lacking(checks: PoolChecks, name: str, spec: Scenario) -> float:
+    """What share of a GPU's memory a role lacks; infinity where it is something else that it lacks."""
+    try:
+        checks.check(name, spec)
+    except Infeasible as error:
+        return math.inf if error.over is None else error.over
+    return 0.0
