@@ -43,7 +43,7 @@ class Ranks(NamedTuple):
 
     head, tail [ranks]: the queue. reading: the request whose prompt is partly read. running [ranks, max_running].
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
-    idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
+    idle blocks left out. elsewhere: requests of the rank in other batches that are under way. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
     output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
     decode steps since it looked at new requests. held [2]: of the whole group, steps in which a rank had no prompt that
     it could read, and steps that prompts of all ranks waited for more. preemptions; recomputed_tokens: thrown away by
@@ -57,6 +57,7 @@ class Ranks(NamedTuple):
     running_seqs: Ints
     context: Ints
     kv_tokens: Ints
+    elsewhere: Ints
     requests_in: Ints
     tokens_in: Ints
     output_share: Floats
@@ -144,6 +145,7 @@ def new_ranks(ranks: int, max_running: int, *, rule: MemoryRule = RESERVE, cache
         running_seqs=zero.copy(),
         context=empty.copy(),
         kv_tokens=zero.copy(),
+        elsewhere=zero.copy(),
         requests_in=zero.copy(),
         tokens_in=zero.copy(),
         output_share=np.full(ranks, rule.first_ratio),

@@ -61,7 +61,9 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
         request = ranks.reading[rank]
         if request == NONE:
             request = ranks.head[rank]
-            if request == NONE or ranks.full[rank] or ranks.running_seqs[rank] + seqs >= limits.max_running:
+            if request == NONE or ranks.full[rank]:
+                break
+            if ranks.running_seqs[rank] + ranks.elsewhere[rank] + seqs >= limits.max_running:
                 break
             ready = computed(requests, request)
             if not limits.chunked and requests.target[request] > budget and not ready:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
 from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.in_flight import Flow, Lane, Slot, slots_of
 from moesim.engine.losses import Faults, drop_rank, empty_queue
 from moesim.engine.memory_rules import CONTEXT
 from moesim.engine.prefix_cache import new_prefix_cache
@@ -128,7 +129,8 @@ class Pool:
 
     limits: of one attention-DP rank. step_time: seconds of a planned step. balance: see balance.py. on_end: told the
     ids of requests whose last token has come, or that faults have lost. faults: which take over the time of steps; for
-    requests sent in turn, memory kept for a whole request and no prefix cache.
+    requests sent in turn, memory kept for a whole request and no prefix cache. flow: of instances with several batches
+    under way at once, whose `step_time` then tells the time of each stage (`Staged`); no faults with it.
     """
 
     environment: simpy.Environment
@@ -141,6 +143,7 @@ class Pool:
     blocks: PromptBlocks | None = None
     on_end: Callable[[Ints], None] = lambda ended: None
     faults: Faults | None = None
+    flow: Flow | None = None
     gap_s: Floats = field(default_factory=lambda: np.zeros(1024))
     gap_n: Ints = field(default_factory=lambda: np.zeros(1024, np.int64))
     gaps: int = 1
@@ -167,8 +170,10 @@ class Pool:
         self.held: deque[int] = deque()  # at the router, where it keeps a queue of its own
         self.log = StepLog()
         self.last_step_s = [0.0] * self.instances
+        self.lanes = [] if self.flow is None else [Lane(self.flow.stages) for _ in range(self.instances)]
         for instance in range(self.instances):
-            self.environment.process(self._engine(instance))
+            run = self._engine(instance) if self.flow is None else self._pipelined(instance, self.flow)
+            self.environment.process(run)
 
     def send(self, request: int) -> None:
         """Send a request to a rank, or hold it until one has room where the router keeps the queue."""
@@ -225,9 +230,7 @@ class Pool:
                     yield environment.timeout(back_s - environment.now)
                     continue
             if plan_step(self.requests, group, self.limits, plan) == 0:
-                self.waking[instance] = environment.event()
-                yield self.waking[instance]
-                yield environment.timeout(0.0)  # requests of the same instant join the step
+                yield from self._idle(instance)
                 continue
             decodes, prompts, fullest = plan.totals.tolist()
             self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
@@ -236,14 +239,77 @@ class Pool:
             self.log.add(environment.now, step_s, decodes, prompts, instance)
             yield environment.timeout(step_s)
             self.events += 1
-            if self.gaps + most > len(self.gap_s):
-                self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + most)])
-                self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + most, np.int64)])
+            self._make_room(most)
             self.gaps, done = finish_step(
                 self.requests, group, self.limits, plan, environment.now, self.gap_s, self.gap_n, self.gaps, ended
             )
             if done:
                 self.on_end(ended[:done])
+
+    def _pipelined(self, instance: int, flow: Flow) -> Generator[Any, Any, None]:
+        """One group with several batches under way: it forms the next ones where it may, then waits for the oldest.
+
+        While it waits it looks at no new requests (vLLM's `step_with_batch_queue` and SGLang's `event_loop_pp` both
+        block on the oldest batch once there is nothing more to form).
+        """
+        group, environment = self.groups[instance], self.environment
+        free, under_way = deque(slots_of(group, self.limits, flow)), deque[Slot]()
+        most = 2 * self.ranks * self.limits.max_running
+        ended = np.zeros(most, np.int64)
+        slots = list(free)
+        while True:
+            if self.held:
+                self._pull(instance)
+            formed = self._form(instance, free, slots)
+            if formed is not None:
+                slot, host_s = formed
+                under_way.append(slot)
+                if host_s > 0.0:
+                    yield environment.timeout(host_s)
+                continue
+            if not under_way:
+                yield from self._idle(instance)
+                continue
+            slot = under_way.popleft()
+            if slot.end_s > environment.now:
+                yield environment.timeout(slot.end_s - environment.now)
+            self.events += 1
+            self._make_room(most)
+            self.gaps, done = slot.finish(
+                self.requests, environment.now, self.gap_s, self.gap_n, self.gaps, ended
+            )
+            free.appendleft(slot)
+            self.last_step_s[instance] = slot.last_s
+            if done:
+                self.on_end(ended[:done])
+
+    def _form(self, instance: int, free: deque[Slot], slots: list[Slot]) -> tuple[Slot, float] | None:
+        """Form a batch in the first free slot that has anything to do; it, and the engine's time for that."""
+        for slot in list(free):
+            others = [one for one in slots if one is not slot]
+            if slot.form(self.requests, others) == 0:
+                continue
+            free.remove(slot)
+            decodes, prompts, fullest = slot.plan.totals.tolist()
+            self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
+            times = self.step_time.stages(slot.plan)  # type: ignore[attr-defined]
+            now_s = self.environment.now
+            slot.end_s = self.lanes[instance].send(now_s + times.host_s, times)
+            slot.last_s = slot.end_s - now_s
+            self.log.add(now_s, slot.last_s, decodes, prompts, instance)
+            return slot, times.host_s
+        return None
+
+    def _idle(self, instance: int) -> Generator[Any, Any, None]:
+        self.waking[instance] = self.environment.event()
+        yield self.waking[instance]
+        yield self.environment.timeout(0.0)  # requests of the same instant join the step
+
+    def _make_room(self, most: int) -> None:
+        """Room for `most` more inter-token latencies."""
+        if self.gaps + most > len(self.gap_s):
+            self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + most)])
+            self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + most, np.int64)])
 
     def _step_s(self, plan: Plan, instance: int) -> float:
         if self.faults is None:
@@ -330,25 +396,25 @@ class Source:
 
 def serve(
     load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, balance: str = "round_robin",
-    compiled: bool = True, faults: Faults | None = None,
+    compiled: bool = True, faults: Faults | None = None, flow: Flow | None = None,
 ) -> Served:  # fmt: skip
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
     in turn (open, or closed over one instance), or to the shortest queue (closed, one instance), whose steps are timed
     by table runs in `compiled`, with the same times.
-    faults: see Pool; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
+    faults, flow: see Pool, and no run with either is compiled; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
     admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
     in_turn = balance == "round_robin" and (load.arrival_s is not None or instances == 1)
     shortest = balance == "shortest_queue" and load.arrival_s is None and instances == 1
-    known = (in_turn or shortest) and load.blocks is None and faults is None
+    known = (in_turn or shortest) and load.blocks is None and faults is None and flow is None
     if compiled and known and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time, shortest)
     environment = simpy.Environment()
-    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults)
+    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults, flow=flow)
     source = Source(load, pool)
     if load.concurrency is not None:
         pool.on_end = lambda ended: source.follow(len(ended))

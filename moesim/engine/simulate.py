@@ -20,7 +20,7 @@ from moesim.engine.relayout_decisions import Relayout
 from moesim.engine.relayout_runs import MovingRuns
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
-from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
+from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel, flow_of
 from moesim.engine.steptable import COARSE, FULL
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of
@@ -150,6 +150,7 @@ def simulate(
             step_time=timed,
             balance=deployment.serving.balance,
             faults=clock,
+            flow=flow_of(deployment, model.limits),
         )
 
     served = run(None)

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from moesim.cost.roofline import REACHED
 from moesim.engine import des, maxplus
+from moesim.engine.batch_times import BatchTimes
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
 from moesim.engine.graphs import CapturedGraphs, captured_graphs
+from moesim.engine.in_flight import Flow
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
@@ -27,7 +29,8 @@ from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.stages import joined
 from moesim.graph.task import StepTimes, TaskGraph
 from moesim.network.instance import at_reached_rates
 
@@ -122,25 +125,48 @@ class TimedModel:
         self._prompts_s: dict[tuple[int, int, float], float] = {}
         self.slowdown: Floats | None = None  # [attention-DP ranks], of computing on ranks that are slow
         self._tables: dict[str, StepTable] = {}
+        self._stages = stage_count(model.deployment.setup)
+        self._hops: tuple[Floats, Floats] | None = None  # seconds of each hop without tokens and for each token
         self._dp = model.deployment.setup.parallel.attention_dp
         self._drafting: tuple[Floats, Floats] | None = None  # logits and projection of a draft, by the grid's tokens
 
-    def table(self, kind: str) -> StepTable:
-        """The timed table of decode or prefill steps; built when first asked for."""
-        if kind not in self._tables:
-            self._tables[kind] = time_grid(
+    def table(self, kind: str, stage: int = 0) -> StepTable:
+        """The timed table of decode or prefill steps on a pipeline stage; built when first asked for."""
+        key = kind if stage == 0 else f"{kind} {stage}"
+        if key not in self._tables:
+            self._tables[key] = time_grid(
                 self.model.pricer,
                 self.model.grid(kind),
                 longest_attention_s=float(self._attention.seconds.max()),
                 normal=self.normal,
                 load_weights=self.load_weights,
                 detail=self.model.detail,
+                stage=stage,
             )
-        return self._tables[kind]
+        return self._tables[key]
+
+    def stages(self, plan: Plan) -> BatchTimes:
+        """Seconds of a planned batch on each pipeline stage, by table. Raises OutsideProfile."""
+        host_s = self._step_overhead_s
+        found = [self._step_s(plan, stage) for stage in range(self._stages)]
+        found[0] -= host_s
+        return BatchTimes(host_s, found, self._transfers_s(plan))
+
+    def _transfers_s(self, plan: Plan) -> list[float]:
+        if self._stages == 1:
+            return []
+        if self._hops is None:
+            pricer = self.model.pricer
+            none, one = (pricer.transfer(np.full((1, 1), rows)).seconds(self.normal)[0, :, 0] for rows in (0.0, 1.0))
+            self._hops = none, one - none
+        rows = rows_of_plan(self.model, plan)
+        return [float(fixed + rows * each) for fixed, each in zip(*self._hops, strict=True)]
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, by table, drafting included. Raises OutsideProfile."""
         drafts = self.model.drafts
+        if self._stages > 1:
+            return self.stages(plan).alone_s
         if drafts == 0:
             return self._step_s(plan)
         step_s = self._step_s(verified(plan, drafts))
@@ -173,10 +199,10 @@ class TimedModel:
         assert self._drafting is not None
         return float(np.interp(rows, self.model.grid("decode").tokens, self._drafting[1]))
 
-    def _step_s(self, plan: Plan) -> float:
+    def _step_s(self, plan: Plan, stage: int = 0) -> float:
         total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
-        table = self.table("prefill" if reading else "decode")
+        table = self.table("prefill" if reading else "decode", stage)
         attention_s = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self.attention())
         if reading:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
@@ -208,13 +234,13 @@ class TimedModel:
 
     @property
     def compilable(self) -> bool:
-        """Whether `compiled` times steps as this model does: it knows no captured prompts and no drafts."""
-        return not self.model.captures_prompts and self.model.drafts == 0
+        """Whether `compiled` times steps as this model does: it knows no captured prompts, no drafts and one stage."""
+        return not self.model.captures_prompts and self.model.drafts == 0 and self._stages == 1
 
     @property
     def role_compilable(self) -> bool:
-        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts."""
-        return not self.model.captures_prompts
+        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts and one stage."""
+        return not self.model.captures_prompts and self._stages == 1
 
     def drafting(self) -> Drafting:
         """What drafting costs beside a verifying step; its table is priced when first asked for."""
@@ -243,6 +269,14 @@ class ExactModel:
         self.rng = np.random.default_rng([model.seed, 5])
         self.routed: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
 
+    def stages(self, plan: Plan) -> BatchTimes:
+        """Seconds of a planned batch on each pipeline stage. Raises OutsideProfile."""
+        batch = batch_of_plan(self.model, plan)
+        priced = self.price(batch, "prefill" if plan.prefill_tokens.any() else "decode")
+        found = [float(self._run(graph).step_s[0]) for graph, _ in self.stage_graphs(priced)]
+        host_s = self.model.deployment.rules.step_overhead_s
+        return BatchTimes(host_s, [found[0] - host_s, *found[1:]], [float(one[0, 0]) for one in self.transfers(priced)])
+
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, drafting included. Raises OutsideProfile."""
         drafts, reading = self.model.drafts, bool(plan.prefill_tokens.any())
@@ -267,12 +301,19 @@ class ExactModel:
     def run(self, batch: StepBatch, kind: str, *, timeline: bool = False) -> tuple[TaskGraph, StepTimes]:
         """Draw routing for the steps of a batch, build their graph and run it."""
         graph, _ = self.build(batch, kind)
+        return graph, self._run(graph, timeline=timeline, network=self._network(graph, kind))
+
+    def _run(self, graph: TaskGraph, *, timeline: bool = False, network: LinkUse | None = None) -> StepTimes:
         if self.fidelity == "des":
-            return graph, des.run(graph, step=0, sharing=True, timeline=timeline, network=self._network(graph, kind))
-        return graph, maxplus.run(graph, timeline=timeline)
+            return des.run(graph, step=0, sharing=True, timeline=timeline, network=network)
+        return maxplus.run(graph, timeline=timeline)
 
     def build(self, batch: StepBatch, kind: str) -> tuple[TaskGraph, list[PricedStep]]:
         """The graph of a batch under drawn routing, and its priced micro-batches."""
+        return self.graph(self.price(batch, kind))
+
+    def price(self, batch: StepBatch, kind: str) -> list[PricedStep]:
+        """Price a batch's micro-batches under drawn routing."""
         model = self.model
         setup = model.deployment.setup
         mode = exchange_mode(model.deployment, kind)
@@ -288,11 +329,26 @@ class ExactModel:
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
             self.routed.append((part, counts))
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
-        return self.graph(priced)
+        return priced
 
     def graph(self, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
-        """The graph that priced micro-batches run as, and its number of chunks, see `best_step`."""
-        return best_step(self.model.deployment.setup, priced)
+        """The graph that priced micro-batches run as, all stages together, and its number of chunks, see `best_step`."""
+        setup = self.model.deployment.setup
+        if setup.stages is None:
+            return best_step(setup, priced)
+        graphs = [graph for graph, _ in self.stage_graphs(priced)]
+        return joined(graphs, self.transfers(priced), setup.stages.hops), list(priced)
+
+    def stage_graphs(self, priced: Sequence[PricedStep]) -> list[tuple[TaskGraph, list[PricedStep]]]:
+        """The graph of each pipeline stage, and its number of chunks."""
+        setup = self.model.deployment.setup
+        return [best_step(setup, priced, stage=stage) for stage in range(stage_count(setup))]
+
+    def transfers(self, priced: Sequence[PricedStep]) -> list[Floats]:
+        """Seconds of each hop between stages, for all micro-batches at once: [steps, 1] each."""
+        rows = np.asarray(np.sum([one.batch.padded_tokens for one in priced], axis=0))
+        seconds = self.model.pricer.transfer(rows).seconds()
+        return [seconds[:, hop] for hop in range(stage_count(self.model.deployment.setup) - 1)]
 
     def _network(self, graph: TaskGraph, kind: str) -> LinkUse | None:
         """The cluster's links, where other jobs are on them; None where a step meets only itself."""
@@ -348,6 +404,18 @@ def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
         prefill_prefix=(plan.prefill_prefix / np.maximum(prompts, 1))[None, :],
         padded_tokens=padded,
     )
+
+
+def stage_count(setup: LayerSetup) -> int:
+    """Pipeline stages of an instance."""
+    return 1 if setup.stages is None else setup.stages.count
+
+
+def rows_of_plan(model: StepModel, plan: Plan) -> float:
+    """Rows of the fullest rank after padding: what a stage sends to the next."""
+    most = int((plan.decode_seqs + plan.prefill_tokens).max())
+    padded = model.captures_prompts or not plan.prefill_tokens.any()
+    return float(model.graphs.padded(most)) if padded else float(most)
 
 
 def exchange_mode(deployment: Deployment, kind: str) -> str:
@@ -418,6 +486,22 @@ def batch_limits(deployment: Deployment) -> Limits:
         wait_steps=batching.wait_steps if deployment.setup.parallel.attention_dp == 1 else 0,
         wait_tokens=batching.wait_share * batching.max_batch_tokens_per_dp_rank,
     )
+
+
+def flow_of(deployment: Deployment, limits: Limits) -> Flow | None:
+    """How batches follow each other through pipeline stages; None where there is one stage.
+
+    vLLM's max_num_seqs counts the requests of all batches under way, so that one batch may hold them all
+    (vllm-project/vllm issues 28270 and 50853). SGLang gives each its share (`pp_max_micro_batch_size`, scheduler.py),
+    and so does moesim. TensorRT-LLM's max_batch_size is of one batch, and is exported as that share.
+    """
+    stages = stage_count(deployment.setup)
+    if stages == 1:
+        return None
+    asked = deployment.serving.pipeline
+    batches = asked.batches or stages
+    share = None if deployment.rules.name == "vllm" else max(1, limits.max_running // batches)
+    return Flow(stages, batches, asked.running_requests_per_dp_rank or share)
 
 
 def _axis(most: float, step: float = 2.0, *, midpoints: bool = False) -> Floats:

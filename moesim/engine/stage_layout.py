@@ -1,0 +1,93 @@
+"""Pipeline stages of a serving plan: whether it can have them, and where its layers and links lie.
+
+A stage is `tp x attention_dp` GPUs side by side, stages follow each other on the cluster. docs/explanation/serving.md
+says how engines run them.
+"""
+
+from __future__ import annotations
+
+from moesim.cost.roofline import REACHED, REL_SIGMA
+from moesim.engine.speculative import draft_tokens
+from moesim.errors import BadInput, Infeasible
+from moesim.graph.stages import Hop, Stages, split_layers
+from moesim.network.instance import at_reached_rates
+from moesim.spec.cluster import ClusterSpec
+from moesim.spec.model import ModelSpec
+from moesim.spec.parallel import ParallelSpec
+from moesim.spec.scenario import Scenario
+
+WHERE = "parallel.pp"
+
+
+def of_a_stage(parallel: ParallelSpec) -> ParallelSpec:
+    """The parallelism of one stage: all but the stages."""
+    return parallel if parallel.pp == 1 else parallel.model_copy(update={"pp": 1})
+
+
+def check_stages(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec) -> None:
+    """Whether a serving plan can run in stages. Raises Infeasible (its reason is counted) or BadInput."""
+    if parallel.pp == 1:
+        return
+    if parallel.rank_order[-1] != "pp":
+        raise BadInput(
+            "only stages on GPUs side by side are simulated", where="parallel.rank_order", mend="put pp last"
+        )
+    if parallel.pp > model.layers:
+        raise Infeasible(
+            f"{model.layers} layers cannot fill {parallel.pp} stages",
+            where=WHERE,
+            mend=f"use at most {model.layers}",
+            reason="more_stages_than_layers",
+        )
+    stage, node = of_a_stage(parallel).gpus, cluster.gpus_per_node
+    if (node % stage if stage < node else stage % node) != 0:
+        raise Infeasible(
+            f"a stage of {stage} GPUs neither divides a node of {node} nor fills several",
+            where=WHERE,
+            mend=f"choose tp x attention_dp that divides {node}, or a multiple of it",
+            reason="nodes_not_filled",
+        )
+    for asked, what, where in _not_simulated(scenario, cluster):
+        if asked:
+            raise Infeasible(
+                f"{what} with pipeline stages is not simulated", where=where, mend="set pp to 1", reason="with_stages"
+            )
+    split_of(scenario, parallel, model)
+
+
+def _not_simulated(scenario: Scenario, cluster: ClusterSpec) -> list[tuple[bool, str, str]]:
+    """(Whether asked for, what, where) of all that leaves no room for stages yet."""
+    serving = scenario.serving
+    return [
+        (serving is not None and draft_tokens(serving) > 0, "speculative decoding", "serving.speculative"),
+        (scenario.policies.storage != "resident", f"storage {scenario.policies.storage}", "policies.storage"),
+        (bool(scenario.faults), "a fault", "faults"),
+        (scenario.placement.rebalance is not None, "re-layout", "placement.rebalance"),
+        (bool(cluster.background), "traffic of other jobs", "cluster.background"),
+    ]
+
+
+def split_of(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec) -> tuple[range, ...]:
+    """The layers of each stage by the engine's rule, or as the scenario says. Raises BadInput."""
+    given = None if scenario.serving is None else scenario.serving.pipeline.layers
+    return split_layers(model.layers, parallel.pp, scenario.engine.name, given)
+
+
+def stages_of(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec) -> Stages | None:
+    """The stages of a plan that `check_stages` has let through; None where there is one."""
+    if parallel.pp == 1:
+        return None
+    each, domain = of_a_stage(parallel).gpus, cluster.domain_gpus
+    reached = at_reached_rates(cluster, REACHED)
+    hops = []
+    for stage in range(parallel.pp - 1):
+        senders = range(stage * each, (stage + 1) * each)
+        far = any(gpu // domain != (gpu + each) // domain for gpu in senders)
+        latency_s = reached.nic_latency_s if far else reached.near_latency_s
+        hops.append(Hop(far, latency_s, reached.shared_nic_bytes_per_s if far else reached.near_bytes_per_s))
+    return Stages(
+        layers=split_of(scenario, parallel, model),
+        hops=tuple(hops),
+        scattered=scenario.engine.name != "trtllm" and parallel.tp > 1,
+        rel_sigma=REL_SIGMA,
+    )
