@@ -43,11 +43,11 @@ class Ranks(NamedTuple):
 
     head, tail [ranks]: the queue. reading: the request whose prompt is partly read. running [ranks, max_running].
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
-    idle blocks left out. elsewhere: requests of the rank in other batches that are under way. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
-    output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
-    decode steps since it looked at new requests. held [2]: of the whole group, steps in which a rank had no prompt that
-    it could read, and steps that prompts of all ranks waited for more. preemptions; recomputed_tokens: thrown away by
-    them.
+    idle blocks left out. elsewhere: requests of the rank in other batches that are under way. requests_in, tokens_in:
+    requests at the rank, waiting or not, and their tokens so far. output_share: see MemoryRule. full: nobody is
+    admitted until somebody leaves (SGLang's `batch_is_full`). unpolled: decode steps since it looked at new requests.
+    held [2]: of the whole group, steps in which a rank had no prompt that it could read, and steps that prompts of all
+    ranks waited for more. preemptions; recomputed_tokens: thrown away by them.
     """
 
     head: Ints

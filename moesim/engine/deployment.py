@@ -86,7 +86,8 @@ class Deployment:
     @property
     def parallel(self) -> ParallelSpec:
         """The parallelism of an instance; `setup` has that of one pipeline stage."""
-        return self.setup.parallel.model_copy(update={"pp": 1 if self.setup.stages is None else self.setup.stages.count})
+        stages = self.setup.stages
+        return self.setup.parallel if stages is None else self.setup.parallel.model_copy(update={"pp": stages.count})
 
     @property
     def serving(self) -> ServingSpec:
@@ -273,9 +274,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
     """Whether a parallelism plan can run on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
     where = "parallel"
     if parallel.cp > 1:
-        raise BadInput(
-            "context parallelism is not simulated in serving yet", where=f"{where}.cp", mend="set cp to 1"
-        )
+        raise BadInput("context parallelism is not simulated in serving yet", where=f"{where}.cp", mend="set cp to 1")
     order = [axis for axis in parallel.rank_order if axis in ("tp", "dp")]
     if order != ["tp", "dp"] and parallel.tp > 1 and parallel.attention_dp > 1:
         raise BadInput(

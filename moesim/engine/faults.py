@@ -157,9 +157,8 @@ class FaultedTable(TimedModel):
         self._position = float(self.factors[hot]), float(np.delete(self.factors, hot).max(initial=1.0))
         return super().__call__(plan)
 
-    def table(self, kind: str, stage: int = 0) -> StepTable:
-        """The table of decode or prefill steps for the present position of the hottest rank; there is one stage."""
-        assert stage == 0
+    def table(self, kind: str) -> StepTable:
+        """The table of decode or prefill steps for the present position of the hottest rank."""
         hot, others = self._position
         key = f"{kind} {hot!r} {others!r}"
         if key not in self._tables:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,8 @@ class Served:
 
     gap_s, gap_n: inter-token latencies and how many of each. peak_kv_tokens: most tokens of context that one
     attention-DP rank held for its requests. preemptions and recomputed_tokens: over all ranks. prefix_asked_tokens,
-    prefix_found_tokens: prompt tokens admitted, and those of them that a prefix cache held.
+    prefix_found_tokens: prompt tokens admitted, and those of them that a prefix cache held. stage_busy_s [instances,
+    stages]: of pipeline stages, whose steps overlap: step_s is then a batch's whole way.
     """
 
     arrival_s: Floats
@@ -83,6 +84,7 @@ class Served:
     prefix_asked_tokens: int = 0
     prefix_found_tokens: int = 0
     prefill: PrefillSide | None = None
+    stage_busy_s: Floats | None = None
 
     @property
     def gaps_s(self) -> Floats:
@@ -275,9 +277,7 @@ class Pool:
                 yield environment.timeout(slot.end_s - environment.now)
             self.events += 1
             self._make_room(most)
-            self.gaps, done = slot.finish(
-                self.requests, environment.now, self.gap_s, self.gap_n, self.gaps, ended
-            )
+            self.gaps, done = slot.finish(self.requests, environment.now, self.gap_s, self.gap_n, self.gaps, ended)
             free.appendleft(slot)
             self.last_step_s[instance] = slot.last_s
             if done:
@@ -402,9 +402,8 @@ def serve(
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
     in turn (open, or closed over one instance), or to the shortest queue (closed, one instance), whose steps are timed
-    by table runs in `compiled`, with the same times.
-    faults, flow: see Pool, and no run with either is compiled; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
-    admitted.
+    by table runs in `compiled`, with the same times. faults, flow: see Pool, and no run with either is compiled; a
+    request that they lose has no `finish_s`. Raises Infeasible when a request can never be admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
@@ -414,7 +413,9 @@ def serve(
     if compiled and known and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time, shortest)
     environment = simpy.Environment()
-    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults, flow=flow)
+    pool = Pool(
+        environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults, flow=flow
+    )
     source = Source(load, pool)
     if load.concurrency is not None:
         pool.on_end = lambda ended: source.follow(len(ended))
@@ -442,7 +443,8 @@ def served_of(pool: Pool, arrived: int) -> Served:
     gaps = pool.gap_s[: pool.gaps].copy(), pool.gap_n[: pool.gaps].copy()
     log = pool.log.rows[: pool.log.used]
     events, now_s = pool.events + arrived, float(pool.environment.now)
-    return record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
+    found = record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
+    return replace(found, stage_busy_s=np.stack([lane.busy_s for lane in pool.lanes])) if pool.lanes else found
 
 
 def record(

@@ -130,9 +130,12 @@ class TimedModel:
         self._dp = model.deployment.setup.parallel.attention_dp
         self._drafting: tuple[Floats, Floats] | None = None  # logits and projection of a draft, by the grid's tokens
 
-    def table(self, kind: str, stage: int = 0) -> StepTable:
-        """The timed table of decode or prefill steps on a pipeline stage; built when first asked for."""
-        key = kind if stage == 0 else f"{kind} {stage}"
+    def table(self, kind: str) -> StepTable:
+        """The timed table of decode or prefill steps, on the first of several stages; built when first asked for."""
+        return self._table(kind, 0)
+
+    def _table(self, kind: str, stage: int) -> StepTable:
+        key = f"{kind} {stage}"
         if key not in self._tables:
             self._tables[key] = time_grid(
                 self.model.pricer,
@@ -202,7 +205,8 @@ class TimedModel:
     def _step_s(self, plan: Plan, stage: int = 0) -> float:
         total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
-        table = self.table("prefill" if reading else "decode", stage)
+        kind = "prefill" if reading else "decode"
+        table = self._table(kind, stage) if stage else self.table(kind)
         attention_s = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self.attention())
         if reading:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
@@ -332,7 +336,7 @@ class ExactModel:
         return priced
 
     def graph(self, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
-        """The graph that priced micro-batches run as, all stages together, and its number of chunks, see `best_step`."""
+        """The graph of priced micro-batches, all stages together, and its number of chunks, see `best_step`."""
         setup = self.model.deployment.setup
         if setup.stages is None:
             return best_step(setup, priced)

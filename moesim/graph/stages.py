@@ -107,8 +107,8 @@ def joined(graphs: Sequence[TaskGraph], sends: Sequence[Floats], hops: Sequence[
         first, mine = len(tasks), slice(stage * each, (stage + 1) * each)
         for task in graph.tasks:
             waits = tuple(first + other for other in task.depends_on) or arrived
-            groups = task.groups
-            if groups is not None:
+            groups = None
+            if task.groups is not None:
                 groups = np.arange(ranks, dtype=np.int64) + ranks
                 groups[mine] = task.groups
             tasks.append(replace(task, duration_s=_only(task.duration_s, mine, ranks), depends_on=waits, groups=groups))
@@ -119,11 +119,8 @@ def joined(graphs: Sequence[TaskGraph], sends: Sequence[Floats], hops: Sequence[
         meets[both] = 0
         links = ((Link.NIC if hops[stage].far else Link.NVLINK, 1.0),)
         last = tuple(range(first, len(tasks)))
-        tasks.append(
-            Task(
-                "to the next stage", TRANSFER, Stream.COMMUNICATION, _only(sends[stage], both, ranks), last, meets, links
-            )
-        )
+        sent = _only(sends[stage], both, ranks)
+        tasks.append(Task("to the next stage", TRANSFER, Stream.COMMUNICATION, sent, last, meets, links))
         arrived = (len(tasks) - 1,)
     return TaskGraph(steps=steps, ranks=ranks, tasks=tuple(tasks))
 

@@ -262,6 +262,7 @@ class Explained(Stored):
     share_of_time: Number
     tokens_per_dp_rank: Number
     reading_ranks: int
+    stages: int = Field(default=1, gt=0)
     step_s: Number = Field(gt=0)
     critical_path_s: dict[str, Number]
     exposed_communication_s: tuple[Number, ...] = Field(min_length=1)

@@ -90,7 +90,7 @@ def test_mla_cache_is_repeated_over_tp_and_grouped_query_is_divided() -> None:
     assert kv_bytes_per_token(QWEN, ParallelSpec(), precision) == whole
     assert kv_bytes_per_token(QWEN, ParallelSpec(tp=2, ep=2), precision) == whole / 2
     assert kv_bytes_per_token(QWEN, ParallelSpec(tp=8, ep=8), precision) == whole / 4  # 4 KV heads
-    assert kv_bytes_per_token(QWEN, ParallelSpec(), precision, layers=range(24)) == whole / 2
+    assert kv_bytes_per_token(QWEN, ParallelSpec(), precision, layers=range(47)) == whole / 2
 
 
 def test_shared_experts_are_repeated_under_deepep_and_divided_otherwise() -> None:
