@@ -43,7 +43,7 @@ _skeletons: dict[tuple[object, ...], Skeleton] = {}
 
 
 def collapsed_seconds(
-    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int = 0
+    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int | None = None
 ) -> Floats | None:
     """Seconds [steps] of priced micro-batches on one rank; None where the schedule's tasks are more than priced parts.
 
@@ -80,7 +80,7 @@ def _present(priced: PricedStep) -> tuple[bool, ...]:
 
 
 def _skeleton(
-    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int
+    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int | None
 ) -> Skeleton:
     builders = build_lists(setup, priced, normal, 1, tasks=True, stage=stage)
     graph = schedule_lists(setup, [builder.tasks for builder in builders], priced[0].batch.steps, 1)

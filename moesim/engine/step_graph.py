@@ -31,11 +31,11 @@ def step_graph(
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
     change: Change | None = None,
-    stage: int = 0,
+    stage: int | None = None,
 ) -> TaskGraph:
     """The graph of priced micro-batches at their own number of chunks, see `build_step`; overlapping work slowed.
 
-    change: of durations, before what overlaps is slowed.
+    change: of durations, before what overlaps is slowed. stage: which pipeline stage, where there are several.
     """
     graph = build_step(setup, priced, normal=normal, collapsed=collapsed, stage=stage)
     if change is not None:
@@ -44,7 +44,7 @@ def step_graph(
 
 
 def best_step(
-    setup: LayerSetup, priced: Sequence[PricedStep], change: Change | None = None, stage: int = 0
+    setup: LayerSetup, priced: Sequence[PricedStep], change: Change | None = None, stage: int | None = None
 ) -> tuple[TaskGraph, list[PricedStep]]:
     """The graph of the option whose steps take least in the mean, and its micro-batches. change: see `step_graph`."""
     found = [(step_graph(setup, one, change=change, stage=stage), one) for one in options(priced)]
@@ -59,9 +59,19 @@ def step_seconds(
     *,
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
-    stage: int = 0,
+    stage: int | None = None,
 ) -> NDArray[np.float64]:
-    """Seconds of each step, each at the number of chunks that is best for it, on one pipeline stage: [steps]."""
+    """Seconds of each step, each at the number of chunks that is best for it: [steps].
+
+    stage: of one pipeline stage; None: of the way through all of them.
+    """
+    if stage is None and setup.stages is not None:
+        sent_s = sum(one.transfer.seconds(normal).sum(axis=(1, 2)) for one in priced)
+        each = [
+            step_seconds(setup, priced, normal=normal, collapsed=collapsed, stage=one)
+            for one in range(setup.stages.count)
+        ]
+        return np.asarray(np.sum(each, axis=0) + sent_s)
     if collapsed:
         found_s = [collapsed_seconds(setup, one, normal, stage) for one in options(priced)]
         known = [seconds for seconds in found_s if seconds is not None]

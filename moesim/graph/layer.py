@@ -20,7 +20,7 @@ def build_step(
     *,
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
-    stage: int = 0,
+    stage: int | None = None,
 ) -> TaskGraph:
     """The task graph of one priced step, or of the two micro-batches of a two-batch step; of one pipeline stage.
 
@@ -39,7 +39,7 @@ def build_lists(
     ranks: int,
     *,
     tasks: bool = False,
-    stage: int = 0,
+    stage: int | None = None,
 ) -> list[StepBuilder]:
     """A builder for each micro-batch; tasks: with its task list built.
 
@@ -61,12 +61,13 @@ def schedule_lists(setup: LayerSetup, lists: Sequence[Sequence[Task]], steps: in
     return sequential(lists[0], steps, ranks)
 
 
-def _list_tasks(build: StepBuilder, stage: int) -> None:
+def _list_tasks(build: StepBuilder, stage: int | None) -> None:
     """Add the tasks of one micro-batch in order; the schedule decides how a MoE layer is laid out."""
     setup, stages = build.setup, build.setup.stages
     moe_layer = LAYERS[setup.policies.schedule]
-    layers = range(setup.model.layers) if stages is None else stages.layers[stage]
-    if stage == 0:
+    assert stages is None or stage is not None, "one graph is of one stage"
+    layers = range(setup.model.layers) if stages is None or stage is None else stages.layers[stage]
+    if layers.start == 0:
         build.compute("step overhead", "engine_overhead", "overhead")
         if build.fetches is not None:
             build.fetches.begin()
