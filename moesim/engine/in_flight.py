@@ -17,7 +17,7 @@ from moesim.engine.batch_state import NONE, Ints, Limits, Plan, Ranks, Requests,
 from moesim.engine.batch_times import BatchTimes
 from moesim.engine.batcher import finish_step, plan_step
 
-__all__ = ["Flow", "Lane", "Slot", "slots_of"]
+__all__ = ["Flow", "Lane", "Slot", "come_back", "depart", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Slot:
             self.group.elsewhere[:] = np.sum([one.group.running_seqs + one.joining for one in others], axis=0)
         tokens = int(plan_step(requests, self.group, self.limits, self.plan))
         if tokens:
-            _depart(requests, self.plan, self.last, self.joining)
+            depart(requests, self.plan, self.last, self.joining)
         return tokens
 
     def finish(
@@ -71,7 +71,7 @@ class Slot:
     ) -> tuple[int, int]:
         """Hand out the tokens of the batch, see `finish_step`."""
         reads = self.plan.prefill_seqs > 0
-        _return(requests, self.plan, self.last, self.joining)
+        come_back(requests, self.plan, self.last, self.joining)
         found: tuple[int, int] = finish_step(
             requests, self.group, self.limits, self.plan, now_s, gap_s, gap_n, gaps, ended
         )
@@ -108,7 +108,7 @@ class Lane:
 
 
 @njit(cache=True)
-def _depart(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
+def depart(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
     """Count the batch's prompts as read, so that the next batch goes on after them."""
     for rank in range(len(joining)):
         joining[rank] = 0
@@ -120,7 +120,7 @@ def _depart(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> 
 
 
 @njit(cache=True)
-def _return(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
+def come_back(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
     """Keep of the batch's prompts those that are read to their end, for `finish_step` to count."""
     for rank in range(len(joining)):
         kept = 0

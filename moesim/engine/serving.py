@@ -402,15 +402,19 @@ def serve(
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
     in turn (open, or closed over one instance), or to the shortest queue (closed, one instance), whose steps are timed
-    by table runs in `compiled`, with the same times. faults, flow: see Pool, and no run with either is compiled; a
-    request that they lose has no `finish_s`. Raises Infeasible when a request can never be admitted.
+    by table runs in `compiled`, with the same times; with a flow and sent in turn, in `compiled_flow` (a closed loop
+    only without a front end). faults, flow: see Pool; a request that faults lose has no `finish_s`. Raises Infeasible
+    when a request can never be admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
     in_turn = balance == "round_robin" and (load.arrival_s is not None or instances == 1)
     shortest = balance == "shortest_queue" and load.arrival_s is None and instances == 1
-    known = (in_turn or shortest) and load.blocks is None and faults is None and flow is None
-    if compiled and known and getattr(step_time, "compilable", False):
+    known = load.blocks is None and faults is None
+    if compiled and known and flow is not None and in_turn and getattr(step_time, "flow_compilable", False):
+        if load.front_end_s == 0 or load.concurrency is None:
+            return _compiled_flow(load, requests, limits, ranks, instances, step_time, flow)
+    elif compiled and known and flow is None and (in_turn or shortest) and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time, shortest)
     environment = simpy.Environment()
     pool = Pool(
@@ -436,6 +440,21 @@ def _compiled(
     log = run.run()
     gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
     return record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
+
+
+def _compiled_flow(
+    load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any, flow: Flow
+) -> Served:
+    from moesim.engine.compiled_flow import StagedInstances
+
+    times_s = np.zeros(len(load.isl)) if load.arrival_s is None else load.arrival_s
+    run = StagedInstances(
+        requests, times_s, limits, ranks, instances, timed, flow, load.concurrency or 0, load.front_end_s
+    )
+    log = run.run()
+    gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
+    found = record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
+    return replace(found, stage_busy_s=np.stack(run.busy_s))
 
 
 def served_of(pool: Pool, arrived: int) -> Served:

@@ -155,15 +155,24 @@ class TimedModel:
         found[0] -= host_s
         return BatchTimes(host_s, found, self._transfers_s(plan))
 
-    def _transfers_s(self, plan: Plan) -> list[float]:
-        if self._stages == 1:
-            return []
+    def stage_tables(self, kind: str) -> list[StepTable]:
+        """The timed table of each pipeline stage."""
+        return [self.table(kind), *(self._table(kind, stage) for stage in range(1, self._stages))]
+
+    def hops(self) -> tuple[float, Floats, Floats]:
+        """Host seconds of a batch; seconds of each hop between stages without tokens, and for each row."""
         if self._hops is None:
             pricer = self.model.pricer
             none, one = (pricer.transfer(np.full((1, 1), rows)).seconds(self.normal)[0, :, 0] for rows in (0.0, 1.0))
-            self._hops = none, one - none
+            self._hops = np.ascontiguousarray(none), np.ascontiguousarray(one - none)
+        return self._step_overhead_s, *self._hops
+
+    def _transfers_s(self, plan: Plan) -> list[float]:
+        if self._stages == 1:
+            return []
+        _, fixed_s, each_s = self.hops()
         rows = rows_of_plan(self.model, plan)
-        return [float(fixed + rows * each) for fixed, each in zip(*self._hops, strict=True)]
+        return [float(fixed + rows * each) for fixed, each in zip(fixed_s, each_s, strict=True)]
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, by table, drafting included. Raises OutsideProfile."""
@@ -240,6 +249,11 @@ class TimedModel:
     def compilable(self) -> bool:
         """Whether `compiled` times steps as this model does: it knows no captured prompts, no drafts and one stage."""
         return not self.model.captures_prompts and self.model.drafts == 0 and self._stages == 1
+
+    @property
+    def flow_compilable(self) -> bool:
+        """Whether `compiled_flow` times batches as this model does: it knows no captured prompts and no drafts."""
+        return not self.model.captures_prompts and self.model.drafts == 0 and self._stages > 1
 
     @property
     def role_compilable(self) -> bool:
