@@ -313,6 +313,8 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.serving is None and self.search.pp != "off":
+            raise ValueError("search.pp is of serving: a training search tries pipeline stages by itself")
         if self.serving is None and self.cost.overheads is not None:
             raise ValueError("cost.overheads is of serving: training has training.host")
         if self.serving is not None and self.objective.of_training:
