@@ -150,6 +150,20 @@ class Result(Stored):
     run: dict[str, float | int | str]
 
 
+class Stage(Stored):
+    """One pipeline stage of the typical decode step."""
+
+    layers: tuple[int, int]
+    seconds: Number = Field(ge=0)
+    to_the_next_s: Number | None
+
+
+class ServingFigures(Stored):
+    """What the serving loop did, as far as the page tells it."""
+
+    stage_busy: tuple[Annotated[Number, Field(ge=0)], ...] = ()
+
+
 class Step(Stored):
     """The typical decode step."""
 
@@ -157,6 +171,7 @@ class Step(Stored):
     step_s: Number = Field(ge=0)
     by_operation_s: dict[str, Number]
     exposed_communication_s: Number
+    stages: tuple[Stage, ...] = ()
 
 
 class RoutingFigures(Stored):
@@ -325,6 +340,7 @@ class Figures(Stored):
     load: LoadFigures | None = None
     provenance: dict[str, Number]
     plan: PlanFigures
+    serving: ServingFigures | None = None
     explain: Explanations | None = None
     run: dict[str, float | int | str]
 
