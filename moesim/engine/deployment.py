@@ -259,13 +259,6 @@ def resolve_roles(ground: Groundwork, scenario: Scenario, placements: Mapping[st
     found = {}
     for name, (part, cluster) in role_scenarios(scenario, ground.cluster).items():
         one = resolve(replace(ground, cluster=cluster), part, placements.get(name))
-        if one.setup.stages is not None:
-            raise Infeasible(
-                "pipeline stages in a role are not simulated",
-                where=f"serving.roles.{name}.parallel.pp",
-                mend="set it to 1",
-                reason="with_stages",
-            )
         found[name] = replace(one, ground=ground)
     return replace(found["decode"], prefill=found["prefill"])
 

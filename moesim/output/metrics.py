@@ -107,7 +107,12 @@ def role_metrics(served: Served) -> dict[str, Any]:
 
 
 def busy_share(served: Served, duration_s: float) -> float:
-    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any."""
+    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any.
+
+    With pipeline stages, of the busiest stage.
+    """
+    if served.stage_busy_s is not None:
+        return float(served.stage_busy_s.mean(axis=0).max()) / duration_s
     instances = len(np.unique(served.step_instance))
     return float(served.step_s.sum()) / duration_s / instances if instances else 0.0
 

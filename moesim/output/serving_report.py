@@ -21,10 +21,6 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
     serving = deployment.serving
     asked, decoded = served.prefix_asked_tokens, int(served.step_decode_seqs.sum())
     roles = None
-    stages = {}
-    if served.stage_busy_s is not None:  # share of the run, mean over instances
-        shares = served.stage_busy_s.mean(axis=0) / served.duration_s
-        stages = {"stage_busy": [float(share) for share in shares]}
     if served.prefill is not None and deployment.prefill is not None:
         roles = {"prefill": _pool(deployment.prefill, served.prefill.served), "decode": _pool(deployment, served)}
     return {
@@ -35,7 +31,7 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
         "prefix_hit_rate": served.prefix_found_tokens / asked if asked else None,
         "failed_requests_left_out": failed_requests(serving.workload),
         "tokens_per_decode_step": float(served.gap_n.sum()) / decoded if decoded else None,
-        **stages,
+        **_stage_busy(served),
         "roles": roles,
     }
 
@@ -49,4 +45,12 @@ def _pool(deployment: Deployment, served: Served) -> dict[str, Any]:
         "steps": served.steps,
         "peak_bytes": counted.fixed_bytes + served.peak_kv_tokens * counted.kv_bytes_per_token,
         "limit_bytes": counted.limit_bytes,
+        **_stage_busy(served),
     }
+
+
+def _stage_busy(served: Served) -> dict[str, Any]:
+    """Share of the run in which each pipeline stage works, mean over instances; nothing where there is one."""
+    if served.stage_busy_s is None:
+        return {}
+    return {"stage_busy": [float(share) for share in served.stage_busy_s.mean(axis=0) / served.duration_s]}

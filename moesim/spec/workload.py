@@ -128,6 +128,7 @@ class RoleSpec(Spec):
     policies: dict[str, Any] | None = None
     batching: dict[str, Any] | None = None
     precision: dict[str, Any] | None = None
+    pipeline: dict[str, Any] | None = None
 
 
 class RolesSpec(Spec):

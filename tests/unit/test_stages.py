@@ -213,6 +213,32 @@ def test_what_a_run_in_stages_tells(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "in 2 stages" in report.read_text()
 
 
+def test_roles_may_have_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stage's GPUs send what they hold: all bytes move, and a prompt's part of a GPU is half as long under way."""
+    stages = {"attention_dp": 2, "ep": 2, "pp": 2}
+    found = {}
+    for name, prefill in (("one", {"attention_dp": 4, "ep": 4}), ("two", stages)):
+        data = small()
+        decode = {"gpus": 4, "parallel": stages, "pipeline": {"layers": [7, 9]}}
+        data["serving"]["roles"] = {"prefill": {"gpus": 4, "parallel": prefill}, "decode": decode}
+        data["serving"]["workload"] = {
+            "isl": 256,
+            "osl": 4,
+            "requests": 8,
+            "arrivals": {"poisson": {"requests_per_s": 1}},
+        }
+        assert run(["simulate", str(write(tmp_path, data)), "--json", "--draws", "0", "--explain"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    sent = {name: told["explain"]["transfer"]["bytes"] for name, told in found.items()}
+    assert sent["one"] == sent["two"] > 0
+    waited = {name: told["metrics"]["roles"]["transfer"]["transfer_s"]["p50"] for name, told in found.items()}
+    assert waited["two"] == pytest.approx(waited["one"] / 2, rel=0.02)
+    told = found["two"]
+    assert len(told["serving"]["roles"]["prefill"]["stage_busy"]) == 2
+    assert all(0 < told["metrics"]["roles"][role]["busy"] < 1 for role in ("prefill", "decode"))
+    assert {(one["role"], one["stages"]) for one in told["explain"]["steps"]} == {("decode", 2), ("prefill", 2)}
+
+
 def test_a_run_is_the_same_by_both_executors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = small(parallel=DP4 | {"pp": 2})
     data["serving"]["workload"] = {"isl": 64, "osl": 4, "requests": 12, "arrivals": {"concurrency": 6}}
