@@ -54,6 +54,8 @@ class StepModel:
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
+        flow = flow_of(deployment, self.limits)
+        self.most_running = self.limits.max_running if flow is None else flow.running or self.limits.max_running
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
         self.drafts = draft_tokens(deployment.serving)
@@ -70,7 +72,7 @@ class StepModel:
     def grid(self, kind: str) -> PricedGrid:
         """The priced grid of decode or prefill steps; priced once."""
         if kind not in self.grids:
-            most = float(self.limits.max_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
+            most = float(self.most_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
             ranks = self.deployment.setup.parallel.attention_dp
             step, decode = self.detail.factor, kind == "decode"
             tokens = _axis(most, 2.0 if decode else step, midpoints=decode and self.detail.midpoints)
@@ -93,7 +95,7 @@ class StepModel:
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
         """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
-        most_seqs = float(self.limits.max_running * (1 + self.drafts))
+        most_seqs = float(self.most_running * (1 + self.drafts))
         seqs = np.asarray([x for x in _SEQS if x < most_seqs] + [most_seqs])
         shares = 2.0 ** np.arange(0.0, math.log2(max(2.0, self.longest_context / _FEWEST_KV)), 1.0)
         kv = np.unique(np.append(_FEWEST_KV * shares, self.longest_context))
@@ -471,16 +473,16 @@ def batch_limits(deployment: Deployment) -> Limits:
     running = batching.max_running_requests_per_dp_rank
     speculative = deployment.serving.speculative
     queries = 1 + draft_tokens(deployment.serving)
-    setup = deployment.setup
-    if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
-        most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
-        running = min(running, most * setup.parallel.tp // queries)
-        if running == 0:
+    most = _low_latency_sequences(deployment)
+    if most is not None:
+        if most == 0:
             raise BadInput(
                 f"low-latency dispatch takes fewer tokens than the {queries} that one sequence verifies",
                 where="serving.speculative.draft_tokens",
                 mend="draft fewer, or use policies.dispatch.mode normal",
             )
+        if stage_count(deployment.setup) == 1:  # of several batches under way each has this limit, see `flow_of`
+            running = min(running, most)
     mixes = deployment.rules.mixes if batching.mixed_chunk is None else batching.mixed_chunk
     if batching.max_batch_tokens_per_dp_rank <= running * queries and mixes:
         raise BadInput(
@@ -506,6 +508,15 @@ def batch_limits(deployment: Deployment) -> Limits:
     )
 
 
+def _low_latency_sequences(deployment: Deployment) -> int | None:
+    """Sequences of an attention-DP rank that DeepEP's low-latency dispatch takes at once; None where it is not used."""
+    setup = deployment.setup
+    if setup.policies.dispatch.backend != "deepep" or exchange_mode(deployment, "decode") != "low_latency":
+        return None
+    most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
+    return most * setup.parallel.tp // (1 + draft_tokens(deployment.serving))
+
+
 def flow_of(deployment: Deployment, limits: Limits) -> Flow | None:
     """How batches follow each other through pipeline stages; None where there is one stage.
 
@@ -519,7 +530,10 @@ def flow_of(deployment: Deployment, limits: Limits) -> Flow | None:
     asked = deployment.serving.pipeline
     batches = asked.batches or stages
     share = None if deployment.rules.name == "vllm" else max(1, limits.max_running // batches)
-    return Flow(stages, batches, asked.running_requests_per_dp_rank or share)
+    running, most = asked.running_requests_per_dp_rank or share, _low_latency_sequences(deployment)
+    if most is not None and most < (running or limits.max_running):
+        running = most
+    return Flow(stages, batches, running)
 
 
 def _axis(most: float, step: float = 2.0, *, midpoints: bool = False) -> Floats:

@@ -15,7 +15,7 @@ from moesim.engine.batcher import Plan, new_plan
 from moesim.engine.critical import critical_path
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.memory import weights
-from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan
+from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan, flow_of
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.stages import split_layers
 from moesim.spec.hf import load_model
@@ -98,7 +98,10 @@ def test_the_stage_with_the_least_room_binds_the_cache(tmp_path: Path) -> None:
 def test_stages_of_the_table_add_up_to_the_whole_model(stages: int, decode: int, prompts: int, tmp_path: Path) -> None:
     """The same ranks in one stage hold all layers: what stages take together, only their transfers come on top."""
     one = StepModel(deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2}), seed=0)
-    several = StepModel(deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2, "pp": stages}), seed=0)
+    serving = {"pipeline": {"running_requests_per_dp_rank": 64}}  # as large batches, so that the same steps are drawn
+    several = StepModel(
+        deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2, "pp": stages}, serving=serving), seed=0
+    )
     plan = planned(one, decode, prompts)
     times = several.base.stages(plan)
     assert len(times.stages_s) == stages
@@ -211,6 +214,21 @@ def test_what_a_run_in_stages_tells(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(typical["waited_s"]) == 8
     assert typical["what_if"]["infinite_network"]["step_s"] < typical["step_s"]
     assert "in 2 stages" in report.read_text()
+
+
+def test_low_latency_limits_each_batch_not_all_of_them(tmp_path: Path) -> None:
+    serving = small()["serving"]
+    serving["batching"] |= {"max_running_requests_per_dp_rank": 400}
+    for engine, running in (("vllm", 256), ("sglang", 128)):  # SGLang's share were 200
+        found = deployment(tmp_path, engine={"name": engine, "version": "1"}, serving=serving)
+        model = StepModel(found, seed=0)
+        assert (model.limits.max_running, model.most_running) == (400, running)
+        flow = flow_of(found, model.limits)
+        assert flow is not None
+        assert flow.running == running
+        assert model.grid("decode").tokens[-1] == running
+    alone = StepModel(deployment(tmp_path, parallel=DP4, serving=serving), seed=0)
+    assert alone.limits.max_running == alone.most_running == 128
 
 
 def test_roles_may_have_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
