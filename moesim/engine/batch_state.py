@@ -76,6 +76,8 @@ class Limits(NamedTuple):
     decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config, see `_held_back`; 0 = prompts are not held back.
     wait_steps, wait_tokens: its batch_wait options, see `_waits`; 0 = prompts do not wait for a fuller batch.
+    of_batch: most requests of one of several batches under way, beside max_running of all of them; a prompt whose first
+    part was read in another batch may come on top.
     """
 
     max_tokens: int
@@ -92,6 +94,7 @@ class Limits(NamedTuple):
     gather_steps: int = 0
     wait_steps: int = 0
     wait_tokens: float = 0.0
+    of_batch: int = 2**60
 
 
 class Plan(NamedTuple):

@@ -112,16 +112,15 @@ def _plan(slots: Slots, slot: int) -> Plan:
 
 
 @njit(cache=True)
-def _form(requests: Requests, group: Ranks, slots: Slots, limits: Limits, alone: bool, counters: Ints) -> int:
+def _form(requests: Requests, group: Ranks, slots: Slots, limits: Limits, counters: Ints) -> int:
     """Form a batch in the first free slot that has anything to do; the slot, NONE where there is nothing."""
     for place in range(counters[FREE]):
         slot = slots.free[place]
-        if not alone:
-            for rank in range(len(group.head)):
-                slots.elsewhere[slot, rank] = 0
-                for other in range(len(slots.end_s)):
-                    if other != slot:
-                        slots.elsewhere[slot, rank] += slots.running_seqs[other, rank] + slots.joining[other, rank]
+        for rank in range(len(group.head)):
+            slots.elsewhere[slot, rank] = 0
+            for other in range(len(slots.end_s)):
+                if other != slot:
+                    slots.elsewhere[slot, rank] += slots.running_seqs[other, rank] + slots.joining[other, rank]
         plan = _plan(slots, slot)
         if plan_step(requests, _ranks(group, slots, slot), limits, plan) == 0:
             continue
@@ -185,7 +184,7 @@ def _send(plan: Plan, graphs: Graphs, ready_s: float, stage_s: Floats, way: Way)
 
 @njit(cache=True)
 def _advance(
-    requests: Requests, group: Ranks, slots: Slots, limits: Limits, alone: bool, mine: Ints, instances: int,
+    requests: Requests, group: Ranks, slots: Slots, limits: Limits, mine: Ints, instances: int,
     admitted_s: Floats, scheduled_s: Floats, decode: Grid, decode_s: Floats, prefill: Grid, prefill_s: Floats,
     attention: DecodeAttention, graphs: Graphs, prompts: Prompts, way: Way, stage_s: Floats, counters: Ints,
     clock: Floats, gap_s: Floats, gap_n: Ints, log: Floats, ended: Ints, concurrency: int,
@@ -210,7 +209,7 @@ def _advance(
                     requests.arrival_s[request] = admitted_s[request]
                     arrive(requests, group, (request // instances) % ranks, request)
                     counters[NEXT] += 1
-            slot = _form(requests, group, slots, limits, alone, counters)
+            slot = _form(requests, group, slots, limits, counters)
             if slot != NONE:
                 counters[PEAK_KV] = max(counters[PEAK_KV], slots.totals[slot, 2])
                 counters[PLANNED] = slot + 1
@@ -287,8 +286,7 @@ class StagedInstances(StepTables):
         super().__init__(timed)
         self.staged, self.flow = timed, flow
         self.requests, self.ranks, self.instances, self.concurrency = requests, ranks, instances, concurrency
-        running = limits.max_running if flow.running is None else min(limits.max_running, flow.running)
-        self.limits = limits._replace(max_running=running)
+        self.limits = flow.of_batch(limits)
         self.admitted_s, self.scheduled_s = np.empty(len(arrival_s)), np.empty(len(arrival_s))
         _admission(arrival_s, self.admitted_s, self.scheduled_s)
         self.front_end_s = front_end_s
@@ -332,7 +330,7 @@ class StagedInstances(StepTables):
         attention, graphs = self.timed.attention(), self.timed.graphs_taken()
         while True:
             why = _advance(
-                self.requests, group, slots, self.limits, self.flow.running is not None, mine, self.instances,
+                self.requests, group, slots, self.limits, mine, self.instances,
                 self.admitted_s, self.scheduled_s, self.decode, self.seconds["decode"], self.prefill,
                 self.seconds["prefill"], attention, graphs, self.prompts, way, stage_s, counters, clock, self.gap_s,
                 self.gap_n, log, ended, self.concurrency,

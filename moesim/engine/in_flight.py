@@ -32,6 +32,10 @@ class Flow:
     batches: int
     running: int | None = None
 
+    def of_batch(self, limits: Limits) -> Limits:
+        """A rank's limits with that of a batch."""
+        return limits if self.running is None else limits._replace(of_batch=self.running)
+
 
 class Slot:
     """One batch of a group: its requests that decode, and the step that it was last planned for.
@@ -40,8 +44,7 @@ class Slot:
     batch ends; last_s: how long it takes.
     """
 
-    def __init__(self, group: Ranks, limits: Limits, *, alone: bool) -> None:
-        """alone: whether the limit on requests is of this batch, not of all that are under way."""
+    def __init__(self, group: Ranks, limits: Limits) -> None:
         ranks, zero = len(group.head), np.zeros(len(group.head), np.int64)
         self.group = group._replace(
             running=np.full((ranks, limits.max_running), NONE, np.int64),
@@ -51,7 +54,7 @@ class Slot:
             unpolled=zero.copy(),
             elsewhere=zero.copy(),
         )
-        self.limits, self.alone = limits, alone
+        self.limits = limits
         self.plan = new_plan(ranks, limits.max_running)
         self.joining = zero.copy()
         self.last = np.zeros((ranks, limits.max_running), np.bool_)
@@ -59,8 +62,7 @@ class Slot:
 
     def form(self, requests: Requests, others: list[Slot]) -> int:
         """Plan the slot's next batch, 0 tokens where there is nothing; its prompts count as read from now on."""
-        if not self.alone:
-            self.group.elsewhere[:] = np.sum([one.group.running_seqs + one.joining for one in others], axis=0)
+        self.group.elsewhere[:] = np.sum([one.group.running_seqs + one.joining for one in others], axis=0)
         tokens = int(plan_step(requests, self.group, self.limits, self.plan))
         if tokens:
             depart(requests, self.plan, self.last, self.joining)
@@ -81,8 +83,7 @@ class Slot:
 
 def slots_of(group: Ranks, limits: Limits, flow: Flow) -> list[Slot]:
     """The slots of a group."""
-    own = limits if flow.running is None else limits._replace(max_running=min(limits.max_running, flow.running))
-    return [Slot(group, own, alone=flow.running is not None) for _ in range(flow.batches)]
+    return [Slot(group, flow.of_batch(limits)) for _ in range(flow.batches)]
 
 
 class Lane:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from moesim.engine.batch_times import BatchTimes
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.in_flight import Flow, Lane
 from moesim.engine.memory_rules import RESERVE, SGLANG, VLLM
-from moesim.engine.serving import Load, Served, serve
+from moesim.engine.serving import Load, PromptBlocks, Served, serve
 
 
 @dataclass
@@ -24,8 +24,10 @@ class Fixed:
     transfers_s: tuple[float, ...] = ()
     host_s: float = 0.0
     formed: list[tuple[int, int]] = field(default_factory=list)
+    most: int = 0
 
     def stages(self, plan: Plan) -> BatchTimes:
+        self.most = max(self.most, int((plan.decode_seqs + plan.prefill_seqs).max()))
         self.formed.append((int(plan.decode_seqs.sum()), int(plan.prefill_tokens.sum())))
         sent = self.transfers_s or (0.0,) * (len(self.stages_s) - 1)
         return BatchTimes(self.host_s, self.stages_s, sent)
@@ -119,6 +121,14 @@ def test_all_batches_together_keep_to_the_limit_on_requests() -> None:
     assert [prompts for _, prompts in times.formed[2:40]] == [0] * 38
 
 
+def test_a_prompt_begun_in_one_batch_may_end_in_a_full_one() -> None:
+    """Two batches of one request each: the second prompt begins beside the first request and ends in its batch."""
+    times = Fixed((1.0, 1.0))
+    served = run(Load(ints(150, 150), ints(5, 5), arrival_s=np.zeros(2)), times, running=1, max_running=2)
+    assert times.formed == [(0, 100), (0, 50), (0, 100), (1, 50), (2, 0), (2, 0), (2, 0), (1, 0)]
+    assert served.finish_s.tolist() == [11.0, 13.0]
+
+
 def test_a_lane_is_first_come_first_served() -> None:
     lane = Lane(2)
     slow, fast = BatchTimes(0.0, (1.0, 5.0), (0.5,)), BatchTimes(0.0, (1.0, 1.0), (0.5,))
@@ -130,7 +140,7 @@ def test_a_lane_is_first_come_first_served() -> None:
 requests = st.lists(st.tuples(st.integers(1, 250), st.integers(1, 6), st.floats(0, 20)), min_size=1, max_size=14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     asked=requests,
     stages=st.integers(1, 4),
@@ -140,14 +150,22 @@ requests = st.lists(st.tuples(st.integers(1, 250), st.integers(1, 6), st.floats(
     kv_tokens=st.sampled_from([300, 900, 10_000]),
     mixes=st.booleans(),
     ranks=st.integers(1, 3),
+    shared=st.booleans(),
 )
 def test_tokens_are_conserved(
     asked: list[tuple[int, int, float]], stages: int, batches: int, running: int | None, rule: object, kv_tokens: int,
-    mixes: bool, ranks: int,
+    mixes: bool, ranks: int, shared: bool,
 ) -> None:  # fmt: skip
-    """Every request gets all its tokens, whatever the memory; without preemption each token is computed once."""
+    """Every request gets all its tokens, whatever the memory; without preemption each token is computed once.
+
+    shared: every other prompt begins as the others do, and a prefix cache knows.
+    """
     isl, osl, arrival_s = (np.asarray(values) for values in zip(*asked, strict=True))
     load = Load(isl.astype(np.int64), osl.astype(np.int64), arrival_s=np.sort(arrival_s))
+    if shared:
+        blocks = [np.arange(tokens // 16) + 1000 * (index % 2) for index, tokens in enumerate(isl)]
+        offsets = np.cumsum([0, *(len(one) for one in blocks)])
+        load = replace(load, blocks=PromptBlocks(16, offsets, np.concatenate(blocks)))
     times = Fixed(tuple(1.0 + stage for stage in range(stages)), host_s=0.25)
     served = serve(
         load,
@@ -162,8 +180,9 @@ def test_tokens_are_conserved(
     assert (served.first_token_s - served.arrival_s >= times.host_s + sum(times.stages_s) - 1e-9).all()
     assert (served.finish_s >= served.first_token_s).all()
     assert served.peak_kv_tokens <= kv_tokens
+    assert times.most <= 8
     if served.preemptions == 0:
-        assert served.step_prefill_tokens.sum() == isl.sum()
+        assert served.step_prefill_tokens.sum() + served.prefix_found_tokens == isl.sum()
         assert served.step_decode_seqs.sum() == (osl - 1).sum()
 
 
