@@ -54,8 +54,8 @@ class StepModel:
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
-        flow = flow_of(deployment, self.limits)
-        self.most_running = self.limits.max_running if flow is None else flow.running or self.limits.max_running
+        most = _low_latency_sequences(deployment)
+        self.most_running = self.limits.max_running if most is None else min(self.limits.max_running, most)
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
         self.drafts = draft_tokens(deployment.serving)

@@ -98,10 +98,7 @@ def test_the_stage_with_the_least_room_binds_the_cache(tmp_path: Path) -> None:
 def test_stages_of_the_table_add_up_to_the_whole_model(stages: int, decode: int, prompts: int, tmp_path: Path) -> None:
     """The same ranks in one stage hold all layers: what stages take together, only their transfers come on top."""
     one = StepModel(deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2}), seed=0)
-    serving = {"pipeline": {"running_requests_per_dp_rank": 64}}  # as large batches, so that the same steps are drawn
-    several = StepModel(
-        deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2, "pp": stages}, serving=serving), seed=0
-    )
+    several = StepModel(deployment(tmp_path, parallel={"attention_dp": 2, "ep": 2, "pp": stages}), seed=0)
     plan = planned(one, decode, prompts)
     times = several.base.stages(plan)
     assert len(times.stages_s) == stages
