@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from validate.silicon import Prediction
-from validate.silicon_causes import FRONT_END, PARTS, Causes
-from validate.silicon_rows import COLUMNS, MEASURED, Layout, SiliconRow
+from validate.silicon.causes import FRONT_END, PARTS, Causes
+from validate.silicon.price import Prediction
+from validate.silicon.rows import COLUMNS, MEASURED, Layout, SiliconRow
 
 ROW = {
     "silicon_data_source": "db-dump/2026-04-27; silicon_concurrency=8; measured=2026-03-25T00:00:00.000Z",

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from moesim.errors import BadInput
-from validate.calibrate_command import calibrate
-from validate.capacity_command import capacity
-from validate.replay_command import replay
+from validate.calibrate.command import calibrate
+from validate.capacity.command import capacity
+from validate.replay.command import replay
 from validate.shown import show
+from validate.training.command import training
 
 app = typer.Typer(
     help="Run the real thing and compare it with what was predicted before.",
@@ -99,9 +100,9 @@ def hardware(
     are timed; the error is reported as it is and changes the exit code only with --check.
     """
     from profiles.launch import under_torchrun
-    from validate import bundled
-    from validate import hardware as runner
-    from validate.job import Job
+    from validate.hardware import bundled
+    from validate.hardware import run as runner
+    from validate.hardware.job import Job
 
     if bundle is None and (quick or budget is not None):
         raise BadInput("there is no profile", where="--quick, --budget", mend="give them with --bundle")
@@ -137,7 +138,7 @@ def hardware(
 
     told: list[str] = []
     if under_torchrun():
-        from validate.worker import join_torchrun
+        from validate.hardware.worker import join_torchrun
 
         record = join_torchrun(make)
     else:
@@ -150,7 +151,7 @@ def hardware(
         )  # fmt: skip
     if record is None:
         return
-    from validate import tables
+    from validate.hardware import tables
 
     if as_json:
         typer.echo(json.dumps(record, allow_nan=False))
@@ -187,8 +188,8 @@ def exchange(
 
     Exits 1 when a pair of cases that differs by more than twice the spread was foretold the wrong way round.
     """
-    from validate import exchange_command as runner
-    from validate.exchange_record import holds, table
+    from validate.exchange import command as runner
+    from validate.exchange.record import holds, table
 
     record = runner.run(
         backend=backend.value, ranks=ranks, size=size, repeats=repeats, quick=quick, profile=profile, loads=loads,
@@ -222,8 +223,8 @@ def fabric(
     Needs root, iproute2 and util-linux. Exits 1 when flat or two-level, or a placement, was foretold the winner and
     lost by more than 10 %, when a link or a rank is lost, and when an exchange delivers wrong rows.
     """
-    from validate import fabric as runner
-    from validate.fabric_record import holds, table
+    from validate.fabric import lab as runner
+    from validate.fabric.record import holds, table
 
     asked = runner.labs_of(labs or (), quick=quick, repeats=repeats, loads=loads, layer=layer)
     record = runner.run(
@@ -269,7 +270,7 @@ def silicon(
     --check exits 1 when predictions are no longer those on record, and names the costs that moved.
     """
     from moesim.output.console import progress_bar
-    from validate import silicon_command as command
+    from validate.silicon import command
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
@@ -278,11 +279,11 @@ def silicon(
     if recorded and (update or check):
         raise BadInput("--update and --check price rows", where="--recorded", mend="leave one of them out")
     if recorded:
-        from validate.silicon_keep import recorded as on_record
+        from validate.silicon.keep import recorded as on_record
 
         result = on_record(rows=rows, record=record, out=out, report=report, scale=scaled)
     elif update or check:
-        from validate.silicon_keep import kept
+        from validate.silicon.keep import kept
 
         with progress_bar("pricing measured runs") as progress:
             result = kept(
@@ -322,7 +323,9 @@ def published(
     Exits 1 when a ratio has the wrong sign and the manifest does not say why.
     """
     from moesim.output.console import progress_bar
-    from validate import published_manifest, published_predict, published_table
+    from validate.published import manifest as published_manifest
+    from validate.published import predict as published_predict
+    from validate.published import table as published_table
 
     if update and row:
         raise BadInput("the page holds all rows", where="--row", mend="leave it out with --update")
@@ -374,4 +377,5 @@ def records(
 
 app.command()(calibrate)
 app.command()(capacity)
+app.command()(training)
 app.command()(replay)

@@ -16,7 +16,8 @@ from moesim.spec.scenario import TRAINING_OBJECTIVES, ObjectiveSpec, Scenario
 from moesim.spec.workload import SloSpec, TrainingSpec
 
 BACKENDS = ("deepep", "alltoall", "allgather_reducescatter")
-PRECISIONS = ("bf16", "fp16", "fp8", "fp8_block")
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8", "fp8_block")
+ACTIVATIONS = ("bf16", "fp16", "fp32")
 
 
 def _serves(objective: ObjectiveSpec) -> bool:
@@ -91,11 +92,11 @@ def refuse_unsupported_training(scenario: Scenario) -> None:
                 where=f"precision.{name}",
                 mend=f"use one of: {', '.join(PRECISIONS)}",
             )
-    if scenario.precision.activations not in ("bf16", "fp16"):
+    if scenario.precision.activations not in ACTIVATIONS:
         raise BadInput(
             f"activations in {scenario.precision.activations} are not simulated in training",
             where="precision.activations",
-            mend="use bf16 or fp16",
+            mend=f"use one of: {', '.join(ACTIVATIONS)}",
         )
 
 
@@ -110,6 +111,13 @@ def check_training(
             mend=f"choose tp x cp x pp x attention_dp that divides {cluster.gpus}",
             reason="gpus_not_divisible",
         )
+    for name in ("dense", "experts"):
+        if getattr(scenario.precision, name) == "fp32" and "fp32" not in cluster.gpu.flops_per_s:
+            raise BadInput(
+                f"the fp32 peak of {cluster.gpu.name} is not known",
+                where=f"precision.{name}",
+                mend="add fp32 to gpu.flops_per_s of a cluster file, or train in bf16",
+            )
     grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node)
     capacity_rule(scenario.policies, model.moe.top_k)
     if training.memory.fraction_of != "all":

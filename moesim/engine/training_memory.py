@@ -34,6 +34,8 @@ Floats = NDArray[np.float64]
 # Adam in mixed precision keeps a float32 copy of each weight and two moments (S. Rajbhandari et al., ZeRO,
 # arXiv:1910.02054, section 3.1: K = 12 bytes).
 OPTIMIZER_BYTES = 12.0
+# Where the weights are float32 themselves, the two moments are all there is.
+MOMENTS_BYTES = 8.0
 # FP8 products read a copy of each weight and, on Hopper, a transposed one (Transformer Engine: FP8 products take only
 # one layout); the bf16 weight stays. Assumed: both are kept between micro-batches.
 FP8_COPIES = 2
@@ -47,6 +49,11 @@ ASSUMED = {
     "working_set": f"live tensors of one layer and the loss x {ALLOCATOR_SLACK} (allocator)",
     "weights_fp8_copies": "a copy of each FP8 weight and a transposed one, kept between micro-batches",
 }
+
+
+def optimizer_bytes(activations: str) -> float:
+    """Bytes that Adam keeps for each weight of a model in some type, the weight itself not counted."""
+    return MOMENTS_BYTES if activations == "fp32" else OPTIMIZER_BYTES
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,9 @@ def _stage(
     items["gradients_dense"], items["gradients_experts"] = plain * gradient, experts * gradient
     shards = setup.grid.gpus("dp_cp") if optimizer.distributed else 1
     expert_shards = setup.grid.gpus("expert_dp") if optimizer.distributed else 1
-    items["optimizer_dense"] = plain * OPTIMIZER_BYTES / shards
-    items["optimizer_experts"] = experts * OPTIMIZER_BYTES / expert_shards
+    states = optimizer_bytes(setup.precision.activations)
+    items["optimizer_dense"] = plain * states / shards
+    items["optimizer_experts"] = experts * states / expert_shards
     items |= activation_items(setup, chunks, program.held(stage), rows, stage)
     items["communication_buffers"] = _buffers(setup)
     sizes = [setup.grid.gpus(group) for group in _GROUPS]

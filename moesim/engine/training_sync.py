@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import CostModel, Tag, estimate
 from moesim.cost.ops import Collective, MemoryBound
-from moesim.cost.roofline import NIC_FRACTION, NVLINK_FRACTION, REL_SIGMA
-from moesim.engine.training_memory import OPTIMIZER_BYTES, stage_parameters
+from moesim.cost.roofline import REACHED, REL_SIGMA
+from moesim.engine.training_memory import optimizer_bytes, stage_parameters
 from moesim.graph.pricing import Part
 from moesim.graph.training_layer import TrainingSetup
+from moesim.network.instance import at_reached_rates
 from moesim.network.rank_groups import Group
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -78,7 +79,9 @@ def stage_sync(setup: TrainingSetup, costs: CostModel, chunks: tuple[range, ...]
     expert_shards = setup.grid.gpus("expert_dp") if optimizer.distributed else 1
     mine = dense / shards + experts / expert_shards
     # Gradients read for their norm and for the update; float32 weights and moments read and written; weights written.
-    moved = mine * (2 * gradient + 2 * OPTIMIZER_BYTES + weight)
+    states = optimizer_bytes(setup.precision.activations)
+    read = weight if setup.precision.activations == "fp32" else 0.0  # float32 weights are no copy
+    moved = mine * (2 * gradient + 2 * states + read + weight)
     adam = costs.estimate(MemoryBound(bytes=np.full((1, 1), moved), name="optimizer"))
     return StageSync(reduce, Part((adam,)), gather, max(1, buckets - 1))
 
@@ -104,9 +107,9 @@ def stage_transfer(setup: TrainingSetup) -> Part:
     """
     if setup.parallel.pp == 1:
         return Part()
-    cluster, far = setup.cluster, setup.grid.nodes("pp") > 1
+    cluster, far = at_reached_rates(setup.cluster, REACHED), setup.grid.nodes("pp") > 1
     moved = setup.local_rows * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
-    rate = cluster.shared_nic_bytes_per_s * NIC_FRACTION if far else cluster.near_bytes_per_s * NVLINK_FRACTION
+    rate = cluster.shared_nic_bytes_per_s if far else cluster.near_bytes_per_s
     latency = cluster.nic_latency_s if far else cluster.near_latency_s
     seconds = np.full((1, 1), latency + moved / rate)
     return Part((estimate(seconds, Tag.FORMULA, "collective", REL_SIGMA, "latency and bytes between two stages"),))

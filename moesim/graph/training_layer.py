@@ -183,7 +183,8 @@ class LayerPieces:
         back = self._exchange("combine", counts, loads.sum(axis=-1), kept)
         arrived = self._expert_tp("all_gather", loads)
         left = self._expert_tp("reduce_scatter", loads)
-        return [*found, *away, *arrived, self._experts(loads), *left, *back]
+        copied, joined = self._copies("permute", kept), self._copies("unpermute", kept)
+        return [*found, *copied, *away, *arrived, self._experts(loads), *left, *back, *joined]
 
     def embedding(self) -> list[Piece]:
         """The embedding's rows, scattered over TP ranks."""
@@ -320,6 +321,21 @@ class LayerPieces:
             piece.name, piece.operation, piece.forward, piece.data, piece.weight,
             redo={**piece.redo, "moe_act": (Costed(again),)},
         )  # fmt: skip
+
+    def _copies(self, name: str, kept: Floats | None) -> list[Piece]:
+        """What a plain all-to-all needs at home: a copy of each token for each pick, in order of their ranks, and back.
+
+        Megatron-LM's all-to-all dispatcher permutes so before it sends and joins the picks after it has them back
+        (megatron/core/transformer/moe/token_dispatcher.py, `MoEAlltoAllTokenDispatcher`); DeepEP's kernels read and
+        write the tokens themselves. `_experts` counts the order of the experts on the rank where the rows come.
+        """
+        setup = self.setup
+        if setup.parallel.ep == 1 or setup.policies.dispatch.backend != "alltoall":
+            return []
+        sent = setup.model.moe.top_k * (1.0 if kept is None else kept[..., None])
+        moved = setup.local_rows * (1.0 + sent) * setup.model.hidden * self.size
+        work = MemoryBound(bytes=np.atleast_2d(np.asarray(moved, dtype=np.float64)), name="permute")
+        return [compute(name, "permute", [work], "moe")]
 
     def _expert_tp(self, kind: str, loads: Floats) -> list[Piece]:
         """The rows of an EP rank come together on its expert-TP ranks, or are summed there; the fullest counts."""

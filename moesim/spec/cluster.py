@@ -13,6 +13,11 @@ LinkFigure = Literal[
     "nvlink_bytes_per_s", "nvlink_latency_s", "nic_bytes_per_s", "nic_latency_s", "pcie_bytes_per_s", "pcie_latency_s"
 ]
 
+# Element type -> whose peak counts; all others compute in bf16.
+PEAK_OF = {
+    "fp8_block": "fp8", "fp8": "fp8", "int8": "fp8", "w4a8_mxfp4_mxfp8": "fp8", "nvfp4": "fp4", "fp32": "fp32",
+}  # fmt: skip
+
 
 class GpuSpec(Spec):
     """One GPU: peaks from its datasheet, never measured fractions."""
@@ -20,15 +25,12 @@ class GpuSpec(Spec):
     name: str
     hbm_bytes: float = Field(gt=0)
     hbm_bytes_per_s: float = Field(gt=0)
-    flops_per_s: dict[str, float] = Field(description="dense peak by element type: bf16, fp8, fp4")
+    flops_per_s: dict[str, float] = Field(description="dense peak by element type: bf16, fp8, fp4, fp32")
     multiprocessors: int = Field(gt=0)
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of the units that compute `dtype`; weight-only types compute in bf16."""
-        family = {"fp8_block": "fp8", "fp8": "fp8", "nvfp4": "fp4", "int8": "fp8", "w4a8_mxfp4_mxfp8": "fp8"}.get(
-            dtype, "bf16"
-        )
-        return self.flops_per_s.get(family, self.flops_per_s["bf16"])
+        return self.flops_per_s.get(PEAK_OF.get(dtype, "bf16"), self.flops_per_s["bf16"])
 
 
 class NodeLayout(Spec):

@@ -399,6 +399,10 @@ def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
         update["cluster"] = at(scenario.cluster)
     if isinstance(scenario.cost.overheads, Path):
         update["cost"] = scenario.cost.model_copy(update={"overheads": at(scenario.cost.overheads)})
+    if scenario.cost.source == "points":  # whose profiles are files; those of the store are names
+        files = tuple(str(at(Path(name))) for name in scenario.cost.profiles if name != "default")
+        cost = update.get("cost", scenario.cost)
+        update["cost"] = cost.model_copy(update={"profiles": files or scenario.cost.profiles})
     if scenario.model.endswith(".json"):
         update["model"] = str(at(Path(scenario.model)))
     if scenario.serving is not None and scenario.serving.workload.file is not None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import MoesimError
-from validate.side_sweep import find_executable
-from validate.side_told import told
+from validate.side_by_side.sweep import find_executable
+from validate.side_by_side.told import told
 
 # DeepSeek-V3 on 32 GPUs as the demo has it, in a closed loop.
 TASK = (

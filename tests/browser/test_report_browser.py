@@ -22,8 +22,8 @@ from profiles.check_page import Check, profile_page, tables_page
 from profiles.check_tables import LeftOut
 from tests.report_run import write_run_folder
 from tests.silicon_rows import predictions
-from validate.silicon_page import silicon_page
-from validate.silicon_summary import summarized
+from validate.silicon.page import silicon_page
+from validate.silicon.summary import summarized
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

@@ -18,7 +18,9 @@ from profiles.bundle import read_bundle, read_records
 from profiles.cli import app as profile_app
 from profiles.store import open_profile
 from tests.unit.test_profiles_bundle import bundle as small_bundle
-from validate import bundled, hardware, records
+from validate import records
+from validate.hardware import bundled
+from validate.hardware import run as hardware
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware

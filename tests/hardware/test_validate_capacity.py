@@ -22,11 +22,11 @@ from moesim.routing.gates.routed import Routed, best, softmax, taken
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 
-from validate import capacity  # noqa: E402
-from validate.alone import Alone  # noqa: E402
-from validate.capacity_layer import Policy, capacity_in_floats, capacity_of, place, worked_on  # noqa: E402
-from validate.capacity_record import holds, table  # noqa: E402
-from validate.group import Beat  # noqa: E402
+from validate.capacity import run as capacity  # noqa: E402
+from validate.capacity.layer import Policy, capacity_in_floats, capacity_of, place, worked_on  # noqa: E402
+from validate.capacity.record import holds, table  # noqa: E402
+from validate.hardware.group import Beat  # noqa: E402
+from validate.replay.alone import Alone  # noqa: E402
 
 pytestmark = pytest.mark.hardware
 WHOLE = bool(os.environ.get("MOESIM_WHOLE"))

@@ -15,9 +15,9 @@ import pytest
 
 from moesim import cli
 from profiles.capture import read_lines
-from validate.exchange import ExchangeJob, predict, refuse_known, tables, ten_cases
-from validate.hardware import EXPERTS
-from validate.job import synthetic_profile
+from validate.exchange.run import ExchangeJob, predict, refuse_known, tables, ten_cases
+from validate.hardware.job import synthetic_profile
+from validate.hardware.run import EXPERTS
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from moesim.errors import MissingPart
-from validate.fabric_run import TOOLS, check_parts
-from validate.fabric_spec import bundled
+from validate.fabric.run import TOOLS, check_parts
+from validate.fabric.spec import bundled
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 try:

@@ -16,8 +16,8 @@ import pytest
 
 from moesim.errors import BadInput, CheckFailed, Infeasible, MissingPart, MoesimError
 from moesim.spec.plan import ExpertPlacement
-from validate import hardware
-from validate.job import Job, LayerShape, PlacedCase
+from validate.hardware import run as hardware
+from validate.hardware.job import Job, LayerShape, PlacedCase
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -57,8 +57,8 @@ def alone(tmp_path: Path) -> Iterator[Callable[[Job], Any]]:
     import torch
     import torch.distributed
 
-    from validate.group import Beat
-    from validate.worker import joined
+    from validate.hardware.group import Beat
+    from validate.hardware.worker import joined
 
     threads = torch.get_num_threads()
     open_groups = []
@@ -111,8 +111,8 @@ def test_predictions_are_on_disk_before_anything_is_measured(finished: tuple[Job
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])
 def test_one_rank_alone_does_the_whole_session(tmp_path: Path, alone: Callable[[Job], Any], kernel: str) -> None:
-    from validate.tables import table
-    from validate.worker import session
+    from validate.hardware.tables import table
+    from validate.hardware.worker import session
 
     job = job_of(tmp_path, world=1, kernel=kernel)
     record = session(job, alone(job))
@@ -124,8 +124,8 @@ def test_one_rank_alone_does_the_whole_session(tmp_path: Path, alone: Callable[[
 def test_a_wrong_expert_is_noticed_before_anything_is_timed(
     tmp_path: Path, alone: Callable[[Job], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from validate import layer
-    from validate.worker import session
+    from validate.hardware import layer
+    from validate.hardware.worker import session
 
     right = layer.swiglu
     monkeypatch.setattr(layer, "swiglu", lambda rows, weights: right(rows, weights) * 1.0001)
@@ -136,7 +136,7 @@ def test_a_wrong_expert_is_noticed_before_anything_is_timed(
 
 
 def test_a_lost_row_is_noticed(tmp_path: Path, alone: Callable[[Job], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from validate import rig, worker
+    from validate.hardware import rig, worker
 
     right = rig.routed_counts
     monkeypatch.setattr(worker, "routed_counts", lambda built: [counts + 1 for counts in right(built)])
@@ -146,7 +146,7 @@ def test_a_lost_row_is_noticed(tmp_path: Path, alone: Callable[[Job], Any], monk
 
 
 def test_tokens_follow_the_load_profile(tmp_path: Path, alone: Callable[[Job], Any]) -> None:
-    from validate.rig import build, routed_counts
+    from validate.hardware.rig import build, routed_counts
 
     job = job_of(tmp_path, world=1, tokens=(4000,), shape=LayerShape(hidden=16, intermediate=8, experts=6, top_k=1))
     counts = routed_counts(build(job, alone(job)))[0][0]

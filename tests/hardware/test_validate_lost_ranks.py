@@ -17,17 +17,16 @@ import numpy as np
 import pytest
 
 from moesim.errors import CheckFailed, Infeasible
-from validate import hardware, ranks
-from validate.job import Job, LayerShape, PlacedCase
-from validate.ranks import read_status
+from tests.harm import STALL_S, alive, harmed, processes_with
+from validate.hardware import ranks
+from validate.hardware import run as hardware
+from validate.hardware.job import Job, LayerShape, PlacedCase
+from validate.hardware.ranks import read_status
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
 
 WHOLE = bool(os.environ.get("MOESIM_WHOLE"))
-LOST_RANK = Path(__file__).with_name("lost_rank.py")
-# Seconds without progress that end a run here, where only that shows the harm.
-STALL_S = 12.0
 PHASES = {
     "making": "making the weights of expert",
     "profile": "profiling gate and permute",
@@ -66,26 +65,6 @@ def job_of(out: Path, **changes: Any) -> Job:
     return Job(**(given | changes))
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def processes_with(word: str) -> list[int]:
-    """Processes whose command line holds the word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            said = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if word in said and alive(int(path.parent.name)):
-            found.append(int(path.parent.name))
-    return found
-
-
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of its own for temporary files; nothing may be left in it."""
@@ -96,21 +75,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert list(folder.iterdir()) == []
 
 
-def harmed(monkeypatch: pytest.MonkeyPatch, harm: str, phase: str) -> None:
-    right = ranks.commands
-
-    def commands(job: Path, folder: Path, count: int) -> list[list[str]]:
-        line = [sys.executable, "-P", str(LOST_RANK), harm, PHASES[phase]]
-        return [[*line, *one[4:]] for one in right(job, folder, count)]
-
-    monkeypatch.setattr(ranks, "commands", commands)
-
-
 @pytest.mark.parametrize(("harm", "phase"), [(harm, phase) for harm in REASONS for phase in PHASES] if WHOLE else USUAL)
 def test_a_lost_rank_is_named_and_nothing_is_left(
     harm: str, phase: str, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harmed(monkeypatch, harm, phase)
+    harmed(monkeypatch, harm, PHASES[phase])
     (tmp_path / "run").mkdir()
     for name in ("record.json", "predictions.json", "unfinished.json"):
         (tmp_path / "run" / name).write_text("of an earlier run")
@@ -144,7 +113,8 @@ def test_a_killed_command_leaves_no_rank_not_even_a_stopped_one_and_no_folder(tm
     scratch.mkdir()
     (tmp_path / "job.json").write_text(job_of(tmp_path / "run", repeats=2000).model_dump_json())
     script = (
-        "import sys; from pathlib import Path; from validate import hardware; from validate.job import Job;"
+        "import sys; from pathlib import Path; from validate.hardware import run as hardware;"
+        "from validate.hardware.job import Job;"
         "hardware.run(Job.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     parent = subprocess.Popen(

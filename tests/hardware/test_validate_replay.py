@@ -13,12 +13,14 @@ import pytest
 
 from moesim import cli
 from moesim.errors import CheckFailed
-from validate import layer, replay, replay_ranks
-from validate.alone import Alone
-from validate.group import Beat
-from validate.hardware import make_job
-from validate.job import Job
-from validate.replay_profile import layer_s
+from validate.hardware import layer
+from validate.hardware.group import Beat
+from validate.hardware.job import Job
+from validate.hardware.run import make_job
+from validate.replay import ranks as replay_ranks
+from validate.replay import run as replay
+from validate.replay.alone import Alone
+from validate.replay.profile import layer_s
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.hardware

@@ -9,11 +9,11 @@ import pytest
 
 from moesim.errors import BadInput
 from moesim.network.topology import build, with_slow_nics
-from validate.fabric_calibrate import Figures
-from validate.fabric_plan import tokens_of
-from validate.fabric_predict import busiest_link, by_executor, cluster_of, payload, seconds_of
-from validate.fabric_rank import Case
-from validate.fabric_spec import LabSpec
+from validate.fabric.calibrate import Figures
+from validate.fabric.plan import tokens_of
+from validate.fabric.predict import busiest_link, by_executor, cluster_of, payload, seconds_of
+from validate.fabric.rank import Case
+from validate.fabric.spec import LabSpec
 
 FREE = Figures(message_s=0.0, copy_bytes_per_s=1e15, wire=1.0)
 BYTES = 2048 * 800

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.network.traffic import visits_from_ids
-from validate.fabric_plan import RankPlan, Tokens, flat_plans, tokens_of, two_level_plans
-from validate.fabric_spec import PATTERNS, LabSpec
+from validate.fabric.plan import RankPlan, Tokens, flat_plans, tokens_of, two_level_plans
+from validate.fabric.spec import PATTERNS, LabSpec
 
 
 @st.composite

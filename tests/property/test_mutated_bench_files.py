@@ -19,7 +19,7 @@ from tests import bench_writers as written
 from tests.mutations import of_bytes, of_text
 from tests.scenarios import small
 from tests.scenarios import write as write_scenario
-from validate.bench_files import read_runs
+from validate.calibrate.bench_files import read_runs
 
 SEED, EACH, MOST_CPU_S = 20261126, 250, 5.0
 REQUESTS = 24

@@ -13,10 +13,10 @@ from moesim.spec.hf import load_model
 from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import ClusterChoice, load_scenario
 from moesim.spec.workload import HostSpec, TrainingSpec
-from validate.published_manifest import Manifest, PublishedRow, bundled_manifest, read_manifest
-from validate.published_predict import Predicted, predict_rows, set_beside, summary
-from validate.published_step import time_step
-from validate.published_table import PART, markdown
+from validate.published.manifest import Manifest, PublishedRow, bundled_manifest, read_manifest
+from validate.published.predict import Predicted, predict_rows, set_beside, summary
+from validate.published.step import time_step
+from validate.published.table import PART, markdown
 
 # Names of the sources -> what a scenario says.
 LAYERS = {"Qwen3-235B-A22B": 94, "Qwen3-30B-A3B": 48}

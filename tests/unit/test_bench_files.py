@@ -11,8 +11,8 @@ import pytest
 
 from moesim.errors import BadInput
 from tests import bench_writers as written
-from validate.bench_files import read_runs
-from validate.bench_run import closed_loop_starts
+from validate.calibrate.bench_files import read_runs
+from validate.calibrate.bench_run import closed_loop_starts
 
 REQUESTS = 30
 

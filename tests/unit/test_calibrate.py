@@ -22,10 +22,10 @@ from moesim.spec.scenario import load_scenario
 from tests import bench_writers as written
 from tests.scenarios import small
 from tests.scenarios import write as write_scenario
-from validate.bench_files import read_runs
-from validate.bench_run import BenchRun, closed_loop_starts
-from validate.calibrate import DONT, USE, calibrate, errors_of, parts
-from validate.calibrate_sim import Simulated, deployment_for
+from validate.calibrate.bench_files import read_runs
+from validate.calibrate.bench_run import BenchRun, closed_loop_starts
+from validate.calibrate.run import DONT, USE, calibrate, errors_of, parts
+from validate.calibrate.sim import Simulated, deployment_for
 
 PLANTED = {"request_s": 0.03, "step_s": 1.2e-3, "layer_s": 80e-6}
 WHOLE = bool(os.environ.get("MOESIM_WHOLE"))

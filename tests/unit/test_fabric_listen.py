@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moesim.errors import CheckFailed, MissingPart
-from validate.fabric_run import _listen
+from validate.fabric.run import _listen
 
 
 @contextmanager

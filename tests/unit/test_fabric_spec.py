@@ -10,10 +10,10 @@ import yaml
 
 from moesim import cli
 from moesim.errors import BadInput
-from validate import fabric_net
-from validate.fabric import cases_of, labs_of
-from validate.fabric_calibrate import FAR, NEAR, Figures, figures_of, read, same_fabric
-from validate.fabric_spec import LabSpec, bundled, read_lab
+from validate.fabric import net as fabric_net
+from validate.fabric.calibrate import FAR, NEAR, Figures, figures_of, read, same_fabric
+from validate.fabric.lab import cases_of, labs_of
+from validate.fabric.spec import LabSpec, bundled, read_lab
 
 LAB: dict[str, Any] = {"name": "lab", "nodes": 2, "ranks_per_node": 2, "nic_bits_per_s": 1e8}
 
@@ -137,8 +137,8 @@ def test_queues_hold_every_window() -> None:
 
 
 def test_figures_come_back_from_times_made_of_them() -> None:
-    from validate.fabric_calibrate import LARGE, SMALL, _away
-    from validate.fabric_predict import payload
+    from validate.fabric.calibrate import LARGE, SMALL, _away
+    from validate.fabric.predict import payload
 
     near = [_away(NEAR, size) * NEAR.ranks / 2e9 + 30 * 5e-5 for size in (SMALL, LARGE)]
     far = [_away(FAR, size) / payload(FAR.nic_bits_per_s, 1500) + 1e-3 for size in (SMALL, LARGE)]

@@ -22,8 +22,8 @@ from moesim.engine.serving import Served
 from moesim.errors import BadInput, MissingPart, MoesimError
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario, load_scenario
-from validate.side_by_side import spread
-from validate.side_compare import (
+from validate.side_by_side.__main__ import spread
+from validate.side_by_side.compare import (
     OVERLAP,
     SCHEDULE,
     Both,
@@ -35,7 +35,7 @@ from validate.side_compare import (
     of_trial,
     tpot_apart,
 )
-from validate.side_plans import (
+from validate.side_by_side.plans import (
     ATTENTION,
     EXPERTS,
     GROUPS,
@@ -51,7 +51,7 @@ from validate.side_plans import (
     scenario_for,
     steady,
 )
-from validate.side_sweep import (
+from validate.side_by_side.sweep import (
     AicPoint,
     AicPrice,
     AicRow,
@@ -64,7 +64,7 @@ from validate.side_sweep import (
     sweep,
     task_of,
 )
-from validate.side_told import WHY, _lost
+from validate.side_by_side.told import WHY, _lost
 
 # Columns as aiconfigurator 0.12 writes them (those that are read, and a few more); figures made up.
 HEAD = "model,isl,osl,concurrency,bs,ttft,tpot,tokens/s/gpu,tp,pp,dp,moe_tp,moe_ep,cp,kvcache,memory,ctx_tokens"

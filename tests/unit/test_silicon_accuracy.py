@@ -14,13 +14,13 @@ from moesim.cli import run
 from moesim.errors import BadInput, CheckFailed, MoesimError
 from profiles.store import DATA
 from tests.silicon_rows import row, table
-from validate import silicon_table
-from validate.silicon import Asked, Prediction, predict, predict_all
-from validate.silicon_causes import FRONT_END, PARTS, SCALED, Causes, by_family
-from validate.silicon_check import Drift, drift, words
-from validate.silicon_record import read_record, sampled
-from validate.silicon_rows import read_rows
-from validate.silicon_workers import in_workers
+from validate.silicon import table as silicon_table
+from validate.silicon.causes import FRONT_END, PARTS, SCALED, Causes, by_family
+from validate.silicon.check import Drift, drift, words
+from validate.silicon.price import Asked, Prediction, predict, predict_all
+from validate.silicon.record import read_record, sampled
+from validate.silicon.rows import read_rows
+from validate.silicon.workers import in_workers
 
 
 def recorded(count: int = 40) -> list[Prediction]:

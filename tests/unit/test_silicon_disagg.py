@@ -11,13 +11,13 @@ import pytest
 from moesim.engine.serving import PrefillSide, Served
 from moesim.errors import Infeasible
 from profiles.store import DATA
-from validate.silicon import Asked, Prediction, kept_for, predict, predictions_csv
-from validate.silicon_disagg import Kept, disagg_times, means, rounds_of
-from validate.silicon_disagg_launches import Workers, launches, layout_named
-from validate.silicon_disagg_rows import Ran, ran
-from validate.silicon_disagg_scenario import disagg_scenario, joined_gpus
-from validate.silicon_rows import Layout, PoolRow, SiliconRow, clean_disaggregated
-from validate.silicon_score import score, score_table
+from validate.silicon.disagg import Kept, disagg_times, means, rounds_of
+from validate.silicon.disagg_launches import Workers, launches, layout_named
+from validate.silicon.disagg_rows import Ran, ran
+from validate.silicon.disagg_scenario import disagg_scenario, joined_gpus
+from validate.silicon.price import Asked, Prediction, kept_for, predict, predictions_csv
+from validate.silicon.rows import Layout, PoolRow, SiliconRow, clean_disaggregated
+from validate.silicon.score import score, score_table
 
 ONE = Layout(1, 1, 1, 1, 1)
 
@@ -160,7 +160,7 @@ def test_rows_that_ran_alike_are_simulated_once(monkeypatch: pytest.MonkeyPatch,
         runs.append(asked)
         return served([2.0, 2.0, 2.0])
 
-    monkeypatch.setattr("validate.silicon_disagg.simulated", simulated)
+    monkeypatch.setattr("validate.silicon.disagg.simulated", simulated)
     kept = Kept()
     one = row()
     assert disagg_times(one, tmp_path, kept) == disagg_times(replace(one, version="other"), tmp_path, kept)

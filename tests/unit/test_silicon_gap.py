@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.silicon_rows import row
-from validate.silicon import Prediction
-from validate.silicon_gap import gap_section, gaps
-from validate.silicon_scored import Half
+from validate.silicon.gap import gap_section, gaps
+from validate.silicon.price import Prediction
+from validate.silicon.scored import Half
 
 
 def half(*errors_by_cell: list[float]) -> Half:

@@ -11,9 +11,9 @@ from profiles.leave_out import errors_of, fit_experts
 from profiles.record import FAMILIES
 from profiles.store import DESCRIPTION, open_profile
 from tests.silicon_rows import row
-from validate import silicon_profiles
-from validate.silicon_profiles import IMPORTER, asked_experts, cached_profiles, code_of
-from validate.silicon_rows import COLUMNS
+from validate.silicon import profiles as silicon_profiles
+from validate.silicon.profiles import IMPORTER, asked_experts, cached_profiles, code_of
+from validate.silicon.rows import COLUMNS
 
 SHAPE = ("hidden", "experts", "top_k", "dtype")
 R1 = (7168, 256, 8, "fp8_block")

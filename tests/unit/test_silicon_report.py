@@ -15,15 +15,15 @@ from moesim.cli import run
 from moesim.errors import BadInput
 from profiles.store import DATA
 from tests.silicon_rows import predictions, row, table
-from validate.silicon import Prediction
-from validate.silicon_attribution import attributed
-from validate.silicon_intervals import LEVEL, Width, calibrate, judged, sigma_of, with_intervals
-from validate.silicon_page import silicon_page
-from validate.silicon_record import DESCRIPTION, read_record, recorded_widths, write_record
-from validate.silicon_rows import read_rows
-from validate.silicon_score import score, split_tables
-from validate.silicon_scored import OTHERS, SPLITS, halves, parts
-from validate.silicon_summary import markdown, summarized
+from validate.silicon.attribution import attributed
+from validate.silicon.intervals import LEVEL, Width, calibrate, judged, sigma_of, with_intervals
+from validate.silicon.page import silicon_page
+from validate.silicon.price import Prediction
+from validate.silicon.record import DESCRIPTION, read_record, recorded_widths, write_record
+from validate.silicon.rows import read_rows
+from validate.silicon.score import score, split_tables
+from validate.silicon.scored import OTHERS, SPLITS, halves, parts
+from validate.silicon.summary import markdown, summarized
 
 
 def test_parts_of_every_split_are_all_rows_of_a_half() -> None:

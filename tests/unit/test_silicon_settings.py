@@ -10,10 +10,10 @@ import pytest
 from moesim.errors import Infeasible
 from profiles.store import DATA
 from tests.silicon_rows import row
-from validate.silicon import predict, run_in, run_of
-from validate.silicon_rows import Layout, SiliconRow
-from validate.silicon_scenario import scenario_of
-from validate.silicon_settings import (
+from validate.silicon.price import predict, run_in, run_of
+from validate.silicon.rows import Layout, SiliconRow
+from validate.silicon.scenario import scenario_of
+from validate.silicon.settings import (
     FRONT_END_S,
     MTP_ACCEPTANCE,
     ONE_PROCESS_S,
@@ -176,7 +176,7 @@ def test_a_cold_server_delays_the_first_wave_by_its_pause() -> None:
     wave = {"isl": 4096, "osl": 8, "load": 16, "source": "measured=2025-12-01"}
     warm = predict(one(**wave), DATA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("validate.silicon_settings._cold", lambda asked: True)
+        patch.setattr("validate.silicon.settings._cold", lambda asked: True)
         cold = predict(one(**wave), DATA)
     assert warm.ttft_s is not None
     assert cold.ttft_s is not None

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from moesim.cost.estimate import Tag
 from moesim.spec.plan import ExpertPlacement
 from profiles.traffic import shared_with, traffic
-from validate.costs import fit_grouped, fit_loop, in_company, rising
-from validate.job import Job, LayerShape, PlacedCase
-from validate.layer import OPERATIONS, replica_routes
-from validate.predict import execute, layer_graph
-from validate.record import layer_samples
-from validate.sampling import intervals, probe_sizes
+from validate.hardware.costs import fit_grouped, fit_loop, in_company, rising
+from validate.hardware.job import Job, LayerShape, PlacedCase
+from validate.hardware.layer import OPERATIONS, replica_routes
+from validate.hardware.predict import execute, layer_graph
+from validate.hardware.record import layer_samples
+from validate.hardware.sampling import intervals, probe_sizes
 
 
 def test_a_curve_interpolates_and_says_where_it_does_not() -> None:

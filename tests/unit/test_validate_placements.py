@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from moesim.errors import Infeasible
 from moesim.spec.plan import ExpertPlacement
-from validate.job import synthetic_profile
-from validate.layer import replica_routes
-from validate.placements import family
+from validate.hardware.job import synthetic_profile
+from validate.hardware.layer import replica_routes
+from validate.hardware.placements import family
 
 
 def rank_work(slots: tuple[int, ...], profile: np.ndarray, ranks: int) -> np.ndarray:

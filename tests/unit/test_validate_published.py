@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moesim.cli import run
 from moesim.errors import BadInput, CheckFailed
 from moesim.spec.scenario import load_scenario
-from validate.published_manifest import (
+from validate.published.manifest import (
     Manifest,
     PublishedRatio,
     PublishedRow,
@@ -24,9 +24,9 @@ from validate.published_manifest import (
     chosen,
     read_manifest,
 )
-from validate.published_predict import Predicted, SetBeside, set_beside, summary
-from validate.published_step import StepSpec, time_step
-from validate.published_table import PART, markdown, named, quotient, text, unstated
+from validate.published.predict import Predicted, SetBeside, set_beside, summary
+from validate.published.step import StepSpec, time_step
+from validate.published.table import PART, markdown, named, quotient, text, unstated
 
 ROW: dict[str, Any] = {
     "id": "A", "what": "a run", "source": "a post", "gpu": "H100", "metric": "tflops_per_s_per_gpu", "reported": 100.0,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import BadInput, CheckFailed
-from validate.ranks import Status, Watch, cause, launch, read_status
+from validate.hardware.ranks import Status, Watch, cause, launch, read_status
 
 BEATING = """
 import sys, time
 from pathlib import Path
-from validate.group import Beat
+from validate.hardware.group import Beat
 beat = Beat(Path(sys.argv[1]), parent=int(sys.argv[2]))
 beat.at(sys.argv[3])
 beat.waiting = sys.argv[3] == "meeting"
@@ -98,7 +98,7 @@ def test_a_rank_out_of_memory_comes_before_one_that_died_of_it(tmp_path: Path) -
 
 
 def test_failed_allocations_are_told_from_other_errors() -> None:
-    from validate.worker import out_of_memory
+    from validate.hardware.process import out_of_memory
 
     class OutOfMemoryError(RuntimeError):
         """As torch names the one of a GPU."""

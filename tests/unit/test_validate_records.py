@@ -16,11 +16,12 @@ from moesim.errors import BadInput
 from profiles.bundle import add_records, read_bundle, read_records
 from tests.mutations import of_bytes
 from tests.unit.test_profiles_bundle import bundle, rewritten
-from validate import bundled, records, unfinished
+from validate import records
 from validate.goals import goals
-from validate.job import Job, LayerShape, PlacedCase
-from validate.record import comparison_json, measured_json
-from validate.tables import holds, table, verdict
+from validate.hardware import bundled, unfinished
+from validate.hardware.job import Job, LayerShape, PlacedCase
+from validate.hardware.record import comparison_json, measured_json
+from validate.hardware.tables import holds, table, verdict
 
 RNG = np.random.default_rng(0)
 

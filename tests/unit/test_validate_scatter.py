@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from validate.scatter import Lots, scatter
+from validate.hardware.scatter import Lots, scatter
 
 
 def lots(draws: int = 4000, seed: int = 0) -> Lots:

@@ -16,11 +16,11 @@ from moesim.cli import run
 from moesim.errors import BadInput, Infeasible, MoesimError
 from profiles.store import DATA
 from validate.accuracy import choices, coverage, errors, regret, spearman
-from validate.silicon import OK, UNSUPPORTED, predict_all, predictions_csv
-from validate.silicon_rows import COLUMNS, MEASURED, Layout, SiliconRow, choice_groups, clean, read_rows
-from validate.silicon_scenario import scenario_of
-from validate.silicon_score import score, score_table
-from validate.silicon_settings import layout_of, settings_of
+from validate.silicon.price import OK, UNSUPPORTED, predict_all, predictions_csv
+from validate.silicon.rows import COLUMNS, MEASURED, Layout, SiliconRow, choice_groups, clean, read_rows
+from validate.silicon.scenario import scenario_of
+from validate.silicon.score import score, score_table
+from validate.silicon.settings import layout_of, settings_of
 
 ROLES = [f"{role}_{name}" for role in ("prefill", "decode") for name in ("batch_size", "num_workers", "tp_size")]
 ROW = {

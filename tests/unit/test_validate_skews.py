@@ -13,8 +13,8 @@ from profiles.capture import Line
 from profiles.collective_work import ELEMENT_BYTES
 from profiles.traffic import endpoint, traffic
 from validate.compare import order_beyond, rank_correlation, split_half, spread_of_medians
-from validate.exchange import Case, ExchangeJob, refuse_known, ten_cases
-from validate.exchange_record import holds, record_of, table
+from validate.exchange.record import holds, record_of, table
+from validate.exchange.run import Case, ExchangeJob, refuse_known, ten_cases
 
 PROFILE = np.random.default_rng(0).dirichlet(np.ones(32))
 SIZE = 2**20

@@ -1,0 +1,140 @@
+"""The parts of `validate training` that need no ranks: layouts, shares of parameters, sizes to measure, comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesim.cost.ops import Gemm
+from moesim.errors import BadInput
+from moesim.graph.pipeline import layers_of_chunks
+from validate.training import predict
+from validate.training import run as runner
+from validate.training.job import LAYOUTS, Layout, Shape, TrainingJob
+from validate.training.model import slices
+
+SHAPE = Shape(layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, dense_intermediate=24, experts=4, intermediate=8,
+              vocabulary=32)  # fmt: skip
+
+
+def test_the_layouts_cover_each_way_to_share_the_work() -> None:
+    job = TrainingJob(layouts=LAYOUTS)
+    assert {layout.ranks for layout in LAYOUTS} == {2, 3, 4}
+    assert {(layout.tp > 1, layout.dp > 1, layout.pp > 1) for layout in LAYOUTS} >= {
+        (True, False, False), (False, True, False), (False, False, True), (True, False, True), (False, True, True),
+        (True, True, False),
+    }  # fmt: skip
+    assert any(layout.instances > 1 for layout in LAYOUTS)
+    for layout in LAYOUTS:
+        assert job.micro_batches(layout) * layout.dp * layout.instances == job.global_batch
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    job = TrainingJob(layouts=(Layout(name="three", dp=3),), global_batch=4)
+    with pytest.raises(BadInput, match="multiple of 3"):
+        job.micro_batches(job.layouts[0])
+    with pytest.raises(ValueError, match="names of their own"):
+        TrainingJob(layouts=(Layout(name="a"), Layout(name="a", dp=2)))
+
+
+@pytest.mark.parametrize(("tp", "ep", "pp"), [(1, 1, 1), (2, 2, 1), (2, 4, 1), (1, 2, 3), (2, 2, 3)])
+def test_the_shares_of_all_ranks_make_the_whole_model(tp: int, ep: int, pp: int) -> None:
+    """Every element of every parameter lies on as many ranks as hold it by the rules, on none twice."""
+    held: dict[str, np.ndarray[Any, Any]] = {}
+    per_rank = SHAPE.experts // ep
+    for chunk in layers_of_chunks(SHAPE.layers, pp):
+        for rank in range(ep):
+            experts = [list(range(rank * per_rank, (rank + 1) * per_rank))] * (SHAPE.layers - 1)
+            for one in slices(SHAPE, chunk, tp, rank % tp, experts):
+                seen = held.setdefault(one.name, np.zeros(one.shape, dtype=int))
+                rows = slice(None) if one.rows is None else list(one.rows)
+                index: list[Any] = [slice(None)] * len(one.shape)
+                index[one.axis] = rows
+                seen[tuple(index)] += 1
+    names = {"embedding", "head", "last_norm", "0.up", "0.down"}
+    names |= {f"{layer}.{part}" for layer in range(3) for part in ("attention_norm", "qkv", "out", "norm")}
+    names |= {f"{layer}.gate" for layer in (1, 2)}
+    experts = {f"{layer}.{expert}.{part}" for layer in (1, 2) for expert in range(4) for part in ("up", "down")}
+    assert set(held) == names | experts
+    for name, seen in held.items():
+        whole = name.endswith(("norm", "gate"))
+        copies = 1 if name in experts else ep if whole else ep // tp
+        assert (seen == copies).all(), name
+
+
+def test_sizes_are_all_measured_where_few_and_spanned_where_many() -> None:
+    assert predict._chosen("gemm", [3.0, 5.0, 7.0]) == [3.0, 5.0, 7.0]
+    many = predict._chosen("collective", [float(size) for size in range(10, 1000)])
+    assert (many[0], many[-1]) == (10.0, 999.0)
+    assert len(many) <= 8
+    tokens = predict._chosen("experts", [1.5 + size / 10 for size in range(1000)])
+    assert (tokens[0], tokens[-1]) == (1.0, 102.0)
+    assert all(one == round(one) for one in tokens)
+
+
+def test_listening_hears_what_it_prices() -> None:
+    class Free:
+        def estimate(self, operation: Any) -> Any:
+            return "price"
+
+    asked = Gemm(m=np.ones((1, 1)), n=1, k=1, dtype="fp32")
+    one = predict.Listening(Free(), [])
+    assert one.estimate(asked) == "price"
+    assert one.heard == [asked]
+
+
+def test_measured_sends_become_latency_and_rate() -> None:
+    def took(family: str, size: float, seconds: float, key: tuple[int, ...] = ()) -> predict.Measured:
+        return predict.Measured(predict.Asked(family, key, size), np.asarray([seconds] * 3))
+
+    found = predict.measured_cluster(
+        2, 1e9, [took("send", 5000.0, 0.002), took("send", 1000.0, 0.001), took("gemm", 10.0, 0.5, (20, 30))]
+    )
+    assert found["nvlink_latency_s"] == pytest.approx(0.001)
+    assert found["nvlink_bytes_per_s"] == pytest.approx(4e6)
+    assert found["gpu"]["flops_per_s"]["fp32"] == pytest.approx(2 * 10 * 20 * 30 / 0.5)
+    assert set(found["measured"]) == {"nvlink_bytes_per_s", "nvlink_latency_s"}
+
+
+def test_the_comparison_tells_a_wrong_order_and_its_regret() -> None:
+    job = TrainingJob(layouts=LAYOUTS[:3], repeats=10)
+    rng = np.random.default_rng(0)
+    samples = [middle * (1 + 0.01 * rng.standard_normal(10)) for middle in (1.0, 2.0, 4.0)]
+
+    def foretold(*steps: float) -> list[dict[str, Any]]:
+        return [{"step_s": one, "low_s": 0.9 * one, "high_s": 1.1 * one} for one in steps]
+
+    right = runner.compare(job, foretold(1.0, 2.0, 4.0), samples)
+    assert right["beyond_twice_the_spread"]["agreed"] == right["beyond_twice_the_spread"]["decided"] == 3
+    assert right["regret"]["2"] == 0.0
+    assert right["step"]["within_interval"] == 3
+    assert right["step"]["mape"] < 0.02
+    wrong = runner.compare(job, foretold(5.0, 2.0, 4.0), samples)
+    assert wrong["beyond_twice_the_spread"]["agreed"] == 1
+    assert wrong["regret"]["2"] == pytest.approx(1.0, rel=0.05)
+    assert wrong["step"]["within_interval"] == 2
+
+
+def test_moments_become_parts_by_stage(tmp_path: Path) -> None:
+    layout = Layout(name="PP2", pp=2)
+    first = {"passes": [(0.0, 1.0), (4.0, 6.0)], "piped_s": 6.0, "reduced_s": 6.5, "done_s": 7.0}
+    last = {"passes": [(1.0, 4.0), (4.0, 4.5)], "piped_s": 5.0, "reduced_s": 6.5, "done_s": 7.5}
+    found = predict.measured_parts(layout, [[first, last]], [[0, 1], [0, 1]])
+    assert found == {
+        "forward": [1.0, 3.0], "backward": [2.0, 0.5], "pipeline": 6.0, "reduce": 0.5, "optimizer": 1.0,
+    }  # fmt: skip
+    assert runner.samples_of([[first, last], [first, first]]).tolist() == [7.5, 7.0]
+
+
+def test_the_config_is_read_as_the_shape_says(tmp_path: Path) -> None:
+    from moesim.spec.hf import load_model
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE.config()))
+    model = load_model(str(path))
+    assert (model.layers, model.moe.layer_ids, model.moe.experts, model.dense_intermediate) == (3, (1, 2), 4, 24)
+    assert (model.attention.heads, model.attention.kv_heads, model.attention.head_dim) == (4, 2, 4)

@@ -1,0 +1,286 @@
+"""Host times of an engine from a user's own benchmark runs: fitted, judged held out, kept with their provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from moesim import __version__
+from moesim.engine.draws import LEVEL, interval
+from moesim.errors import BadInput
+from moesim.files import write_text
+from moesim.spec.overheads import FORMAT, NAMES, CalibrationSpec
+from moesim.spec.scenario import Scenario
+from validate.calibrate.bench_files import read_runs, sha256_of
+from validate.calibrate.bench_run import BenchRun
+from validate.calibrate.fit import QUANTILES, RESAMPLES, Fit, blocks, fit
+from validate.calibrate.sim import Seen, Simulated, deployment_for
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+# One run is cut into so many blocks of requests, every second of which is held out.
+TIME_BLOCKS = 8
+USE, DONT = "use", "dont"
+# Backends of sglang.bench_serving that speak SGLang's own protocol: no other engine answers it.
+_NATIVE = ("sglang", "sglang-native")
+METRICS = ("ttft_s", "tpot_s")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The outcome. before, after: errors on what was held out, see `errors_of`; gain: mean, low and high of what the
+    absolute error falls by. part: fitted without what was held out; whole: fitted to everything, which is what is kept.
+    """
+
+    runs: list[BenchRun]
+    start: dict[str, float]
+    part: Fit
+    whole: Fit
+    held_by: str
+    held_requests: int
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+    gain: tuple[float, float, float]
+    notes: list[str]
+    simulations: int
+
+    @property
+    def verdict(self) -> str:
+        """`use` where the error on what was held out falls by more than chance, else `dont`."""
+        return USE if self.gain[1] > 0 and self.whole.low else DONT
+
+
+def calibrate(
+    scenario: Scenario, files: Sequence[Path], *, names: Sequence[str] | None = None, seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Calibrated:  # fmt: skip
+    """Fit the host times of a scenario's engine to benchmark results.
+
+    names: which to fit; None = as many as the runs tell apart. Raises BadInput on files that are no results, on a
+    scenario that has no plain pool, and where `names` cannot be told apart; Infeasible where a run cannot be served.
+    """
+    runs = [run for path in files for run in read_runs(path)]
+    _refuse_other_engine(scenario, runs)
+    simulated = Simulated(deployment_for(scenario, runs), seed)
+    start = simulated.now
+    fitted, held, held_by = parts(runs)
+    say(f"fitting to {sum(int(one.sum()) for one in fitted)} requests of {_count(fitted)}")
+    part = fit(simulated, *_some(runs, fitted), names=names or NAMES, start=start, seed=seed)
+    if names and part.kept:
+        name, reason = next(iter(part.kept.items()))
+        raise BadInput(
+            f"{name} cannot be fitted: {reason}", where="--fit", mend="leave it out, or give runs at other loads"
+        )
+    others, judged = _some(runs, held)
+    seen = [simulated.see(others, values) for values in (start, part.values)]
+    say("fitting to all requests")
+    everything = [np.ones(run.requests, dtype=bool) for run in runs]
+    asked = [name for name in NAMES if name in part.low]
+    whole = fit(simulated, runs, everything, names=asked, start=start, seed=seed) if asked else part
+    return Calibrated(
+        runs=runs,
+        start=start,
+        part=part,
+        whole=Fit(whole.values, whole.low, whole.high, {**part.kept, **whole.kept}, whole.index),
+        held_by=held_by,
+        held_requests=sum(int(one.sum()) for one in judged),
+        before=errors_of(others, seen[0], judged),
+        after=errors_of(others, seen[1], judged),
+        gain=_gain(others, seen, judged, seed),
+        notes=_notes(scenario, runs),
+        simulations=simulated.count,
+    )
+
+
+def parts(runs: Sequence[BenchRun]) -> tuple[list[Flags], list[Flags], str]:
+    """Requests to fit to and requests to judge on, by run: every second run, or every second block of the only one."""
+    if len(runs) > 1:
+        held = [np.full(run.requests, index % 2 == 1) for index, run in enumerate(runs)]
+        return [~one for one in held], held, "run"
+    block = np.arange(runs[0].requests) * TIME_BLOCKS // runs[0].requests
+    odd = np.asarray(block % 2 == 1)
+    return [~odd], [odd], "time block"
+
+
+def errors_of(runs: Sequence[BenchRun], seen: Sequence[Seen], use: Sequence[Flags]) -> dict[str, dict[str, float]]:
+    """By metric: mape, the mean absolute error over what was measured, and bias, that of the means with its sign."""
+    found = {}
+    for metric in METRICS:
+        size = np.concatenate([_errors(*one, metric) for one in zip(runs, seen, use, strict=True)])
+        told = [_means(*one, metric) for one in zip(runs, seen, use, strict=True)]
+        bias = float(np.mean([simulated / measured - 1.0 for measured, simulated in told]))
+        found[metric] = {"mape": float(np.abs(size).mean()), "bias": bias}
+    return found
+
+
+def _errors(run: BenchRun, seen: Seen, use: Flags, metric: str, at: NDArray[np.int64] | None = None) -> Floats:
+    """Relative errors, by request or by quantile; at: a resample of the measured requests."""
+    measured, simulated = getattr(run, metric)[use], getattr(seen, metric)[:, use]
+    there = np.isfinite(measured)
+    measured, simulated = measured[there], simulated[:, there]
+    if run.paired:
+        error = simulated[0] / np.maximum(measured, 1e-9) - 1.0
+        return np.asarray(error if at is None else error[at])
+    measured = measured if at is None else measured[at]
+    return np.asarray(
+        np.quantile(simulated, QUANTILES, axis=1).mean(axis=1) / np.maximum(np.quantile(measured, QUANTILES), 1e-9) - 1
+    )
+
+
+def _means(run: BenchRun, seen: Seen, use: Flags, metric: str) -> tuple[float, float]:
+    measured, simulated = getattr(run, metric)[use], getattr(seen, metric)[:, use]
+    return float(np.nanmean(measured)), float(np.nanmean(simulated))
+
+
+def _gain(
+    runs: Sequence[BenchRun], seen: Sequence[Sequence[Seen]], use: Sequence[Flags], seed: int
+) -> tuple[float, float, float]:
+    """What the mean absolute error of both metrics falls by, with its interval over resampled blocks of requests."""
+    rng = np.random.default_rng([seed, 41])
+
+    def falls(resample: bool) -> float:
+        found = []
+        for index, (run, chosen) in enumerate(zip(runs, use, strict=True)):
+            for metric in METRICS:
+                count = int(np.isfinite(getattr(run, metric)[chosen]).sum())
+                at = blocks(count, run.in_flight, rng) if resample else None
+                before, after = (np.abs(_errors(run, one[index], chosen, metric, at)).mean() for one in seen)
+                found.append(before - after)
+        return float(np.mean(found))
+
+    low, high = interval(np.asarray([falls(True) for _ in range(RESAMPLES)]))
+    return falls(False), low, high
+
+
+def _some(runs: Sequence[BenchRun], use: Sequence[Flags]) -> tuple[list[BenchRun], list[Flags]]:
+    """The runs that have requests in use."""
+    chosen = [(run, flags) for run, flags in zip(runs, use, strict=True) if flags.any()]
+    return [run for run, _ in chosen], [flags for _, flags in chosen]
+
+
+def _count(use: Sequence[Flags]) -> str:
+    runs = sum(bool(one.any()) for one in use)
+    return f"{runs} run{'s' if runs > 1 else ''}"
+
+
+def _refuse_other_engine(scenario: Scenario, runs: Sequence[BenchRun]) -> None:
+    for run in runs:
+        if run.told.get("client_backend") in _NATIVE and scenario.engine.name != "sglang":
+            raise BadInput(
+                f"this run is of SGLang, the scenario's engine is {scenario.engine.name}", where=run.where,
+                mend="set engine.name to sglang, or give runs of the scenario's engine",
+            )  # fmt: skip
+
+
+def _notes(scenario: Scenario, runs: Sequence[BenchRun]) -> list[str]:
+    """Where the files tell of another model or version than the scenario."""
+    found = []
+    for run in runs:
+        model, version = run.told.get("model"), run.told.get("engine_version")
+        if model and Path(model).name.lower() != Path(scenario.model).name.lower():
+            found.append(f"{run.where} names model {model}, the scenario {scenario.model}")
+        if version and version != scenario.engine.version:
+            found.append(f"{run.where} names engine version {version}, the scenario {scenario.engine.version}")
+        if not run.paired:
+            found.append(f"{run.where} does not tell when requests came: quantiles are fitted, not requests")
+        if run.failed:
+            found.append(f"{run.where}: {run.failed} failed requests are left out")
+    return found
+
+
+def as_json(found: Calibrated) -> dict[str, Any]:
+    """The outcome, JSON-ready."""
+    names = [name for name in NAMES if name in found.whole.low]
+    return {
+        "overheads": {
+            name: {
+                "before_s": found.start[name],
+                "fitted_on_part_s": found.part.values[name],
+                "value_s": found.whole.values[name],
+                "low_s": found.whole.low[name],
+                "high_s": found.whole.high[name],
+            }
+            for name in names
+        },
+        "not_fitted": {name: {"value_s": found.start[name], "reason": why} for name, why in found.whole.kept.items()},
+        "level": LEVEL,
+        "condition_index": found.whole.index,
+        "held_out": {
+            "by": found.held_by,
+            "requests": found.held_requests,
+            "before": found.before,
+            "after": found.after,
+            "gain": dict(zip(("value", "low", "high"), found.gain, strict=True)),
+        },
+        "verdict": {"code": found.verdict, "text": verdict_text(found)},
+        "runs": [
+            {"where": run.where, "format": run.format, "requests": run.requests, "sent": run.sent, **run.told}
+            for run in found.runs
+        ],
+        "notes": found.notes,
+        "simulations": found.simulations,
+    }
+
+
+def verdict_text(found: Calibrated) -> str:
+    """One sentence on whether to use the fitted host times."""
+    value, low, high = (100 * one for one in found.gain)
+    told = f"the error on what was held out falls by {value:.1f} points ({low:.1f} to {high:.1f})"
+    if found.verdict == USE:
+        return f"use them: {told}"
+    if not found.whole.low:
+        return "don't: these runs tell none of the host times"
+    return f"don't: {told}, which may be chance; nothing was written"
+
+
+def keep(
+    path: Path, found: Calibrated, scenario: Scenario, scenario_file: Path, files: Sequence[Path], system: str,
+    overrides: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write the host times with their provenance, as `cost.overheads` of a scenario reads them. Raises BadInput."""
+    overheads: dict[str, Any] = {}
+    for name in NAMES:
+        if name in found.whole.low:
+            ends = {"low": found.whole.low[name], "high": found.whole.high[name]}
+            overheads[name] = {"value": found.whole.values[name], **ends, "tag": "measured"}
+    told = as_json(found)
+    hashes = {str(path): sha256_of(path) for path in files}
+    data = {
+        "format": FORMAT,
+        "schema_version": 1,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "moesim": __version__,
+        "engine": {"name": scenario.engine.name, "version": scenario.engine.version},
+        "model": scenario.model,
+        "system": system,
+        "level": LEVEL,
+        "overheads": overheads,
+        "not_fitted": told["not_fitted"],
+        "held_out": told["held_out"],
+        "verdict": told["verdict"],
+        "sources": [
+            {**run, "where": Path(run["where"]).name, "sha256": _hash_of(run["where"], hashes)} for run in told["runs"]
+        ],
+        "scenario": {
+            "file": Path(scenario_file).name,
+            "sha256": sha256_of(scenario_file),
+            "set": list(overrides),
+            "cost_source": scenario.cost.source,
+            "profiles": [Path(one).name for one in scenario.cost.profiles],
+        },
+        "notes": told["notes"],
+    }
+    CalibrationSpec.read(data, where=path)
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def _hash_of(where: str, hashes: dict[str, str]) -> str:
+    return next(found for path, found in hashes.items() if where == path or where.startswith(f"{path}, line "))

@@ -1,0 +1,149 @@
+"""What `validate training` runs: a small MoE transformer, its layouts over the ranks, and one global batch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moesim.errors import BadInput
+from moesim.network.rank_groups import RankGrid
+from moesim.spec.base import Spec
+from moesim.spec.parallel import ParallelSpec
+
+WHERE = "validate training"
+PRECISION = dict.fromkeys(("dense", "experts", "activations", "kv_cache", "dispatch", "combine"), "fp32")
+
+
+class Shape(Spec):
+    """A decoder of grouped-query attention with rotary positions; the first layer is dense, the others have experts."""
+
+    layers: int = Field(default=6, gt=1)
+    hidden: int = Field(default=256, gt=0)
+    heads: int = Field(default=8, gt=0)
+    kv_heads: int = Field(default=4, gt=0)
+    head_dim: int = Field(default=32, gt=0, multiple_of=2)
+    dense_intermediate: int = Field(default=768, gt=0)
+    experts: int = Field(default=12, gt=1)
+    top_k: int = Field(default=2, gt=0)
+    intermediate: int = Field(default=256, gt=0)
+    vocabulary: int = Field(default=2304, gt=0)
+
+    def config(self) -> dict[str, Any]:
+        """The same as a Hugging Face config.json, in the keys of Qwen3-MoE."""
+        return {
+            "_name_or_path": "small-moe",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.dense_intermediate,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "moe_intermediate_size": self.intermediate,
+            "mlp_only_layers": [0],
+            "decoder_sparse_step": 1,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": False,
+        }
+
+
+class Layout(Spec):
+    """How the ranks share the work: tensor, expert and pipeline parallelism, and copies of all that (instances).
+
+    placement: how experts are laid on the EP ranks. layers: of each pipeline stage; none = as even as can be.
+    """
+
+    name: str
+    tp: int = Field(default=1, gt=0)
+    dp: int = Field(default=1, gt=0)
+    pp: int = Field(default=1, gt=0)
+    instances: int = Field(default=1, gt=0)
+    placement: Literal["contiguous", "greedy"] = "contiguous"
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    virtual_stages: int = Field(default=1, gt=0)
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of all instances."""
+        return self.tp * self.dp * self.pp * self.instances
+
+    @property
+    def parallel(self) -> ParallelSpec:
+        """Of one instance, as a scenario has it: experts spread over all ranks of a stage."""
+        return ParallelSpec(tp=self.tp, pp=self.pp, attention_dp=self.dp, ep=self.tp * self.dp)
+
+    @property
+    def grid(self) -> RankGrid:
+        """Which ranks form which group."""
+        return RankGrid(self.parallel, self.instances, self.ranks)
+
+
+class TrainingJob(Spec):
+    """One validation of a training step.
+
+    global_batch: sequences. bias: standard deviation of what is added to the gate's logits, by expert, so that experts
+    are loaded unevenly. backend: of torch.distributed.
+    """
+
+    shape: Shape = Shape()
+    layouts: tuple[Layout, ...] = Field(min_length=1)
+    sequence_length: int = Field(default=256, gt=0)
+    micro_batch: int = Field(default=1, gt=0)
+    global_batch: int = Field(default=12, gt=0)
+    bias: float = Field(default=1.0, ge=0)
+    repeats: int = Field(default=9, gt=0)
+    warmup: int = Field(default=2, ge=0)
+    samples: int = Field(default=11, gt=0, description="of each operation of the profile, on each rank")
+    sample_s: float = Field(default=0.02, gt=0, description="what a sample takes: several calls where one is shorter")
+    seed: int = 0
+    backend: Literal["gloo"] = "gloo"
+    stall_s: float = Field(default=120.0, gt=0)
+    out: str = "runs/validate-training"
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [layout.name for layout in self.layouts]
+        if len(set(names)) < len(names):
+            raise ValueError("layouts need names of their own")
+        return self
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches that a pipeline runs. Raises BadInput where the batch does not divide."""
+        whole = self.micro_batch * layout.dp * layout.instances
+        if self.global_batch % whole:
+            raise BadInput(
+                f"{self.global_batch} sequences do not divide into micro-batches of {self.micro_batch} on "
+                f"{layout.dp * layout.instances} data-parallel ranks",
+                where=f"layout {layout.name}",
+                mend=f"use a global batch that is a multiple of {whole}",
+            )
+        return self.global_batch // whole
+
+
+def _layouts() -> tuple[Layout, ...]:
+    plain: dict[str, dict[str, Any]] = {
+        "TP2 EP2": {"tp": 2},
+        "DP2 EP2": {"dp": 2},
+        "DP2 EP2, greedy": {"dp": 2, "placement": "greedy"},
+        "DP2": {"instances": 2},
+        "PP2": {"pp": 2},
+        "PP2, interleaved": {"pp": 2, "schedule": "interleaved", "virtual_stages": 3},
+        "DP3 EP3": {"dp": 3},
+        "PP3": {"pp": 3},
+        "TP2 PP2 EP2": {"tp": 2, "pp": 2},
+        "DP2 PP2 EP2": {"dp": 2, "pp": 2},
+        "TP2 DP2 EP4": {"tp": 2, "dp": 2},
+        "DP4 EP4": {"dp": 4},
+        "DP4 EP4, greedy": {"dp": 4, "placement": "greedy"},
+        "TP4 EP4": {"tp": 4},
+        "PP4": {"pp": 4},
+        "two of DP2 EP2": {"dp": 2, "instances": 2},
+        "two of PP2": {"pp": 2, "instances": 2},
+    }
+    return tuple(Layout(name=name, **keys) for name, keys in plain.items())
+
+
+LAYOUTS = _layouts()

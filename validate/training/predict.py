@@ -1,0 +1,285 @@
+"""What the simulator says of each layout: scenarios as a user writes them, priced by points measured on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.estimate import CostModel, Estimate
+from moesim.cost.ops import Operation
+from moesim.cost.roofline import Roofline
+from moesim.engine.training import TrainingRun, simulate_training, training_model
+from moesim.engine.training_plan import SharedTraining
+from moesim.graph.pipeline import Pass
+from moesim.graph.training_layer import TrainingSetup
+from moesim.spec.plan import ExpertPlacement
+from moesim.spec.scenario import Scenario, resolve_paths
+from moesim.units import BYTES_PER_ELEMENT
+from profiles.points import FORMAT, SCHEMA_VERSION, Family, MeasuredPoint, places
+from validate.training.job import PRECISION, Layout, TrainingJob
+from validate.training.probe import Asked, Measured
+
+Ints = NDArray[np.int64]
+
+CONFIG_FILE, ROUTING_FILE = "config.json", "routing.npz"
+# An operation asked for at more sizes than this is measured at as many that span them.
+MOST_SIZES = {"experts": 10, "memory_bound": 6, "collective": 6}
+SMALL_SEND_BYTES = 4096.0
+DRAWS = 100
+
+
+@dataclass
+class Listening:
+    """A cost model that answers by formula and remembers what it was asked."""
+
+    costs: CostModel
+    heard: list[Operation]
+
+    def estimate(self, operation: Operation) -> Estimate:
+        """Price an operation by formula."""
+        self.heard.append(operation)
+        return self.costs.estimate(operation)
+
+
+def scenario(job: TrainingJob, layout: Layout, *, points: str | None) -> dict[str, Any]:
+    """The scenario of a layout, as it stands in the run's folder. points: file of them; none = by formula."""
+    cost = {"source": "roofline"} if points is None else {"source": "points", "profiles": [points]}
+    return {
+        "schema_version": 1,
+        "model": CONFIG_FILE,
+        "cluster": cluster_file(layout.ranks),
+        "engine": {"name": "moesim", "version": "0"},
+        "precision": PRECISION,
+        "cost": cost,
+        "routing": {"loads": [{"file": ROUTING_FILE}]},
+        "parallel": layout.parallel.model_dump(mode="json"),
+        "placement": {"solver": layout.placement},
+        "policies": {"dispatch": {"backend": "alltoall"}},
+        "training": {
+            "sequence_length": job.sequence_length,
+            "micro_batch": job.micro_batch,
+            "global_batch": job.global_batch,
+            "recompute": "none",
+            "pipeline": {
+                "schedule": layout.schedule,
+                "virtual_stages": layout.virtual_stages,
+                **({} if layout.layers is None else {"layers": list(layout.layers)}),
+            },
+            "optimizer": {"distributed": False},
+        },
+        "seed": job.seed,
+    }
+
+
+def cluster_file(ranks: int) -> str:
+    """Name of the cluster file of so many ranks."""
+    return f"cluster-{ranks}.yaml"
+
+
+def points_file(ranks: int) -> str:
+    """Name of the file of points measured on so many ranks."""
+    return f"points-{ranks}.json"
+
+
+def cluster(
+    ranks: int,
+    memory_bytes: float,
+    *,
+    flops_per_s: float = 1e9,
+    latency_s: float = 1e-4,
+    bytes_per_s: float = 1e9,
+    points: int = 0,
+) -> dict[str, Any]:
+    """The machine as a cluster file: each rank a device, memory shared by all; the network as sends find it.
+
+    points: measured sends behind it; 0 = nothing is measured yet, and the figures are placeholders that price nothing.
+    """  # fmt: skip
+    found: dict[str, Any] = {
+        "name": "ranks of this machine",
+        "gpu": {
+            "name": "a process",
+            "hbm_bytes": memory_bytes,
+            "hbm_bytes_per_s": 1e10,
+            "flops_per_s": {"bf16": flops_per_s, "fp32": flops_per_s},
+            "multiprocessors": 1,
+        },
+        "nodes": 1,
+        "gpus_per_node": ranks,
+        "nvlink_bytes_per_s": bytes_per_s,
+        "nvlink_latency_s": latency_s,
+        "nic_bytes_per_s": bytes_per_s,
+        "pcie_bytes_per_s": bytes_per_s,
+        "sources": {
+            "nvlink_bytes_per_s": "sends between two ranks",
+            "gpu.flops_per_s": "the quickest matrix product of the points",
+            "gpu.hbm_bytes_per_s": "not measured; the points price all that it would",
+        },
+    }
+    if points:
+        told = {"rel_sigma": 0.1, "points": points, "source": "validate training"}
+        found["measured"] = {"nvlink_bytes_per_s": told, "nvlink_latency_s": told}
+    return found
+
+
+def read(job: TrainingJob, layout: Layout, folder: Path, *, points: str | None) -> Scenario:
+    """The scenario of a layout with its files in the run's folder."""
+    return resolve_paths(Scenario.read(scenario(job, layout, points=points), where=f"layout {layout.name}"), folder)
+
+
+def asked_of(job: TrainingJob, layouts: Iterable[Layout], folder: Path) -> tuple[list[Asked], dict[str, Ints]]:
+    """What must be measured to price some layouts, and the slot of each expert under each: [MoE layers, experts].
+
+    The operations are those that the simulator asks for when it prices them. Raises BadInput and Infeasible.
+    """
+    heard: list[Operation] = []
+    slots: dict[str, Ints] = {}
+    sends: set[float] = set()
+    for layout in layouts:
+        found = read(job, layout, folder, points=None)
+        shared = SharedTraining()
+        key, ground, routing = shared.ground(found)
+        shared.grounds[key] = (replace(ground, costs=Listening(Roofline(ground.cluster), heard)), routing)
+        model = training_model(found, job.seed, shared)
+        slots[layout.name] = slots_of(model.setup.placement)
+        if layout.pp > 1:
+            sends.add(_send_bytes(model.setup))
+    listed = [
+        Asked(family, key, size) for (family, key), sizes in places(heard).items() for size in _chosen(family, sizes)
+    ]
+    listed += [Asked("send", (), size) for size in sorted({SMALL_SEND_BYTES, *sends})] if sends else []
+    return listed, slots
+
+
+def slots_of(placement: ExpertPlacement) -> Ints:
+    """The slot of each expert of a placement without replicas: [MoE layers, experts]."""
+    return np.argsort(placement.physical_to_logical, axis=1, kind="stable")
+
+
+def _send_bytes(setup: TrainingSetup) -> float:
+    return setup.local_rows * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
+
+
+def _chosen(family: Family, sizes: Sequence[float]) -> list[float]:
+    """The sizes to measure: all where they are few, else some that span them, whole where sizes are whole tokens."""
+    most = MOST_SIZES.get(family)
+    if most is None or len(sizes) <= most:
+        return list(sizes)
+    if family == "experts":
+        spread = np.geomspace(1.0, np.ceil(sizes[-1]), most).round()
+        return sorted({*spread.tolist(), float(np.floor(sizes[0])) or sizes[0]})
+    return sorted({float(one) for one in np.geomspace(sizes[0], sizes[-1], most)} | {sizes[0], sizes[-1]})
+
+
+def points_of(measured: Iterable[Measured]) -> list[MeasuredPoint]:
+    """What was measured as points of a file; sends are not among them, which the cluster file holds."""
+    found = []
+    for one in measured:
+        if one.asked.family == "send":
+            continue
+        low, middle, high = np.quantile(one.samples, (0.1, 0.5, 0.9)).tolist()
+        found.append(
+            MeasuredPoint(
+                family=one.asked.family,  # type: ignore[arg-type]
+                key=one.asked.key, size=one.asked.size, seconds=middle, p10_s=low, p90_s=high,
+            )
+        )  # fmt: skip
+    return found
+
+
+def measured_cluster(ranks: int, memory_bytes: float, measured: Sequence[Measured]) -> dict[str, Any]:
+    """The cluster file with what sends and products were found to take."""
+    products = [
+        2.0 * one.asked.size * float(one.asked.key[0]) * float(one.asked.key[1]) / float(np.median(one.samples))
+        for one in measured
+        if one.asked.family == "gemm"
+    ]
+    sends = sorted((one.asked.size, float(np.median(one.samples))) for one in measured if one.asked.family == "send")
+    if len(sends) < 2:
+        return cluster(ranks, memory_bytes, flops_per_s=max(products))
+    (small, first), (large, last) = sends[0], sends[-1]
+    rate = (large - small) / max(last - first, 1e-9)
+    return cluster(ranks, memory_bytes, flops_per_s=max(products), latency_s=first, bytes_per_s=rate, points=len(sends))
+
+
+def content(
+    points: Sequence[MeasuredPoint], when: str, hardware: dict[str, Any], versions: dict[str, str]
+) -> dict[str, Any]:
+    """A file of points."""
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "measured": when,
+        "hardware": hardware,
+        "versions": versions,
+        "points": [one.model_dump(mode="json") for one in points],
+    }
+
+
+def predict(job: TrainingJob, layout: Layout, folder: Path) -> dict[str, Any]:
+    """What `moesim simulate` says of a layout: the step with its interval, and its parts."""
+    run = simulate_training(read(job, layout, folder, points=points_file(layout.ranks)), draws=DRAWS, seed=job.seed)
+    low, high = np.quantile([one.step_s for one in run.drawn], (0.05, 0.95)).tolist()
+    return {"layout": layout.name, "ranks": layout.ranks, "step_s": run.step.step_s, "low_s": low, "high_s": high} | {
+        "parts_s": parts(run)
+    }
+
+
+def parts(run: TrainingRun) -> dict[str, Any]:
+    """A pass of each kind on each stage (mean), and the ends of a step: pipeline, reduction, optimizer."""
+    program, step = run.model.program, run.step
+    seconds = step.pipeline.duration_s.mean(axis=0)
+    mean = {
+        kind.name.lower(): [
+            float(seconds[(program.kind == kind) & (program.stage == stage)].mean()) for stage in range(program.stages)
+        ]
+        for kind in (Pass.FORWARD, Pass.BACKWARD)
+    }
+    pipeline = float(step.pipeline.end_s.max())
+    reduced = float((step.pipeline.end_s.max(axis=0) + step.reduce_s).max())
+    return {**mean, "pipeline": pipeline, "reduce": reduced - pipeline, "optimizer": step.step_s - reduced}
+
+
+def measured_parts(layout: Layout, moments: Sequence[Sequence[dict[str, Any]]], kinds: Sequence[Sequence[int]]) -> Any:
+    """The same of what was measured: median over repeats. moments: [repeats][ranks]; kinds: of each stage's passes."""
+    stage_of = _stages(layout)
+    found: dict[str, Any] = {}
+    for kind in (Pass.FORWARD, Pass.BACKWARD):
+        by_stage: list[list[float]] = [[] for _ in range(layout.pp)]
+        for repeat in moments:
+            for rank, one in enumerate(repeat):
+                stage = stage_of[rank]
+                took = [end - start for start, end in one["passes"]]
+                mine = [took[at] for at, what in enumerate(kinds[stage]) if what == kind]
+                by_stage[stage].append(float(np.mean(mine)))
+        found[kind.name.lower()] = [float(np.median(one)) for one in by_stage]
+    ends = np.asarray([[[one[name] for name in ENDS] for one in repeat] for repeat in moments]).max(axis=1)
+    found["pipeline"] = float(np.median(ends[:, 0]))
+    found["reduce"] = float(np.median(ends[:, 1] - ends[:, 0]))
+    found["optimizer"] = float(np.median(ends[:, 2] - ends[:, 1]))
+    return found
+
+
+ENDS = ("piped_s", "reduced_s", "done_s")
+
+
+def _stages(layout: Layout) -> list[int]:
+    """The pipeline stage of each rank."""
+    members = layout.grid.members("pp")
+    found = [0] * layout.ranks
+    for row in members.tolist():
+        for stage, rank in enumerate(row):
+            found[rank] = stage
+    return found
+
+
+def counted(routed: Iterable[tuple[int, int, Any]], job: TrainingJob) -> NDArray[np.float64]:
+    """Rows of each expert by micro-batch and MoE layer: [micro-batches, MoE layers, experts]."""
+    found = np.zeros((job.global_batch // job.micro_batch, job.shape.layers - 1, job.shape.experts))
+    for micro, layer, rows in routed:
+        found[micro, layer - 1] += rows.numpy()
+    return found
