@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine import des, maxplus, whatif
+from moesim.engine.batch_rules import exchange_mode, stage_count
 from moesim.engine.critical import critical_path, waits
 from moesim.engine.explain_stages import StepParts, one_after_another
 from moesim.engine.explain_transfer import TransferExplained, explain_transfer
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.step_graph import step_graph
 from moesim.engine.stepbytes import StepBytes, step_bytes
-from moesim.engine.stepmodel import ExactModel, exchange_mode, stage_count
+from moesim.engine.stepmodel import ExactModel
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.pricing import PricedStep, Pricer

@@ -8,16 +8,17 @@ they are scheduled), SGLang (whose chunked request is the scheduler's, not a mic
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
 from moesim.engine.batch_state import NONE, Ints, Limits, Plan, Ranks, Requests, new_plan
-from moesim.engine.batch_times import BatchTimes
+from moesim.engine.batch_times import BatchTimes, Staged
 from moesim.engine.batcher import finish_step, plan_step
 
-__all__ = ["Flow", "Lane", "Slot", "come_back", "depart", "slots_of"]
+__all__ = ["Flow", "Lane", "Slot", "UnderWay", "come_back", "depart"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Slot:
     """One batch of a group: its requests that decode, and the step that it was last planned for.
 
     joining [ranks]: prompts whose last chunk is under way. last [ranks, max_running]: which chunks are. end_s: when its
-    batch ends; last_s: how long it takes.
+    batch ends; last_s: how long it takes; host_s: the engine's time before it leaves.
     """
 
     def __init__(self, group: Ranks, limits: Limits) -> None:
@@ -58,7 +59,7 @@ class Slot:
         self.plan = new_plan(ranks, limits.max_running)
         self.joining = zero.copy()
         self.last = np.zeros((ranks, limits.max_running), np.bool_)
-        self.end_s = self.last_s = 0.0
+        self.end_s = self.last_s = self.host_s = 0.0
 
     def form(self, requests: Requests, others: list[Slot]) -> int:
         """Plan the slot's next batch, 0 tokens where there is nothing; its prompts count as read from now on."""
@@ -81,11 +82,6 @@ class Slot:
         return found
 
 
-def slots_of(group: Ranks, limits: Limits, flow: Flow) -> list[Slot]:
-    """The slots of a group."""
-    return [Slot(group, flow.of_batch(limits)) for _ in range(flow.batches)]
-
-
 class Lane:
     """When the stages and the links between them are free."""
 
@@ -106,6 +102,35 @@ class Lane:
             if stage < len(times.transfers_s):
                 self.link_s[stage] = at_s = max(at_s, float(self.link_s[stage])) + times.transfers_s[stage]
         return at_s
+
+
+class UnderWay:
+    """The batches of one group: those that are under way, oldest first, and the slots that are free."""
+
+    def __init__(self, group: Ranks, limits: Limits, flow: Flow) -> None:
+        self.slots = [Slot(group, flow.of_batch(limits)) for _ in range(flow.batches)]
+        self.free, self.order, self.lane = deque(self.slots), deque[Slot](), Lane(flow.stages)
+
+    def form(self, requests: Requests, timed: Staged, now_s: float) -> Slot | None:
+        """Form a batch in the first free slot that has anything to do; None where none has."""
+        for slot in list(self.free):
+            if slot.form(requests, [other for other in self.slots if other is not slot]) == 0:
+                continue
+            times = timed.stages(slot.plan)
+            slot.host_s = times.host_s
+            slot.end_s = self.lane.send(now_s + times.host_s, times)
+            slot.last_s = slot.end_s - now_s
+            self.free.remove(slot)
+            self.order.append(slot)
+            return slot
+        return None
+
+    def oldest(self) -> Slot | None:
+        """The batch that ends next; its slot is the first to be tried then."""
+        if not self.order:
+            return None
+        self.free.appendleft(self.order.popleft())
+        return self.free[0]
 
 
 @njit(cache=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import simpy
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
+from moesim.engine.batch_times import Staged
 from moesim.engine.batcher import arrive, finish_step, plan_step
-from moesim.engine.in_flight import Flow, Lane, Slot, slots_of
+from moesim.engine.in_flight import Flow, UnderWay
 from moesim.engine.losses import Faults, drop_rank, empty_queue
 from moesim.engine.memory_rules import CONTEXT
 from moesim.engine.prefix_cache import new_prefix_cache
@@ -172,9 +173,10 @@ class Pool:
         self.held: deque[int] = deque()  # at the router, where it keeps a queue of its own
         self.log = StepLog()
         self.last_step_s = [0.0] * self.instances
-        self.lanes = [] if self.flow is None else [Lane(self.flow.stages) for _ in range(self.instances)]
+        flow = self.flow
+        self.under_way = [] if flow is None else [UnderWay(group, self.limits, flow) for group in self.groups]
         for instance in range(self.instances):
-            run = self._engine(instance) if self.flow is None else self._pipelined(instance, self.flow)
+            run = self._engine(instance) if flow is None else self._pipelined(instance, self.under_way[instance])
             self.environment.process(run)
 
     def send(self, request: int) -> None:
@@ -248,57 +250,38 @@ class Pool:
             if done:
                 self.on_end(ended[:done])
 
-    def _pipelined(self, instance: int, flow: Flow) -> Generator[Any, Any, None]:
+    def _pipelined(self, instance: int, batches: UnderWay) -> Generator[Any, Any, None]:
         """One group with several batches under way: it forms the next ones where it may, then waits for the oldest.
 
         While it waits it looks at no new requests (vLLM's `step_with_batch_queue` and SGLang's `event_loop_pp` both
         block on the oldest batch once there is nothing more to form).
         """
-        group, environment = self.groups[instance], self.environment
-        free, under_way = deque(slots_of(group, self.limits, flow)), deque[Slot]()
+        environment, timed = self.environment, cast(Staged, self.step_time)
         most = 2 * self.ranks * self.limits.max_running
         ended = np.zeros(most, np.int64)
-        slots = list(free)
         while True:
             if self.held:
                 self._pull(instance)
-            formed = self._form(instance, free, slots)
-            if formed is not None:
-                slot, host_s = formed
-                under_way.append(slot)
-                if host_s > 0.0:
-                    yield environment.timeout(host_s)
+            slot = batches.form(self.requests, timed, environment.now)
+            if slot is not None:
+                decodes, prompts, fullest = slot.plan.totals.tolist()
+                self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
+                self.log.add(environment.now, slot.last_s, decodes, prompts, instance)
+                if slot.host_s > 0.0:
+                    yield environment.timeout(slot.host_s)
                 continue
-            if not under_way:
+            slot = batches.oldest()
+            if slot is None:
                 yield from self._idle(instance)
                 continue
-            slot = under_way.popleft()
             if slot.end_s > environment.now:
                 yield environment.timeout(slot.end_s - environment.now)
             self.events += 1
             self._make_room(most)
             self.gaps, done = slot.finish(self.requests, environment.now, self.gap_s, self.gap_n, self.gaps, ended)
-            free.appendleft(slot)
             self.last_step_s[instance] = slot.last_s
             if done:
                 self.on_end(ended[:done])
-
-    def _form(self, instance: int, free: deque[Slot], slots: list[Slot]) -> tuple[Slot, float] | None:
-        """Form a batch in the first free slot that has anything to do; it, and the engine's time for that."""
-        for slot in list(free):
-            others = [one for one in slots if one is not slot]
-            if slot.form(self.requests, others) == 0:
-                continue
-            free.remove(slot)
-            decodes, prompts, fullest = slot.plan.totals.tolist()
-            self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
-            times = self.step_time.stages(slot.plan)  # type: ignore[attr-defined]
-            now_s = self.environment.now
-            slot.end_s = self.lanes[instance].send(now_s + times.host_s, times)
-            slot.last_s = slot.end_s - now_s
-            self.log.add(now_s, slot.last_s, decodes, prompts, instance)
-            return slot, times.host_s
-        return None
 
     def _idle(self, instance: int) -> Generator[Any, Any, None]:
         self.waking[instance] = self.environment.event()
@@ -463,7 +446,9 @@ def served_of(pool: Pool, arrived: int) -> Served:
     log = pool.log.rows[: pool.log.used]
     events, now_s = pool.events + arrived, float(pool.environment.now)
     found = record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
-    return replace(found, stage_busy_s=np.stack([lane.busy_s for lane in pool.lanes])) if pool.lanes else found
+    if not pool.under_way:
+        return found
+    return replace(found, stage_busy_s=np.stack([batches.lane.busy_s for batches in pool.under_way]))
 
 
 def record(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
@@ -20,7 +21,7 @@ from moesim.engine.relayout_decisions import Relayout
 from moesim.engine.relayout_runs import MovingRuns
 from moesim.engine.roles import RolePool, Transfer, serve_roles
 from moesim.engine.serving import Load, Served, StepTime, serve
-from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel, flow_of
+from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
 from moesim.engine.steptable import COARSE, FULL
 from moesim.engine.workload import lengths
 from moesim.engine.workload import make_load as load_of

@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 
 from moesim.cost.roofline import REACHED
 from moesim.engine import des, maxplus
+from moesim.engine.batch_rules import captures_prompts, exchange_mode, graphs_of, low_latency_sequences, stage_count
 from moesim.engine.batch_times import BatchTimes
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
-from moesim.engine.graphs import CapturedGraphs, captured_graphs
-from moesim.engine.in_flight import Flow
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
 from moesim.engine.mixtures import routing_of
-from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import FULL, Detail, GridAsked, PricedGrid, StepTable, price_grid, time_grid
@@ -29,7 +27,7 @@ from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.pricing import Part, PricedStep
 from moesim.graph.stages import joined
 from moesim.graph.task import StepTimes, TaskGraph
 from moesim.network.instance import at_reached_rates
@@ -54,7 +52,7 @@ class StepModel:
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
-        most = _low_latency_sequences(deployment)
+        most = low_latency_sequences(deployment)
         self.most_running = self.limits.max_running if most is None else min(self.limits.max_running, most)
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
@@ -426,45 +424,11 @@ def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     )
 
 
-def stage_count(setup: LayerSetup) -> int:
-    """Pipeline stages of an instance."""
-    return 1 if setup.stages is None else setup.stages.count
-
-
 def rows_of_plan(model: StepModel, plan: Plan) -> float:
     """Rows of the fullest rank after padding: what a stage sends to the next."""
     most = int((plan.decode_seqs + plan.prefill_tokens).max())
     padded = model.captures_prompts or not plan.prefill_tokens.any()
     return float(model.graphs.padded(most)) if padded else float(most)
-
-
-def exchange_mode(deployment: Deployment, kind: str) -> str:
-    """DeepEP mode of a step: `auto` follows the engine, low-latency for pure decode, normal when any rank reads."""
-    mode = deployment.setup.policies.dispatch.mode
-    if deployment.setup.policies.dispatch.backend != "deepep":
-        return "normal"
-    if mode == "auto":
-        return "low_latency" if kind == "decode" else "normal"
-    return mode
-
-
-def graphs_of(deployment: Deployment) -> CapturedGraphs:
-    """The captured graphs of a deployment's decode steps."""
-    found = captured_graphs(
-        deployment.serving.batching,
-        deployment.setup.policies,
-        deployment.rules,
-        mode=exchange_mode(deployment, "decode"),
-    )
-    queries = 1 + draft_tokens(deployment.serving)  # sizes are in sequences, each with its tokens to verify
-    return CapturedGraphs(tuple(size * queries for size in found.sizes))
-
-
-def captures_prompts(deployment: Deployment) -> bool:
-    """Whether steps that read prompts run in the captured graphs, too: under `whole_graph`, where the exchange can."""
-    setup = deployment.setup
-    waits = setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "prefill") == "normal"
-    return setup.policies.schedule == "whole_graph" and not waits
 
 
 def batch_limits(deployment: Deployment) -> Limits:
@@ -473,7 +437,7 @@ def batch_limits(deployment: Deployment) -> Limits:
     running = batching.max_running_requests_per_dp_rank
     speculative = deployment.serving.speculative
     queries = 1 + draft_tokens(deployment.serving)
-    most = _low_latency_sequences(deployment)
+    most = low_latency_sequences(deployment)
     if most is not None:
         if most == 0:
             raise BadInput(
@@ -506,34 +470,6 @@ def batch_limits(deployment: Deployment) -> Limits:
         wait_steps=batching.wait_steps if deployment.setup.parallel.attention_dp == 1 else 0,
         wait_tokens=batching.wait_share * batching.max_batch_tokens_per_dp_rank,
     )
-
-
-def _low_latency_sequences(deployment: Deployment) -> int | None:
-    """Sequences of an attention-DP rank that DeepEP's low-latency dispatch takes at once; None where it is not used."""
-    setup = deployment.setup
-    if setup.policies.dispatch.backend != "deepep" or exchange_mode(deployment, "decode") != "low_latency":
-        return None
-    most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
-    return most * setup.parallel.tp // (1 + draft_tokens(deployment.serving))
-
-
-def flow_of(deployment: Deployment, limits: Limits) -> Flow | None:
-    """How batches follow each other through pipeline stages; None where there is one stage.
-
-    vLLM's max_num_seqs counts the requests of all batches under way, so that one batch may hold them all
-    (vllm-project/vllm issues 28270 and 50853). SGLang gives each its share (`pp_max_micro_batch_size`, scheduler.py),
-    and so does moesim. TensorRT-LLM's max_batch_size is of one batch, and is exported as that share.
-    """
-    stages = stage_count(deployment.setup)
-    if stages == 1:
-        return None
-    asked = deployment.serving.pipeline
-    batches = asked.batches or stages
-    share = None if deployment.rules.name == "vllm" else max(1, limits.max_running // batches)
-    running, most = asked.running_requests_per_dp_rank or share, _low_latency_sequences(deployment)
-    if most is not None and most < (running or limits.max_running):
-        running = most
-    return Flow(stages, batches, running)
 
 
 def _axis(most: float, step: float = 2.0, *, midpoints: bool = False) -> Floats:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.draws import LEVEL, interval
 from moesim.engine.overheads import overheads_json
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
-from moesim.engine.stepmodel import flow_of
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.output.dispersion_report import dispersion_json

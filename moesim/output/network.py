@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from moesim.engine.batch_rules import exchange_mode
 from moesim.engine.simulate import Simulation
-from moesim.engine.stepmodel import exchange_mode
 from moesim.errors import BadInput
 from moesim.graph.batch import Floats, StepBatch
 from moesim.graph.flows import STEPS, PhaseBytes, phase_bytes

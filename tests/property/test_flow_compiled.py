@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.draws import joint_draws
 from moesim.engine.in_flight import Flow
 from moesim.engine.memory_rules import RESERVE, SGLANG, VLLM
 from moesim.engine.serving import Load, Served, serve
-from moesim.engine.stepmodel import StepModel, flow_of
+from moesim.engine.stepmodel import StepModel
 from moesim.spec.scenario import load_scenario
 from tests.property.test_serving_compiled import same
 from tests.scenarios import small, write

@@ -11,11 +11,12 @@ import pytest
 
 from moesim.cli import run
 from moesim.engine import des, maxplus
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.batcher import Plan, new_plan
 from moesim.engine.critical import critical_path
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.memory import weights
-from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan, flow_of
+from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.stages import split_layers
 from moesim.spec.hf import load_model
