@@ -19,7 +19,7 @@ from moesim.engine.overheads import rules_of
 from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, low_latency_tokens
 from moesim.engine.speculative import draft_tokens, refuse_drafts
-from moesim.engine.stage_layout import check_stages, of_a_stage, split_of, stages_of
+from moesim.engine.stage_layout import check_stages, of_a_stage, refuse_idle_keys, split_of, stages_of
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
@@ -141,6 +141,7 @@ def refuse_unsupported(scenario: Scenario) -> None:
             mend="give a trace with block hashes as serving.workload.file, or leave it out",
         )
     check_keys(scenario)
+    refuse_idle_keys(scenario)
     refuse_drift_with_holdout(scenario)
     gate_spec(scenario.policies.gate)
 

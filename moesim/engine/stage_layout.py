@@ -15,6 +15,7 @@ from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
+from moesim.spec.workload import StagesSpec
 
 WHERE = "parallel.pp"
 
@@ -22,6 +23,28 @@ WHERE = "parallel.pp"
 def of_a_stage(parallel: ParallelSpec) -> ParallelSpec:
     """The parallelism of one stage: all but the stages."""
     return parallel if parallel.pp == 1 else parallel.model_copy(update={"pp": 1})
+
+
+def refuse_idle_keys(scenario: Scenario) -> None:
+    """Keys of a pipeline that no plan of the scenario has. Raises BadInput."""
+    serving = scenario.serving
+    if serving is None or scenario.search.pp != "off":
+        return
+    roles = {} if serving.roles is None else {"prefill": serving.roles.prefill, "decode": serving.roles.decode}
+    for name, role in roles.items():
+        if role.pipeline and _stages(role.parallel) == 1:
+            raise BadInput(
+                "a role of one stage has no pipeline", where=f"serving.roles.{name}.pipeline", mend="leave it out"
+            )
+    plans = [role.parallel for role in roles.values()] or [scenario.parallel]
+    if serving.pipeline != StagesSpec() and all(_stages(plan) == 1 for plan in plans):
+        raise BadInput(
+            "one stage has no pipeline", where="serving.pipeline", mend="leave it out, or set parallel.pp above 1"
+        )
+
+
+def _stages(parallel: ParallelSpec | None) -> int:
+    return 1 if parallel is None else parallel.pp
 
 
 def check_stages(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec) -> None:

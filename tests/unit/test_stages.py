@@ -176,6 +176,11 @@ def test_a_group_gathers_what_its_ranks_received_a_share_of(tmp_path: Path) -> N
             "16 layers cannot fill 32 stages",
         ),
         ({"serving": {"pipeline": {"layers": [8, 9]}}}, "list 2 numbers that sum to 16"),
+        ({"parallel": DP4, "serving": {"pipeline": {"batches": 2}}}, "serving.pipeline: one stage has no pipeline"),
+        (
+            {"serving": {"roles": {"prefill": {"gpus": 4, "pipeline": {"batches": 2}}, "decode": {"gpus": 4}}}},
+            "serving.roles.prefill.pipeline: a role of one stage has no pipeline",
+        ),
         ({"policies": {"storage": "offload"}}, "storage offload with pipeline stages is not simulated"),
         ({"faults": [{"kind": "slow_gpu", "gpu": 0, "factor": 2.0}]}, "a fault with pipeline stages is not simulated"),
     ],
