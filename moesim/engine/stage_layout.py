@@ -18,6 +18,9 @@ from moesim.spec.scenario import Scenario
 from moesim.spec.workload import StagesSpec
 
 WHERE = "parallel.pp"
+# vLLM drafts by multi-token prediction on the last stage (vllm-project/vllm pull request 46994, 2026); SGLang refuses
+# the two together (server_args.py), and what TensorRT-LLM does is not known here.
+DRAFT_IN_STAGES = ("vllm", "moesim")
 
 
 def of_a_stage(parallel: ParallelSpec) -> ParallelSpec:
@@ -80,9 +83,10 @@ def check_stages(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, c
 
 def _not_simulated(scenario: Scenario, cluster: ClusterSpec) -> list[tuple[bool, str, str]]:
     """(Whether asked for, what, where) of all that leaves no room for stages yet."""
-    serving = scenario.serving
+    serving, engine = scenario.serving, scenario.engine.name
+    drafts = serving is not None and draft_tokens(serving) > 0 and engine not in DRAFT_IN_STAGES
     return [
-        (serving is not None and draft_tokens(serving) > 0, "speculative decoding", "serving.speculative"),
+        (drafts, f"speculative decoding of {engine}", "serving.speculative"),
         (scenario.policies.storage != "resident", f"storage {scenario.policies.storage}", "policies.storage"),
         (bool(scenario.faults), "a fault", "faults"),
         (scenario.placement.rebalance is not None, "re-layout", "placement.rebalance"),

@@ -149,11 +149,14 @@ class TimedModel:
         return self._tables[key]
 
     def stages(self, plan: Plan) -> BatchTimes:
-        """Seconds of a planned batch on each pipeline stage, by table. Raises OutsideProfile."""
-        host_s = self._step_overhead_s
-        found = [self._step_s(plan, stage) for stage in range(self._stages)]
+        """Seconds of a planned batch on each pipeline stage, by table; the last one drafts. Raises OutsideProfile."""
+        host_s, drafts = self._step_overhead_s, self.model.drafts
+        asked = verified(plan, drafts)
+        found = [self._step_s(asked, stage) for stage in range(self._stages)]
+        if drafts:
+            found[-1] = self._with_drafts(plan, sum(found), found[-1])
         found[0] -= host_s
-        return BatchTimes(host_s, found, self._transfers_s(plan))
+        return BatchTimes(host_s, found, self._transfers_s(asked))
 
     def stage_tables(self, kind: str) -> list[StepTable]:
         """The timed table of each pipeline stage."""
@@ -182,15 +185,19 @@ class TimedModel:
         if drafts == 0:
             return self._step_s(plan)
         step_s = self._step_s(verified(plan, drafts))
+        return self._with_drafts(plan, step_s, step_s)
+
+    def _with_drafts(self, plan: Plan, step_s: float, found: float) -> float:
+        """`found` and what drafting takes beside a verifying step of `step_s` through all layers."""
         layers = self.model.deployment.setup.model.layers
-        found = step_s
         if plan.prefill_tokens.any():  # the prompt fills the cache of the drafting layer too
             found += (step_s - self._step_overhead_s) / layers
         if plan.decode_seqs.any():
             alone = plan._replace(prefill_seqs=plan.prefill_seqs * 0, prefill_tokens=plan.prefill_tokens * 0)
             rows = float(plan.decode_seqs.max())
-            one = pass_seconds(self._step_s(alone), self._step_overhead_s, self._logits_s(rows), layers)
-            found += drafts * (one + self._projection_s(rows))
+            alone_s = sum(self._step_s(alone, stage) for stage in range(self._stages))
+            one = pass_seconds(alone_s, self._step_overhead_s, self._logits_s(rows), layers)
+            found += self.model.drafts * (one + self._projection_s(rows))
         return found
 
     @property
@@ -289,9 +296,11 @@ class ExactModel:
 
     def stages(self, plan: Plan) -> BatchTimes:
         """Seconds of a planned batch on each pipeline stage. Raises OutsideProfile."""
-        batch = batch_of_plan(self.model, plan)
-        priced = self.price(batch, "prefill" if plan.prefill_tokens.any() else "decode")
+        drafts, reading = self.model.drafts, bool(plan.prefill_tokens.any())
+        priced = self.price(batch_of_plan(self.model, verified(plan, drafts)), "prefill" if reading else "decode")
         found = [float(self._run(graph).step_s[0]) for graph, _ in self.stage_graphs(priced)]
+        if drafts:
+            found[-1] += self._drafting_s(plan, sum(found), reading)
         host_s = self.model.deployment.rules.step_overhead_s
         return BatchTimes(host_s, [found[0] - host_s, *found[1:]], [float(one[0, 0]) for one in self.transfers(priced)])
 
@@ -310,7 +319,8 @@ class ExactModel:
             graph, priced = self.build(batch_of_plan(self.model, alone), "decode")
             logits_s = sum(float(part.tail.seconds().max()) for part in priced)
             times = des.run(graph, step=0, sharing=True) if self.fidelity == "des" else maxplus.run(graph)
-            one = pass_seconds(float(times.step_s[0]), overhead_s, logits_s, setup.model.layers)
+            alone_s = float(times.step_s[0]) - sum(float(sent[0, 0]) for sent in self.transfers(priced))
+            one = pass_seconds(alone_s, overhead_s, logits_s, setup.model.layers)
             rows = np.full((1, 1), float(plan.decode_seqs.max()))
             joined = projection(setup, self.model.deployment.ground.costs, rows).seconds()
             found += self.model.drafts * (one + float(joined[0, 0]))

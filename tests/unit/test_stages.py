@@ -16,6 +16,7 @@ from moesim.engine.batcher import Plan, new_plan
 from moesim.engine.critical import critical_path
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.memory import weights
+from moesim.engine.speculative import verified
 from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.stages import split_layers
@@ -217,6 +218,38 @@ def test_what_a_run_in_stages_tells(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(typical["waited_s"]) == 8
     assert typical["what_if"]["infinite_network"]["step_s"] < typical["step_s"]
     assert "in 2 stages" in report.read_text()
+
+
+def test_the_last_stage_drafts(tmp_path: Path) -> None:
+    """What drafting adds is what it adds to one stage of all layers, on the last; by table and by the executors."""
+    serving = {"speculative": {"method": "mtp", "draft_tokens": 2, "acceptance": 0.6}}
+    given: dict[str, Any] = {
+        "model": "deepseek-ai/DeepSeek-V3",
+        "precision": {},
+        "engine": {"name": "vllm", "version": "1"},
+        "cluster": {"system": "h200_sxm", "nodes": 2},
+    }
+    models = {}
+    for stages in (1, 2):
+        for name, drafting in (("with", serving), ("without", {})):
+            parallel = {"attention_dp": 8, "ep": 8, "pp": stages}
+            found = deployment(tmp_path, parallel=parallel, serving=drafting, **given)
+            models[stages, name] = StepModel(found, seed=0)
+    assert "weights_mtp" in models[2, "with"].deployment.memory.stages[1].items
+    assert "weights_mtp" not in models[2, "with"].deployment.memory.stages[0].items
+    plan = planned(models[1, "with"], 8)
+    one, two = models[1, "with"].base, models[2, "with"].base.stages(plan)
+    assert two.host_s + sum(two.stages_s) == pytest.approx(one(plan), rel=1e-9)
+    verifying = models[2, "with"].base._step_s(verified(plan, 2), 1)
+    assert two.stages_s[1] > verifying
+    exact = ExactModel(models[2, "with"], "maxplus")
+    drawn = [exact.stages(plan) for _ in range(4)]
+    for stage in range(2):
+        mean = np.mean([times.stages_s[stage] for times in drawn])
+        assert two.stages_s[stage] == pytest.approx(mean, rel=0.05)
+    with pytest.raises(Infeasible, match="speculative decoding of sglang with pipeline stages"):
+        given["engine"] = {"name": "sglang", "version": "1"}
+        deployment(tmp_path, parallel={"attention_dp": 8, "ep": 8, "pp": 2}, serving=serving, **given)
 
 
 def test_low_latency_limits_each_batch_not_all_of_them(tmp_path: Path) -> None:
