@@ -218,6 +218,7 @@ def test_what_a_run_in_stages_tells(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(typical["waited_s"]) == 8
     assert typical["what_if"]["infinite_network"]["step_s"] < typical["step_s"]
     assert "in 2 stages" in report.read_text()
+    assert "Serving in pipeline stages is not validated" in report.read_text()
 
 
 def test_the_last_stage_drafts(tmp_path: Path) -> None:
