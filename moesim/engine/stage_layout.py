@@ -21,6 +21,9 @@ WHERE = "parallel.pp"
 # vLLM drafts by multi-token prediction on the last stage (vllm-project/vllm pull request 46994, 2026); SGLang refuses
 # the two together (server_args.py), and what TensorRT-LLM does is not known here.
 DRAFT_IN_STAGES = ("vllm", "moesim")
+# Their ranks count over stages before attention DP (vllm/distributed/parallel_state.py: DP x PP x TP); the others' over
+# attention DP before stages.
+DP_BEFORE_STAGES = ("vllm",)
 
 
 def of_a_stage(parallel: ParallelSpec) -> ParallelSpec:
@@ -72,6 +75,14 @@ def check_stages(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, c
             where=WHERE,
             mend=f"choose tp x attention_dp that divides {node}, or a multiple of it",
             reason="nodes_not_filled",
+        )
+    if scenario.engine.name in DP_BEFORE_STAGES and parallel.attention_dp > 1 and parallel.tp < node < parallel.gpus:
+        raise Infeasible(
+            f"{scenario.engine.name} lays the stages of an attention-DP rank side by side, so that those of tp "
+            f"{parallel.tp} spread over parts of nodes: that is not simulated",
+            where=WHERE,
+            mend=f"use attention_dp 1, tp {node}, or an instance of one node",
+            reason="with_stages",
         )
     for asked, what, where in _not_simulated(scenario, cluster):
         if asked:

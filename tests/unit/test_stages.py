@@ -176,6 +176,15 @@ def test_a_group_gathers_what_its_ranks_received_a_share_of(tmp_path: Path) -> N
             },
             "16 layers cannot fill 32 stages",
         ),
+        (
+            {
+                "parallel": {"tp": 2, "attention_dp": 4, "ep": 8, "pp": 2},
+                "cluster": {"system": "h200_sxm", "nodes": 2},
+                "engine": {"name": "vllm"},
+                "policies": {"dispatch": {"backend": "allgather_reducescatter"}},
+            },
+            "use attention_dp 1, tp 8, or an instance of one node",
+        ),
         ({"serving": {"pipeline": {"layers": [8, 9]}}}, "list 2 numbers that sum to 16"),
         ({"parallel": DP4, "serving": {"pipeline": {"batches": 2}}}, "serving.pipeline: one stage has no pipeline"),
         (
@@ -190,6 +199,28 @@ def test_what_stages_cannot_do_is_refused_by_name(changes: dict[str, Any], said:
     with pytest.raises((Infeasible, BadInput)) as told:
         deployment(tmp_path, **changes)
     assert said in told.value.line()
+
+
+@pytest.mark.parametrize(
+    ("engine", "nodes", "parallel"),
+    [
+        ("sglang", 2, {"tp": 2, "attention_dp": 4, "ep": 8, "pp": 2}),
+        ("vllm", 1, {"tp": 2, "attention_dp": 2, "ep": 4, "pp": 2}),
+        ("vllm", 4, {"tp": 8, "attention_dp": 2, "ep": 16, "pp": 2}),
+        ("vllm", 2, {"tp": 8, "ep": 8, "pp": 2}),
+    ],
+)
+def test_stages_of_whole_nodes_or_of_one_node_run(
+    engine: str, nodes: int, parallel: dict[str, int], tmp_path: Path
+) -> None:
+    found = deployment(
+        tmp_path,
+        engine={"name": engine},
+        cluster={"system": "h200_sxm", "nodes": nodes},
+        parallel=parallel,
+        policies={"dispatch": {"backend": "allgather_reducescatter"}},
+    )
+    assert found.setup.nodes * 2 == max(nodes, 2)
 
 
 def test_what_a_run_in_stages_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +258,7 @@ def test_the_last_stage_drafts(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "model": "deepseek-ai/DeepSeek-V3",
         "precision": {},
-        "engine": {"name": "vllm", "version": "1"},
+        "engine": {"name": "moesim", "version": "1"},
         "cluster": {"system": "h200_sxm", "nodes": 2},
     }
     models = {}
