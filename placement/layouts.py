@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moesim.spec.parallel import ParallelSpec
+from moesim.spec.scenario import SearchSpec
 
 _BACKEND_NAMES = {"deepep": "DeepEP", "allreduce": "AR", "allgather_reducescatter": "AG+RS", "alltoall": "A2A"}
 
@@ -19,10 +20,28 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def layouts(gpus: int) -> Iterator[tuple[ParallelSpec, str]]:
-    """Layouts of instances of every size that divides the GPUs: 1, 2, 4 ... of them."""
-    for size in divisors(gpus):
-        yield from layouts_of(size)
+# Most pipeline stages that a search tries by itself: beyond a node's worth every token waits for as many transfers.
+MOST_STAGES = 8
+
+
+def layouts(gpus: int, stages: Iterable[int] = (1,)) -> Iterator[tuple[ParallelSpec, str]]:
+    """Layouts of instances of every size that divides the GPUs: 1, 2, 4 ... of them, in each number of stages."""
+    for pp in stages:
+        for size in divisors(gpus // pp) if gpus % pp == 0 else ():
+            for parallel, backend in layouts_of(size):
+                yield parallel if pp == 1 else parallel.model_copy(update={"pp": pp}), backend
+
+
+def stages_to_try(search: SearchSpec, gpus: int, layers: int) -> tuple[int, ...]:
+    """Numbers of pipeline stages in a search: one, and with `search.pp` those it names, or 2, 4 and 8 for `auto`."""
+    if search.pp == "off":
+        return (1,)
+    if search.pp != "auto":
+        return tuple(dict.fromkeys(search.pp))
+    found = [1]
+    while found[-1] * 2 <= min(MOST_STAGES, layers) and gpus % (found[-1] * 2) == 0:
+        found.append(found[-1] * 2)
+    return tuple(found)
 
 
 def layouts_of(size: int) -> Iterator[tuple[ParallelSpec, str]]:

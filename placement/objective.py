@@ -14,6 +14,7 @@ from moesim.engine.draws import joint_draws
 from moesim.engine.role_specs import role_scenarios
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, simulate
+from moesim.engine.stage_layout import of_a_stage
 from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.output.metrics import flatten, outside_share, serving_metrics
 from moesim.routing.trace import stack_profiles
@@ -87,15 +88,16 @@ class Evaluator:
     def placement(self, plan: Plan) -> ExpertPlacement:
         """The plan's placement, solved once. Raises Infeasible and BadInput."""
         variant = plan.apply(self.scenario)
-        nodes = max(1, plan.parallel.gpus // self.ground.cluster.gpus_per_node)
+        parallel = of_a_stage(plan.parallel)
+        nodes = max(1, parallel.gpus // self.ground.cluster.gpus_per_node)
         # Without groups no solver looks at nodes: instances of several sizes share what was solved for their EP ranks.
-        key = (plan.solver, plan.redundant_experts, plan.parallel.ep, nodes if variant.placement.groups > 1 else 1, "")
+        key = (plan.solver, plan.redundant_experts, parallel.ep, nodes if variant.placement.groups > 1 else 1, "")
         if key not in self.solved:
             self.solved[key] = solve(
                 self.ground,
                 plan.solver,
                 slots=self.ground.model.moe.experts + plan.redundant_experts,
-                parallel=plan.parallel,
+                parallel=parallel,
                 groups=variant.placement.groups,
                 loads=self.ground.fit,
             )

@@ -73,9 +73,15 @@ class Plan:
         return max([self.parallel.ep, *(pool.parallel.ep for pool in self.pools.values())]) > 1
 
     @property
-    def instance_gpus(self) -> int:
-        """GPUs of its largest instance."""
-        return max([self.parallel.gpus, *(pool.parallel.gpus for pool in self.pools.values())])
+    def stage_gpus(self) -> int:
+        """GPUs of its largest pipeline stage, all of an instance's where it has one: no expert is dispatched beyond."""
+        every = [self.parallel, *(pool.parallel for pool in self.pools.values())]
+        return max(parallel.gpus // parallel.pp for parallel in every)
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether an instance has several pipeline stages."""
+        return self.parallel.pp > 1 or any(pool.parallel.pp > 1 for pool in self.pools.values())
 
     @property
     def layout(self) -> str:

@@ -176,8 +176,10 @@ def verdict(
     """
     compared = [("best plan", best)] + ([] if base is None else [("baseline", base)])
     caveat = ""
-    if not nodes_validated and any(one.trial.plan.instance_gpus > gpus_per_node for _, one in compared):
+    if not nodes_validated and any(one.trial.plan.stage_gpus > gpus_per_node for _, one in compared):
         caveat = " Multi-node expert parallelism is not validated on hardware."
+    if any(one.trial.plan.in_stages for _, one in compared):
+        caveat += " Serving in pipeline stages is not validated on hardware."
     for name, one in reversed(compared):
         lean = one.trial.outcome.metrics["extrapolated_share"]
         if lean >= 0.005:

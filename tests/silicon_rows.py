@@ -25,7 +25,7 @@ ROW = {
 
 
 def table(folder: Path, count: int = 9) -> Path:
-    """Rows of several lengths and concurrencies, the last one with pipeline parallelism (not priced)."""
+    """Rows of several lengths and concurrencies, the last one with sizes that contradict each other (not priced)."""
     out = io.StringIO()
     writer = csv.DictWriter(out, ["id", *[name for name in COLUMNS if name != "id"], *MEASURED], restval="")
     writer.writeheader()
@@ -34,7 +34,7 @@ def table(folder: Path, count: int = 9) -> Path:
         source = f"db-dump; silicon_concurrency={busy}; measured=2026-03-25T00:00:00.000Z"
         more = {"isl": str(512 * (1 + number % 3)), "silicon_data_source": source}
         times = {MEASURED[0]: str(200 + 10 * number), MEASURED[1]: str(12 + number)}
-        last = {"pp_size": "2"} if number == count - 1 else {}
+        last = {"moe_tp_size": "4"} if number == count - 1 else {}
         writer.writerow({**ROW, "id": f"row{number}", **more, **times, **last})
     path = folder / "rows.csv"
     path.write_text(out.getvalue())

@@ -43,11 +43,11 @@ class Ranks(NamedTuple):
 
     head, tail [ranks]: the queue. reading: the request whose prompt is partly read. running [ranks, max_running].
     context: tokens of all running requests together, NONE where they have to be counted. kv_tokens: in use, the cache's
-    idle blocks left out. requests_in, tokens_in: requests at the rank, waiting or not, and their tokens so far.
-    output_share: see MemoryRule. full: nobody is admitted until somebody leaves (SGLang's `batch_is_full`). unpolled:
-    decode steps since it looked at new requests. held [2]: of the whole group, steps in which a rank had no prompt that
-    it could read, and steps that prompts of all ranks waited for more. preemptions; recomputed_tokens: thrown away by
-    them.
+    idle blocks left out. elsewhere: requests of the rank in other batches that are under way. requests_in, tokens_in:
+    requests at the rank, waiting or not, and their tokens so far. output_share: see MemoryRule. full: nobody is
+    admitted until somebody leaves (SGLang's `batch_is_full`). unpolled: decode steps since it looked at new requests.
+    held [2]: of the whole group, steps in which a rank had no prompt that it could read, and steps that prompts of all
+    ranks waited for more. preemptions; recomputed_tokens: thrown away by them.
     """
 
     head: Ints
@@ -57,6 +57,7 @@ class Ranks(NamedTuple):
     running_seqs: Ints
     context: Ints
     kv_tokens: Ints
+    elsewhere: Ints
     requests_in: Ints
     tokens_in: Ints
     output_share: Floats
@@ -75,6 +76,8 @@ class Limits(NamedTuple):
     decode steps after which a rank looks at new requests; after a step that read prompts, or idle, it does at once.
     hold_steps, gather_steps: TensorRT-LLM's attention_dp_config, see `_held_back`; 0 = prompts are not held back.
     wait_steps, wait_tokens: its batch_wait options, see `_waits`; 0 = prompts do not wait for a fuller batch.
+    of_batch: most requests of one of several batches under way, beside max_running of all of them; a prompt whose first
+    part was read in another batch may come on top.
     """
 
     max_tokens: int
@@ -91,6 +94,7 @@ class Limits(NamedTuple):
     gather_steps: int = 0
     wait_steps: int = 0
     wait_tokens: float = 0.0
+    of_batch: int = 2**60
 
 
 class Plan(NamedTuple):
@@ -144,6 +148,7 @@ def new_ranks(ranks: int, max_running: int, *, rule: MemoryRule = RESERVE, cache
         running_seqs=zero.copy(),
         context=empty.copy(),
         kv_tokens=zero.copy(),
+        elsewhere=zero.copy(),
         requests_in=zero.copy(),
         tokens_in=zero.copy(),
         output_share=np.full(ranks, rule.first_ratio),

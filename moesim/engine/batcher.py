@@ -62,7 +62,10 @@ def _read_prompts(requests: Requests, ranks: Ranks, limits: Limits, plan: Plan, 
         request = ranks.reading[rank]
         if request == NONE:
             request = ranks.head[rank]
-            if request == NONE or ranks.full[rank] or ranks.running_seqs[rank] + seqs >= limits.max_running:
+            if request == NONE or ranks.full[rank]:
+                break
+            inside = ranks.running_seqs[rank] + seqs
+            if inside >= limits.of_batch or inside + ranks.elsewhere[rank] >= limits.max_running:
                 break
             ready = computed(requests, request)
             if not limits.chunked and requests.target[request] > budget and not ready:
@@ -147,7 +150,7 @@ def _held_back(ranks: Ranks, limits: Limits) -> bool:
     for rank in range(len(ranks.head)):
         has = ranks.head[rank] != NONE or ranks.reading[rank] != NONE
         decoding += ranks.running_seqs[rank] > 0
-        ready += has and ranks.running_seqs[rank] < limits.max_running
+        ready += has and ranks.running_seqs[rank] < min(limits.max_running, limits.of_batch)
     every = len(ranks.head)
     if ready == every:
         ranks.held[0] = 0
@@ -180,7 +183,8 @@ def _waits(requests: Requests, ranks: Ranks, limits: Limits, rank: int) -> bool:
         return False
     tokens = decoding * (1 + limits.draft_tokens)
     seqs = 0
-    while request != NONE and decoding + seqs < limits.max_running and tokens < limits.max_tokens:
+    most = min(limits.max_running, limits.of_batch)
+    while request != NONE and decoding + seqs < most and tokens < limits.max_tokens:
         target = requests.target[request]
         if tokens + target > limits.max_tokens and not limits.chunked:
             break

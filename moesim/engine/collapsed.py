@@ -43,7 +43,7 @@ _skeletons: dict[tuple[object, ...], Skeleton] = {}
 
 
 def collapsed_seconds(
-    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None
+    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int | None = None
 ) -> Floats | None:
     """Seconds [steps] of priced micro-batches on one rank; None where the schedule's tasks are more than priced parts.
 
@@ -53,10 +53,13 @@ def collapsed_seconds(
         return None
     builders = build_lists(setup, priced, normal, 1)
     moe = setup.model.moe.layer_ids
-    key = (setup.policies.schedule, setup.model.layers, moe, *(_present(builder.priced) for builder in builders))
+    stages = None if setup.stages is None else (stage, setup.stages.layers)
+    key = (
+        setup.policies.schedule, setup.model.layers, moe, stages, *(_present(builder.priced) for builder in builders),
+    )  # fmt: skip
     found = _skeletons.get(key)
     if found is None:
-        found = _skeletons[key] = _skeleton(setup, priced, normal)
+        found = _skeletons[key] = _skeleton(setup, priced, normal, stage)
     steps = priced[0].batch.steps
     durations = np.empty((len(found.sources), steps))
     for place, (micro, part, row) in enumerate(found.sources):
@@ -76,8 +79,10 @@ def _present(priced: PricedStep) -> tuple[bool, ...]:
     )
 
 
-def _skeleton(setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None) -> Skeleton:
-    builders = build_lists(setup, priced, normal, 1, tasks=True)
+def _skeleton(
+    setup: LayerSetup, priced: Sequence[PricedStep], normal: Mapping[str, float] | None, stage: int | None
+) -> Skeleton:
+    builders = build_lists(setup, priced, normal, 1, tasks=True, stage=stage)
     graph = schedule_lists(setup, [builder.tasks for builder in builders], priced[0].batch.steps, 1)
     # A task of the graph is one of a list's, whose duration it holds: the very object tells which.
     of_duration = {

@@ -95,9 +95,10 @@ def _ranks_of(groups: Ranks, first: int, stop: int) -> Ranks:
     return Ranks(
         groups.head[first:stop], groups.tail[first:stop], groups.reading[first:stop], groups.running[first:stop],
         groups.running_seqs[first:stop], groups.context[first:stop], groups.kv_tokens[first:stop],
-        groups.requests_in[first:stop], groups.tokens_in[first:stop], groups.output_share[first:stop],
-        groups.full[first:stop], groups.unpolled[first:stop], groups.held[2 * instance : 2 * instance + 2],
-        groups.preemptions[first:stop], groups.recomputed_tokens[first:stop],
+        groups.elsewhere[first:stop], groups.requests_in[first:stop], groups.tokens_in[first:stop],
+        groups.output_share[first:stop], groups.full[first:stop], groups.unpolled[first:stop],
+        groups.held[2 * instance : 2 * instance + 2], groups.preemptions[first:stop],
+        groups.recomputed_tokens[first:stop],
         PrefixCache(
             cache.tokens, cache.offsets, cache.names, cache.uses[first:stop], cache.older[first:stop],
             cache.newer[first:stop], cache.idle_tokens[first:stop], cache.shared, cache.asked_tokens[first:stop],

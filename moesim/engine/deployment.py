@@ -19,6 +19,7 @@ from moesim.engine.overheads import rules_of
 from moesim.engine.role_specs import role_scenarios
 from moesim.engine.rules import EngineRules, low_latency_tokens
 from moesim.engine.speculative import draft_tokens, refuse_drafts
+from moesim.engine.stage_layout import check_stages, of_a_stage, refuse_idle_keys, split_of, stages_of
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
@@ -83,6 +84,12 @@ class Deployment:
     prefill: Deployment | None = None
 
     @property
+    def parallel(self) -> ParallelSpec:
+        """The parallelism of an instance; `setup` has that of one pipeline stage."""
+        stages = self.setup.stages
+        return self.setup.parallel if stages is None else self.setup.parallel.model_copy(update={"pp": stages.count})
+
+    @property
     def serving(self) -> ServingSpec:
         """The serving part of the scenario; there is one, `groundwork` saw to it."""
         assert self.scenario.serving is not None
@@ -134,6 +141,7 @@ def refuse_unsupported(scenario: Scenario) -> None:
             mend="give a trace with block hashes as serving.workload.file, or leave it out",
         )
     check_keys(scenario)
+    refuse_idle_keys(scenario)
     refuse_drift_with_holdout(scenario)
     gate_spec(scenario.policies.gate)
 
@@ -160,10 +168,11 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     model, cluster = ground.model, ground.cluster
     parallel = scenario.parallel or whole_cluster(cluster)
     check_parallel(parallel, model, cluster, scenario.policies)
+    check_stages(scenario, parallel, model, cluster)
     check_low_latency(scenario, parallel)
     capacity_rule(scenario.policies, model.moe.top_k)
     check_combination(scenario, model)
-    stream_overlap(scenario.policies, cluster, parallel, ground.costs)
+    stream_overlap(scenario.policies, cluster, of_a_stage(parallel), ground.costs)
     slots = model.moe.experts + scenario.placement.redundant_experts
     if slots % parallel.ep:
         short = -(-slots // parallel.ep) * parallel.ep - model.moe.experts
@@ -187,6 +196,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
         mtp=draft_tokens(scenario.serving) > 0,
         low_latency_max_tokens=low_latency_tokens(scenario.policies.dispatch.low_latency_tokens, scenario.engine.name),
         rebalance=scenario.placement.rebalance is not None,
+        stages=None if parallel.pp == 1 else split_of(scenario, parallel, model),
     )
     return parallel, counted
 
@@ -210,11 +220,11 @@ def resolve(
     if placement is not None:
         budget = scenario.placement.model_copy(update={"redundant_experts": placement.redundant})
         scenario = scenario.model_copy(update={"placement": budget})
-    parallel, counted = check_plan(ground, scenario)
+    whole, counted = check_plan(ground, scenario)
+    parallel, cluster = of_a_stage(whole), ground.cluster
     if placement is None:
         placement = place(replace(ground, scenario=scenario), scenario.placement, parallel)
     check_placement(placement, ground.model, parallel)
-    cluster = ground.cluster
     rules = rules_of(scenario, system=cluster.gpu.name)
     setup = LayerSetup(
         model=ground.model,
@@ -232,8 +242,9 @@ def resolve(
         ),
         overlap=stream_overlap(scenario.policies, cluster, parallel, ground.costs),
         network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
+        stages=stages_of(scenario, whole, ground.model, cluster),
     )
-    return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // parallel.gpus)
+    return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // whole.gpus)
 
 
 def refuse_roles(scenario: Scenario) -> None:
@@ -256,8 +267,8 @@ def resolve_roles(ground: Groundwork, scenario: Scenario, placements: Mapping[st
 def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpec, policies: PoliciesSpec) -> None:
     """Whether a parallelism plan can run on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
     where = "parallel"
-    if parallel.pp > 1 or parallel.cp > 1:
-        raise BadInput("pipeline and context parallelism are not simulated yet", where=where, mend="set pp and cp to 1")
+    if parallel.cp > 1:
+        raise BadInput("context parallelism is not simulated in serving yet", where=f"{where}.cp", mend="set cp to 1")
     order = [axis for axis in parallel.rank_order if axis in ("tp", "dp")]
     if order != ["tp", "dp"] and parallel.tp > 1 and parallel.attention_dp > 1:
         raise BadInput(
@@ -267,7 +278,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
         raise Infeasible(
             f"{parallel.gpus} GPUs of an instance do not divide the cluster's {cluster.gpus}",
             where=where,
-            mend=f"choose tp x attention_dp that divides {cluster.gpus}",
+            mend=f"choose tp x attention_dp{' x pp' if parallel.pp > 1 else ''} that divides {cluster.gpus}",
             reason="gpus_not_divisible",
         )
     node = cluster.gpus_per_node
@@ -307,7 +318,7 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
             mend="choose an expert_tp that divides it",
             reason="expert_not_divisible",
         )
-    check_dispatch(parallel, cluster, policies.dispatch)
+    check_dispatch(of_a_stage(parallel), cluster, policies.dispatch)
     backend = policies.dispatch.backend
     if backend in ("deepep", "alltoall") and (parallel.ep == 1 or parallel.expert_tp > 1):
         raise Infeasible(

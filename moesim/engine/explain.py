@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine import des, maxplus, whatif
+from moesim.engine.batch_rules import exchange_mode, stage_count
 from moesim.engine.critical import critical_path, waits
+from moesim.engine.explain_stages import StepParts, one_after_another
 from moesim.engine.explain_transfer import TransferExplained, explain_transfer
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.engine.step_graph import step_graph
 from moesim.engine.stepbytes import StepBytes, step_bytes
-from moesim.engine.stepmodel import ExactModel, exchange_mode
+from moesim.engine.stepmodel import ExactModel
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.pricing import PricedStep, Pricer
@@ -61,8 +63,10 @@ class ExplainedStep:
     tokens_per_dp_rank, reading_ranks: the batch. critical_path_s: operation -> seconds, sum `step_s`. busy_s: operation
     -> mean over ranks. exposed_s, waited_s: [ranks], time that a rank's compute stream stands still, and the part of it
     before collectives for ranks that come later. waited_for_operation_s: operation -> [ranks]; waited_for_rank_s:
-    [ranks], seconds that the mean rank waited for this one. what_if_s: change -> step seconds. free_operation_s:
+    [ranks], seconds that the mean rank waited for this one; with pipeline stages the ranks of the first come first, and
+    what they tell is of the time in which they have the batch. what_if_s: change -> step seconds. free_operation_s:
     operation -> step seconds without it. exchange_evened: whether `balanced` could also price an even exchange.
+    stages: pipeline stages that the times are summed over.
     """
 
     kind: Kind
@@ -85,6 +89,7 @@ class ExplainedStep:
     free_operation_s: dict[str, float]
     exchange_evened: bool
     traffic: StepBytes | None
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ class _Drawn:
     priced: list[PricedStep]
     routed: list[tuple[StepBatch, Floats]]
     times: StepTimes
+    stage: int = 0
 
 
 def _explained(
@@ -224,15 +230,17 @@ def _explained(
 ) -> ExplainedStep:
     exact = ExactModel(simulation.model, "maxplus")
     several = StepBatch(*(np.repeat(axis, STEPS_PER_DRAW, axis=0) for axis in vars(batch).values()))
-    drawn = []
+    setup, pricer = simulation.deployment.setup, simulation.model.pricer
+    by_stage: list[list[_Drawn]] = [[] for _ in range(stage_count(setup))]
+    sent_s = 0.0
     for _ in range(DRAWS):
-        graph, priced = exact.build(several, kind)
-        drawn.append(_Drawn(graph, priced, list(exact.routed), execute(graph)))
+        priced = exact.price(several, kind)
+        for stage, (graph, chosen) in enumerate(exact.stage_graphs(priced)):
+            by_stage[stage].append(_Drawn(graph, chosen, list(exact.routed), execute(graph), stage))
+        sent_s += float(sum(one.mean() for one in exact.transfers(priced))) / DRAWS
     mode = exchange_mode(simulation.deployment, kind)
-    evened = [_even_exchange(simulation.model.pricer, one) for one in drawn]
-    found = [waits(one.graph, one.times) for one in drawn]
-    names = list(dict.fromkeys(name for one in drawn for name in one.times.busy_s))
-    ranks = drawn[0].graph.ranks
+    parts = [_parts(pricer, drawn, execute) for drawn in by_stage]
+    times = parts[0] if len(parts) == 1 else one_after_another(parts, sent_s)
     return ExplainedStep(
         kind=kind,
         which=which,
@@ -242,6 +250,19 @@ def _explained(
         tokens_per_dp_rank=float(batch.tokens.mean()),
         reading_ranks=int((batch.prefill_seqs > 0).sum()),
         steps=DRAWS * STEPS_PER_DRAW,
+        layers=_hot_layers(simulation, by_stage),
+        traffic=_traffic(pricer, by_stage[0], mode),
+        stages=len(parts),
+        **vars(times),
+    )
+
+
+def _parts(pricer: Pricer, drawn: Sequence[_Drawn], execute: Execute) -> StepParts:
+    evened = [_even_exchange(pricer, one) for one in drawn]
+    found = [waits(one.graph, one.times) for one in drawn]
+    names = list(dict.fromkeys(name for one in drawn for name in one.times.busy_s))
+    ranks = drawn[0].graph.ranks
+    return StepParts(
         step_s=_mean([one.times.step_s for one in drawn]),
         critical_path_s=_paths(drawn),
         busy_s={name: _mean([one.times.busy_s[name] for one in drawn]) for name in names},
@@ -252,13 +273,11 @@ def _explained(
             for name in dict.fromkeys(name for one in found for name in one.for_operation_s)
         },
         waited_for_rank_s=_by_rank([one.for_rank_s for one in found]) / ranks,
-        layers=_hot_layers(simulation, drawn),
         what_if_s=_what_ifs(drawn, evened, execute),
         free_operation_s={
             name: _mean([execute(whatif.without_operation(one.graph, name)).step_s for one in drawn]) for name in names
         },
         exchange_evened=all(graph is not None for graph in evened),
-        traffic=_traffic(simulation.model.pricer, drawn, mode),
     )
 
 
@@ -302,7 +321,7 @@ def _even_exchange(pricer: Pricer, drawn: _Drawn) -> TaskGraph | None:
             priced.append(replace(one, dispatch=found.dispatch, combine=found.combine))
     except OutsideProfile:
         return None
-    return step_graph(setup, priced)
+    return step_graph(setup, priced, stage=drawn.stage)
 
 
 def _paths(drawn: Sequence[_Drawn]) -> dict[str, float]:
@@ -314,11 +333,12 @@ def _paths(drawn: Sequence[_Drawn]) -> dict[str, float]:
     return found
 
 
-def _hot_layers(simulation: Simulation, drawn: Sequence[_Drawn]) -> tuple[HotLayer, ...]:
-    placement = simulation.deployment.setup.placement
+def _hot_layers(simulation: Simulation, by_stage: Sequence[Sequence[_Drawn]]) -> tuple[HotLayer, ...]:
+    placement, drawn = simulation.deployment.setup.placement, by_stage[0]  # every stage has the same routing
     counts, loads = _counts(drawn), _rank_loads(simulation.model.pricer, drawn)
     replicas = placement.replica_counts()
-    taken = np.mean([_expert_seconds(one, placement.layer_ids) for one in drawn], axis=0)  # [layers, ranks]
+    every = [one for stage in by_stage for one in stage]
+    taken = np.sum([_expert_seconds(one, placement.layer_ids) for one in every], axis=0) / len(drawn)  # [layers, ranks]
     found = []
     for row, layer in enumerate(placement.layer_ids.tolist()):
         mean_loads, mean_counts = loads[:, row].mean(axis=0), counts[:, row].mean(axis=0)

@@ -6,12 +6,13 @@ docs/explanation/memory.md compares the ledger with what engines report.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from moesim.engine.deepep_memory import DEEPEP_GROUP, deepep_buffer_bytes
 from moesim.engine.expert_memory import relayout_staging, stored_experts
 from moesim.engine.memory_limits import limit_bytes
 from moesim.errors import Infeasible
+from moesim.graph.stages import TENSORS_SENT
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -23,26 +24,6 @@ from moesim.units import BYTES_PER_ELEMENT, GIB, MIB, human_bytes
 # 128 as activations have.
 WEIGHT_BYTES_PER_ELEMENT: dict[str, float] = {**BYTES_PER_ELEMENT, "fp8_block": 1.0 + 4.0 / 128**2}
 
-# DeepEP, csrc/kernels/configs.cuh and csrc/config.hpp (buffer size hints), deep_ep/buffer.py (defaults).
-DEEPEP_NVLINK_PEERS = 8
-DEEPEP_CHANNELS = 10  # half of the 20 SMs that the normal kernels use by default
-DEEPEP_METADATA_BYTES = 8 + 128 * 8 + 128 * 4 + 128 * 4  # source, top-k ids, top-k weights and scales of one token
-DEEPEP_ALIGNMENT_BYTES = 128
-DEEPEP_RDMA_MARGIN_BYTES = MIB
-DEEPEP_GROUP = 128  # elements that share one scale
-NVSHMEM_GRANULARITY_BYTES = 2**29
-# Ranks -> (NVLink, RDMA) tokens of a receive chunk: the larger of the recommended dispatch and combine configurations,
-# the RDMA chunk rounded up to whole send chunks.
-DEEPEP_RECEIVE_TOKENS: dict[int, tuple[int, int]] = {
-    8: (256, 0),
-    16: (288, 140),
-    24: (288, 140),
-    32: (288, 140),
-    64: (288, 140),
-    128: (560, 132),
-    144: (720, 132),
-    160: (720, 132),
-}
 # SGLang, environ.py: SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK.
 LOW_LATENCY_MAX_TOKENS = 128
 
@@ -72,12 +53,23 @@ ASSUMED: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class MemoryLedger:
-    """Bytes on the fullest GPU by purpose.
+class StageMemory:
+    """Bytes on a GPU of one pipeline stage by purpose, without its KV cache, and the tokens that this would hold."""
 
+    layers: range
+    items: dict[str, float]
+    kv_bytes_per_token: float
+    kv_capacity_tokens: int
+
+
+@dataclass(frozen=True)
+class MemoryLedger:
+    """Bytes on the fullest GPU by purpose; with pipeline stages, of the stage whose KV cache holds fewest tokens.
+
+    Engines give every stage as many blocks as the poorest one has room for, so that stage binds.
     items: name -> bytes, `kv_cache` (all that is left) included; they sum to limit_bytes. kv_bytes_per_token: of one
     token on one GPU. kv_capacity_tokens: tokens that the KV cache of one attention-DP rank holds. assumed: item -> what
-    its figure rests on, for items that are neither counted nor published.
+    its figure rests on, for items that are neither counted nor published. stages: of a plan that has several.
     """
 
     items: dict[str, float]
@@ -86,6 +78,7 @@ class MemoryLedger:
     kv_bytes_per_token: float
     kv_capacity_tokens: int
     assumed: dict[str, str]
+    stages: tuple[StageMemory, ...] = ()
 
     @property
     def fixed_bytes(self) -> float:
@@ -106,6 +99,23 @@ class MemoryLedger:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_capacity_tokens": self.kv_capacity_tokens,
             "assumed": dict(self.assumed),
+            **self.by_stage(),
+        }
+
+    def by_stage(self) -> dict[str, object]:
+        """JSON-ready: what a GPU of each pipeline stage holds beside its KV cache; empty without stages."""
+        if not self.stages:
+            return {}
+        return {
+            "stages": [
+                {
+                    "layers": [one.layers.start, one.layers.stop - 1],
+                    "ledger": dict(one.items),
+                    "kv_bytes_per_token": one.kv_bytes_per_token,
+                    "kv_capacity_tokens": one.kv_capacity_tokens,
+                }
+                for one in self.stages
+            ]
         }
 
 
@@ -124,22 +134,93 @@ def ledger(
     low_latency_max_tokens: int = LOW_LATENCY_MAX_TOKENS,
     hot_rank_factor: float = HOT_RANK_FACTOR,
     rebalance: bool = False,
+    stages: tuple[range, ...] | None = None,
 ) -> MemoryLedger:
     """The memory of the fullest GPU of one instance.
 
     slots_per_rank: expert slots of each MoE layer on one EP rank, replicas included. max_context_tokens: the longest
     request, input and output. mtp: load the multi-token-prediction layers. low_latency_max_tokens: DeepEP's dispatch
     limit per rank. hot_rank_factor: token rows of the hottest rank over the mean in a prefill chunk. rebalance: keep
-    the buffer that a layer's experts arrive in while they are laid out anew (vLLM's `expert_weights_buffer`).
+    the buffer that a layer's experts arrive in while they are laid out anew (vLLM's `expert_weights_buffer`). stages:
+    layers of each pipeline stage.
 
     Raises Infeasible (reason `out_of_memory`) when weights and buffers exceed the limit or when the KV cache cannot
     hold one request; the message names the largest items and a mend.
     """
-    items = weights(model, parallel, precision, slots_per_rank, policies, mtp=mtp)
-    if rebalance:
-        items["relayout_staging"] = relayout_staging(items["weights_experts"], model)
-    items |= stored_experts(items["weights_experts"], model, slots_per_rank, policies)
-    items["activations"] = activation_bytes(model, parallel, precision, batching, policies, hot_rank_factor)
+
+    def of_stage(layers: range) -> dict[str, float]:
+        items = weights(model, parallel, precision, slots_per_rank, policies, mtp=mtp, layers=layers)
+        if rebalance:
+            items["relayout_staging"] = relayout_staging(items["weights_experts"], model)
+        items |= stored_experts(items["weights_experts"], model, slots_per_rank, policies)
+        items["activations"] = activation_bytes(
+            model, parallel, precision, batching, policies, hot_rank_factor, last=layers.stop == model.layers
+        )
+        if layers.start > 0:
+            items["stage_inputs"] = stage_input_bytes(model, parallel, precision, batching)
+        return items
+
+    shared = _shared_items(model, parallel, precision, slots_per_rank, batching, policies, low_latency_max_tokens)
+    found = []
+    for layers in stages or (range(model.layers),):
+        items = {name: size for name, size in (of_stage(layers) | shared).items() if size > 0}
+        per_token = kv_bytes_per_token(model, parallel, precision, mtp=mtp, layers=layers)
+        limit = limit_bytes(items, cluster.gpu.hbm_bytes, memory)
+        capacity = int(max(0.0, limit - sum(items.values())) / per_token * parallel.cp)
+        found.append((StageMemory(layers, items, per_token, capacity), limit))
+    return _fullest(found, model, cluster, parallel, slots_per_rank, max_context_tokens)
+
+
+def _fullest(
+    found: list[tuple[StageMemory, float]],
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    parallel: ParallelSpec,
+    slots_per_rank: int,
+    max_context_tokens: int,
+) -> MemoryLedger:
+    """The ledger of the stage that binds, of (stage, its limit). Raises Infeasible where it does not fit."""
+    stage, limit = min(found, key=lambda one: (one[0].kv_capacity_tokens, one[1] - sum(one[0].items.values())))
+    items, per_token, capacity = dict(stage.items), stage.kv_bytes_per_token, stage.kv_capacity_tokens
+    fixed = sum(items.values())
+    if fixed > limit:
+        raise Infeasible(
+            _shortage(items, fixed, limit, cluster),
+            mend=_mend(model, parallel, slots_per_rank, items),
+            reason="out_of_memory",
+            over=fixed / limit - 1.0,
+        )
+    items["kv_cache"] = limit - fixed
+    if capacity < max_context_tokens:
+        raise Infeasible(
+            f"the KV cache of an attention-DP rank holds {capacity} tokens, but one request needs {max_context_tokens} "
+            f"({human_bytes(items['kv_cache'])} are left of {human_bytes(limit)}; {_largest(items)})",
+            mend=_mend(model, parallel, slots_per_rank, items),
+            reason="out_of_memory",
+            over=(max_context_tokens - capacity) * per_token / parallel.cp / limit,
+        )
+    return MemoryLedger(
+        items=items,
+        hbm_bytes=cluster.gpu.hbm_bytes,
+        limit_bytes=limit,
+        kv_bytes_per_token=per_token,
+        kv_capacity_tokens=capacity,
+        assumed={name: text for name, text in ASSUMED.items() if name in items},
+        stages=tuple(one for one, _ in found) if len(found) > 1 else (),
+    )
+
+
+def _shared_items(
+    model: ModelSpec,
+    parallel: ParallelSpec,
+    precision: PrecisionSpec,
+    slots_per_rank: int,
+    batching: BatchingSpec,
+    policies: PoliciesSpec,
+    low_latency_max_tokens: int,
+) -> dict[str, float]:
+    """What a GPU of any stage holds beside weights and activations."""
+    items = {}
     deepep = policies.dispatch.backend == "deepep" and parallel.ep > 1
     low_latency = deepep and policies.dispatch.mode in ("auto", "low_latency")
     if deepep:
@@ -156,36 +237,7 @@ def ledger(
     items["nccl_buffers"] = nccl_bytes(parallel)
     items["cuda_graphs"] = graph_bytes(batching, low_latency_max_tokens if low_latency else None)
     items["runtime"] = RUNTIME_BYTES
-    items = {name: size for name, size in items.items() if size > 0}
-
-    fixed = sum(items.values())
-    limit = limit_bytes(items, cluster.gpu.hbm_bytes, memory)
-    if fixed > limit:
-        raise Infeasible(
-            _shortage(items, fixed, limit, cluster),
-            mend=_mend(model, parallel, slots_per_rank, items),
-            reason="out_of_memory",
-            over=fixed / limit - 1.0,
-        )
-    per_token = kv_bytes_per_token(model, parallel, precision, mtp=mtp)
-    items["kv_cache"] = limit - fixed
-    capacity = int(items["kv_cache"] / per_token * parallel.cp)
-    if capacity < max_context_tokens:
-        raise Infeasible(
-            f"the KV cache of an attention-DP rank holds {capacity} tokens, but one request needs {max_context_tokens} "
-            f"({human_bytes(items['kv_cache'])} are left of {human_bytes(limit)}; {_largest(items)})",
-            mend=_mend(model, parallel, slots_per_rank, items),
-            reason="out_of_memory",
-            over=(max_context_tokens - capacity) * per_token / parallel.cp / limit,
-        )
-    return MemoryLedger(
-        items=items,
-        hbm_bytes=cluster.gpu.hbm_bytes,
-        limit_bytes=limit,
-        kv_bytes_per_token=per_token,
-        kv_capacity_tokens=capacity,
-        assumed={name: text for name, text in ASSUMED.items() if name in items},
-    )
+    return items
 
 
 def weights(
@@ -196,8 +248,11 @@ def weights(
     policies: PoliciesSpec,
     *,
     mtp: bool = False,
+    layers: range | None = None,
 ) -> dict[str, float]:
-    """Weight bytes of one GPU by kind (fullest pipeline stage); norms and biases are left out (below 0.1 %).
+    """Weight bytes of one GPU by kind; norms and biases are left out (below 0.1 %).
+
+    layers: of a pipeline stage, none = all; the first has the embedding, the last the logits' table.
 
     Attention and dense layers are divided by TP and repeated over attention DP, all but MLA's down-projections and an
     indexer, which every TP rank holds whole. MLA keeps its up-projection a second time, in the activations' type, for
@@ -214,16 +269,20 @@ def weights(
     shared = 3 * model.hidden * model.moe.shared_intermediate / shared_split * dense
     gate = model.hidden * model.moe.experts * plain
     embedding = model.vocabulary * model.hidden / parallel.tp * plain
-    copies = 1 if model.tied_embeddings or parallel.pp > 1 else 2
+    layers = range(model.layers) if layers is None else layers
+    first, last = layers.start == 0, layers.stop == model.layers
+    copies = 1 if first and last and model.tied_embeddings else int(first) + int(last)
+    moe_layers = sum(layer in layers for layer in model.moe.layer_ids)
+    dense_layers = len(layers) - moe_layers
     items = {
         "weights_embeddings": copies * embedding,
-        "weights_attention": attention * model.layers / parallel.pp,
-        "weights_dense": 3 * model.hidden * model.dense_intermediate / parallel.tp * dense * model.dense_layers,
-        "weights_gates": gate * model.moe_layers / parallel.pp,
-        "weights_shared": shared * model.moe_layers / parallel.pp,
-        "weights_experts": slots_per_rank * expert * model.moe_layers / parallel.pp,
+        "weights_attention": attention * len(layers),
+        "weights_dense": 3 * model.hidden * model.dense_intermediate / parallel.tp * dense * dense_layers,
+        "weights_gates": gate * moe_layers,
+        "weights_shared": shared * moe_layers,
+        "weights_experts": slots_per_rank * expert * moe_layers,
     }
-    if mtp and model.mtp_layers:
+    if mtp and model.mtp_layers and last:
         # Each MTP layer is a whole MoE layer and a projection of [2 hidden, hidden] (arXiv:2412.19437, section 2.2).
         layer = attention + gate + shared + slots_per_rank * expert + 2 * model.hidden**2 * dense
         items["weights_mtp"] = model.mtp_layers * layer
@@ -248,16 +307,23 @@ def _absorbed_parameters(model: ModelSpec) -> int:
 
 
 def kv_bytes_per_token(
-    model: ModelSpec, parallel: ParallelSpec, precision: PrecisionSpec, *, mtp: bool = False
+    model: ModelSpec,
+    parallel: ParallelSpec,
+    precision: PrecisionSpec,
+    *,
+    mtp: bool = False,
+    layers: range | None = None,
 ) -> float:
     """Bytes that one token keeps in the KV cache of one GPU of its attention-DP rank.
 
     Grouped-query keys are divided by TP up to the number of KV heads; MLA's latent is repeated on every TP rank.
+    layers: of a pipeline stage, none = all.
     """
     split = min(parallel.tp, model.attention.kv_heads) if model.attention.kind == "gqa" else 1
-    layers = model.layers + (model.mtp_layers if mtp else 0)
-    whole = model.kv_bytes_per_token(precision.kv_cache) * layers / model.layers
-    return whole / split / parallel.pp
+    held = range(model.layers) if layers is None else layers
+    count = len(held) + (model.mtp_layers if mtp and held.stop == model.layers else 0)
+    whole = model.kv_bytes_per_token(precision.kv_cache) * count / model.layers
+    return whole / split
 
 
 def activation_bytes(
@@ -267,8 +333,10 @@ def activation_bytes(
     batching: BatchingSpec,
     policies: PoliciesSpec,
     hot_rank_factor: float = HOT_RANK_FACTOR,
+    *,
+    last: bool = True,
 ) -> float:
-    """Activations of the largest batch: the widest point of one layer, and the logits.
+    """Activations of the largest batch: the widest point of one layer, and the logits where they are made (`last`).
 
     A layer is widest in its attention, its dense feed-forward or its experts, never in two of them at once. The experts
     of a rank get tokens x attention DP x top-k / EP rows on average, times `hot_rank_factor` where EP is above 1.
@@ -290,8 +358,16 @@ def activation_bytes(
         experts += 2 * tokens * parallel.attention_dp * model.hidden * size  # gathered inputs, outputs to be scattered
     stream = 3 * tokens * model.hidden * size  # residual, normalised input, output
     widest = max(tokens * attention_width * size, tokens * dense_width * size, experts)
-    logits = batching.max_running_requests_per_dp_rank * model.vocabulary * LOGIT_BYTES
+    logits = batching.max_running_requests_per_dp_rank * model.vocabulary * LOGIT_BYTES if last else 0.0
     return ALLOCATOR_SLACK * (stream + widest + logits)
+
+
+def stage_input_bytes(
+    model: ModelSpec, parallel: ParallelSpec, precision: PrecisionSpec, batching: BatchingSpec
+) -> float:
+    """What a pipeline stage receives of the largest batch, kept for it (vLLM's `make_empty_intermediate_tensors`)."""
+    tokens = batching.max_batch_tokens_per_dp_rank / parallel.cp
+    return TENSORS_SENT * tokens * model.hidden * BYTES_PER_ELEMENT[precision.activations]
 
 
 def _expert_row_bytes(model: ModelSpec, parallel: ParallelSpec, precision: PrecisionSpec) -> float:
@@ -300,61 +376,6 @@ def _expert_row_bytes(model: ModelSpec, parallel: ParallelSpec, precision: Preci
     plain = BYTES_PER_ELEMENT[precision.activations]
     quantised = min(plain, BYTES_PER_ELEMENT[precision.dispatch] + 4.0 / DEEPEP_GROUP)
     return model.hidden * (quantised + plain) + intermediate * (2 * plain + quantised)
-
-
-def deepep_buffer_bytes(
-    hidden: int, ranks: int, slots: int, *, normal: bool = True, low_latency_tokens: int = 0
-) -> float:
-    """DeepEP's buffers on one GPU, as an engine sizes them from DeepEP's hints (csrc/config.hpp, deep_ep/buffer.py).
-
-    ranks: the EP group. slots: experts of a layer with their replicas, over all ranks. normal: the high-throughput
-    kernels are used. low_latency_tokens: dispatch limit per rank of the low-latency kernels, 0 = not used. Both kinds
-    share the RDMA buffer, which NVSHMEM allocates in steps of 512 MiB.
-    """
-    nvlink = float(normal and deepep_nvlink_bytes(hidden, ranks))
-    rdma = deepep_rdma_bytes(hidden, ranks) if normal else 0
-    if low_latency_tokens:
-        rdma = max(rdma, deepep_low_latency_bytes(hidden, slots, low_latency_tokens, local=slots // ranks))
-    return nvlink + math.ceil(rdma / NVSHMEM_GRANULARITY_BYTES) * NVSHMEM_GRANULARITY_BYTES
-
-
-def deepep_nvlink_bytes(hidden: int, ranks: int) -> int:
-    """NVLink buffer of the normal kernels: a receive queue for each channel and peer."""
-    chunk, _ = _receive_tokens(ranks)
-    nodes = max(ranks // DEEPEP_NVLINK_PEERS, 1)
-    queues = DEEPEP_CHANNELS * min(ranks, DEEPEP_NVLINK_PEERS)
-    return _aligned(queues * ((2 * nodes + 3) * 4 + chunk * (2 * hidden + DEEPEP_METADATA_BYTES)))
-
-
-def deepep_rdma_bytes(hidden: int, ranks: int) -> int:
-    """RDMA buffer of the normal kernels: send and receive queues for each channel and node; none within one node."""
-    if ranks <= DEEPEP_NVLINK_PEERS:
-        return 0
-    _, chunk = _receive_tokens(ranks)
-    queues = DEEPEP_CHANNELS * max(ranks // DEEPEP_NVLINK_PEERS, 1)
-    token = 2 * hidden + DEEPEP_METADATA_BYTES + 16
-    counters = (2 * DEEPEP_NVLINK_PEERS + 2) * 4
-    return _aligned(2 * queues * (counters + chunk * token) + DEEPEP_RDMA_MARGIN_BYTES)
-
-
-def deepep_low_latency_bytes(hidden: int, slots: int, tokens: int, *, local: int) -> int:
-    """RDMA buffer of the low-latency kernels: two send and two receive buffers, a message for each slot and token."""
-    scales = hidden // DEEPEP_GROUP
-    dispatch = 16 + max(2 * hidden, hidden + 4 * scales)
-    combine = 4 * scales + 2 * hidden
-    send = max(tokens * dispatch, slots * tokens * combine)
-    receive = slots * tokens * max(dispatch, combine)
-    signals = _aligned(8 * slots + 4 * local)
-    return _aligned(2 * (send + receive + signals) + DEEPEP_ALIGNMENT_BYTES)
-
-
-def _receive_tokens(ranks: int) -> tuple[int, int]:
-    size = next((size for size in sorted(DEEPEP_RECEIVE_TOKENS) if size >= ranks), max(DEEPEP_RECEIVE_TOKENS))
-    return DEEPEP_RECEIVE_TOKENS[size]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // DEEPEP_ALIGNMENT_BYTES) * DEEPEP_ALIGNMENT_BYTES
 
 
 def nccl_bytes(parallel: ParallelSpec) -> float:

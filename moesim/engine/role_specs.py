@@ -8,7 +8,7 @@ from moesim.errors import BadInput, Infeasible
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import PlacementSpec, PoliciesSpec, PrecisionSpec, Scenario
-from moesim.spec.workload import BatchingSpec, RoleSpec
+from moesim.spec.workload import BatchingSpec, RoleSpec, StagesSpec
 
 ROLES = ("prefill", "decode")
 
@@ -50,6 +50,9 @@ def role_scenario(scenario: Scenario, name: str) -> Scenario:
     if role.batching is not None:
         batching = merged(serving.batching.model_dump(), role.batching)
         serving = serving.model_copy(update={"batching": BatchingSpec.read(batching, where=f"{where}.batching")})
+    if role.pipeline is not None:
+        pipeline = serving.pipeline.model_dump() | role.pipeline
+        serving = serving.model_copy(update={"pipeline": StagesSpec.read(pipeline, where=f"{where}.pipeline")})
     if name == "decode" and serving.batching.prefix_cache:  # prompts are read, and found, in the prefill pool
         batching = serving.batching.model_dump() | {"prefix_cache": False}
         serving = serving.model_copy(update={"batching": BatchingSpec.read(batching, where=where)})

@@ -11,6 +11,7 @@ import simpy
 from numpy.typing import NDArray
 
 from moesim.engine.batch_state import Limits, Requests, new_requests
+from moesim.engine.in_flight import Flow
 from moesim.engine.serving import Load, Pool, PrefillSide, Served, Source, StepTime, check_limits, record, served_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ Floats = NDArray[np.float64]
 class RolePool:
     """One role's instances: limits of a rank, ranks of an instance, instances, and the seconds of a planned step.
 
-    tables: what compiled runs with the same `step_time` were timed for so far, to start from and to add to.
+    flow: of instances with pipeline stages, see `serving.Pool`. tables: what compiled runs with the same `step_time`
+    were timed for so far, to start from and to add to.
     """
 
     limits: Limits
@@ -31,19 +33,21 @@ class RolePool:
     instances: int
     step_time: StepTime
     tables: StepTables | None = None
+    flow: Flow | None = None
 
 
 @dataclass(frozen=True)
 class Transfer:
     """How KV cache moves from a prefill rank to a decode rank.
 
-    bytes_per_token: that one GPU sends, all GPUs of a rank side by side; gpus: of a rank. bytes_per_s, latency_s: of a
-    GPU's share of its NIC. layers: of the model. by_layer: a layer's cache leaves when it is computed, while the last
-    step of the prompt goes on; otherwise all of it leaves when the prompt is read.
+    bytes_per_token: that one GPU sends, all GPUs of a rank side by side; gpus: of a rank, each sending so much (of
+    several pipeline stages the fullest counts one for each of its GPUs, the others less). bytes_per_s, latency_s: of a
+    GPU's share of its NIC. layers: whose caches one GPU sends. by_layer: a layer's cache leaves when it is computed,
+    while the last step of the prompt goes on; otherwise all of it leaves when the prompt is read.
     """
 
     bytes_per_token: float
-    gpus: int
+    gpus: float
     bytes_per_s: float
     latency_s: float
     layers: int
@@ -124,11 +128,12 @@ def serve_roles(
     environment = simpy.Environment()
     first = Pool(
         environment, new_requests(load.isl, prompts.osl), prefill.limits, prefill.ranks, prefill.instances,
-        prefill.step_time, balance, load.blocks,
+        prefill.step_time, balance, load.blocks, flow=prefill.flow,
     )  # fmt: skip
     waiting = _with_caches(load)
     second = Pool(
-        environment, waiting, decode.limits, decode.ranks, decode.instances, decode.step_time, balance
+        environment, waiting, decode.limits, decode.ranks, decode.instances, decode.step_time, balance,
+        flow=decode.flow,
     )  # fmt: skip
     source = Source(load, first)
     moves = _Moves(first, second, transfer, source)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import simpy
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from moesim.engine.balance import CENTRAL_QUEUE, RouterView, balancer
 from moesim.engine.batch_state import Limits, Plan, Ranks, Requests, new_plan, new_ranks, new_requests
+from moesim.engine.batch_times import Staged
 from moesim.engine.batcher import arrive, finish_step, plan_step
+from moesim.engine.in_flight import Flow, UnderWay
 from moesim.engine.losses import Faults, drop_rank, empty_queue
 from moesim.engine.memory_rules import CONTEXT
 from moesim.engine.prefix_cache import new_prefix_cache
@@ -58,7 +60,8 @@ class Served:
 
     gap_s, gap_n: inter-token latencies and how many of each. peak_kv_tokens: most tokens of context that one
     attention-DP rank held for its requests. preemptions and recomputed_tokens: over all ranks. prefix_asked_tokens,
-    prefix_found_tokens: prompt tokens admitted, and those of them that a prefix cache held.
+    prefix_found_tokens: prompt tokens admitted, and those of them that a prefix cache held. stage_busy_s [instances,
+    stages]: of pipeline stages, whose steps overlap: step_s is then a batch's whole way.
     """
 
     arrival_s: Floats
@@ -82,6 +85,7 @@ class Served:
     prefix_asked_tokens: int = 0
     prefix_found_tokens: int = 0
     prefill: PrefillSide | None = None
+    stage_busy_s: Floats | None = None
 
     @property
     def gaps_s(self) -> Floats:
@@ -128,7 +132,8 @@ class Pool:
 
     limits: of one attention-DP rank. step_time: seconds of a planned step. balance: see balance.py. on_end: told the
     ids of requests whose last token has come, or that faults have lost. faults: which take over the time of steps; for
-    requests sent in turn, memory kept for a whole request and no prefix cache.
+    requests sent in turn, memory kept for a whole request and no prefix cache. flow: of instances with several batches
+    under way at once, whose `step_time` then tells the time of each stage (`Staged`); no faults with it.
     """
 
     environment: simpy.Environment
@@ -141,6 +146,7 @@ class Pool:
     blocks: PromptBlocks | None = None
     on_end: Callable[[Ints], None] = lambda ended: None
     faults: Faults | None = None
+    flow: Flow | None = None
     gap_s: Floats = field(default_factory=lambda: np.zeros(1024))
     gap_n: Ints = field(default_factory=lambda: np.zeros(1024, np.int64))
     gaps: int = 1
@@ -167,8 +173,11 @@ class Pool:
         self.held: deque[int] = deque()  # at the router, where it keeps a queue of its own
         self.log = StepLog()
         self.last_step_s = [0.0] * self.instances
+        flow = self.flow
+        self.under_way = [] if flow is None else [UnderWay(group, self.limits, flow) for group in self.groups]
         for instance in range(self.instances):
-            self.environment.process(self._engine(instance))
+            run = self._engine(instance) if flow is None else self._pipelined(instance, self.under_way[instance])
+            self.environment.process(run)
 
     def send(self, request: int) -> None:
         """Send a request to a rank, or hold it until one has room where the router keeps the queue."""
@@ -225,9 +234,7 @@ class Pool:
                     yield environment.timeout(back_s - environment.now)
                     continue
             if plan_step(self.requests, group, self.limits, plan) == 0:
-                self.waking[instance] = environment.event()
-                yield self.waking[instance]
-                yield environment.timeout(0.0)  # requests of the same instant join the step
+                yield from self._idle(instance)
                 continue
             decodes, prompts, fullest = plan.totals.tolist()
             self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
@@ -236,14 +243,56 @@ class Pool:
             self.log.add(environment.now, step_s, decodes, prompts, instance)
             yield environment.timeout(step_s)
             self.events += 1
-            if self.gaps + most > len(self.gap_s):
-                self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + most)])
-                self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + most, np.int64)])
+            self._make_room(most)
             self.gaps, done = finish_step(
                 self.requests, group, self.limits, plan, environment.now, self.gap_s, self.gap_n, self.gaps, ended
             )
             if done:
                 self.on_end(ended[:done])
+
+    def _pipelined(self, instance: int, batches: UnderWay) -> Generator[Any, Any, None]:
+        """One group with several batches under way: it forms the next ones where it may, then waits for the oldest.
+
+        While it waits it looks at no new requests (vLLM's `step_with_batch_queue` and SGLang's `event_loop_pp` both
+        block on the oldest batch once there is nothing more to form).
+        """
+        environment, timed = self.environment, cast(Staged, self.step_time)
+        most = 2 * self.ranks * self.limits.max_running
+        ended = np.zeros(most, np.int64)
+        while True:
+            if self.held:
+                self._pull(instance)
+            slot = batches.form(self.requests, timed, environment.now)
+            if slot is not None:
+                decodes, prompts, fullest = slot.plan.totals.tolist()
+                self.peak_kv_tokens = max(self.peak_kv_tokens, fullest)
+                self.log.add(environment.now, slot.last_s, decodes, prompts, instance)
+                if slot.host_s > 0.0:
+                    yield environment.timeout(slot.host_s)
+                continue
+            slot = batches.oldest()
+            if slot is None:
+                yield from self._idle(instance)
+                continue
+            if slot.end_s > environment.now:
+                yield environment.timeout(slot.end_s - environment.now)
+            self.events += 1
+            self._make_room(most)
+            self.gaps, done = slot.finish(self.requests, environment.now, self.gap_s, self.gap_n, self.gaps, ended)
+            self.last_step_s[instance] = slot.last_s
+            if done:
+                self.on_end(ended[:done])
+
+    def _idle(self, instance: int) -> Generator[Any, Any, None]:
+        self.waking[instance] = self.environment.event()
+        yield self.waking[instance]
+        yield self.environment.timeout(0.0)  # requests of the same instant join the step
+
+    def _make_room(self, most: int) -> None:
+        """Room for `most` more inter-token latencies."""
+        if self.gaps + most > len(self.gap_s):
+            self.gap_s = np.concatenate([self.gap_s, np.zeros(len(self.gap_s) + most)])
+            self.gap_n = np.concatenate([self.gap_n, np.zeros(len(self.gap_n) + most, np.int64)])
 
     def _step_s(self, plan: Plan, instance: int) -> float:
         if self.faults is None:
@@ -330,25 +379,30 @@ class Source:
 
 def serve(
     load: Load, limits: Limits, *, ranks: int, instances: int, step_time: StepTime, balance: str = "round_robin",
-    compiled: bool = True, faults: Faults | None = None,
+    compiled: bool = True, faults: Faults | None = None, flow: Flow | None = None,
 ) -> Served:  # fmt: skip
     """Run all requests through `instances` lockstep groups of `ranks` attention-DP ranks.
 
     step_time: seconds of a planned step. balance: which rank a request goes to, see balance.py. compiled: a load sent
     in turn (open, or closed over one instance), or to the shortest queue (closed, one instance), whose steps are timed
-    by table runs in `compiled`, with the same times.
-    faults: see Pool; a request that they lose has no `finish_s`. Raises Infeasible when a request can never be
-    admitted.
+    by table runs in `compiled`, with the same times; with a flow and sent in turn, in `compiled_flow` (a closed loop
+    only without a front end). faults, flow: see Pool; a request that faults lose has no `finish_s`. Raises Infeasible
+    when a request can never be admitted.
     """
     check_limits(load, limits)
     requests = new_requests(load.isl, load.osl)
     in_turn = balance == "round_robin" and (load.arrival_s is not None or instances == 1)
     shortest = balance == "shortest_queue" and load.arrival_s is None and instances == 1
-    known = (in_turn or shortest) and load.blocks is None and faults is None
-    if compiled and known and getattr(step_time, "compilable", False):
+    known = load.blocks is None and faults is None
+    if compiled and known and flow is not None and in_turn and getattr(step_time, "flow_compilable", False):
+        if load.front_end_s == 0 or load.concurrency is None:
+            return _compiled_flow(load, requests, limits, ranks, instances, step_time, flow)
+    elif compiled and known and flow is None and (in_turn or shortest) and getattr(step_time, "compilable", False):
         return _compiled(load, requests, limits, ranks, instances, step_time, shortest)
     environment = simpy.Environment()
-    pool = Pool(environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults)
+    pool = Pool(
+        environment, requests, limits, ranks, instances, step_time, balance, load.blocks, faults=faults, flow=flow
+    )
     source = Source(load, pool)
     if load.concurrency is not None:
         pool.on_end = lambda ended: source.follow(len(ended))
@@ -371,12 +425,30 @@ def _compiled(
     return record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
 
 
+def _compiled_flow(
+    load: Load, requests: Requests, limits: Limits, ranks: int, instances: int, timed: Any, flow: Flow
+) -> Served:
+    from moesim.engine.compiled_flow import StagedInstances
+
+    times_s = np.zeros(len(load.isl)) if load.arrival_s is None else load.arrival_s
+    run = StagedInstances(
+        requests, times_s, limits, ranks, instances, timed, flow, load.concurrency or 0, load.front_end_s
+    )
+    log = run.run()
+    gaps = run.gap_s[: run.gaps].copy(), run.gap_n[: run.gaps].copy()
+    found = record(requests, log, gaps, len(log) + len(load.isl), run.peak_kv_tokens, run.groups, 0.0)
+    return replace(found, stage_busy_s=np.stack(run.busy_s))
+
+
 def served_of(pool: Pool, arrived: int) -> Served:
     """What one pool did with its requests."""
     gaps = pool.gap_s[: pool.gaps].copy(), pool.gap_n[: pool.gaps].copy()
     log = pool.log.rows[: pool.log.used]
     events, now_s = pool.events + arrived, float(pool.environment.now)
-    return record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
+    found = record(pool.requests, log, gaps, events, pool.peak_kv_tokens, pool.groups, now_s)
+    if not pool.under_way:
+        return found
+    return replace(found, stage_busy_s=np.stack([batches.lane.busy_s for batches in pool.under_way]))
 
 
 def record(

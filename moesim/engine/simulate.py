@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.deployment import Deployment
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
@@ -79,7 +80,8 @@ def make_load(deployment: Deployment, seed: int) -> Load:
 def role_pool(model: StepModel, timed: StepTime) -> RolePool:
     """The instances of one role, their steps timed."""
     deployment = model.deployment
-    return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed)
+    flow = flow_of(deployment, model.limits)
+    return RolePool(model.limits, deployment.setup.parallel.attention_dp, deployment.instances, timed, flow=flow)
 
 
 def kv_transfer(deployment: Deployment) -> Transfer:
@@ -90,12 +92,15 @@ def kv_transfer(deployment: Deployment) -> Transfer:
     prefill, cluster = deployment.prefill, deployment.ground.cluster
     assert prefill is not None
     roles = deployment.ground.scenario.serving.roles if deployment.ground.scenario.serving else None
+    by_stage = [one.kv_bytes_per_token for one in prefill.memory.stages] or [prefill.memory.kv_bytes_per_token]
+    gpus = prefill.setup.parallel.tp
+    stages = prefill.setup.stages
     return Transfer(
-        bytes_per_token=prefill.memory.kv_bytes_per_token,
-        gpus=prefill.setup.parallel.tp,
+        bytes_per_token=max(by_stage),
+        gpus=gpus if stages is None else gpus * sum(by_stage) / max(by_stage),
         bytes_per_s=cluster.shared_nic_bytes_per_s,
         latency_s=cluster.nic_latency_s,
-        layers=prefill.setup.model.layers,
+        layers=prefill.setup.model.layers if stages is None else max(len(held) for held in stages.layers),
         by_layer=roles is not None and roles.transfer == "by_layer",
     )
 
@@ -150,6 +155,7 @@ def simulate(
             step_time=timed,
             balance=deployment.serving.balance,
             faults=clock,
+            flow=flow_of(deployment, model.limits),
         )
 
     served = run(None)

@@ -31,22 +31,23 @@ def step_graph(
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
     change: Change | None = None,
+    stage: int | None = None,
 ) -> TaskGraph:
     """The graph of priced micro-batches at their own number of chunks, see `build_step`; overlapping work slowed.
 
-    change: of durations, before what overlaps is slowed.
+    change: of durations, before what overlaps is slowed. stage: which pipeline stage, where there are several.
     """
-    graph = build_step(setup, priced, normal=normal, collapsed=collapsed)
+    graph = build_step(setup, priced, normal=normal, collapsed=collapsed, stage=stage)
     if change is not None:
         graph = change(graph)
     return graph if setup.overlap is None else stretched(graph, setup.overlap.of(priced[0].mode))
 
 
 def best_step(
-    setup: LayerSetup, priced: Sequence[PricedStep], change: Change | None = None
+    setup: LayerSetup, priced: Sequence[PricedStep], change: Change | None = None, stage: int | None = None
 ) -> tuple[TaskGraph, list[PricedStep]]:
     """The graph of the option whose steps take least in the mean, and its micro-batches. change: see `step_graph`."""
-    found = [(step_graph(setup, one, change=change), one) for one in options(priced)]
+    found = [(step_graph(setup, one, change=change, stage=stage), one) for one in options(priced)]
     if len(found) == 1:
         return found[0]
     return min(found, key=lambda option: float(maxplus.run(option[0]).step_s.mean()))
@@ -58,11 +59,24 @@ def step_seconds(
     *,
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
+    stage: int | None = None,
 ) -> NDArray[np.float64]:
-    """Seconds of each step, each at the number of chunks that is best for it: [steps]."""
+    """Seconds of each step, each at the number of chunks that is best for it: [steps].
+
+    stage: of one pipeline stage; None: of the way through all of them.
+    """
+    if stage is None and setup.stages is not None:
+        sent_s = sum(one.transfer.seconds(normal).sum(axis=(1, 2)) for one in priced)
+        each = [
+            step_seconds(setup, priced, normal=normal, collapsed=collapsed, stage=one)
+            for one in range(setup.stages.count)
+        ]
+        return np.asarray(np.sum(each, axis=0) + sent_s)
     if collapsed:
-        known = [seconds for one in options(priced) if (seconds := collapsed_seconds(setup, one, normal)) is not None]
+        found_s = [collapsed_seconds(setup, one, normal, stage) for one in options(priced)]
+        known = [seconds for seconds in found_s if seconds is not None]
         if len(known) == 1 + len(priced[0].others):
             return np.asarray(np.min(known, axis=0))
-    found = [maxplus.run(step_graph(setup, one, normal=normal, collapsed=collapsed)).step_s for one in options(priced)]
+    graphs = [step_graph(setup, one, normal=normal, collapsed=collapsed, stage=stage) for one in options(priced)]
+    found = [maxplus.run(graph).step_s for graph in graphs]
     return np.asarray(np.min(found, axis=0))

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from moesim.cost.roofline import REACHED
 from moesim.engine import des, maxplus
+from moesim.engine.batch_rules import captures_prompts, exchange_mode, graphs_of, low_latency_sequences, stage_count
+from moesim.engine.batch_times import BatchTimes
 from moesim.engine.batcher import Limits, Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
-from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.linkuse import LinkUse, exchange_links, link_use, streams_of
 from moesim.engine.lookups import DecodeAttention, Drafting, Graphs, attention_of_ranks, sizes_of
 from moesim.engine.memory_rules import memory_rule
 from moesim.engine.mixtures import routing_of
-from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens, pass_seconds, projection, verified
 from moesim.engine.step_graph import best_step
 from moesim.engine.steptable import FULL, Detail, GridAsked, PricedGrid, StepTable, price_grid, time_grid
@@ -28,6 +28,7 @@ from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
 from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.stages import joined
 from moesim.graph.task import StepTimes, TaskGraph
 from moesim.network.instance import at_reached_rates
 
@@ -51,6 +52,8 @@ class StepModel:
         self.pricer = PlanPricer(deployment.setup, deployment.ground.costs)
         self.routing = routing_of(deployment)
         self.limits = batch_limits(deployment)
+        most = low_latency_sequences(deployment)
+        self.most_running = self.limits.max_running if most is None else min(self.limits.max_running, most)
         self.graphs = graphs_of(deployment)
         self.captures_prompts = captures_prompts(deployment)
         self.drafts = draft_tokens(deployment.serving)
@@ -67,7 +70,7 @@ class StepModel:
     def grid(self, kind: str) -> PricedGrid:
         """The priced grid of decode or prefill steps; priced once."""
         if kind not in self.grids:
-            most = float(self.limits.max_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
+            most = float(self.most_running * (1 + self.drafts) if kind == "decode" else self.limits.max_tokens)
             ranks = self.deployment.setup.parallel.attention_dp
             step, decode = self.detail.factor, kind == "decode"
             tokens = _axis(most, 2.0 if decode else step, midpoints=decode and self.detail.midpoints)
@@ -90,7 +93,7 @@ class StepModel:
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
         """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
-        most_seqs = float(self.limits.max_running * (1 + self.drafts))
+        most_seqs = float(self.most_running * (1 + self.drafts))
         seqs = np.asarray([x for x in _SEQS if x < most_seqs] + [most_seqs])
         shares = 2.0 ** np.arange(0.0, math.log2(max(2.0, self.longest_context / _FEWEST_KV)), 1.0)
         kv = np.unique(np.append(_FEWEST_KV * shares, self.longest_context))
@@ -122,37 +125,79 @@ class TimedModel:
         self._prompts_s: dict[tuple[int, int, float], float] = {}
         self.slowdown: Floats | None = None  # [attention-DP ranks], of computing on ranks that are slow
         self._tables: dict[str, StepTable] = {}
+        self._stages = stage_count(model.deployment.setup)
+        self._hops: tuple[Floats, Floats] | None = None  # seconds of each hop without tokens and for each token
         self._dp = model.deployment.setup.parallel.attention_dp
         self._drafting: tuple[Floats, Floats] | None = None  # logits and projection of a draft, by the grid's tokens
 
     def table(self, kind: str) -> StepTable:
-        """The timed table of decode or prefill steps; built when first asked for."""
-        if kind not in self._tables:
-            self._tables[kind] = time_grid(
+        """The timed table of decode or prefill steps, on the first of several stages; built when first asked for."""
+        return self._table(kind, 0)
+
+    def _table(self, kind: str, stage: int) -> StepTable:
+        key = f"{kind} {stage}"
+        if key not in self._tables:
+            self._tables[key] = time_grid(
                 self.model.pricer,
                 self.model.grid(kind),
                 longest_attention_s=float(self._attention.seconds.max()),
                 normal=self.normal,
                 load_weights=self.load_weights,
                 detail=self.model.detail,
+                stage=stage,
             )
-        return self._tables[kind]
+        return self._tables[key]
+
+    def stages(self, plan: Plan) -> BatchTimes:
+        """Seconds of a planned batch on each pipeline stage, by table; the last one drafts. Raises OutsideProfile."""
+        host_s, drafts = self._step_overhead_s, self.model.drafts
+        asked = verified(plan, drafts)
+        found = [self._step_s(asked, stage) for stage in range(self._stages)]
+        if drafts:
+            found[-1] = self._with_drafts(plan, sum(found), found[-1])
+        found[0] -= host_s
+        return BatchTimes(host_s, found, self._transfers_s(asked))
+
+    def stage_tables(self, kind: str) -> list[StepTable]:
+        """The timed table of each pipeline stage."""
+        return [self.table(kind), *(self._table(kind, stage) for stage in range(1, self._stages))]
+
+    def hops(self) -> tuple[float, Floats, Floats]:
+        """Host seconds of a batch; seconds of each hop between stages without tokens, and for each row."""
+        if self._hops is None:
+            pricer = self.model.pricer
+            none, one = (pricer.transfer(np.full((1, 1), rows)).seconds(self.normal)[0, :, 0] for rows in (0.0, 1.0))
+            self._hops = np.ascontiguousarray(none), np.ascontiguousarray(one - none)
+        return self._step_overhead_s, *self._hops
+
+    def _transfers_s(self, plan: Plan) -> list[float]:
+        if self._stages == 1:
+            return []
+        _, fixed_s, each_s = self.hops()
+        rows = rows_of_plan(self.model, plan)
+        return [float(fixed + rows * each) for fixed, each in zip(fixed_s, each_s, strict=True)]
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, by table, drafting included. Raises OutsideProfile."""
         drafts = self.model.drafts
+        if self._stages > 1:
+            return self.stages(plan).alone_s
         if drafts == 0:
             return self._step_s(plan)
         step_s = self._step_s(verified(plan, drafts))
+        return self._with_drafts(plan, step_s, step_s)
+
+    def _with_drafts(self, plan: Plan, step_s: float, found: float) -> float:
+        """`found` and what drafting takes beside a verifying step of `step_s` through all layers."""
         layers = self.model.deployment.setup.model.layers
-        found = step_s
         if plan.prefill_tokens.any():  # the prompt fills the cache of the drafting layer too
             found += (step_s - self._step_overhead_s) / layers
         if plan.decode_seqs.any():
             alone = plan._replace(prefill_seqs=plan.prefill_seqs * 0, prefill_tokens=plan.prefill_tokens * 0)
             rows = float(plan.decode_seqs.max())
-            one = pass_seconds(self._step_s(alone), self._step_overhead_s, self._logits_s(rows), layers)
-            found += drafts * (one + self._projection_s(rows))
+            alone_s = sum(self._step_s(alone, stage) for stage in range(self._stages))
+            one = pass_seconds(alone_s, self._step_overhead_s, self._logits_s(rows), layers)
+            found += self.model.drafts * (one + self._projection_s(rows))
         return found
 
     @property
@@ -173,10 +218,11 @@ class TimedModel:
         assert self._drafting is not None
         return float(np.interp(rows, self.model.grid("decode").tokens, self._drafting[1]))
 
-    def _step_s(self, plan: Plan) -> float:
+    def _step_s(self, plan: Plan, stage: int = 0) -> float:
         total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
-        table = self.table("prefill" if reading else "decode")
+        kind = "prefill" if reading else "decode"
+        table = self._table(kind, stage) if stage else self.table(kind)
         attention_s = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self.attention())
         if reading:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
@@ -208,13 +254,18 @@ class TimedModel:
 
     @property
     def compilable(self) -> bool:
-        """Whether `compiled` times steps as this model does: it knows no captured prompts and no drafts."""
-        return not self.model.captures_prompts and self.model.drafts == 0
+        """Whether `compiled` times steps as this model does: it knows no captured prompts, no drafts and one stage."""
+        return not self.model.captures_prompts and self.model.drafts == 0 and self._stages == 1
+
+    @property
+    def flow_compilable(self) -> bool:
+        """Whether `compiled_flow` times batches as this model does: it knows no captured prompts and no drafts."""
+        return not self.model.captures_prompts and self.model.drafts == 0 and self._stages > 1
 
     @property
     def role_compilable(self) -> bool:
-        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts."""
-        return not self.model.captures_prompts
+        """Whether `compiled_roles` times steps as this model does: it knows no captured prompts and one stage."""
+        return not self.model.captures_prompts and self._stages == 1
 
     def drafting(self) -> Drafting:
         """What drafting costs beside a verifying step; its table is priced when first asked for."""
@@ -243,6 +294,16 @@ class ExactModel:
         self.rng = np.random.default_rng([model.seed, 5])
         self.routed: list[tuple[StepBatch, Floats]] = []  # the micro-batches built last, with their counts
 
+    def stages(self, plan: Plan) -> BatchTimes:
+        """Seconds of a planned batch on each pipeline stage. Raises OutsideProfile."""
+        drafts, reading = self.model.drafts, bool(plan.prefill_tokens.any())
+        priced = self.price(batch_of_plan(self.model, verified(plan, drafts)), "prefill" if reading else "decode")
+        found = [float(self._run(graph).step_s[0]) for graph, _ in self.stage_graphs(priced)]
+        if drafts:
+            found[-1] += self._drafting_s(plan, sum(found), reading)
+        host_s = self.model.deployment.rules.step_overhead_s
+        return BatchTimes(host_s, [found[0] - host_s, *found[1:]], [float(one[0, 0]) for one in self.transfers(priced)])
+
     def __call__(self, plan: Plan) -> float:
         """Seconds of a planned step, drafting included. Raises OutsideProfile."""
         drafts, reading = self.model.drafts, bool(plan.prefill_tokens.any())
@@ -258,7 +319,8 @@ class ExactModel:
             graph, priced = self.build(batch_of_plan(self.model, alone), "decode")
             logits_s = sum(float(part.tail.seconds().max()) for part in priced)
             times = des.run(graph, step=0, sharing=True) if self.fidelity == "des" else maxplus.run(graph)
-            one = pass_seconds(float(times.step_s[0]), overhead_s, logits_s, setup.model.layers)
+            alone_s = float(times.step_s[0]) - sum(float(sent[0, 0]) for sent in self.transfers(priced))
+            one = pass_seconds(alone_s, overhead_s, logits_s, setup.model.layers)
             rows = np.full((1, 1), float(plan.decode_seqs.max()))
             joined = projection(setup, self.model.deployment.ground.costs, rows).seconds()
             found += self.model.drafts * (one + float(joined[0, 0]))
@@ -267,12 +329,19 @@ class ExactModel:
     def run(self, batch: StepBatch, kind: str, *, timeline: bool = False) -> tuple[TaskGraph, StepTimes]:
         """Draw routing for the steps of a batch, build their graph and run it."""
         graph, _ = self.build(batch, kind)
+        return graph, self._run(graph, timeline=timeline, network=self._network(graph, kind))
+
+    def _run(self, graph: TaskGraph, *, timeline: bool = False, network: LinkUse | None = None) -> StepTimes:
         if self.fidelity == "des":
-            return graph, des.run(graph, step=0, sharing=True, timeline=timeline, network=self._network(graph, kind))
-        return graph, maxplus.run(graph, timeline=timeline)
+            return des.run(graph, step=0, sharing=True, timeline=timeline, network=network)
+        return maxplus.run(graph, timeline=timeline)
 
     def build(self, batch: StepBatch, kind: str) -> tuple[TaskGraph, list[PricedStep]]:
         """The graph of a batch under drawn routing, and its priced micro-batches."""
+        return self.graph(self.price(batch, kind))
+
+    def price(self, batch: StepBatch, kind: str) -> list[PricedStep]:
+        """Price a batch's micro-batches under drawn routing."""
         model = self.model
         setup = model.deployment.setup
         mode = exchange_mode(model.deployment, kind)
@@ -288,11 +357,26 @@ class ExactModel:
             counts = model.routing.counts(load, part.tokens.sum(axis=1), self.rng)
             self.routed.append((part, counts))
             priced.append(model.pricer.price(part, counts, mode=mode, graphed=graphed))
-        return self.graph(priced)
+        return priced
 
     def graph(self, priced: Sequence[PricedStep]) -> tuple[TaskGraph, list[PricedStep]]:
-        """The graph that priced micro-batches run as, and its number of chunks, see `best_step`."""
-        return best_step(self.model.deployment.setup, priced)
+        """The graph of priced micro-batches, all stages together, and its number of chunks, see `best_step`."""
+        setup = self.model.deployment.setup
+        if setup.stages is None:
+            return best_step(setup, priced)
+        graphs = [graph for graph, _ in self.stage_graphs(priced)]
+        return joined(graphs, self.transfers(priced), setup.stages.hops), list(priced)
+
+    def stage_graphs(self, priced: Sequence[PricedStep]) -> list[tuple[TaskGraph, list[PricedStep]]]:
+        """The graph of each pipeline stage, and its number of chunks."""
+        setup = self.model.deployment.setup
+        return [best_step(setup, priced, stage=stage) for stage in range(stage_count(setup))]
+
+    def transfers(self, priced: Sequence[PricedStep]) -> list[Floats]:
+        """Seconds of each hop between stages, for all micro-batches at once: [steps, 1] each."""
+        rows = np.asarray(np.sum([one.batch.padded_tokens for one in priced], axis=0))
+        seconds = self.model.pricer.transfer(rows).seconds()
+        return [seconds[:, hop] for hop in range(stage_count(self.model.deployment.setup) - 1)]
 
     def _network(self, graph: TaskGraph, kind: str) -> LinkUse | None:
         """The cluster's links, where other jobs are on them; None where a step meets only itself."""
@@ -350,33 +434,11 @@ def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     )
 
 
-def exchange_mode(deployment: Deployment, kind: str) -> str:
-    """DeepEP mode of a step: `auto` follows the engine, low-latency for pure decode, normal when any rank reads."""
-    mode = deployment.setup.policies.dispatch.mode
-    if deployment.setup.policies.dispatch.backend != "deepep":
-        return "normal"
-    if mode == "auto":
-        return "low_latency" if kind == "decode" else "normal"
-    return mode
-
-
-def graphs_of(deployment: Deployment) -> CapturedGraphs:
-    """The captured graphs of a deployment's decode steps."""
-    found = captured_graphs(
-        deployment.serving.batching,
-        deployment.setup.policies,
-        deployment.rules,
-        mode=exchange_mode(deployment, "decode"),
-    )
-    queries = 1 + draft_tokens(deployment.serving)  # sizes are in sequences, each with its tokens to verify
-    return CapturedGraphs(tuple(size * queries for size in found.sizes))
-
-
-def captures_prompts(deployment: Deployment) -> bool:
-    """Whether steps that read prompts run in the captured graphs, too: under `whole_graph`, where the exchange can."""
-    setup = deployment.setup
-    waits = setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "prefill") == "normal"
-    return setup.policies.schedule == "whole_graph" and not waits
+def rows_of_plan(model: StepModel, plan: Plan) -> float:
+    """Rows of the fullest rank after padding: what a stage sends to the next."""
+    most = int((plan.decode_seqs + plan.prefill_tokens).max())
+    padded = model.captures_prompts or not plan.prefill_tokens.any()
+    return float(model.graphs.padded(most)) if padded else float(most)
 
 
 def batch_limits(deployment: Deployment) -> Limits:
@@ -385,16 +447,16 @@ def batch_limits(deployment: Deployment) -> Limits:
     running = batching.max_running_requests_per_dp_rank
     speculative = deployment.serving.speculative
     queries = 1 + draft_tokens(deployment.serving)
-    setup = deployment.setup
-    if setup.policies.dispatch.backend == "deepep" and exchange_mode(deployment, "decode") == "low_latency":
-        most = low_latency_tokens(setup.policies.dispatch.low_latency_tokens, deployment.rules.name)
-        running = min(running, most * setup.parallel.tp // queries)
-        if running == 0:
+    most = low_latency_sequences(deployment)
+    if most is not None:
+        if most == 0:
             raise BadInput(
                 f"low-latency dispatch takes fewer tokens than the {queries} that one sequence verifies",
                 where="serving.speculative.draft_tokens",
                 mend="draft fewer, or use policies.dispatch.mode normal",
             )
+        if stage_count(deployment.setup) == 1:  # of several batches under way each has this limit, see `flow_of`
+            running = min(running, most)
     mixes = deployment.rules.mixes if batching.mixed_chunk is None else batching.mixed_chunk
     if batching.max_batch_tokens_per_dp_rank <= running * queries and mixes:
         raise BadInput(

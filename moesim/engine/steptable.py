@@ -188,8 +188,12 @@ def time_grid(
     normal: Mapping[str, float] | None,
     load_weights: Floats,
     detail: Detail = FULL,
+    stage: int = 0,
 ) -> StepTable:
-    """Time a priced grid under one draw: normals as in `Part.seconds`, weights over all judged loads (sum 1)."""
+    """Time a priced grid under one draw: normals as in `Part.seconds`, weights over all judged loads (sum 1).
+
+    stage: which pipeline stage's time the table tells.
+    """
     setup = pricer.setup
     overlapped = setup.policies.schedule not in LINEAR or setup.storage is not None
     shares = np.asarray(detail.attention if overlapped else _SHARES_SEQUENTIAL)
@@ -204,7 +208,7 @@ def time_grid(
         others=tuple(replace(one, attention=Part((kernel,))) for one in collapsed.others),
     )
     micro = [collapsed, collapsed] if setup.policies.schedule == "two_batch" else [collapsed]
-    seconds = step_seconds(setup, micro, normal=normal, collapsed=True)
+    seconds = step_seconds(setup, micro, normal=normal, collapsed=True, stage=stage)
     shaped = seconds.reshape(len(grid.loads), grid.draws, len(grid.tokens), len(grid.hot), times)
     weights = load_weights[grid.loads]
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1.0 / len(weights))

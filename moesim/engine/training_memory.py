@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.deepep_memory import deepep_buffer_bytes
 from moesim.engine.memory import (
     ALLOCATOR_SLACK,
     NCCL_GROUP_BYTES,
     NCCL_PAIR_BYTES,
     RUNTIME_BYTES,
     attention_parameters,
-    deepep_buffer_bytes,
 )
 from moesim.errors import Infeasible
 from moesim.graph.pipeline import PipelineProgram

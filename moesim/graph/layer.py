@@ -9,6 +9,7 @@ from moesim.errors import BadInput
 from moesim.graph.moe_layer import LAYERS
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.graph.schedules import sequential, two_batch
+from moesim.graph.stages import TRANSFER
 from moesim.graph.step_builder import StepBuilder
 from moesim.graph.task import Task, TaskGraph
 
@@ -19,14 +20,15 @@ def build_step(
     *,
     normal: Mapping[str, float] | None = None,
     collapsed: bool = False,
+    stage: int | None = None,
 ) -> TaskGraph:
-    """The task graph of one priced step, or of the two micro-batches of a two-batch step.
+    """The task graph of one priced step, or of the two micro-batches of a two-batch step; of one pipeline stage.
 
-    Ranks are the GPUs of one instance, TP fastest. normal: a joint draw, see `Part.seconds`.
+    Ranks are the GPUs of one stage, TP fastest. normal: a joint draw, see `Part.seconds`.
     collapsed: the parts have one rank only, which stands for the slowest at each stage.
     """
     ranks = 1 if collapsed else setup.parallel.gpus
-    lists = [build.tasks for build in build_lists(setup, priced, normal, ranks, tasks=True)]
+    lists = [build.tasks for build in build_lists(setup, priced, normal, ranks, tasks=True, stage=stage)]
     return schedule_lists(setup, lists, priced[0].batch.steps, ranks)
 
 
@@ -37,6 +39,7 @@ def build_lists(
     ranks: int,
     *,
     tasks: bool = False,
+    stage: int | None = None,
 ) -> list[StepBuilder]:
     """A builder for each micro-batch; tasks: with its task list built.
 
@@ -45,7 +48,7 @@ def build_lists(
     once = [priced[0], *(replace(part, overhead=Part()) for part in priced[1:])]
     builders = [StepBuilder(setup, part, normal, ranks) for part in once]
     for build in builders if tasks else ():
-        _list_tasks(build)
+        _list_tasks(build, stage)
     return builders
 
 
@@ -58,16 +61,21 @@ def schedule_lists(setup: LayerSetup, lists: Sequence[Sequence[Task]], steps: in
     return sequential(lists[0], steps, ranks)
 
 
-def _list_tasks(build: StepBuilder) -> None:
+def _list_tasks(build: StepBuilder, stage: int | None) -> None:
     """Add the tasks of one micro-batch in order; the schedule decides how a MoE layer is laid out."""
-    setup = build.setup
+    setup, stages = build.setup, build.setup.stages
     moe_layer = LAYERS[setup.policies.schedule]
-    build.compute("step overhead", "engine_overhead", "overhead")
-    if build.fetches is not None:
-        build.fetches.begin()
-    build.compute("embedding", "embedding", "head")
+    assert stages is None or stage is not None, "one graph is of one stage"
+    layers = range(setup.model.layers) if stages is None or stage is None else stages.layers[stage]
+    if layers.start == 0:
+        build.compute("step overhead", "engine_overhead", "overhead")
+        if build.fetches is not None:
+            build.fetches.begin()
+        build.compute("embedding", "embedding", "head")
+    elif build.has("arrival"):
+        build.meet_tp("arrival", "arrival", operation=TRANSFER)
     moe_row = {layer: row for row, layer in enumerate(setup.model.moe.layer_ids)}
-    for layer in range(setup.model.layers):
+    for layer in layers:
         build.layer = layer
         if build.has("eager"):
             build.compute("kernel launches", "engine_overhead", "eager")
@@ -79,4 +87,5 @@ def _list_tasks(build: StepBuilder) -> None:
         if build.has("dense_sync"):
             build.meet_tp("dense sync", "dense_sync")
     build.layer = -1
-    build.compute("logits", "lm_head", "tail")
+    if layers.stop == setup.model.layers:
+        build.compute("logits", "lm_head", "tail")

@@ -27,6 +27,7 @@ from moesim.graph.batch import Floats, StepBatch
 from moesim.graph.deepep_links import deepep_by_links, deepep_copies
 from moesim.graph.exchanges import ALL_TO_ALLS, AllToAll, Step
 from moesim.graph.replica_choice import choice_estimates
+from moesim.graph.stages import TENSORS_SENT, Stages
 from moesim.graph.storage import ExpertStorage
 from moesim.network.choice import Replicas
 from moesim.network.choice import prepare as prepare_replicas
@@ -79,6 +80,7 @@ class LayerSetup:
     without a captured graph, overhead_rel_sigma: the spread of other host times, which are `assumed`.
     storage: where expert weights wait, None = all on the GPU. overlap: what streams cost each other, None = nothing.
     network: the instance's links, for exchanges that no table holds and for the bytes on each link.
+    stages: of an instance with several pipeline stages; parallel, nodes and network are then those of one stage.
     """
 
     model: ModelSpec
@@ -94,6 +96,7 @@ class LayerSetup:
     storage: ExpertStorage | None = None
     overlap: StreamOverlap | None = None
     network: InstanceNetwork | None = None
+    stages: Stages | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class PricedStep:
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
     whole group [steps, 1]: attention_sync, dense_sync, gather, replica_choice, overhead, eager (of one layer);
-    by layer: dispatch, combine [steps, layers, 1], experts, fetch (of weights from the host) [steps, layers, ep].
+    by layer: dispatch, combine [steps, layers, 1], experts, fetch (of weights from the host) [steps, layers, ep];
+    between pipeline stages: transfer [steps, hops, 1], arrival (the gather after it) [steps, 1].
     chunks: how many equal parts the MoE layer's tokens travel in; dispatch, experts and combine are then one part's.
     others: the same steps with other numbers of chunks, for a schedule that chooses.
     """
@@ -126,6 +130,8 @@ class PricedStep:
     overhead: Part = field(default_factory=Part)
     eager: Part = field(default_factory=Part)
     fetch: Part = field(default_factory=Part)
+    transfer: Part = field(default_factory=Part)
+    arrival: Part = field(default_factory=Part)
     chunks: int = 1
     others: tuple[PricedStep, ...] = ()
 
@@ -190,7 +196,28 @@ class Pricer:
             tail=self._tail(batch),
             overhead=Part((setup.step.estimate(),)),
             eager=Part() if graphed else Part((setup.layer.estimate(),)),
+            transfer=self.transfer(rows),
+            arrival=self._arrival(rows),
         )
+
+    def transfer(self, rows: Floats) -> Part:
+        """What a stage sends to the next, of attention-DP ranks with `rows` [steps, dp]: [steps, hops, 1]."""
+        stages = self.setup.stages
+        if stages is None:
+            return Part()
+        share = self.setup.parallel.tp if stages.scattered else 1
+        return Part((stages.transfer(self._stage_bytes(rows) / share),))
+
+    def _arrival(self, rows: Floats) -> Part:
+        """A TP group puts together what its ranks received a share of each."""
+        stages = self.setup.stages
+        if stages is None or not stages.scattered:
+            return Part()
+        return self._collective("all_gather", self._stage_bytes(rows), self.setup.parallel.tp)
+
+    def _stage_bytes(self, rows: Floats) -> Floats:
+        size = rows.max(axis=1, keepdims=True) * self.setup.model.hidden * self._activation_bytes
+        return np.asarray(size * TENSORS_SENT)
 
     def slot_loads(self, batch: StepBatch, counts: NDArray[np.float64]) -> Floats:
         """Rows that each slot computes [steps, layers, slots] where a batch's tokens want counts [.., experts]."""

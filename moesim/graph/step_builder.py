@@ -14,7 +14,7 @@ from moesim.graph.task import Link, Stream, Task
 
 # Parts with one figure for each attention-DP rank, and with one for the whole group; all others are by layer.
 BY_DP_RANK = ("head", "projections", "attention", "gate", "shared", "dense", "tail")
-BY_GROUP = ("attention_sync", "dense_sync", "gather", "replica_choice", "overhead", "eager")
+BY_GROUP = ("attention_sync", "dense_sync", "gather", "replica_choice", "overhead", "eager", "arrival")
 
 
 class StepBuilder:
@@ -82,11 +82,13 @@ class StepBuilder:
         """Add what all ranks meet in, over the links of an exchange."""
         return self._add(name, operation, Stream.COMMUNICATION, seconds, after, self.everyone, self.exchange_links)
 
-    def meet_tp(self, name: str, part: str, *, after: tuple[int, ...] | None = None) -> int:
+    def meet_tp(
+        self, name: str, part: str, *, operation: str = "tp_collective", after: tuple[int, ...] | None = None
+    ) -> int:
         """Add a collective of each tensor-parallel group."""
         links = ((Link.NVLINK, 1.0),)
         seconds = self.seconds(part, 0)
-        return self._add(name, "tp_collective", Stream.COMMUNICATION, seconds, after, self.tp_group, links)
+        return self._add(name, operation, Stream.COMMUNICATION, seconds, after, self.tp_group, links)
 
     def attend(self) -> None:
         """Add a layer's attention, with its projections and the synchronisation of its tensor-parallel group."""

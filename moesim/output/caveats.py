@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from moesim.output.run_folder import Told
+from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 
 
@@ -28,6 +29,12 @@ def caveats(
             "Plans that span nodes are not validated: no hardware that this project could use has run expert "
             "parallelism over several nodes. Costs of operations are tagged as above; how they add up over nodes is "
             "the simulator's model."
+        )
+    if _in_stages(scenario, told, baseline):
+        found.append(
+            "Serving in pipeline stages is not validated: no measured run at hand has more than one stage. A stage's "
+            "own step is priced like any other; how batches follow each other through the stages is the simulator's "
+            "model."
         )
     if figures.routing.judged_on_fit:
         found.append("The placement is judged on the very loads it was fitted to: nothing was left to hold out.")
@@ -63,6 +70,15 @@ def caveats(
     if work is not None and work.isl is not None and work.osl is not None:
         found.append(f"All requests are alike: {work.isl} tokens in, {work.osl} out, no shared prefixes.")
     return found
+
+
+def _in_stages(scenario: Scenario, *runs: Told | None) -> bool:
+    """Whether a plan that is told of has several pipeline stages."""
+    roles = scenario.serving.roles if scenario.serving is not None else None
+    plans: list[ParallelSpec | None] = [run.figures.plan.parallel for run in runs if run is not None]
+    if roles is not None:
+        plans += [role.parallel or scenario.parallel for role in (roles.prefill, roles.decode)]
+    return any(parallel is not None and parallel.pp > 1 for parallel in plans)
 
 
 def _overheads(scenario: Scenario) -> str:

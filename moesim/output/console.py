@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from moesim.output.stage_words import stages_line
 from moesim.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def print_simulation(result: dict[str, Any]) -> None:
     for name, seconds in sorted(step["by_operation_s"].items(), key=lambda item: -item[1]):
         parts.add_row(name, human_seconds(seconds), f"{seconds / step['step_s']:.0%}")
     out.print(parts)
+    staged = stages_line(step, result["serving"])
+    if staged:
+        out.print(staged)
     memory = result["memory"]
     out.print(
         f"Rank load max/mean {result['routing']['max_over_mean']:.3f} on the mean profile, "

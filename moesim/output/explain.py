@@ -56,6 +56,7 @@ def _step(one: ExplainedStep) -> dict[str, Any]:
         "reading_ranks": one.reading_ranks,
         "drawn_steps": one.steps,
         "step_s": one.step_s,
+        **({"stages": one.stages} if one.stages > 1 else {}),
         "critical_path_s": one.critical_path_s,
         "busy_s": one.busy_s,
         "exposed_communication_s": one.exposed_s.tolist(),

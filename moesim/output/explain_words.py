@@ -30,8 +30,11 @@ def title(step: Mapping[str, Any]) -> str:
         batch += f", prompts on {readers} of them"
     role = step.get("role")
     where, whose = ("", "") if role is None else (f" of the {role} role", f" of {role}")
+    stages = step.get("stages", 1)
+    through = "" if stages == 1 else f" in {stages} stages"
     return (
-        f"A {step['which']} {step['kind']} step{where} on {ranks} GPUs: {human_seconds(step['step_s'])} ({batch}); "
+        f"A {step['which']} {step['kind']} step{where} on {ranks} GPUs{through}: {human_seconds(step['step_s'])} "
+        f"({batch}); "
         f"{step['kind']} steps are {step['share_of_time']:.0%} of the step time{whose}"
     )
 
@@ -72,14 +75,16 @@ def _share(by_rank: Sequence[float]) -> str:
 def summary(step: Mapping[str, Any]) -> list[str]:
     """Sentences: exposed communication, who waits for whom and for what, the hottest rank and expert."""
     whole = step["step_s"]
-    exposed = _mean(step["exposed_communication_s"])
-    waited = _mean(step["waited_s"])
+    stages = step.get("stages", 1)
+    exposed = _mean(step["exposed_communication_s"]) * stages
+    waited = _mean(step["waited_s"]) * stages
+    where = "" if stages == 1 else f" over the {stages} stages, while they have the batch"
     lines = [
-        f"The mean rank's compute stream stands still for {human_seconds(exposed)} ({exposed / whole:.0%}); "
+        f"The mean rank's compute stream stands still for {human_seconds(exposed)} ({exposed / whole:.0%}){where}; "
         f"{human_seconds(waited)} of waiting for other ranks ({waited / whole:.0%})."
     ]
     by_operation = sorted(
-        ((name, _mean(by)) for name, by in step["waited_for_operation_s"].items()), key=lambda item: -item[1]
+        ((name, _mean(by) * stages) for name, by in step["waited_for_operation_s"].items()), key=lambda item: -item[1]
     )
     if waited > FEW * whole and sum(step["waited_for_rank_s"]) > 0:
         named = ", ".join(
@@ -89,11 +94,13 @@ def summary(step: Mapping[str, Any]) -> list[str]:
     if step["layers"]:
         hot = max(step["layers"], key=lambda layer: float(layer["slowest_over_mean"]))
         load = max(step["layers"], key=lambda layer: float(layer["rank_over_mean"]))
+        of_stage = "" if stages == 1 else " of its stage"
         slots = f"{load['replicas']} slot{'s' if load['replicas'] > 1 else ''}"
         lines.append(
-            f"Hottest: layer {load['layer']}, rank {load['rank']} with {load['rank_over_mean']:.2f} times the mean "
-            f"tokens (expert {load['expert']}: {load['expert_over_mean']:.1f} times the mean expert, {slots}); longest "
-            f"experts: layer {hot['layer']}, rank {hot['slowest_rank']}, {hot['slowest_over_mean']:.2f} times the mean."
+            f"Hottest: layer {load['layer']}, rank {load['rank']}{of_stage} with {load['rank_over_mean']:.2f} times "
+            f"the mean tokens (expert {load['expert']}: {load['expert_over_mean']:.1f} times the mean expert, {slots})"
+            f"; longest experts: layer {hot['layer']}, rank {hot['slowest_rank']}{of_stage}, "
+            f"{hot['slowest_over_mean']:.2f} times the mean."
         )
     return lines
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import Estimate, Tag
+from moesim.engine.batch_rules import flow_of
 from moesim.engine.draws import LEVEL, interval
 from moesim.engine.overheads import overheads_json
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
-from moesim.engine.stepmodel import ExactModel, Fidelity
 from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.output.dispersion_report import dispersion_json
@@ -21,6 +21,7 @@ from moesim.output.network import of_simulation
 from moesim.output.routing_report import routing_json
 from moesim.output.serving_report import serving_report
 from moesim.output.steady import steadiness
+from moesim.output.step_figures import step_figures
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
 
@@ -106,7 +107,12 @@ def role_metrics(served: Served) -> dict[str, Any]:
 
 
 def busy_share(served: Served, duration_s: float) -> float:
-    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any."""
+    """Share of a run in which an instance of a pool was in a step, mean over the instances that had any.
+
+    With pipeline stages, of the busiest stage.
+    """
+    if served.stage_busy_s is not None:
+        return float(served.stage_busy_s.mean(axis=0).max()) / duration_s
     instances = len(np.unique(served.step_instance))
     return float(served.step_s.sum()) / duration_s / instances if instances else 0.0
 
@@ -141,7 +147,7 @@ def step_seconds(
     setup: LayerSetup, priced: PricedStep, steps: NDArray[np.int64] | None = None
 ) -> dict[tuple[str, str], float]:
     """Seconds of a step by (cost family, tag), mean over ranks and steps (of all, or of some), all layers counted."""
-    model = setup.model
+    model, hops = setup.model, 0 if setup.stages is None else len(setup.stages.hops)
     times = {
         "projections": model.layers,
         "attention": model.layers,
@@ -157,6 +163,8 @@ def step_seconds(
         "gather": model.moe_layers,
         "dense": model.dense_layers,
         "dense_sync": model.dense_layers,
+        "transfer": hops,
+        "arrival": hops,
     }
     found: dict[tuple[str, str], float] = {}
     for name, part in vars(priced).items():
@@ -184,8 +192,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
     served = simulation.served
     metrics = serving_metrics(served, cluster.gpus)
     batch = typical_decode(simulation)
-    fidelity: Fidelity = "des" if cluster.background else "maxplus"
-    _, times = ExactModel(simulation.model, fidelity).run(batch, "decode")
+    step = step_figures(simulation, batch)
     network = of_simulation(simulation, batch)
     profiles, weights = stack_profiles(deployment.ground.judge)
     replicas = simulation.model.pricer.replicas
@@ -203,11 +210,8 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "intervals": intervals([serving_metrics(one, cluster.gpus) for one in simulation.drawn]),
         "step": {
             "tokens_per_dp_rank": float(batch.tokens.mean()),
-            "step_s": float(times.step_s.mean()),
-            "by_operation_s": {name: float(value.mean()) for name, value in sorted(times.busy_s.items())},
+            **step,
             "communication_bytes": {name: network[name]["bytes"] for name in ("dispatch", "combine")},
-            "exposed_communication_s": float(times.exposed_communication_s().mean()),
-            "by_rank_s": [float(value) for value in times.compute_busy_s.mean(axis=0)],
         },
         "routing": {
             "max_over_mean": float(max_over_mean(loads).mean()),
@@ -226,12 +230,13 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "provenance": provenance(simulation),
         "overheads": overheads_json(deployment.rules),
         "plan": {
-            "parallel": setup.parallel.model_dump(mode="json"),
+            "parallel": deployment.parallel.model_dump(mode="json"),
             "instances": deployment.instances,
             "solver": setup.placement.solver,
             "redundant_experts": setup.placement.redundant,
             "schedule": setup.policies.schedule,
             **beside(setup),
+            **stage_plan(simulation),
             "dispatch": setup.policies.dispatch.model_dump(mode="json", exclude_none=True),
             "max_running_requests_per_dp_rank": simulation.model.limits.max_running,
         },
@@ -273,6 +278,21 @@ def beside(setup: LayerSetup) -> dict[str, Any]:
     return found
 
 
+def stage_plan(simulation: Simulation) -> dict[str, Any]:
+    """How a plan's pipeline stages run; nothing where there is one."""
+    flow, stages = flow_of(simulation.deployment, simulation.model.limits), simulation.deployment.setup.stages
+    if flow is None or stages is None:
+        return {}
+    running = flow.running or simulation.model.limits.max_running
+    return {
+        "pipeline": {
+            "layers": [len(held) for held in stages.layers],
+            "batches": flow.batches,
+            "running_requests_per_dp_rank": running,
+        }
+    }
+
+
 def _memory(simulation: Simulation) -> dict[str, Any]:
     counted = simulation.deployment.memory
     used = simulation.served.peak_kv_tokens * counted.kv_bytes_per_token
@@ -282,6 +302,7 @@ def _memory(simulation: Simulation) -> dict[str, Any]:
         "limit_bytes": counted.limit_bytes,
         "kv_capacity_tokens_per_dp_rank": counted.kv_capacity_tokens,
         "ledger": {name: float(size) for name, size in counted.items.items()},
+        **counted.by_stage(),
     }
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from moesim.engine.batch_rules import exchange_mode
 from moesim.engine.simulate import Simulation
-from moesim.engine.stepmodel import exchange_mode
 from moesim.errors import BadInput
 from moesim.graph.batch import Floats, StepBatch
 from moesim.graph.flows import STEPS, PhaseBytes, phase_bytes
@@ -33,8 +33,10 @@ def of_simulation(simulation: Simulation, batch: StepBatch) -> dict[str, Any]:
     load = max(routing.for_phase("decode"), key=lambda one: float(routing.weights[one]))
     counts = routing.counts(load, batch.tokens.sum(axis=1), np.random.default_rng([simulation.seed, 9]))
     mode = exchange_mode(simulation.deployment, "decode")
+    stages = simulation.deployment.setup.stages
+    note = {} if stages is None else {"gpus_of": f"one of {stages.count} pipeline stages, the layers of all together"}
     try:
-        return network_json(simulation.model.pricer, batch, counts, mode)
+        return network_json(simulation.model.pricer, batch, counts, mode) | note
     except BadInput as error:
         return {**{step: {"bytes": None} for step in STEPS}, "reason": str(error)}
 

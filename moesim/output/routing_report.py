@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from moesim.engine.batch_rules import exchange_mode
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
-from moesim.engine.stepmodel import exchange_mode
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.pricing import capacity_sources
 from moesim.routing.capacity.kernel import aligned_rows

@@ -173,6 +173,20 @@ class Result(Stored):
     run: dict[str, float | int | str]
 
 
+class Stage(Stored):
+    """One pipeline stage of the typical decode step."""
+
+    layers: tuple[int, int]
+    seconds: Number = Field(ge=0)
+    to_the_next_s: Number | None
+
+
+class ServingFigures(Stored):
+    """What the serving loop did, as far as the page tells it."""
+
+    stage_busy: tuple[Annotated[Number, Field(ge=0)], ...] = ()
+
+
 class Step(Stored):
     """The typical decode step."""
 
@@ -180,6 +194,7 @@ class Step(Stored):
     step_s: Number = Field(ge=0)
     by_operation_s: dict[str, Number]
     exposed_communication_s: Number
+    stages: tuple[Stage, ...] = ()
 
 
 class RoutingFigures(Stored):
@@ -285,6 +300,7 @@ class Explained(Stored):
     share_of_time: Number
     tokens_per_dp_rank: Number
     reading_ranks: int
+    stages: int = Field(default=1, gt=0)
     step_s: Number = Field(gt=0)
     critical_path_s: dict[str, Number]
     exposed_communication_s: tuple[Number, ...] = Field(min_length=1)
@@ -347,6 +363,7 @@ class Figures(Stored):
     load: LoadFigures | None = None
     provenance: dict[str, Number]
     plan: PlanFigures
+    serving: ServingFigures | None = None
     explain: Explanations | None = None
     run: dict[str, float | int | str]
 

@@ -8,6 +8,7 @@ from html import escape
 from moesim.output import page, pictures
 from moesim.output.page import details, exact, number, percent, section, table
 from moesim.output.run_folder import Figures, PlanRow, RunFolder, Series, Told
+from moesim.output.stage_words import stages_line
 from moesim.units import human_bytes, human_seconds
 
 
@@ -44,19 +45,37 @@ def drawn(runs: Sequence[tuple[str, str, Told]]) -> list[str]:
             pictures.step_bars(figures) + details("The figures of this picture", _step_table(figures)),
             lead=f"A typical decode step of each run, mean over ranks, at its own batch ({tokens}). Steps that also "
             "read prompts are not shown: what they take is the rest of the time per output token. A "
-            "collective takes as long as its own busiest endpoint; waiting is for ranks that come late to one.",
+            "collective takes as long as its own busiest endpoint; waiting is for ranks that come late to one."
+            + _stages(figures),
         )
     )
     if kept:
-        sizes = {name: told.figures.plan.parallel.gpus for name, _, told in runs}
+        sizes = {name: _gpus(told.figures) for name, _, told in runs}
         found.append(_latencies(runs[0][2].figures, kept, sizes))
     return found
 
 
+def _stages(runs: Sequence[tuple[str, Figures]]) -> str:
+    """How batches pass through pipeline stages, for the runs that have several."""
+    told = []
+    for name, figures in runs:
+        kept = None if figures.serving is None else figures.serving.model_dump()
+        line = stages_line(figures.step.model_dump(), kept)
+        if line:
+            told.append(f" {name}: a step is a batch's way through all pipeline stages, others beside it. {line}")
+    return "".join(told)
+
+
+def _gpus(figures: Figures) -> int:
+    """GPUs that a batch is on at once: of an instance, or of one pipeline stage."""
+    return figures.plan.parallel.gpus // figures.plan.parallel.pp
+
+
 def _batch(name: str, figures: Figures) -> str:
-    ranks, gpus = figures.plan.parallel.attention_dp, figures.plan.parallel.gpus
-    tokens = figures.step.tokens_per_dp_rank
-    return f"{name}: {number(tokens, 3)} tokens on each attention-DP rank, {number(tokens * ranks / gpus, 3)} a GPU"
+    ranks, gpus = figures.plan.parallel.attention_dp, _gpus(figures)
+    tokens, where = figures.step.tokens_per_dp_rank, "" if figures.plan.parallel.pp == 1 else " of a stage"
+    each = number(tokens * ranks / gpus, 3)
+    return f"{name}: {number(tokens, 3)} tokens on each attention-DP rank, {each} a GPU{where}"
 
 
 def _latencies(figures: Figures, kept: Sequence[tuple[str, str, Series]], sizes: Mapping[str, int]) -> str:

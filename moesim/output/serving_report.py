@@ -14,7 +14,8 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
     """JSON-ready.
 
     prefix_hit_rate: share of admitted prompt tokens that a prefix cache held; None without a cache.
-    tokens_per_decode_step: of a sequence, above 1 with speculation. roles: each pool's plan and memory; None without.
+    tokens_per_decode_step: of a sequence, above 1 with speculation. stage_busy: of each pipeline stage, where there are
+    several. roles: each pool's plan and memory; None without.
     """
     served, deployment = simulation.served, simulation.deployment
     serving = deployment.serving
@@ -30,6 +31,7 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
         "prefix_hit_rate": served.prefix_found_tokens / asked if asked else None,
         "failed_requests_left_out": failed_requests(serving.workload),
         "tokens_per_decode_step": float(served.gap_n.sum()) / decoded if decoded else None,
+        **_stage_busy(served),
         "roles": roles,
     }
 
@@ -37,10 +39,18 @@ def serving_report(simulation: Simulation) -> dict[str, Any]:
 def _pool(deployment: Deployment, served: Served) -> dict[str, Any]:
     counted = deployment.memory
     return {
-        "gpus": deployment.setup.parallel.gpus * deployment.instances,
+        "gpus": deployment.parallel.gpus * deployment.instances,
         "instances": deployment.instances,
-        "parallel": deployment.setup.parallel.model_dump(mode="json"),
+        "parallel": deployment.parallel.model_dump(mode="json"),
         "steps": served.steps,
         "peak_bytes": counted.fixed_bytes + served.peak_kv_tokens * counted.kv_bytes_per_token,
         "limit_bytes": counted.limit_bytes,
+        **_stage_busy(served),
     }
+
+
+def _stage_busy(served: Served) -> dict[str, Any]:
+    """Share of the run in which each pipeline stage works, mean over instances; nothing where there is one."""
+    if served.stage_busy_s is None:
+        return {}
+    return {"stage_busy": [float(share) for share in served.stage_busy_s.mean(axis=0) / served.duration_s]}

@@ -61,13 +61,17 @@ def pause_slices(simulation: Simulation) -> Iterator[Slice]:
 
 
 def step_slices(served: Served) -> Iterator[Slice]:
-    """A slice for each step of each instance."""
+    """A slice for each step of each instance; steps under way at once get a track each."""
     steps = (served.step_start_s, served.step_s, served.step_prefill_tokens, served.step_decode_seqs)
     for instance in np.unique(served.step_instance).tolist():
         rows = zip(*(values[served.step_instance == instance].tolist() for values in steps), strict=True)
+        free_s: list[float] = []
         for start_s, seconds, prompts, decoding in rows:
             name = "decode" if prompts == 0 else "prefill" if decoding == 0 else "prefill and decode"
-            yield "steps", f"instance {instance}", name, start_s, seconds
+            track = next((track for track, end_s in enumerate(free_s) if end_s <= start_s + 1e-9), len(free_s))
+            free_s[track : track + 1] = [start_s + seconds]
+            beside = f", batch {track + 1}" if track else ""
+            yield "steps", f"instance {instance}{beside}", name, start_s, seconds
 
 
 def run_counters(served: Served) -> Iterator[Counter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -258,6 +258,10 @@ class SearchSpec(Spec):
     roles: Literal["auto", "off"] = Field(
         default="off", description="serving: auto = plans with and without prefill and decode roles; off = as it says"
     )
+    pp: Literal["off", "auto"] | tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default="off",
+        description="serving: off = one pipeline stage beside the scenario's own plan; auto = 1, 2, 4 and 8; or a list",
+    )
     redundant_experts: tuple[int, ...] | None = None
     solvers: tuple[str, ...] | None = None
     capacity_factor: tuple[float, float] | None = None
@@ -272,7 +276,7 @@ class SearchSpec(Spec):
         default="auto", description="auto = Gaussian processes over the choices, by this program"
     )
 
-    @field_validator("roles", mode="before")
+    @field_validator("roles", "pp", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads `off` as false
@@ -312,6 +316,8 @@ class Scenario(Spec):
     def _one_workload(self) -> Scenario:
         if (self.serving is None) == (self.training is None):
             raise ValueError("give exactly one of serving and training")
+        if self.serving is None and self.search.pp != "off":
+            raise ValueError("search.pp is of serving: a training search tries pipeline stages by itself")
         if self.serving is None and self.cost.overheads is not None:
             raise ValueError("cost.overheads is of serving: training has training.host")
         if self.serving is not None and self.objective.of_training:

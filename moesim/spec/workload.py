@@ -128,6 +128,7 @@ class RoleSpec(Spec):
     policies: dict[str, Any] | None = None
     batching: dict[str, Any] | None = None
     precision: dict[str, Any] | None = None
+    pipeline: dict[str, Any] | None = None
 
 
 class RolesSpec(Spec):
@@ -140,11 +141,26 @@ class RolesSpec(Spec):
     )
 
 
+class StagesSpec(Spec):
+    """How an instance with `parallel.pp` over 1 runs its pipeline stages."""
+
+    layers: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        default=None, description="layers of each stage; none = as even as can be, by the engine's rule"
+    )
+    batches: int | None = Field(
+        default=None, gt=0, description="batches of an instance under way at once; none = one for each stage"
+    )
+    running_requests_per_dp_rank: int | None = Field(
+        default=None, gt=0, description="most requests of one batch; none = as the engine does it"
+    )
+
+
 class ServingSpec(Spec):
     """Serving: a workload and the engine's limits."""
 
     workload: WorkloadSpec
     batching: BatchingSpec = BatchingSpec()
+    pipeline: StagesSpec = StagesSpec()
     balance: Literal["round_robin", "shortest_queue", "fewest_tokens", "central_queue"] = "round_robin"
     speculative: SpeculativeSpec | None = None
     memory: MemorySpec = MemorySpec()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moesim.engine.memory import MemoryLedger, ledger
 from moesim.engine.memory_limits import Of, share
+from moesim.engine.stage_layout import split_of
 from moesim.engine.workload import lengths
 from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
@@ -28,14 +29,17 @@ def memory_share(placement: ExpertPlacement, scenario: Scenario, of: Of) -> floa
 
 def _counted(placement: ExpertPlacement, scenario: Scenario) -> MemoryLedger:
     assert scenario.serving is not None
+    model = load_model(scenario.model)
+    parallel = scenario.parallel or ParallelSpec(attention_dp=placement.ranks, ep=placement.ranks)
     return ledger(
-        load_model(scenario.model),
+        model,
         load_cluster(scenario.cluster),
-        scenario.parallel or ParallelSpec(attention_dp=placement.ranks, ep=placement.ranks),
+        parallel,
         scenario.precision,
         slots_per_rank=placement.slots_per_rank,
         batching=scenario.serving.batching,
         memory=scenario.serving.memory,
         policies=scenario.policies,
         max_context_tokens=lengths(scenario.serving.workload).longest_context,
+        stages=None if parallel.pp == 1 else split_of(scenario, parallel, model),
     )

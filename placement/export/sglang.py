@@ -15,6 +15,7 @@ from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export.instance import instances_of
 from placement.export.memory import memory_share
+from placement.export.stages import partition
 
 FILE = "expert_location.json"
 
@@ -38,6 +39,19 @@ def write(placement: ExpertPlacement, path: Path) -> None:
         where=str(path),
     )
     write_text(path, text)
+
+
+def pipeline_lines(scenario: Scenario) -> list[str]:
+    """What a plan says of its pipeline stages beyond their number and split."""
+    if scenario.serving is None or scenario.parallel is None or scenario.parallel.pp == 1:
+        return []
+    asked = scenario.serving.pipeline
+    lines = []
+    if asked.running_requests_per_dp_rank is not None:
+        lines.append(f"--pp-max-micro-batch-size {asked.running_requests_per_dp_rank}")
+    if asked.batches is not None and asked.batches > scenario.parallel.pp:
+        lines.append(f"--pp-async-batch-depth {asked.batches - scenario.parallel.pp}")
+    return lines
 
 
 def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str = "") -> list[str]:
@@ -84,6 +98,9 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
     if low_latency:
         limit = engine_rules("sglang").low_latency_tokens
         lines[0] = f"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK={limit} {lines[0]}"
+    layers = partition(scenario, "sglang")
+    if layers is not None:
+        lines[0] = f"SGLANG_PP_LAYER_PARTITION={','.join(map(str, layers))} {lines[0]}"
     replica = scenario.policies.dispatch.replica
     lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
     if scenario.policies.dispatch.backend == "deepep":
@@ -101,6 +118,7 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
             running = min(running, engine_rules("sglang").low_latency_tokens * tp)
             lines.append(f"--cuda-graph-max-bs {running}")
         lines.append(f"--max-running-requests {running * dp}")
+        lines += pipeline_lines(scenario)
         lines.append(f"--mem-fraction-static {memory_share(placement, scenario, 'static'):.3f}")
         if not batching.prefix_cache:
             lines.append("--disable-radix-cache")

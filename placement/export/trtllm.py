@@ -16,6 +16,7 @@ from moesim.spec.maps.trtllm import ASSIGNMENTS, check, parse
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export.memory import memory_share
+from placement.export.stages import partition, running_in_a_batch
 
 FILE = "moe_load_balancer.yaml"
 
@@ -67,7 +68,10 @@ def takes_map(placement: ExpertPlacement, scenario: Scenario | None) -> bool:
 
 
 def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
-    """The extra options file of `trtllm-serve`: parallelism, batch limits (per attention-DP rank there as here)."""
+    """The extra options file of `trtllm-serve`: parallelism, batch limits (per attention-DP rank there as here).
+
+    Its max_batch_size is of one batch; with pipeline stages several are under way (PyExecutor, `num_micro_batches`).
+    """
     data: dict[str, Any] = {"moe_expert_parallel_size": placement.ranks}
     tp = placement.ranks
     attention_dp = True
@@ -77,6 +81,9 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
         attention_dp = parallel.attention_dp > 1
         if parallel.pp > 1:
             data["pipeline_parallel_size"] = parallel.pp
+        layers = partition(scenario, "trtllm")
+        if layers is not None:
+            data["pp_partition"] = layers
         if parallel.expert_tp > 1:
             data["moe_tensor_parallel_size"] = parallel.expert_tp
         if attention_dp and parallel.tp > 1:
@@ -89,7 +96,7 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
     data["enable_attention_dp"] = attention_dp
     if scenario is not None and scenario.serving is not None:
         batching = scenario.serving.batching
-        data["max_batch_size"] = batching.max_running_requests_per_dp_rank
+        data["max_batch_size"] = running_in_a_batch(scenario)
         data["max_num_tokens"] = batching.max_batch_tokens_per_dp_rank
         data["enable_chunked_prefill"] = batching.chunked_prefill
         data["kv_cache_config"] = {

@@ -22,6 +22,7 @@ from moesim.spec.hf import load_model
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export.memory import memory_share
+from placement.export.stages import partition
 
 GATE = "no release of vLLM loads a static expert map yet (vllm-project/vllm issues 34297 and 49572)"
 BACKENDS = {"normal": "deepep_high_throughput", "low_latency": "deepep_low_latency", "auto": "deepep_low_latency"}
@@ -50,6 +51,9 @@ def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> lis
         lines += [f"--tensor-parallel-size {parallel.tp}", f"--data-parallel-size {parallel.attention_dp}"]
         if parallel.pp > 1:
             lines.append(f"--pipeline-parallel-size {parallel.pp}")
+        layers = partition(scenario, "vllm")
+        if layers is not None:
+            lines[0] = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, layers))} {lines[0]}"
     if placement.ranks > 1:
         lines.append("--enable-expert-parallel")
     if scenario is not None and scenario.serving is not None:

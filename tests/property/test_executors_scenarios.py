@@ -29,12 +29,13 @@ def drawn(rng):
     tp = int(rng.choice([1, 1, 2, 4]))
     backend = str(rng.choice(["deepep", "alltoall", "allgather_reducescatter", "allreduce"]))
     attention_dp = 1 if backend == "allreduce" else max(1, gpus // tp)
+    pp = int(rng.choice([1, 1, 2]))
     return {
         "model": str(rng.choice(MODELS)),
-        "cluster": {"system": "h200_sxm", "nodes": max(1, gpus // 8), "gpus_per_node": min(gpus, 8)},
+        "cluster": {"system": "h200_sxm", "nodes": max(1, gpus // 8) * pp, "gpus_per_node": min(gpus, 8)},
         "cost": {"source": "roofline"},
         "routing": {"synthetic": {"kind": "zipf", "exponent": float(rng.uniform(0, 1)), "workloads": 2}},
-        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp},
+        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp, "pp": pp},
         "placement": {"solver": "contiguous"},
         "policies": {
             "dispatch": {"backend": backend},

@@ -81,10 +81,12 @@ def ends_well(code: int, printed: Any, what: str) -> None:
 @pytest.mark.slow
 def test_mutated_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(0)
-    base = small()
-    base["serving"]["workload"]["requests"] = 10
+    plain, staged = small(), small(parallel={"attention_dp": 4, "ep": 4, "pp": 2})
+    staged["serving"]["pipeline"] = {"layers": [7, 9], "batches": 3, "running_requests_per_dp_rank": 20}
     codes = set()
     for number in range(SCENARIOS):
+        base = staged if number % 5 == 4 else plain
+        base["serving"]["workload"]["requests"] = 10
         path = tmp_path / "s.yaml"
         if number % 3:
             path.write_text(yaml.safe_dump(mutate(base, rng)))

@@ -15,7 +15,8 @@ from moesim.commands.doctor.deepep import LOW_LATENCY_HIDDEN, limits
 from moesim.commands.doctor.divisibility import divisibility
 from moesim.commands.doctor.findings import Finding
 from moesim.commands.doctor.scenario import Checked, check_scenario
-from moesim.engine.memory import MemoryLedger, deepep_buffer_bytes
+from moesim.engine.deepep_memory import deepep_buffer_bytes
+from moesim.engine.memory import MemoryLedger
 from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.presets import load_cluster
@@ -114,7 +115,8 @@ def test_every_check_of_divisibility_is_made() -> None:
     [
         ({"tp": 1, "attention_dp": 12, "ep": 12}, "does not fill whole nodes of 8; change parallel.attention_dp"),
         ({"tp": 16, "ep": 16}, "tp 16 spans nodes of 8 GPUs"),
-        ({"pp": 4, "attention_dp": 8, "ep": 8}, "61 layers do not divide by pp 4; change parallel.pp"),
+        ({"pp": 64, "attention_dp": 8, "ep": 8}, "61 layers cannot fill 64 stages; set parallel.pp to 61 at most"),
+        ({"pp": 2, "attention_dp": 6, "ep": 6}, "stage of 6 GPUs neither divides a node of 8 nor fills several"),
         ({"tp": 32, "expert_tp": 32}, "2048 columns / expert_tp 32 = 64 is no multiple of fp8_block's block of 128"),
     ],
 )

@@ -206,6 +206,43 @@ def test_other_engines_keep_the_limits_of_one_attention_rank(placement: ExpertPl
     assert options["moe_config"] == {"load_balancer": "moe_load_balancer.yaml"}
 
 
+def test_stages_are_told_to_every_engine(placement: ExpertPlacement) -> None:
+    """Stages of 8 GPUs on two nodes; an engine that would split the 61 layers otherwise is told how the plan does."""
+    stages = scenario(engine={"name": "vllm", "version": "1"}, parallel={"tp": 8, "pp": 2, "ep": 8})
+    assert instances_of(placement, stages) == Instances(1, 16, 2)
+    lines = vllm.launch(placement, stages)
+    assert "--pipeline-parallel-size 2" in lines
+    assert "--max-num-seqs 64" in lines  # of both batches together
+    assert not any("PARTITION" in line for line in lines)
+    lines = sglang.launch(placement, stages)
+    assert lines[0].startswith("SGLANG_PP_LAYER_PARTITION=31,30 ")
+    assert "--pp-size 2" in lines
+    assert "--tp-size 8" in lines
+    options = yaml.safe_load(trtllm.options(plain(8), stages))
+    assert options["pipeline_parallel_size"] == 2
+    assert options["max_batch_size"] == 32  # of one batch
+    assert "pp_partition" not in options
+
+
+def test_how_batches_follow_each_other_is_told(placement: ExpertPlacement) -> None:
+    serving = scenario().model_dump(mode="json")["serving"]
+    pipeline = {"layers": [30, 31], "batches": 3, "running_requests_per_dp_rank": 20}
+    stages = scenario(parallel={"tp": 8, "pp": 2, "ep": 8}, serving=serving | {"pipeline": pipeline})
+    lines = sglang.launch(placement, stages)
+    assert "--pp-max-micro-batch-size 20" in lines
+    assert "--pp-async-batch-depth 1" in lines
+    assert not any("PARTITION" in line for line in lines)  # SGLang's own split
+    assert vllm.launch(placement, stages)[0].startswith("VLLM_PP_LAYER_PARTITION=30,31 vllm serve")
+    options = yaml.safe_load(trtllm.options(plain(8), stages))
+    assert (options["pp_partition"], options["max_batch_size"]) == ([30, 31], 20)
+
+
+def plain(ranks: int) -> ExpertPlacement:
+    """Sixteen experts in order, which TensorRT-LLM needs no map for."""
+    loads = np.full((1, 3, 16), 1 / 16)
+    return solve(PlacementRequest(loads, np.ones(1), np.arange(3, 6), 6, slots=16, ranks=ranks), "contiguous").placement
+
+
 def test_trtllm_refuses_a_layout_that_it_does_not_have(placement: ExpertPlacement, tmp_path: Path) -> None:
     with pytest.raises(Infeasible, match="TP 2 x DP 8"):
         export_placement(placement, "trtllm", tmp_path / "trtllm", scenario())

@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.engine.memory import (
-    MemoryLedger,
+from moesim.engine.deepep_memory import (
     deepep_buffer_bytes,
     deepep_low_latency_bytes,
     deepep_nvlink_bytes,
     deepep_rdma_bytes,
-    kv_bytes_per_token,
-    ledger,
-    weights,
 )
+from moesim.engine.memory import MemoryLedger, kv_bytes_per_token, ledger, weights
 from moesim.engine.memory_limits import share
 from moesim.errors import Infeasible
+from moesim.graph.stages import split_layers
 from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.presets import load_cluster
@@ -90,7 +88,7 @@ def test_mla_cache_is_repeated_over_tp_and_grouped_query_is_divided() -> None:
     assert kv_bytes_per_token(QWEN, ParallelSpec(), precision) == whole
     assert kv_bytes_per_token(QWEN, ParallelSpec(tp=2, ep=2), precision) == whole / 2
     assert kv_bytes_per_token(QWEN, ParallelSpec(tp=8, ep=8), precision) == whole / 4  # 4 KV heads
-    assert kv_bytes_per_token(QWEN, ParallelSpec(pp=2), precision) == whole / 2
+    assert kv_bytes_per_token(QWEN, ParallelSpec(), precision, layers=range(47)) == whole / 2
 
 
 def test_shared_experts_are_repeated_under_deepep_and_divided_otherwise() -> None:
@@ -234,8 +232,9 @@ def test_items_are_never_negative_and_replicas_never_free(
     slots = -(-QWEN.moe.experts // parallel.ep)
     batching = BatchingSpec(max_batch_tokens_per_dp_rank=tokens)
     roomy = H200.model_copy(update={"gpu": H200.gpu.model_copy(update={"hbm_bytes": 4e12})})
-    base = of(parallel, slots, model=QWEN, cluster=roomy, batching=batching)
-    more = of(parallel, slots + redundant, model=QWEN, cluster=roomy, batching=batching)
+    given = {"model": QWEN, "cluster": roomy, "batching": batching, "stages": split_layers(QWEN.layers, pp, "vllm")}
+    base = of(parallel, slots, **given)
+    more = of(parallel, slots + redundant, **given)
     assert min(base.items.values()) >= 0
     assert (more.kv_capacity_tokens < base.kv_capacity_tokens) == (redundant > 0)
 

@@ -19,8 +19,11 @@ RATE = "output_tokens_per_s_per_gpu"
 SPREAD = np.linspace(0.98, 1.02, 21)
 
 
-def finalist(rate: float, tpot: float, *, draws: int = 20, solver: str = "greedy", outside: float = 0.0) -> Finalist:
-    plan = Plan(ParallelSpec(attention_dp=8, ep=8), "deepep", solver, 0, "sequential")
+def finalist(
+    rate: float, tpot: float, *, draws: int = 20, solver: str = "greedy", outside: float = 0.0, stages: int = 1
+) -> Finalist:
+    parallel = ParallelSpec(attention_dp=8 // stages, ep=8 // stages, pp=stages)
+    plan = Plan(parallel, "deepep", solver, 0, "sequential")
     trial = Trial(0, plan, Outcome("ok", {"extrapolated_share": outside}))
     return Finalist(trial, {RATE: rate * SPREAD[: draws + 1], LATENCY: tpot * SPREAD[: draws + 1]})
 
@@ -63,6 +66,14 @@ def test_plans_over_several_nodes_say_that_nobody_validated_them() -> None:
     best = finalist(110.0, 0.01)
     assert "not validated on hardware" in judged(best, BASE, gpus_per_node=4)["text"]
     assert "not validated on hardware" not in judged(best, BASE)["text"]
+
+
+def test_plans_in_stages_say_so_and_their_experts_stay_within_a_stage() -> None:
+    best, plain = finalist(110.0, 0.01, stages=2), finalist(100.0, 0.02, solver="contiguous", stages=2)
+    said = judged(best, plain, gpus_per_node=4)["text"]
+    assert "Serving in pipeline stages is not validated on hardware." in said
+    assert "Multi-node expert parallelism" not in said
+    assert "Multi-node expert parallelism" in judged(best, BASE, gpus_per_node=4)["text"]
 
 
 def test_levels_are_sure_only_at_the_far_end_of_the_interval() -> None:

@@ -420,5 +420,5 @@ def test_one_measurement_in_two_dumps_is_one_run(tmp_path: Any) -> None:
     (tmp_path / "b200_sxm").mkdir()
     dates = ("measured=2025-12-01", "measured=2026-03-01")
     assert len({run_in(one(**cold, source=f"dump; {date}"), tmp_path) for date in dates}) == 2
-    unsupported = one(layout=Layout(4, 2, 1, 4, 1))
+    unsupported = one(layout=Layout(4, 1, 1, 2, 1))  # sizes that contradict each other
     assert run_in(unsupported, tmp_path) == run_of(unsupported)

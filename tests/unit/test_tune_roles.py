@@ -333,8 +333,9 @@ def test_among_prefill_pools_of_one_decode_pool_ttft_decides(tmp_path: Path) -> 
         (["search.roles=auto", "serving.balance=central_queue"], "serving.balance"),
         (["search.roles=auto", "search.parallel=fixed"], "search.roles"),
         (["search.roles=always"], "search.roles"),
-        (["parallel={tp: 4, pp: 2, ep: 4}"], "pipeline and context parallelism are not simulated"),
-        (["parallel={tp: 4, cp: 2, ep: 8}"], "pipeline and context parallelism are not simulated"),
+        (["parallel={tp: 4, cp: 2, ep: 8}"], "context parallelism is not simulated in serving yet"),
+        (["search.pp=always"], "search.pp"),
+        (["search.pp=[0]"], "search.pp"),
         (["search.axes={serving.roles.decode.replicas: [1, 2]}"], "serving.roles"),
     ],
 )

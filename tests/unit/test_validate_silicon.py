@@ -116,7 +116,6 @@ def test_settings_follow_the_scripts(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"mode": "disagg"}, "disaggregated"),
-        ({"pp_size": "2"}, "pipeline"),
         ({"moe_tp_size": "2"}, "contradict each other"),
         ({"system": "unheard_of"}, "no profile of unheard_of"),
         ({"silicon_data_source": "", "batch_size": ""}, "does not say how many requests"),
@@ -131,7 +130,7 @@ def test_rows_that_cannot_be_described_say_why(change: dict[str, str], reason: s
 def test_a_row_is_priced_with_the_shipped_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a user would: the same rows without their measurements, in order, the unsupported one with its reason."""
     path = table(
-        tmp_path, {"silicon_ttft_ms": "", "silicon_tpot_ms": ""}, {"pp_size": "2"}, {"silicon_tpot_ms": "13.0"}
+        tmp_path, {"silicon_ttft_ms": "", "silicon_tpot_ms": ""}, {"moe_tp_size": "2"}, {"silicon_tpot_ms": "13.0"}
     )
     out = tmp_path / "pred.csv"
     assert run(["validate", "silicon", "--rows", str(path), "--out", str(out), "--profiles", str(DATA), "--json"]) == 0
@@ -148,6 +147,16 @@ def test_a_row_is_priced_with_the_shipped_profile(tmp_path: Path, capsys: pytest
     assert "| TPOT: MAPE" in capsys.readouterr().out
 
 
+def test_a_row_in_stages_is_priced(tmp_path: Path) -> None:
+    """Twice the GPUs in two stages: a token takes as many layers as before and a send, so it comes hardly sooner."""
+    one, two = predict_all(rows(tmp_path, {}, {"pp_size": "2"}), DATA)
+    assert (one.status, two.status) == (OK, OK)
+    assert one.tpot_s is not None
+    assert two.tpot_s is not None
+    assert 0.6 * one.tpot_s < two.tpot_s < 1.3 * one.tpot_s
+    assert scenario_of(two.row, DATA).cluster.nodes == 2  # type: ignore[union-attr]
+
+
 def test_wrong_costs_show_in_the_score(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, {})
     (right,) = predict_all([row], DATA)
@@ -161,7 +170,7 @@ def test_wrong_costs_show_in_the_score(tmp_path: Path) -> None:
 
 
 def test_predictions_keep_the_order_and_ids(tmp_path: Path) -> None:
-    found = predict_all(rows(tmp_path, {"pp_size": "2"}, {"mode": "disagg"}), DATA)
+    found = predict_all(rows(tmp_path, {"moe_tp_size": "2"}, {"mode": "disagg"}), DATA)
     assert predictions_csv(found).splitlines()[1].startswith("0,unsupported,,,")
     assert predictions_csv(found).splitlines()[2].startswith("1,unsupported,,,")
 

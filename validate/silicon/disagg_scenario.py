@@ -92,8 +92,6 @@ def disagg_scenario(row: SiliconRow, ran: Ran, profiles: Path, rounds: int) -> S
 
 
 def _check(layout: Layout) -> None:
-    if layout.pp > 1:
-        raise Infeasible("pipeline parallelism is not simulated in serving", reason="pipeline")
     if layout.expert_tp * layout.ep != layout.tp * layout.attention_dp:
         raise Infeasible(
             f"expert TP {layout.expert_tp} x EP {layout.ep} is not TP {layout.tp} x attention DP "
@@ -113,6 +111,7 @@ def _role(row: SiliconRow, pool: Workers, batching: dict[str, Any], settings: Se
         "replicas": pool.count,
         "parallel": {
             "tp": layout.tp,
+            "pp": layout.pp,
             "attention_dp": layout.attention_dp,
             "ep": layout.ep,
             "expert_tp": layout.expert_tp,

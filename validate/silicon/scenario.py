@@ -38,8 +38,6 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
             "the client sent 512 at once to a server of fewer places, which the row does not say", reason="hidden_load"
         )
     layout = layout_of(row)
-    if layout.pp > 1:
-        raise Infeasible("pipeline parallelism is not simulated in serving", reason="pipeline")
     if layout.expert_tp * layout.ep != layout.tp * layout.attention_dp:
         raise Infeasible(
             f"expert TP {layout.expert_tp} x EP {layout.ep} is not TP {layout.tp} x attention DP "
@@ -51,7 +49,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
         raise Infeasible(f"no profile of {row.system}", reason="no_profile")
     settings = settings_of(row, layout)
     node = GPUS_PER_NODE.get(row.system, 8)
-    gpus = layout.tp * layout.attention_dp
+    gpus = layout.gpus
     cost = {"source": "store", "profiles": [str(folder)], "extrapolate": "allow"}
     if settings.experts_from is not None:
         cost["experts_from"] = settings.experts_from
@@ -73,6 +71,7 @@ def scenario_of(row: SiliconRow, profiles: Path) -> Scenario:
             "cost": cost,
             "parallel": {
                 "tp": layout.tp,
+                "pp": layout.pp,
                 "attention_dp": layout.attention_dp,
                 "ep": layout.ep,
                 "expert_tp": layout.expert_tp,

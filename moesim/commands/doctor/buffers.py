@@ -11,13 +11,13 @@ import os
 from collections.abc import Mapping
 
 from moesim.commands.doctor.findings import Finding
-from moesim.engine.memory import (
+from moesim.engine.deepep_memory import (
     NVSHMEM_GRANULARITY_BYTES,
-    MemoryLedger,
     deepep_low_latency_bytes,
     deepep_nvlink_bytes,
     deepep_rdma_bytes,
 )
+from moesim.engine.memory import MemoryLedger
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import DispatchSpec

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moesim.commands.doctor.findings import Finding
-from moesim.engine.memory import DEEPEP_NVLINK_PEERS
+from moesim.engine.deepep_memory import DEEPEP_NVLINK_PEERS
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec

@@ -57,6 +57,10 @@ def _gpus(cluster: ClusterSpec, parallel: ParallelSpec) -> Iterator[Finding]:
         mend = f"change parallel.attention_dp so that an instance is a multiple of {node} GPUs"
         detail = f"an instance of {parallel.gpus} GPUs does not fill whole nodes of {node}"
         yield Finding("divides nodes", "fault", detail, mend)
+    stage = parallel.gpus // parallel.pp
+    if parallel.pp > 1 and (node % stage if stage < node else stage % node):
+        detail = f"a pipeline stage of {stage} GPUs neither divides a node of {node} nor fills several"
+        yield Finding("divides nodes", "fault", detail, "change parallel.tp or parallel.attention_dp")
     if parallel.tp > node:
         yield Finding(
             "divides nodes",
@@ -67,8 +71,15 @@ def _gpus(cluster: ClusterSpec, parallel: ParallelSpec) -> Iterator[Finding]:
 
 
 def _layers(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:
-    if parallel.pp > 1:
-        yield _divides("divides layers", model.layers, parallel.pp, "layers", "pp", "change parallel.pp")
+    if parallel.pp == 1:
+        return
+    if parallel.pp > model.layers:
+        told = f"{model.layers} layers cannot fill {parallel.pp} stages"
+        yield Finding("divides layers", "fault", told, f"set parallel.pp to {model.layers} at most")
+        return
+    least, more = divmod(model.layers, parallel.pp)
+    each = f"{least}" if not more else f"{least} or {least + 1}"
+    yield Finding("divides layers", "ok", f"{model.layers} layers on {parallel.pp} stages: {each} on each")
 
 
 def _heads(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:

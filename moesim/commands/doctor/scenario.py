@@ -51,6 +51,7 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     from moesim.commands.doctor import buffers, deepep
     from moesim.commands.doctor.divisibility import divisibility
     from moesim.engine.deployment import check_parallel, refuse_unsupported
+    from moesim.engine.stage_layout import check_stages
     from moesim.spec.hf import load_model
     from moesim.spec.parallel import ParallelSpec
     from moesim.spec.presets import load_cluster
@@ -80,6 +81,7 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     tokens = _dispatch_limit(scenario)
     yield from deepep.limits(scenario, model, cluster, parallel, slots, tokens)
     check_parallel(parallel, model, cluster, scenario.policies)
+    check_stages(scenario, parallel, model, cluster)
     instances = cluster.gpus // parallel.gpus
     yield Finding("parallel", "ok", f"{parallel.label()}, {instances} instance{'s' if instances > 1 else ''}")
     each = _slots(scenario, model, parallel.ep)
@@ -161,6 +163,7 @@ def _ledger(
     scenario: Scenario, model: ModelSpec, cluster: ClusterSpec, parallel: ParallelSpec, slots: int, tokens: int
 ) -> MemoryLedger:
     from moesim.engine.memory import ledger
+    from moesim.engine.stage_layout import split_of
     from moesim.engine.workload import lengths
 
     serving = scenario.serving
@@ -177,6 +180,7 @@ def _ledger(
         scenario.policies,
         max_context_tokens=lengths(serving.workload).longest_context,
         low_latency_max_tokens=tokens,
+        stages=None if parallel.pp == 1 else split_of(scenario, parallel, model),
     )
 
 
