@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moesim.engine.batch_state import NONE, Limits, Plan, Ranks, Requests, new_ranks
@@ -31,6 +30,7 @@ from moesim.engine.compiled_steps import (
     step_s,
 )
 from moesim.engine.in_flight import Flow, come_back, depart
+from moesim.engine.kernel import kernel
 from moesim.engine.lookups import DecodeAttention, Graphs
 from moesim.engine.prefix_cache import new_prefix_cache
 from moesim.engine.steptable import StepTable
@@ -93,7 +93,7 @@ class StagedTimed(Timed, Protocol):
         ...
 
 
-@njit(cache=True)
+@kernel
 def _ranks(group: Ranks, slots: Slots, slot: int) -> Ranks:
     return Ranks(
         group.head, group.tail, group.reading, slots.running[slot], slots.running_seqs[slot], slots.context[slot],
@@ -102,7 +102,7 @@ def _ranks(group: Ranks, slots: Slots, slot: int) -> Ranks:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@kernel
 def _plan(slots: Slots, slot: int) -> Plan:
     return Plan(
         slots.decode_seqs[slot], slots.decode_kv[slot], slots.prefill_seqs[slot], slots.prefill_tokens[slot],
@@ -110,7 +110,7 @@ def _plan(slots: Slots, slot: int) -> Plan:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@kernel
 def _form(requests: Requests, group: Ranks, slots: Slots, limits: Limits, counters: Ints) -> int:
     """Form a batch in the first free slot that has anything to do; the slot, NONE where there is nothing."""
     for place in range(counters[FREE]):
@@ -131,7 +131,7 @@ def _form(requests: Requests, group: Ranks, slots: Slots, limits: Limits, counte
     return NONE
 
 
-@njit(cache=True)
+@kernel
 def _stage(grid: Grid, seconds: Floats, stage: int) -> Grid:
     return Grid(
         grid.known, grid.tokens, grid.hot, grid.attention_s, seconds[stage], grid.before_s, grid.ends_below,
@@ -139,7 +139,7 @@ def _stage(grid: Grid, seconds: Floats, stage: int) -> Grid:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@kernel
 def _time(
     plan: Plan, decode: Grid, decode_s: Floats, prefill: Grid, prefill_s: Floats, attention: DecodeAttention,
     graphs: Graphs, prompts: Prompts, counters: Ints, clock: Floats, way: Way, stage_s: Floats,
@@ -159,7 +159,7 @@ def _time(
     return DONE
 
 
-@njit(cache=True)
+@kernel
 def _send(plan: Plan, graphs: Graphs, ready_s: float, stage_s: Floats, way: Way) -> float:
     """Let a batch follow those before it through all stages, see `in_flight.Lane.send`; its end."""
     most = 0
@@ -181,7 +181,7 @@ def _send(plan: Plan, graphs: Graphs, ready_s: float, stage_s: Floats, way: Way)
     return at_s
 
 
-@njit(cache=True)
+@kernel
 def _advance(
     requests: Requests, group: Ranks, slots: Slots, limits: Limits, mine: Ints, instances: int,
     admitted_s: Floats, scheduled_s: Floats, decode: Grid, decode_s: Floats, prefill: Grid, prefill_s: Floats,
@@ -253,18 +253,17 @@ def _advance(
     return DONE
 
 
-@njit(cache=True)
+@kernel
 def _finish(
     requests: Requests, group: Ranks, slots: Slots, slot: int, limits: Limits, counters: Ints, clock: Floats,
     gap_s: Floats, gap_n: Ints, ended: Ints,
 ) -> None:  # fmt: skip
     """Hand out the tokens of a batch and free its slot, which is the next to be tried."""
     plan, ranks = _plan(slots, slot), _ranks(group, slots, slot)
-    reads = plan.prefill_seqs > 0
     come_back(requests, plan, slots.last[slot], slots.joining[slot])
     gaps, done = finish_step(requests, ranks, limits, plan, clock[NOW], gap_s, gap_n, counters[GAPS], ended)
-    for rank in range(len(reads)):
-        if reads[rank]:
+    for rank in range(len(ranks.head)):
+        if plan.prefill_tokens[rank] > 0:
             ranks.unpolled[rank] = limits.poll_steps
     counters[GAPS] = gaps
     counters[ENDED] += done

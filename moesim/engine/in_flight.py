@@ -12,11 +12,11 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from moesim.engine.batch_state import NONE, Ints, Limits, Plan, Ranks, Requests, new_plan
 from moesim.engine.batch_times import BatchTimes, Staged
 from moesim.engine.batcher import finish_step, plan_step
+from moesim.engine.kernel import kernel
 
 __all__ = ["Flow", "Lane", "Slot", "UnderWay", "come_back", "depart"]
 
@@ -133,7 +133,7 @@ class UnderWay:
         return self.free[0]
 
 
-@njit(cache=True)
+@kernel
 def depart(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
     """Count the batch's prompts as read, so that the next batch goes on after them."""
     for rank in range(len(joining)):
@@ -145,7 +145,7 @@ def depart(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> N
             joining[rank] += last[rank, place]
 
 
-@njit(cache=True)
+@kernel
 def come_back(requests: Requests, plan: Plan, last: np.ndarray, joining: Ints) -> None:
     """Keep of the batch's prompts those that are read to their end, for `finish_step` to count."""
     for rank in range(len(joining)):
