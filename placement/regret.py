@@ -2,13 +2,16 @@
 
 `python -m placement.regret SCENARIO.yaml --table FILE.parquet` evaluates every legal plan once (where the file is not
 there yet), then searches the table with several seeds. With `--large` the space is too large for that: the search is
-set against random search and local search, from the same recipes, with the same number of evaluations.
+set against random search and local search, from the same recipes, with as many evaluations and with as much CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
 import io
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +37,10 @@ from placement.tuner import open_study, search
 
 _FIGURES = ("status", "maximised", "minimised", "violation", "extrapolated_share")
 SAMPLED_ROWS = 6
+# How many times the evaluations of `auto` its rivals may have, if its CPU time lasts as long; and the least of that
+# time, for evaluations that cost nothing.
+LONGER = 5
+LEAST_LIMIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,28 +89,52 @@ class Known:
         raise NotImplementedError
 
 
+class Spent(BaseException):
+    """The CPU time of a search is used up; no Exception, so that nothing takes it for a plan that failed."""
+
+
 class Remembering:
-    """Workers that simulate each plan once, whoever asks, and charge its CPU time to everybody who asks."""
+    """Workers that simulate each plan once, whoever asks, and charge its CPU time to everybody who asks.
+
+    told: of each evaluation since `begin`, the CPU seconds charged by then and its outcome; past `limit_s` of them an
+    evaluation raises Spent.
+    """
 
     count = 1
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
         self.known: dict[Plan, tuple[Outcome, float]] = {}
-        self.charged_s = 0.0
         self.spent_s = 0.0
+        self.begin()
+
+    def begin(self, limit_s: float = math.inf) -> None:
+        """A new search, with so much CPU time for all it does."""
+        self.told: list[tuple[float, Outcome]] = []
+        self.limit_s, self._charged_s = limit_s, 0.0
+        self._began_s, self._spent_before_s = time.process_time(), self.spent_s
+
+    @property
+    def charged_s(self) -> float:
+        """CPU seconds of the search: of its evaluations, whoever paid them, and of everything else it did."""
+        beside = time.process_time() - self._began_s - (self.spent_s - self._spent_before_s)
+        return self._charged_s + beside
 
     def evaluate(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
-        """Outcomes of the plans, in their order, as they come."""
+        """Outcomes of the plans, in their order, as they come. Raises Spent."""
         for plan in plans:
+            if self.charged_s > self.limit_s:
+                raise Spent
             if plan not in self.known:
                 started = time.process_time()
                 outcome = self.evaluator.evaluate(plan)
                 cost = time.process_time() - started
                 self.spent_s += cost
                 self.known[plan] = (outcome, cost)
-            self.charged_s += self.known[plan][1]
-            yield self.known[plan][0]
+            outcome, cost = self.known[plan]
+            self._charged_s += cost
+            self.told.append((self.charged_s, outcome))
+            yield outcome
 
     def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Outcomes of full runs, in their order."""
@@ -196,17 +227,42 @@ def _searched(problem: Problem, workers: Any, sampler: str, trials: int, seed: i
     return {trial.plan: trial.outcome for trial in found.trials}
 
 
-def contest(problem: Problem, trials: int, seeds: Sequence[int], workers: Any) -> dict[str, list[float]]:
-    """The best kept objective of each method by seed: `auto`, `random` and `local`, with equal evaluations."""
-    found: dict[str, list[float]] = {"auto": [], "random": [], "local": []}
-    for seed in seeds:
-        for name, reached in found.items():
+@dataclass(frozen=True)
+class Ran:
+    """One search: of each evaluation the CPU seconds charged by then, and the best objective kept by then."""
+
+    charged_s: tuple[float, ...]
+    best: tuple[float, ...]
+
+    def after(self, *, evaluations: int | None = None, cpu_s: float = math.inf) -> float:
+        """The best kept objective after some evaluations, or some CPU seconds; 0 where nothing was kept."""
+        count = len(self.best) if evaluations is None else min(evaluations, len(self.best))
+        count = min(count, bisect.bisect_right(self.charged_s, cpu_s))
+        return self.best[count - 1] if count else 0.0
+
+
+METHODS = ("auto", "random", "local")
+
+
+def contest(problem: Problem, trials: int, seed: int, workers: Remembering) -> dict[str, Ran]:
+    """`auto` with so many evaluations; `random` and `local` with as many and on, until its CPU time is used up."""
+    found: dict[str, Ran] = {}
+    most, limit_s = trials, math.inf
+    for name in METHODS:
+        workers.begin(limit_s)
+        with contextlib.suppress(Spent):
             if name == "local":
                 rng = np.random.default_rng([seed, 11])
-                tried = local_search(problem.space, problem.recipes, workers.evaluate, trials, rng)
+                local_search(problem.space, problem.recipes, workers.evaluate, most, rng)
             else:
-                tried = _searched(problem, workers, name, trials, seed)
-            reached.append(max((one.goals()[0] for one in tried.values() if one.recommendable), default=0.0))
+                _searched(problem, workers, name, most, seed)
+        best, so_far = [], 0.0
+        for _, outcome in workers.told:
+            so_far = max(so_far, outcome.goals()[0] if outcome.recommendable else 0.0)
+            best.append(so_far)
+        found[name] = Ran(tuple(charged for charged, _ in workers.told), tuple(best))
+        if name == "auto":
+            limit_s, most = max(workers.charged_s, LEAST_LIMIT_S), LONGER * trials
     return found
 
 
@@ -250,16 +306,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_contest(problem: Problem, trials: int, seeds: Sequence[int]) -> None:
     about = "about " if problem.space.estimated else ""
-    print(f"{about}{problem.space.size} legal plans, {trials} evaluated", flush=True)
+    print(f"{about}{problem.space.size} legal plans, {trials} evaluated by auto", flush=True)
     workers = Remembering(Evaluator(problem.ground, problem.scenario, first_look=True))
-    total: dict[str, list[float]] = {}
+    views = ("evaluations", "CPU time", "half of that CPU time")
+    total: dict[str, dict[str, list[float]]] = {view: {name: [] for name in METHODS} for view in views}
     for seed in seeds:
-        for name, reached in contest(problem, trials, [seed], workers).items():
-            total.setdefault(name, []).extend(reached)
-        told = ", ".join(f"{name} {reached[-1]:.1f}" for name, reached in total.items())
-        print(f"seed {seed}: {told} tokens/s/GPU ({workers.spent_s:.0f} CPU s so far)", flush=True)
-    for name, reached in total.items():
-        print(f"{name}: median {np.median(reached):.1f}, worst {min(reached):.1f}, best {max(reached):.1f}")
+        ran = contest(problem, trials, seed, workers)
+        spent = ran["auto"].charged_s[-1]
+        for name, one in ran.items():
+            total["evaluations"][name].append(one.after(evaluations=trials))
+            total["CPU time"][name].append(one.after(cpu_s=spent))
+            total["half of that CPU time"][name].append(one.after(cpu_s=spent / 2))
+        told = ", ".join(
+            f"{name} {total['evaluations'][name][-1]:.2f} and {total['CPU time'][name][-1]:.2f} "
+            f"({bisect.bisect_right(one.charged_s, spent)} evaluations)"
+            for name, one in ran.items()
+        )
+        print(f"seed {seed}, {spent:.1f} CPU s: with as many evaluations and with as much CPU time {told}", flush=True)
+    for view, by_name in total.items():
+        for name, reached in by_name.items():
+            print(
+                f"equal {view}: {name}: mean {np.mean(reached):.2f}, median {np.median(reached):.2f}, "
+                f"worst {min(reached):.2f}, best {max(reached):.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,19 @@ from placement.executors import LocalWorkers
 from placement.local_search import local_search
 from placement.objective import Evaluator, Outcome
 from placement.plans import Plan
-from placement.regret import Problem, Remembering, contest, main, problem_of, read_table, scores, stale_rows
+from placement.regret import (
+    METHODS,
+    Problem,
+    Ran,
+    Remembering,
+    Spent,
+    contest,
+    main,
+    problem_of,
+    read_table,
+    scores,
+    stale_rows,
+)
 from placement.surrogate import OFTEN_UNTIL, Surrogate, front_of, gained, hypervolume, neighbours, reference_of
 from tests.scenarios import small, write
 
@@ -59,16 +73,55 @@ def test_the_tables_are_of_the_model_as_it_is(known: tuple[Problem, dict[tuple[s
     assert stale_rows(*known, rows=4) == []
 
 
-@pytest.mark.skipif(not os.environ.get("MOESIM_WHOLE"), reason="about 7 CPU minutes: MOESIM_WHOLE=1")
+@pytest.mark.skipif(not os.environ.get("MOESIM_WHOLE"), reason="some CPU minutes: MOESIM_WHOLE=1")
 def test_better_than_random_and_local_search_in_a_large_space() -> None:
-    """As many evaluations each; for its cost in CPU time, and a task that tells nobody apart: docs/how-to/tune.md."""
+    """As many evaluations each, and as much CPU time; a task that tells nobody apart: docs/how-to/tune.md."""
     problem = problem_of(FOLDER / "tight.yaml")
     assert problem.space.size >= 1e6
     workers = Remembering(Evaluator(problem.ground, problem.scenario, first_look=True))
-    reached = contest(problem, 120, SEEDS, workers)
-    print(f"\n{reached}")
-    assert np.median(reached["auto"]) > np.median(reached["random"])
-    assert np.median(reached["auto"]) >= np.median(reached["local"])
+    ran = [contest(problem, 120, seed, workers) for seed in SEEDS]
+    equal = reached_by(ran, lambda one, auto: one.after(evaluations=120))
+    paid = reached_by(ran, lambda one, auto: one.after(cpu_s=auto.charged_s[-1]))
+    print(f"\nas many evaluations: {equal}\nas much CPU time: {paid}")
+    assert np.median(equal["auto"]) > np.median(equal["random"])
+    assert np.median(equal["auto"]) >= np.median(equal["local"])
+    assert np.mean(equal["auto"]) > np.mean(equal["local"])
+    assert np.mean(paid["auto"]) > np.mean(paid["random"])
+
+
+def reached_by(ran: list[dict[str, Ran]], of: Callable[[Ran, Ran], float]) -> dict[str, list[float]]:
+    """What each method reached, by seed."""
+    return {name: [of(one[name], one["auto"]) for one in ran] for name in METHODS}
+
+
+def test_a_search_is_charged_for_all_it_does_and_ends_when_its_time_is_up() -> None:
+    class Slow:
+        def evaluate(self, plan: Any) -> Any:
+            until = time.process_time() + 0.02
+            while time.process_time() < until:
+                pass
+            return plan
+
+    workers = Remembering(Slow())  # type: ignore[arg-type]
+    workers.begin()
+    assert list(workers.evaluate(["a", "b"])) == ["a", "b"]  # type: ignore[list-item]
+    first = workers.charged_s
+    assert 0.04 <= first < 0.1
+    # Known plans cost the next search as much, though nothing is simulated again; what it does beside is charged, too.
+    workers.begin(limit_s=0.03)
+    with pytest.raises(Spent):
+        list(workers.evaluate(["a", "b", "c"]))  # type: ignore[list-item]
+    assert [one for _, one in workers.told] == ["a", "b"]
+    assert [charged >= 0.02 * (at + 1) for at, (charged, _) in enumerate(workers.told)] == [True, True]
+    assert workers.spent_s < 0.1
+
+
+def test_what_a_search_had_reached_by_then() -> None:
+    ran = Ran((1.0, 2.0, 4.0), (0.0, 5.0, 7.0))
+    assert ran.after(evaluations=2) == 5.0
+    assert ran.after(cpu_s=3.9) == 5.0
+    assert ran.after(cpu_s=0.5) == 0.0
+    assert ran.after(evaluations=9, cpu_s=9.0) == 7.0
 
 
 def priced(plan: Plan) -> Outcome:
@@ -87,12 +140,10 @@ RUNNING = "serving.batching.max_running_requests_per_dp_rank"
 
 
 class Priced:
-    """Workers of a made-up price."""
+    """An evaluator of a made-up price."""
 
-    count = 1
-
-    def evaluate(self, plans: Any) -> Any:
-        return (priced(plan) for plan in plans)
+    def evaluate(self, plan: Any) -> Any:
+        return priced(plan)
 
 
 @pytest.fixture
@@ -118,11 +169,12 @@ def beaten(reached: dict[str, list[float]]) -> None:
 
 def test_better_than_random_and_local_search_on_a_made_up_price(large: Problem) -> None:
     """Without simulating: the real prices are in the test above."""
-    beaten(contest(large, 120, FEW, Priced()))
+    ran = [contest(large, 120, seed, Remembering(Priced())) for seed in FEW]  # type: ignore[arg-type]
+    beaten(reached_by(ran, lambda one, auto: one.after(evaluations=120)))
 
 
 def test_local_search_tries_each_plan_once(large: Problem) -> None:
-    tried = local_search(large.space, large.recipes, Priced().evaluate, 60, np.random.default_rng(0))
+    tried = local_search(large.space, large.recipes, lambda plans: map(priced, plans), 60, np.random.default_rng(0))
     assert len(tried) == 60
     assert all(plan in large.space for plan in tried)
     for plan in neighbours(large.recipes[0], large.space)[:50]:
@@ -221,5 +273,5 @@ def test_remembered_outcomes_cost_once(tmp_path: Path) -> None:
     evaluator = Evaluator(problem.ground, problem.scenario)
     workers, plans = Remembering(evaluator), list(problem.recipes)
     assert list(workers.evaluate(plans)) == list(workers.evaluate(plans))
-    assert workers.charged_s == pytest.approx(2 * workers.spent_s)
+    assert workers.charged_s >= 2 * workers.spent_s > 0  # whoever asks pays, and for what it does beside
     assert list(LocalWorkers(evaluator).evaluate(plans)) == list(workers.evaluate(plans))
