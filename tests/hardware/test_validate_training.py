@@ -20,8 +20,8 @@ pytest.importorskip("torch", reason="torch is not installed: pip install '.[hard
 from tests.harm import STALL_S, harmed, processes_with
 from validate.records import store
 from validate.training import run as runner
-from validate.training.job import LAYOUTS, Shape, TrainingJob
-from validate.training.rank import GRADIENT_LIMIT, ONE, contiguous, gradient_error
+from validate.training.job import LAYOUTS, ONE, Shape, TrainingJob
+from validate.training.rank import GRADIENT_LIMIT, contiguous, gradient_error
 from validate.training.step import Stepper
 from validate.training.ways import Made
 
@@ -54,6 +54,9 @@ def test_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(text)["layouts"] == record["predicted"]
     assert record["predictions"]["written"] < record["measured_from"]
     assert record["gradient_error"] < 1e-5
+    assert record["host"] == json.loads(text)["host"]
+    told = record["host"]["2"]
+    assert told["layer_s"] == pytest.approx(max(0.0, told["measured_s"] - told["priced_s"]) / 6)
     kept = store.compact(record)
     assert [one.predicted_s for one in kept.cases] == pytest.approx(
         [one["step_s"] for one in record["predicted"]], abs=1e-6

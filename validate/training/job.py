@@ -123,6 +123,10 @@ class TrainingJob(Spec):
         return self.global_batch // whole
 
 
+# The whole model and batch on one process: the reference of all layouts, and what the host's time is told from.
+ONE = Layout(name="one process")
+
+
 def _layouts() -> tuple[Layout, ...]:
     plain: dict[str, dict[str, Any]] = {
         "TP2 EP2": {"tp": 2},

@@ -21,7 +21,7 @@ from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario, resolve_paths
 from moesim.units import BYTES_PER_ELEMENT
 from profiles.points import FORMAT, SCHEMA_VERSION, Family, MeasuredPoint, places
-from validate.training.job import PRECISION, Layout, TrainingJob
+from validate.training.job import ONE, PRECISION, Layout, TrainingJob
 from validate.training.probe import Asked, Measured
 
 Ints = NDArray[np.int64]
@@ -46,8 +46,11 @@ class Listening:
         return self.costs.estimate(operation)
 
 
-def scenario(job: TrainingJob, layout: Layout, *, points: str | None) -> dict[str, Any]:
-    """The scenario of a layout, as it stands in the run's folder. points: file of them; none = by formula."""
+def scenario(job: TrainingJob, layout: Layout, *, points: str | None, host_s: float = 0.0) -> dict[str, Any]:
+    """The scenario of a layout, as it stands in the run's folder. points: file of them; none = by formula.
+
+    host_s: what the host adds to each layer of a micro-batch, see `host_time`.
+    """
     cost = {"source": "roofline"} if points is None else {"source": "points", "profiles": [points]}
     return {
         "schema_version": 1,
@@ -71,6 +74,7 @@ def scenario(job: TrainingJob, layout: Layout, *, points: str | None) -> dict[st
                 **({} if layout.layers is None else {"layers": list(layout.layers)}),
             },
             "optimizer": {"distributed": False},
+            "host": {"layer_s": host_s},
         },
         "seed": job.seed,
     }
@@ -129,9 +133,10 @@ def cluster(
     return found
 
 
-def read(job: TrainingJob, layout: Layout, folder: Path, *, points: str | None) -> Scenario:
+def read(job: TrainingJob, layout: Layout, folder: Path, *, points: str | None, host_s: float = 0.0) -> Scenario:
     """The scenario of a layout with its files in the run's folder."""
-    return resolve_paths(Scenario.read(scenario(job, layout, points=points), where=f"layout {layout.name}"), folder)
+    data = scenario(job, layout, points=points, host_s=host_s)
+    return resolve_paths(Scenario.read(data, where=f"layout {layout.name}"), folder)
 
 
 def asked_of(job: TrainingJob, layouts: Iterable[Layout], folder: Path) -> tuple[list[Asked], dict[str, Ints]]:
@@ -236,9 +241,24 @@ def content(
     }
 
 
-def predict(job: TrainingJob, layout: Layout, folder: Path) -> dict[str, Any]:
+def host_time(job: TrainingJob, folder: Path, points: str, alone_s: float) -> dict[str, float]:
+    """What the host adds to each layer, told from one process that runs the whole model without any parallelism.
+
+    alone_s: measured seconds of a micro-batch, forward and backward. priced_s: what the points make of the same; the
+    difference over the layers is layer_s: small kernels between those that are priced, and what starting each costs.
+    """
+    told = parts(simulate_training(read(job, ONE, folder, points=points), draws=0, seed=job.seed))
+    priced_s = float(told["forward"][0] + told["backward"][0])
+    return {
+        "measured_s": alone_s,
+        "priced_s": priced_s,
+        "layer_s": max(0.0, (alone_s - priced_s) / job.shape.layers),
+    }
+
+
+def predict(job: TrainingJob, layout: Layout, folder: Path, *, points: str, host_s: float) -> dict[str, Any]:
     """What `moesim simulate` says of a layout: the step with its interval, and its parts."""
-    run = simulate_training(read(job, layout, folder, points=points_file(layout.ranks)), draws=DRAWS, seed=job.seed)
+    run = simulate_training(read(job, layout, folder, points=points, host_s=host_s), draws=DRAWS, seed=job.seed)
     low, high = np.quantile([one.step_s for one in run.drawn], (0.05, 0.95)).tolist()
     return {"layout": layout.name, "ranks": layout.ranks, "step_s": run.step.step_s, "low_s": low, "high_s": high} | {
         "parts_s": parts(run)

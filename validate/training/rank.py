@@ -16,7 +16,7 @@ from moesim.errors import CheckFailed
 from moesim.files import read_text, write_text
 from validate.hardware.group import Beat, need_torch, own_cores
 from validate.hardware.process import Seat, serve
-from validate.training.job import WHERE, Layout, TrainingJob
+from validate.training.job import ONE, WHERE, TrainingJob
 from validate.training.machine import busy_s, others_cores
 from validate.training.probe import Asked, measure
 from validate.training.step import Moments, Stepper
@@ -28,7 +28,8 @@ RESULT_FILE = "result.json"
 # batch: sums over thousands of tokens and six layers in float32 (unit roundoff 6e-8), in another order.
 GRADIENT_LIMIT = 1e-4
 LOSS_LIMIT = 1e-5
-ONE = Layout(name="one process")
+# Timed steps of one process for the host's time, after one that warms up.
+ALONE_STEPS = 3
 
 
 def contiguous(job: TrainingJob) -> Any:
@@ -37,10 +38,30 @@ def contiguous(job: TrainingJob) -> Any:
 
 
 def profile(job: TrainingJob, asked: Sequence[dict[str, Any]], made: Made, ranks: int) -> dict[str, Any]:
-    """The samples of the operations asked for, and the share of a core that ranks had meanwhile."""
+    """The samples of the operations asked for, the share of a core that ranks had meanwhile, and `_alone_s`."""
     points = [Asked(row["family"], tuple(row["key"]), row["size"]) for row in asked]
     found, share = measure(job, made, ranks, points)
-    return {"samples": [row.samples.tolist() for row in found], "core_share": share}
+    return {
+        "samples": [row.samples.tolist() for row in found],
+        "core_share": share,
+        "alone_s": _alone_s(job, made, ranks),
+    }
+
+
+def _alone_s(job: TrainingJob, made: Made, ranks: int) -> float:
+    """Seconds of a micro-batch, forward and backward, where each rank runs the whole model by itself, all at once."""
+    torch = need_torch()
+    distributed, met = torch.distributed, Way((), 0, None, made.beat).meet
+    alone = Stepper(job, ONE, Made(0, made.beat), contiguous(job))
+    samples = []
+    for turn in range(-1, ALONE_STEPS):
+        met(distributed.barrier)
+        found = alone.run("profiling one process")
+        if turn >= 0:
+            samples.append(sum(end - start for start, end in found.passes) / alone.program.micro_batches)
+    gathered = [torch.zeros(len(samples), dtype=torch.float64) for _ in range(ranks)]
+    met(lambda: distributed.all_gather(gathered, torch.tensor(samples, dtype=torch.float64)))
+    return float(np.median([one.numpy() for one in gathered]))
 
 
 def steps(job: TrainingJob, slots: dict[str, list[list[int]]], made: Made, ranks: int) -> dict[str, Any]:

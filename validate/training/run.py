@@ -36,9 +36,9 @@ from validate.hardware import ranks as processes
 from validate.hardware.group import need_torch
 from validate.hardware.record import hardware, versions
 from validate.training import predict as told
-from validate.training.job import WHERE, Layout, TrainingJob
+from validate.training.job import ONE, WHERE, Layout, TrainingJob
 from validate.training.probe import Asked, Measured
-from validate.training.rank import ONE, RESULT_FILE, contiguous
+from validate.training.rank import RESULT_FILE, contiguous
 from validate.training.step import Stepper
 from validate.training.ways import Made
 
@@ -69,22 +69,27 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     slots: dict[str, list[list[int]]] = {}
     share: dict[str, float] = {}
+    host: dict[str, dict[str, float]] = {}
+    _write_yaml(out / told.cluster_file(ONE.ranks), told.cluster(ONE.ranks, memory))
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
         _write_yaml(out / told.cluster_file(ranks), told.cluster(ranks, memory))
-        asked, placed = told.asked_of(job, mine, out)
+        asked, placed = told.asked_of(job, [*mine, ONE], out)
         slots |= {name: table.tolist() for name, table in placed.items()}
-        measured, share[str(ranks)] = profile(job, asked, ranks, say)
+        measured, share[str(ranks)], alone_s = profile(job, asked, ranks, say)
         machine = hardware(torch.device("cpu"))
         _write_yaml(out / told.cluster_file(ranks), told.measured_cluster(ranks, memory, measured, machine["cpu"]))
         found = told.content(told.points_of(measured), now(), machine, versions())
         write_json(out / told.points_file(ranks), found, indent=1)
+        host[str(ranks)] = told.host_time(job, out, told.points_file(ranks), alone_s)
     say("predicting")
     predicted = []
     for layout in job.layouts:
-        _write_yaml(out / scenario_file(layout), told.scenario(job, layout, points=told.points_file(layout.ranks)))
-        predicted.append(told.predict(job, layout, out) | {"scenario": scenario_file(layout)})
-    predictions = write_predictions(out / PREDICTIONS_FILE, {"layouts": predicted})
+        points, host_s = told.points_file(layout.ranks), host[str(layout.ranks)]["layer_s"]
+        _write_yaml(out / scenario_file(layout), told.scenario(job, layout, points=points, host_s=host_s))
+        found = told.predict(job, layout, out, points=points, host_s=host_s)
+        predicted.append(found | {"scenario": scenario_file(layout)})
+    predictions = write_predictions(out / PREDICTIONS_FILE, {"layouts": predicted, "host": host})
     started = now()
     moments: dict[str, Any] = {}
     errors: dict[str, Any] = {}
@@ -105,6 +110,7 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out"}),
         "core_share": share,
+        "host": host,
         "others_cores": others,
         "predictions": predictions,
         "measured_from": started,
@@ -140,12 +146,12 @@ def routed(job: TrainingJob, out: Path) -> None:
     )
 
 
-def profile(job: TrainingJob, asked: Sequence[Asked], ranks: int, say: Say) -> tuple[list[Measured], float]:
-    """Measure operations on so many ranks; and the share of a core that each of them had."""
+def profile(job: TrainingJob, asked: Sequence[Asked], ranks: int, say: Say) -> tuple[list[Measured], float, float]:
+    """Measure operations on so many ranks; the share of a core that each had, and a micro-batch on one process."""
     say(f"profiling {len(asked)} operations on {ranks} ranks")
     answer = started_ranks(job, ranks, {"phase": "profile", "asked": [asdict(one) for one in asked]}, say)
     found = [Measured(one, np.asarray(each)) for one, each in zip(asked, answer["samples"], strict=True)]
-    return found, float(answer["core_share"])
+    return found, float(answer["core_share"]), float(answer["alone_s"])
 
 
 def started_ranks(job: TrainingJob, ranks: int, content: dict[str, Any], say: Say) -> Any:
@@ -241,6 +247,8 @@ def table(record: dict[str, Any]) -> str:
         + " while operations were profiled; other processes kept "
         + ", ".join("?" if cores is None else f"{cores:.2f}" for cores in record["others_cores"].values())
         + " cores busy while steps were timed",
+        "host's time of a layer: "
+        + ", ".join(f"{1e3 * one['layer_s']:.2f} ms (of {ranks})" for ranks, one in record["host"].items()),
         f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; gradients "
         f"within {record['gradient_error']:.1g} of one process's",
         "",
