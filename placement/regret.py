@@ -308,7 +308,7 @@ def _print_contest(problem: Problem, trials: int, seeds: Sequence[int]) -> None:
     about = "about " if problem.space.estimated else ""
     print(f"{about}{problem.space.size} legal plans, {trials} evaluated by auto", flush=True)
     workers = Remembering(Evaluator(problem.ground, problem.scenario, first_look=True))
-    views = ("evaluations", "CPU time", "half of that CPU time")
+    views = ("evaluations", "CPU time")
     total: dict[str, dict[str, list[float]]] = {view: {name: [] for name in METHODS} for view in views}
     for seed in seeds:
         ran = contest(problem, trials, seed, workers)
@@ -316,7 +316,6 @@ def _print_contest(problem: Problem, trials: int, seeds: Sequence[int]) -> None:
         for name, one in ran.items():
             total["evaluations"][name].append(one.after(evaluations=trials))
             total["CPU time"][name].append(one.after(cpu_s=spent))
-            total["half of that CPU time"][name].append(one.after(cpu_s=spent / 2))
         told = ", ".join(
             f"{name} {total['evaluations'][name][-1]:.2f} and {total['CPU time'][name][-1]:.2f} "
             f"({bisect.bisect_right(one.charged_s, spent)} evaluations)"
