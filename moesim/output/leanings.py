@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moesim.engine.role_specs import role_scenarios
+from moesim.engine.stage_layout import of_a_stage
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.evidence import Leaning, Trait, device_trait, layer_trait, layout_trait, training_layout_trait
@@ -109,7 +110,8 @@ def _inside(
     scenario: Scenario, cluster: ClusterSpec, model: ModelSpec, tokens: tuple[int, int] | None, *, placed: bool = False
 ) -> list[Leaning]:
     """What ranks exchange and compute, what placing experts gains, and what a capacity drops."""
-    parallel, device = _parallel(scenario, cluster), device_trait(cluster.gpu.name)
+    # Experts lie on the GPUs of one pipeline stage, and tokens travel among those.
+    parallel, device = of_a_stage(_parallel(scenario, cluster)), device_trait(cluster.gpu.name)
     nodes, moe = -(-parallel.gpus // cluster.gpus_per_node), model.moe
     least, most = tokens or (1, _most_tokens(scenario))
     layer = layer_trait(moe.experts, model.hidden, moe.intermediate, moe.top_k)

@@ -181,6 +181,18 @@ def test_a_plan_leans_on_what_it_does() -> None:
     assert capped.traits == {"rule": "gshard", "drop": "choice", "backup": "none", "pad": "false"}
 
 
+def test_experts_of_a_plan_in_stages_lean_on_the_gpus_of_one_stage() -> None:
+    """Two stages of a node each: tokens travel inside a node, though the instance spans two."""
+    placed = {"placement": {"solver": "robust"}}
+    two = {"cluster": {"system": "h200_sxm", "nodes": 2}, "parallel": {"tp": 8, "pp": 2, "ep": 8}, **placed}
+    one = {"cluster": {"system": "h200_sxm"}, "parallel": {"tp": 8, "ep": 8}, **placed}
+    found, alone = claims(scenario(**two)), claims(scenario(**one))
+    for name in ("exchange_time", "placement_gain"):
+        assert (found[name].traits["nodes"], found[name].traits["ranks"]) == (1, 8)
+        assert found[name].traits == alone[name].traits
+    assert found["serving_time"].traits["layout"] != alone["serving_time"].traits["layout"]
+
+
 def test_training_and_roles_lean_on_their_own() -> None:
     training = {"sequence_length": 4096, "micro_batch": 2, "global_batch": 64}
     one = Scenario.read(
