@@ -37,6 +37,7 @@ OPERATIONS = {
     "attention": "#1f5d99",
     "attention_projections": "#5b93c7",
     "tp_collective": "#f2c14e",
+    "context_collective": "#dca33a",
     "gate": "#b9dfc8",
     "experts": "#1f7a4d",
     "shared_expert": "#6bb58d",
