@@ -34,7 +34,7 @@ def check_decode_cp(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec
             mend="set it to 1, or use engine vllm or sglang",
             reason=REASON,
         )
-    _check_heads(parallel, model, engine)
+    check_heads(parallel, model, engine)
     node = cluster.gpus_per_node
     if node % parts if parts < node else parts % node:
         raise Infeasible(
@@ -50,8 +50,11 @@ def check_decode_cp(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec
             )
 
 
-def _check_heads(parallel: ParallelSpec, model: ModelSpec, engine: str) -> None:
-    """vLLM's rules for grouped-query attention: only what TP repeats can be split (`verify_with_parallel_config`)."""
+def check_heads(parallel: ParallelSpec, model: ModelSpec, engine: str) -> None:
+    """Whether a TP group holds copies to split, by vLLM's rules for grouped-query attention. Raises Infeasible.
+
+    Its `verify_with_parallel_config` (vllm/config/model.py) asks for tp above the KV heads.
+    """
     spec, parts = model.attention, parallel.decode_cp
     if spec.kind == "mla":
         return
