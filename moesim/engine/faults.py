@@ -172,7 +172,7 @@ class FaultedTable(TimedModel):
         if self._exchange is None:
             seconds = np.broadcast_to(self.model.decode_exchange().seconds(self.normal), self._attention.seconds.shape)
             self._exchange = self._attention._replace(seconds=np.ascontiguousarray(seconds))
-        found = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self._exchange)
+        found: Floats = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self._exchange)
         for rank in np.nonzero(plan.prefill_tokens)[0]:
             seqs = int(plan.prefill_seqs[rank])
             sizes = float(plan.prefill_tokens[rank]) / seqs, float(plan.prefill_prefix[rank]) / seqs

@@ -30,12 +30,21 @@ def drawn(rng):
     backend = str(rng.choice(["deepep", "alltoall", "allgather_reducescatter", "allreduce"]))
     attention_dp = 1 if backend == "allreduce" else max(1, gpus // tp)
     pp = int(rng.choice([1, 1, 2]))
+    # A generator of its own, so that the other choices stay what they were.
+    split = int(np.random.default_rng(int(rng.bit_generator.state["state"]["state"]) % 2**32).choice([1, 1, 2, 4]))
     return {
         "model": str(rng.choice(MODELS)),
         "cluster": {"system": "h200_sxm", "nodes": max(1, gpus // 8) * pp, "gpus_per_node": min(gpus, 8)},
         "cost": {"source": "roofline"},
         "routing": {"synthetic": {"kind": "zipf", "exponent": float(rng.uniform(0, 1)), "workloads": 2}},
-        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp, "pp": pp},
+        "parallel": {
+            "tp": tp,
+            "attention_dp": attention_dp,
+            "ep": tp * attention_dp,
+            "pp": pp,
+            "decode_cp": min(split, tp),
+        },
+        "engine": {"name": "vllm", "version": "1"},
         "placement": {"solver": "contiguous"},
         "policies": {
             "dispatch": {"backend": backend},
