@@ -101,7 +101,7 @@ class SyntheticSpec(Spec):
 
     kind: Literal["uniform", "zipf", "lognormal", "power_law", "deepseek_like"] = "deepseek_like"
     exponent: float | None = Field(default=None, ge=0, description="zipf, power_law")
-    sigma: float | None = Field(default=None, ge=0, description="lognormal")
+    sigma: float | None = Field(default=None, ge=0, le=100, description="lognormal; more than 100 is beyond a float")
     workloads: int = Field(default=6, gt=0, description="load scenarios drawn")
     seed: int | None = Field(default=None, description="its own seed; none = the scenario's")
 

@@ -30,21 +30,14 @@ def drawn(rng):
     backend = str(rng.choice(["deepep", "alltoall", "allgather_reducescatter", "allreduce"]))
     attention_dp = 1 if backend == "allreduce" else max(1, gpus // tp)
     pp = int(rng.choice([1, 1, 2]))
-    # A generator of its own, so that the other choices stay what they were.
-    split = int(np.random.default_rng(int(rng.bit_generator.state["state"]["state"]) % 2**32).choice([1, 1, 2, 4]))
+    model = str(rng.choice(MODELS))
+    split = tp if model == "deepseek-ai/DeepSeek-V3" else 1
     return {
-        "model": str(rng.choice(MODELS)),
+        "model": model,
         "cluster": {"system": "h200_sxm", "nodes": max(1, gpus // 8) * pp, "gpus_per_node": min(gpus, 8)},
         "cost": {"source": "roofline"},
         "routing": {"synthetic": {"kind": "zipf", "exponent": float(rng.uniform(0, 1)), "workloads": 2}},
-        "parallel": {
-            "tp": tp,
-            "attention_dp": attention_dp,
-            "ep": tp * attention_dp,
-            "pp": pp,
-            "decode_cp": min(split, tp),
-        },
-        "engine": {"name": "vllm", "version": "1"},
+        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp, "pp": pp, "decode_cp": split},
         "placement": {"solver": "contiguous"},
         "policies": {
             "dispatch": {"backend": backend},

@@ -68,7 +68,6 @@ def test_a_gpu_never_keeps_more_of_a_context_and_all_together_keep_whole_copies(
         if before is not None:
             assert found.kv_bytes_per_token < before.kv_bytes_per_token
             added = found.fixed_bytes - before.fixed_bytes  # the group's communicator and buffers
-            assert added > 0 or before.kv_bytes_per_token * tp < whole * several
             if before.items["kv_cache"] > 2.001 * added:  # half the bytes a token outweigh them
                 assert found.kv_capacity_tokens > before.kv_capacity_tokens
         before = found
