@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moesim.engine.context_memory import split_context_bytes
 from moesim.engine.deepep_memory import DEEPEP_GROUP, deepep_buffer_bytes
 from moesim.engine.expert_memory import relayout_staging, stored_experts
 from moesim.engine.memory_limits import limit_bytes
@@ -43,9 +44,6 @@ ALLOCATOR_SLACK = 1.25
 # Rows of the hottest rank over the mean, when the caller has no routing to take a quantile from.
 HOT_RANK_FACTOR = 2.0
 LOGIT_BYTES = 4
-# vLLM reads the context before a prompt's chunk in pieces of so many tokens at most, and gathers each where it is split
-# (vllm's MLA attention, determine_chunked_prefill_workspace_size).
-GATHERED_TOKENS = 64 * 1024
 
 ASSUMED: dict[str, str] = {
     "runtime": f"{human_bytes(RUNTIME_BYTES)} for driver, CUDA context and libraries, from two public start-up logs",
@@ -329,25 +327,6 @@ def kv_bytes_per_token(
     count = len(held) + (model.mtp_layers if mtp and held.stop == model.layers else 0)
     whole = model.kv_bytes_per_token(precision.kv_cache) * count / model.layers
     return whole / split / parallel.decode_cp
-
-
-def split_context_bytes(
-    model: ModelSpec, parallel: ParallelSpec, precision: PrecisionSpec, batching: BatchingSpec
-) -> float:
-    """Gathered queries, partial outputs and their copy in order of heads, where contexts are split: else nothing.
-
-    Of every token of the largest batch in grouped-query attention, of the tokens that decode in MLA, whose prompts
-    gather latents instead: as many as the part of vLLM's workspace that it adds for them (`MlaCommonMetadataBuilder`).
-    """
-    if parallel.decode_cp == 1:
-        return 0.0
-    spec, size = model.attention, BYTES_PER_ELEMENT[precision.activations]
-    heads = spec.heads // parallel.tp * parallel.decode_cp
-    if spec.kind == "gqa":
-        return batching.max_batch_tokens_per_dp_rank * heads * (spec.head_dim + 2.0 * spec.value_head_dim) * size
-    latent = spec.kv_lora_rank + spec.qk_rope_head_dim
-    queries = batching.max_running_requests_per_dp_rank * heads * (latent + 2.0 * spec.kv_lora_rank) * size
-    return queries + GATHERED_TOKENS / parallel.decode_cp * latent * size
 
 
 def activation_bytes(

@@ -61,6 +61,7 @@ MEMORY = {
     "weights_mtp": "#94cfae",
     "activations": "#d9722e",
     "stage_inputs": "#f6c79c",
+    "split_contexts": "#f6dfa0",
     "communication_buffers": "#f0a868",
     "low_latency_tensors": "#f2c14e",
     "nccl_buffers": "#e8d9a8",

@@ -12,6 +12,7 @@ import pytest
 from moesim.cli import run
 from moesim.engine import des, maxplus
 from moesim.engine.batcher import Plan, new_plan
+from moesim.engine.context_layout import check_heads
 from moesim.engine.critical import critical_path
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.faults import FaultedTable, FaultState
@@ -20,6 +21,7 @@ from moesim.engine.serving import Load, serve
 from moesim.engine.stepmodel import ExactModel, StepModel, batch_limits, batch_of_plan
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.task import Link
+from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import SearchSpec, load_scenario
 from placement.layouts import with_split_contexts
@@ -172,7 +174,7 @@ QWEN = {"model": "Qwen/Qwen3-30B-A3B", "cost": {"source": "roofline"}}
         ({"policies": {"schedule": "shortcut"}}, "schedule shortcut with split contexts is not simulated"),
         ({"model": "zai-org/GLM-5"}, "sparse attention with split contexts is not simulated"),
         (QWEN, "tp 4 keeps each of 4 KV heads 1 times: 4 GPUs hold no copies of one context to split; set it to 1, or"),
-        (QWEN | {"parallel": {"tp": 8, "ep": 8, "decode_cp": 4}}, "use at most 2"),
+        (QWEN | {"parallel": {"tp": 8, "ep": 8, "decode_cp": 4}}, "use a divisor of 2"),
         (QWEN | {"engine": {"name": "sglang"}}, "sglang splits the contexts of latent attention only"),
         (
             {"model": "openai/gpt-oss-120b", "parallel": {"tp": 16, "ep": 16, "decode_cp": 2},
@@ -197,6 +199,19 @@ def test_what_cannot_be_split_is_refused_by_name(changes: dict[str, Any], said: 
     assert said in told.value.line()
 
 
+def test_neighbours_split_copies_of_one_kv_head() -> None:
+    """Of 24 ranks six keep one of four KV heads: two, three and six neighbours may share it, four would hold two."""
+    model = load_model("Qwen/Qwen3-235B-A22B")
+    model = model.model_copy(update={"attention": model.attention.model_copy(update={"heads": 96})})
+    for parts in (2, 3, 6):
+        check_heads(ParallelSpec(tp=24, ep=24, decode_cp=parts), model, "vllm")
+    with pytest.raises(Infeasible, match="4 GPUs hold no copies of one context"):
+        check_heads(ParallelSpec(tp=24, ep=24, decode_cp=4), model, "vllm")
+    odd = model.model_copy(update={"attention": model.attention.model_copy(update={"heads": 72})})
+    with pytest.raises(Infeasible, match="18 query heads of a KV head do not divide by 4"):
+        check_heads(ParallelSpec(tp=48, ep=48, decode_cp=4), odd, "vllm")
+
+
 def test_training_keeps_no_cache() -> None:
     from moesim.engine.training import training_model
     from moesim.spec.scenario import Scenario
@@ -210,8 +225,6 @@ def test_training_keeps_no_cache() -> None:
 
 
 def test_a_search_splits_what_tp_repeats_and_only_if_asked() -> None:
-    from moesim.spec.hf import load_model
-
     latent, grouped = (load_model(name).attention for name in ("deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-30B-A3B"))
     plain = [(ParallelSpec(tp=8, ep=8), "deepep"), (ParallelSpec(attention_dp=8, ep=8), "deepep")]
 
