@@ -56,8 +56,9 @@ def with_split_contexts(
         yield parallel, backend
         if search.decode_cp == "off":
             continue
-        copies = parallel.tp if attention.kind == "mla" else parallel.tp // attention.kv_heads
-        asked = divisors(copies) if search.decode_cp == "auto" else dict.fromkeys(search.decode_cp)
+        asked = (
+            divisors(attention.copies(parallel.tp)) if search.decode_cp == "auto" else dict.fromkeys(search.decode_cp)
+        )
         for parts in asked:
             if parts > 1 and parallel.tp % parts == 0:
                 yield parallel.model_copy(update={"decode_cp": parts}), backend

@@ -65,10 +65,10 @@ def check_heads(parallel: ParallelSpec, model: ModelSpec, engine: str) -> None:
             mend="set it to 1, or use engine vllm",
             reason=REASON,
         )
-    copies = parallel.tp // spec.kv_heads
-    if parts > copies or copies % parts:  # neighbours beyond one KV head's copies would share nothing
+    copies = spec.copies(parallel.tp)
+    if copies % parts:  # neighbours beyond one KV head's copies would share nothing
         raise Infeasible(
-            f"tp {parallel.tp} keeps each of {spec.kv_heads} KV heads {max(copies, 1)} times: {parts} GPUs hold no "
+            f"tp {parallel.tp} keeps each of {spec.kv_heads} KV heads {copies} times: {parts} GPUs hold no "
             "copies of one context to split",
             where=WHERE,
             mend=f"use a divisor of {copies}" if copies > 1 else f"set it to 1, or tp above {spec.kv_heads}",

@@ -33,7 +33,7 @@ H200 = load_cluster(ClusterChoice(system="h200_sxm", nodes=4))
 def copies(name: str, tp: int) -> int:
     """How often a TP group keeps a context."""
     spec = MODELS[name].attention
-    return tp if spec.kind == "mla" else max(1, tp // spec.kv_heads)
+    return tp // min(tp, 1 if spec.kind == "mla" else spec.kv_heads)
 
 
 NAMES = st.sampled_from(sorted(MODELS))

@@ -130,7 +130,8 @@ def test_kv_heads_are_repeated_or_do_not_fit() -> None:
     assert not any("KV heads" in line for line in divided(qwen, tp=4, ep=4))
     assert not divided(qwen, tp=8, ep=8, decode_cp=2)
     assert any(
-        "keeps a context 2 times, decode_cp 4 splits more" in line for line in divided(qwen, tp=8, ep=8, decode_cp=4)
+        "keeps a context 2 times, decode_cp 4 does not divide that" in line
+        for line in divided(qwen, tp=8, ep=8, decode_cp=4)
     )
     assert any("keeps a context 1 times" in line for line in divided(qwen, tp=2, ep=2, decode_cp=2))
     assert not any("context" in line for line in divided(tp=8, ep=8, decode_cp=8))

@@ -99,12 +99,11 @@ def _heads(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:
 def _contexts(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:
     if parallel.decode_cp == 1:
         return
-    attention = model.attention
-    copies = parallel.tp if attention.kind == "mla" else parallel.tp // attention.kv_heads
-    check, told = "divides contexts", f"tp {parallel.tp} keeps a context {max(copies, 1)} times"
-    if parallel.decode_cp > copies:
-        mend = "lower parallel.decode_cp, or raise parallel.tp"
-        yield Finding(check, "fault", f"{told}, decode_cp {parallel.decode_cp} splits more than there is", mend)
+    copies = model.attention.copies(parallel.tp)
+    check, told = "divides contexts", f"tp {parallel.tp} keeps a context {copies} times"
+    if copies % parallel.decode_cp:
+        mend = "change parallel.decode_cp, or raise parallel.tp"
+        yield Finding(check, "fault", f"{told}, decode_cp {parallel.decode_cp} does not divide that", mend)
     else:
         left = f"decode_cp {parallel.decode_cp} leaves {copies / parallel.decode_cp:g}"
         yield Finding(check, "ok", f"{told}, {left}")
