@@ -25,6 +25,7 @@ from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import SearchSpec, load_scenario
 from placement.layouts import with_split_contexts
+from placement.space import enumerate_space
 from tests.scenarios import small, write
 
 # Latent attention in few layers, so that graphs are small.
@@ -235,6 +236,14 @@ def test_a_search_splits_what_tp_repeats_and_only_if_asked() -> None:
     assert parts(SearchSpec(decode_cp="auto"), latent) == [1, 2, 4, 8, 1]
     assert parts(SearchSpec(decode_cp="auto"), grouped) == [1, 2, 1]
     assert parts(SearchSpec(decode_cp=(4, 4, 3)), grouped) == [1, 4, 1]  # the check says why not
+
+
+def test_of_roles_the_decode_pool_is_searched_with_split_contexts(tmp_path: Path) -> None:
+    searched = {"roles": "auto", "decode_cp": [4], "solvers": ["contiguous"], "redundant_experts": [0]}
+    ground = groundwork(load_scenario(write(tmp_path, data(tmp_path, search=searched))))
+    pairs = [plan for plan in enumerate_space(ground, ground.scenario).plans if plan.prefill is not None]
+    assert {plan.parallel.decode_cp for plan in pairs} == {1, 4}
+    assert {plan.prefill.parallel.decode_cp for plan in pairs if plan.prefill is not None} == {1}
 
 
 def test_a_search_finds_a_split_plan_and_it_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
