@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesim.engine.role_specs import ROLES
 from moesim.errors import BadInput
 from moesim.files import kind_of, read_text
@@ -15,7 +13,8 @@ from moesim.spec.maps import trtllm
 from moesim.spec.maps.frame import MapFrame
 from moesim.spec.placement_file import YAML_SUFFIXES, read_placement
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import Scenario, load_scenario, resolve_paths, yaml_fault
+from moesim.spec.scenario import Scenario, load_scenario, resolve_paths
+from moesim.spec.yaml_text import read_yaml
 
 
 def read_plan(
@@ -62,10 +61,7 @@ def role_of(path: Path) -> str:
 
 
 def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(read_text(path, what="plan"))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    return read_yaml(path, what="plan")
 
 
 def _is_map(path: Path) -> bool:
