@@ -13,7 +13,7 @@ from moesim.errors import BadInput
 from validate.calibrate.command import calibrate
 from validate.capacity.command import capacity
 from validate.replay.command import replay
-from validate.shown import show
+from validate.shown import BackendName, show
 from validate.training.command import training
 
 app = typer.Typer(
@@ -23,13 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class BackendName(StrEnum):
-    """Backends of torch.distributed."""
-
-    gloo = "gloo"
-    nccl = "nccl"
 
 
 class ReplicaName(StrEnum):

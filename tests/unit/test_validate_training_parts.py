@@ -92,18 +92,16 @@ def test_measured_sends_become_latency_and_rate() -> None:
     def took(family: str, size: float, seconds: float, key: tuple[int, ...] = ()) -> predict.Measured:
         return predict.Measured(predict.Asked(family, key, size), np.asarray([seconds] * 3))
 
+    here = predict.Machine("AMD EPYC", 1e9, (0, 0))
     found = predict.measured_cluster(
-        2,
-        1e9,
-        [took("send", 5000.0, 0.002), took("send", 1000.0, 0.001), took("gemm", 10.0, 0.5, (20, 30))],
-        "AMD EPYC",
+        2, here, [took("send", 5000.0, 0.002), took("send", 1000.0, 0.001), took("gemm", 10.0, 0.5, (20, 30))]
     )
     assert found["nvlink_latency_s"] == pytest.approx(0.001)
     assert found["nvlink_bytes_per_s"] == pytest.approx(4e6)
     assert found["gpu"]["flops_per_s"]["fp32"] == pytest.approx(2 * 10 * 20 * 30 / 0.5)
     assert set(found["measured"]) == {"nvlink_bytes_per_s", "nvlink_latency_s"}
     assert found["gpu"]["name"] == "AMD EPYC"
-    assert "measured" not in predict.measured_cluster(2, 1e9, [took("gemm", 10.0, 0.5, (20, 30))], "AMD EPYC")
+    assert "measured" not in predict.measured_cluster(2, here, [took("gemm", 10.0, 0.5, (20, 30))])
 
 
 def test_the_comparison_tells_a_wrong_order_and_its_regret() -> None:

@@ -24,6 +24,7 @@ GRACE_S = 1.0
 # A rank writes a sign of life five times a second; this long without one, and it is stopped or stuck in one call.
 SILENCE_S = 5.0
 SILENT = "it said nothing"
+SLOW = "free the machine, or raise --stall-limit if it is only slow"
 # The kind of word that a rank leaves whose allocation failed.
 OUT_OF_MEMORY = "OutOfMemory"
 
@@ -163,9 +164,7 @@ def _watch(
         statuses = {rank: read_status(folder / f"rank{rank}.status") for rank, code in enumerate(codes) if code is None}
         reason = watch.hung(statuses, time.monotonic())
         if reason is not None:
-            raise CheckFailed(
-                reason, where=told.where, mend="free the machine, or raise --stall-limit if it is only slow"
-            )
+            raise CheckFailed(reason, where=told.where, mend=SLOW)
         first = statuses.get(0)
         if first is not None:
             tell(first.label)
