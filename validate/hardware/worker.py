@@ -24,7 +24,7 @@ from validate.hardware.process import Seat, serve
 from validate.hardware.rig import Rig, build, check_outputs, generator, routed_counts
 
 PREDICTIONS_FILE = "predictions.json"
-RECORD_FILE = "record.json"
+RECORD_FILE = record.RECORD_FILE
 
 
 def session(job: Job, group: Group) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ def training(
     Every layout has a scenario in the folder, priced by operations measured on the spot; `moesim simulate` on it gives
     its prediction again. Gradients and loss are checked against one process before anything is timed.
     """
+    from validate.hardware.record import RECORD_FILE
     from validate.training import run as runner
 
     def say(line: str) -> None:
@@ -64,13 +65,16 @@ def training(
 
     record = start(backend.value, make, say)
     if record is not None:
-        show(record, runner.table, out / runner.RECORD_FILE, as_json=as_json, holds=True)
+        show(record, runner.table, out / RECORD_FILE, as_json=as_json, holds=True)
 
 
-def start(backend: str, make: Callable[[int | None], TrainingJob], say: Callable[[str], None]) -> dict[str, Any] | None:
+def start(
+    backend: str, make: Callable[[int | None], TrainingJob], say: Callable[[str], None], *, keep: bool = False
+) -> dict[str, Any] | None:
     """Run on the ranks that torchrun started, if it did, else on ranks of its own; None where nothing is recorded.
 
-    make: the job for so many ranks that are there, or None for as many as it asks for. Raises MissingPart.
+    make: the job for so many ranks that are there, or None for as many as it asks for. keep: a record of the same job
+    that is there already will do. Raises MissingPart.
     """
     from profiles.launch import under_torchrun
     from validate.hardware.group import need_torch
@@ -83,11 +87,11 @@ def start(backend: str, make: Callable[[int | None], TrainingJob], say: Callable
     if backend == "nccl":
         missing_gpu(1)
     if under_torchrun():
-        return runner.run_under_torchrun(make, say)
+        return runner.run_under_torchrun(make, say, keep=keep)
     job = make(None)
     if backend == "nccl":
         missing_gpu(max(one.ranks for one in job.layouts))
-    return runner.run(job, Started(job, say))
+    return runner.run(job, Started(job, say), keep=keep)
 
 
 def make_job(

@@ -164,7 +164,7 @@ def cluster(
     for one, names in ((near, ("nvlink_bytes_per_s", "nvlink_latency_s")), (far, ("nic_bytes_per_s", "nic_latency_s"))):
         if one.points:
             told = {"rel_sigma": one.rel_sigma, "points": one.points, "source": "validate training"}
-            measured |= dict.fromkeys(names, told)
+            measured |= {name: dict(told) for name in names}
     return found | ({"measured": measured} if measured else {})
 
 

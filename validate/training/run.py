@@ -32,7 +32,7 @@ from validate.compare import (
 from validate.foretold import code, now, write_predictions
 from validate.hardware.group import Group
 from validate.hardware.join import join
-from validate.hardware.record import hardware, versions
+from validate.hardware.record import RECORD_FILE, finished, hardware, versions
 from validate.training import predict as told
 from validate.training.company import TOLD, Company, Joined, Say
 from validate.training.job import ONE, WHERE, Layout, TrainingJob
@@ -40,16 +40,20 @@ from validate.training.probe import Asked, Measured
 
 Floats = NDArray[np.float64]
 
-PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
+PREDICTIONS_FILE = "predictions.json"
 PARTS = ("forward", "backward", "pipeline", "reduce", "optimizer")
 
 
-def run(job: TrainingJob, company: Company) -> dict[str, Any]:
+def run(job: TrainingJob, company: Company, *, keep: bool = False) -> dict[str, Any]:
     """The whole validation; returns the record, which is in the job's folder with predictions, points and scenarios.
 
-    Raises CheckFailed when a layout's gradients or loss are wrong (nothing is timed then) or a rank is lost,
-    BadInput and Infeasible for layouts that cannot be.
+    keep: hand back the record of this very job that an earlier go left, if one did. Raises CheckFailed when a layout's
+    gradients or loss are wrong (nothing is timed then) or a rank is lost, BadInput and Infeasible for layouts that
+    cannot be.
     """
+    earlier = finished(job, job.out) if keep else None
+    if earlier is not None:
+        return earlier
     out, machine = Path(job.out), company.machine
     counts = sorted({layout.ranks for layout in job.layouts})
     for layout in job.layouts:
@@ -122,7 +126,7 @@ def run(job: TrainingJob, company: Company) -> dict[str, Any]:
     return record
 
 
-def run_under_torchrun(make: Callable[[int], TrainingJob], say: Say) -> dict[str, Any] | None:
+def run_under_torchrun(make: Callable[[int], TrainingJob], say: Say, *, keep: bool = False) -> dict[str, Any] | None:
     """The same on the ranks that torchrun started: the record on rank 0, None on the others. make: of so many ranks."""
 
     def work(job: TrainingJob, group: Group, store: Any) -> dict[str, Any] | None:
@@ -131,7 +135,7 @@ def run_under_torchrun(make: Callable[[int], TrainingJob], say: Say) -> dict[str
             company.follow()
             return None
         try:
-            return run(job, company)
+            return run(job, company, keep=keep)
         finally:
             company.dismiss()
 
