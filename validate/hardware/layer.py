@@ -160,7 +160,7 @@ def dispatch(permuted: Permuted, group: Group) -> Dispatched:
     """Send every row to the rank of its slot: first the counts, then the rows, unevenly."""
     outgoing = permuted.slot_counts.reshape(group.ranks, -1)
     counts = group.exchange_counts(outgoing).tolist()
-    sent = outgoing.sum(dim=1).tolist()
+    sent = outgoing.sum(dim=1).cpu().tolist()
     received = [sum(row) for row in counts]
     return Dispatched(group.exchange(permuted.rows, sent, received), counts, sent, received)
 
