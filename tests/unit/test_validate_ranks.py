@@ -106,6 +106,8 @@ def test_failed_allocations_are_told_from_other_errors() -> None:
     assert out_of_memory(MemoryError()) and out_of_memory(OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert out_of_memory(RuntimeError("std::bad_alloc"))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not out_of_memory(RuntimeError("Connection closed by peer"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,23 @@ def trained(
 
     A node's profile is worth having all the same. Where no layout has as many ranks, or fits, it says so.
     """
+    from profiles.launch import under_torchrun
     from validate.training.command import make_job, start
     from validate.training.job import TrainingJob
 
-    def make(world: int | None) -> TrainingJob:
+    folder = training_folder_of(bundle)
+
+    def make(world: int | None, say: Callable[[str], None] = say) -> TrainingJob:
         return make_job(
-            backend, world, say, ranks=() if world is not None else (ranks,), names=(), quick=quick,
-            out=training_folder_of(bundle), stall_s=max(stall_s, TRAINING_STALL_S), seed=seed,
+            backend, world, say, ranks=() if world is not None else (ranks,), names=(), quick=quick, out=folder,
+            stall_s=max(stall_s, TRAINING_STALL_S), seed=seed,
         )  # fmt: skip
 
     try:
+        make(int(os.environ["WORLD_SIZE"]) if under_torchrun() else None, lambda line: None)  # on every rank alike
         start(backend, make, say, keep=True)
     except BadInput as error:
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # of an earlier go, with other options
         say(f"no steps of training: {error.line()}")
     except CheckFailed as error:
         say(f"no steps of training: {error.line()}")
