@@ -155,7 +155,7 @@ class Weights:
 class Decoder:
     """Some layers of the model on one rank.
 
-    slots: of each expert over all EP ranks [MoE layers, experts], ranks one after another.
+    slots: of each expert over all EP ranks [MoE layers, experts], ranks one after another. expert: of each slot.
     counted: rows of each expert that this rank's tokens asked for, by layer, of the last forward pass.
     """
 
@@ -173,7 +173,9 @@ class Decoder:
         self.slot = [torch.as_tensor(row, device=device) for row in slots]
         self.per_rank = job.shape.experts // ways["ep"].size
         first = ways["ep"].place * self.per_rank
-        self.held = [row.argsort(kind="stable")[first : first + self.per_rank].tolist() for row in slots]
+        by_slot = [row.argsort(kind="stable") for row in slots]
+        self.expert = [torch.as_tensor(row, device=device) for row in by_slot]
+        self.held = [row[first : first + self.per_rank].tolist() for row in by_slot]
         self.bias = [
             torch.as_tensor(gate_bias(job, layer), dtype=torch.float32, device=device)
             for layer in range(job.shape.layers)
@@ -249,10 +251,10 @@ class Decoder:
         best = logits.topk(top_k, dim=-1)
         share = torch.softmax(best.values, dim=-1)
         slots = self.slot[layer - 1][best.indices].reshape(-1)
-        self.counted[layer] = torch.bincount(best.indices.reshape(-1), minlength=self.job.shape.experts)
+        self.counted[layer] = counted(best.indices, self.job.shape.experts)
         order = slots.argsort(stable=True)
         token = order // top_k
-        counts = torch.bincount(slots, minlength=self.job.shape.experts).view(way.size, self.per_rank)
+        counts = self.counted[layer].index_select(0, self.expert[layer - 1]).view(way.size, self.per_rank)
         arriving = counts if way.size == 1 else all_counts(counts, way)
         # The only time the host waits for a device: what it needs to know of sizes comes over at once.
         sizes = way.meet(torch.stack([counts, arriving]).cpu)
@@ -284,6 +286,13 @@ class Decoder:
             for part, expert in zip(parts, experts, strict=True)
         ]
         return need_torch().cat(done)
+
+
+def counted(ids: Any, experts: int) -> Any:
+    """How often each expert stands among ids: int64 [experts]. On a GPU `bincount` would have the host wait for it."""
+    torch, flat = need_torch(), ids.reshape(-1)
+    zeros = torch.zeros(experts, dtype=torch.int64, device=ids.device)
+    return zeros.scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def all_counts(counts: Any, way: Way) -> Any:
