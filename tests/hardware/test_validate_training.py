@@ -22,6 +22,7 @@ from validate.records import store
 from validate.training import run as runner
 from validate.training.company import started_ranks
 from validate.training.job import LAYOUTS, ONE, Shape, TrainingJob
+from validate.training.memory import needed_bytes
 from validate.training.rank import GRADIENT_LIMIT, contiguous, gradient_error
 from validate.training.step import Stepper
 from validate.training.ways import Made
@@ -56,6 +57,7 @@ def test_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert record["predictions"]["written"] < record["measured_from"]
     assert record["gradient_error"] < 1e-5
     assert record["host"] == json.loads(text)["host"]
+    assert record["peak_bytes"]["2"] > needed_bytes(TrainingJob.read(record["job"], where="record"), ())
     told = record["host"]["2"]
     assert told["layer_s"] == pytest.approx(max(0.0, told["measured_s"] - told["priced_s"]) / 6)
     kept = store.compact(record)

@@ -16,9 +16,9 @@ from moesim.errors import BadInput, Infeasible
 from moesim.graph.pipeline import Pass, layers_of_chunks, program
 from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
-from validate.training import machine, predict, probe
+from validate.training import machine, memory, predict, probe
 from validate.training import run as runner
-from validate.training.job import GLOBAL_BATCH, LAYOUTS, SHAPES, Layout, Shape, TrainingJob, fitting, layouts_of
+from validate.training.job import GLOBAL_BATCH, LAYOUTS, ONE, SHAPES, Layout, Shape, TrainingJob, fitting, layouts_of
 from validate.training.model import slices
 from validate.training.step import messages
 
@@ -286,3 +286,22 @@ def test_what_layouts_over_two_nodes_need_is_asked_for_inside_and_between(tmp_pa
     (tmp_path / predict.cluster_file(4)).write_text(json.dumps(found))
     told = predict.predict(job, job.layouts[0], tmp_path, points=files, host_s=0.0)
     assert told["low_s"] < told["step_s"] < told["high_s"]
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_starts() -> None:
+    """16 bytes a weight: by hand for a model of which TP2 halves all but norms and gates, and EP2 the experts."""
+    torch = pytest.importorskip("torch")
+    shape = Shape(layers=2, hidden=4, heads=2, kv_heads=2, head_dim=2, dense_intermediate=6, experts=4, intermediate=2,
+                  vocabulary=10)  # fmt: skip
+    norms, gate = 5 * 4, 4 * 4
+    dense, experts = 2 * 10 * 4 + 2 * (12 * 4 + 4 * 4) + 3 * 6 * 4, 4 * 3 * 2 * 4
+    job = TrainingJob(shape=shape, layouts=(Layout(name="TP2", tp=2), Layout(name="DP2", instances=2)))
+    whole = norms + gate + dense + experts
+    assert memory.weights_of(job, ONE) == whole
+    assert memory.weights_of(job, job.layouts[0]) == norms + gate + dense / 2 + experts / 2
+    needed = 4 * whole + 16 * (whole + norms + gate + dense / 2 + experts / 2)
+    assert memory.needed_bytes(job, job.layouts) == needed
+    gpu = torch.device("cuda", 0)
+    memory.check_memory(job, predict.Machine("H100", needed, (0, 0)), gpu)
+    with pytest.raises(Infeasible, match=r"2 layouts of 2 ranks need .* memory are there"):
+        memory.check_memory(job, predict.Machine("H100", needed - 1, (0, 0)), gpu)

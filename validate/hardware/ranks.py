@@ -180,6 +180,15 @@ def oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
+def free_bytes() -> float | None:
+    """Memory that this machine has left, swap apart (proc_meminfo(5), MemAvailable); None where nothing tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        return None
+
+
 def cause(
     codes: Sequence[int | None], folder: Path, *, short_of_memory: bool = False, told: Told = HARDWARE
 ) -> MoesimError:

@@ -87,6 +87,7 @@ def measure(
             if not meeting:
                 for _ in range(-(-counts[index] // 2)):  # company for ranks that are not done yet
                     calls[index]()
+    _memory_of_all.cache_clear()
     table = group.gather(samples)  # [ranks, operations, samples]
     found = [
         Measured(one, table[:, index].max(axis=0) if one.family in MEETING else table[:, index].ravel())

@@ -18,6 +18,7 @@ from validate.hardware.join import joined
 from validate.hardware.process import Seat, serve
 from validate.training.job import ONE, WHERE, TrainingJob
 from validate.training.machine import busy_s, others_cores
+from validate.training.memory import peak_bytes
 from validate.training.probe import Asked, groups_of, measure
 from validate.training.step import Moments, Stepper
 from validate.training.ways import Made, links_of
@@ -45,6 +46,8 @@ def phase(content: dict[str, Any], job: TrainingJob, made: Made, hosts: Sequence
     content: the phase, its ranks, and what it needs. hosts: the number of each rank's host.
     """
     ranks = int(content["ranks"])
+    if made.device.type == "cuda":  # what an earlier phase used lies in blocks of its own sizes
+        need_torch().cuda.empty_cache()
     if content["phase"] == "route":
         return route(job, made) if made.rank == 0 else None
     if content["phase"] == "profile":
@@ -144,7 +147,14 @@ def steps(
     own = group.gather(np.asarray([process_time() - worked]))[:, 0]
     here = np.asarray(hosts) == hosts[0]
     others = others_cores(busy, busy_s(), float(own[here].sum()), perf_counter() - begun)
-    return {"errors": worst[:, :2].tolist(), "loss": loss, "moments": kept, "others_cores": others}
+    held = group.gather(np.asarray([peak_bytes(made.device)])).max()
+    return {
+        "errors": worst[:, :2].tolist(),
+        "loss": loss,
+        "moments": kept,
+        "others_cores": others,
+        "peak_bytes": float(held),
+    }
 
 
 def _wanted(stepper: Stepper) -> Any:

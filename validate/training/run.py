@@ -18,6 +18,7 @@ from moesim.files import write_json, write_text
 from moesim.graph.pipeline import program
 from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
+from moesim.units import human_bytes
 from profiles.groups import PRETENDED, pretended_hosts
 from validate.compare import (
     mape,
@@ -36,6 +37,7 @@ from validate.hardware.record import RECORD_FILE, finished, hardware, versions
 from validate.training import predict as told
 from validate.training.company import TOLD, Company, Joined, Say
 from validate.training.job import ONE, WHERE, Layout, TrainingJob
+from validate.training.memory import check_memory
 from validate.training.probe import Asked, Measured
 
 Floats = NDArray[np.float64]
@@ -58,6 +60,7 @@ def run(job: TrainingJob, company: Company, *, keep: bool = False) -> dict[str, 
     counts = sorted({layout.ranks for layout in job.layouts})
     for layout in job.layouts:
         job.micro_batches(layout)
+    check_memory(job, machine, company.device)
     nodes = {str(ranks): machine.nodes(ranks)[0] for ranks in counts}
     write_json(out / told.CONFIG_FILE, job.shape.config(), indent=1)
     forget(out)
@@ -93,12 +96,13 @@ def run(job: TrainingJob, company: Company, *, keep: bool = False) -> dict[str, 
     moments: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     others: dict[str, float | None] = {}
+    held: dict[str, float] = {}
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
         answer = company.phase(
             {"phase": "steps", "ranks": ranks, "slots": {layout.name: slots[layout.name] for layout in mine}}
         )
-        others[str(ranks)] = answer["others_cores"]
+        others[str(ranks)], held[str(ranks)] = answer["others_cores"], answer["peak_bytes"]
         for layout, error, timed in zip(mine, answer["errors"], answer["moments"], strict=True):
             errors[layout.name], moments[layout.name] = error, timed
     record = {
@@ -114,6 +118,7 @@ def run(job: TrainingJob, company: Company, *, keep: bool = False) -> dict[str, 
         "core_share": share,
         "host": host,
         "others_cores": others,
+        "peak_bytes": held,
         "predictions": predictions,
         "measured_from": started,
         "gradient_error": max(error[0] for error in errors.values()),
@@ -244,7 +249,9 @@ def table(record: dict[str, Any]) -> str:
         + ", ".join("?" if cores is None else f"{cores:.2f}" for cores in record["others_cores"].values())
         + " cores busy while steps were timed",
         "host's time of a layer: "
-        + ", ".join(f"{1e3 * one['layer_s']:.2f} ms (of {ranks})" for ranks, one in record["host"].items()),
+        + ", ".join(f"{1e3 * one['layer_s']:.2f} ms (of {ranks})" for ranks, one in record["host"].items())
+        + "; a rank held up to "
+        + ", ".join(f"{human_bytes(most)} (of {ranks})" for ranks, most in record["peak_bytes"].items()),
         f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; gradients "
         f"within {record['gradient_error']:.1g} of one process's",
         "",
