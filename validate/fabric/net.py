@@ -29,7 +29,8 @@ GSO_BYTES = 16_384
 # What a connection may have on its way: as small as keeps the link busy while a process waits for its turn (4 ms, a
 # tick of a 250 Hz kernel), and four times what the delay holds. With larger ones a switch's queue takes in as much as a
 # whole message before its senders slow down, and other links stand idle at the end (measured on the fabric that
-# calibrates: 1 MB loses 10 % of an even exchange's rate, 256 kB 8 %, 128 kB 5 %; with 64 kB links wait for senders).
+# calibrates: 1 MB loses 10 % of an even exchange's rate, 256 kB 8 %, 128 kB 5 %; with 64 kB links wait for senders, and
+# with 112 kB those do that carry one connection alone: two-level on own NICs took 10 to 19 % longer).
 LEAST_WINDOW_BYTES, WINDOW_S, WINDOW_DELAYS = 160_000, 4e-3, 4.0
 RECEIVE_BYTES = 4_000_000
 SUBNET = "10.77"
