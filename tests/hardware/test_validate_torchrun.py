@@ -130,10 +130,10 @@ def rolls(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[..., tuple
     monkeypatch.setattr(join.Roll, "_end", end)
     monkeypatch.setattr(join, "LOOK_S", 0.02)
 
-    def make(rank: int, stall_s: float = 60.0) -> tuple[join.Roll, Beat]:
+    def make(rank: int, stall_s: float = 60.0, silence_s: float = 60.0) -> tuple[join.Roll, Beat]:
         beat = Beat(None)
         roll = join.Roll(
-            shared, rank, 2, beat, stall_s=stall_s, told=join.HARDWARE, ending=lambda reason: None
+            shared, rank, 2, beat, stall_s=stall_s, told=join.HARDWARE, ending=lambda reason: None, silence_s=silence_s
         )  # fmt: skip
         made.append(roll)
         return roll, beat
@@ -161,26 +161,40 @@ def test_the_rank_that_all_wait_for_ends_the_run(rolls: Any) -> None:
     assert ended[0].startswith("0: validate hardware: rank 1 hangs: 0.6 s without progress, while counting sheep; the")
 
 
-def test_a_rank_0_that_shows_no_life_is_noticed_by_the_others(rolls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_0_that_shows_no_life_is_noticed_by_the_others(rolls: Any) -> None:
     make, ended = rolls
-    monkeypatch.setattr(join, "SILENCE_S", 0.2)
     roll, beat = make(0)
-    make(1)
+    make(1, silence_s=0.2)
     beat.at("predicting")
-    until(lambda: roll._seen.get(1, (b"", None))[1] is not None)
+    until(lambda: roll._seen.get(0, (b"", None))[1] is not None)
     roll._stop.set()
     until(lambda: ended)
     assert ended[0].startswith("1: validate hardware: rank 0 hangs: no sign of life for")
 
 
-def test_a_rank_that_is_done_is_missed_by_nobody(rolls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_done_is_missed_by_nobody(rolls: Any) -> None:
     make, ended = rolls
-    monkeypatch.setattr(join, "SILENCE_S", 0.1)
-    _, beat = make(0)
+    _, beat = make(0, silence_s=0.3)
     other, _ = make(1)
     other.stop()
     until(lambda: beat.at("comparing") or beat.count > 40)
     assert ended == []
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_rank_that_waits_without_end_is_ended_when_another_failed(
+    waiting: int, rolls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that waits in CUDA: no error ever comes to it."""
+    make, ended = rolls
+    monkeypatch.setattr(join, "GRACE_S", 0.1)
+    make(waiting)
+    other, beat = make(1 - waiting)
+    beat.at("dispatching")
+    other._stop.set()
+    join._told_by(RuntimeError("NCCL error: unhandled cuda error"), 1 - waiting, beat, other, join.HARDWARE)
+    until(lambda: ended)
+    assert ended[0].startswith(f"{waiting}: validate hardware: rank {1 - waiting} failed while dispatching: NCCL error")
 
 
 def test_who_waited_repeats_what_the_failing_rank_left(rolls: Any) -> None:

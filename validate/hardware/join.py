@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from moesim.errors import CheckFailed, MoesimError
 from validate.hardware.group import Beat, Group, need_torch
 from validate.hardware.process import first_line, out_of_memory
-from validate.hardware.ranks import GRACE_S, HARDWARE, SILENCE_S, SLOW, Status, Told, Watch
+from validate.hardware.ranks import GRACE_S, HARDWARE, SILENCE_S, SLOW, Status, Told, Watch, silence_of
 from validate.hardware.rig import device_of
 
 # Collectives give up this long after a run counts as hung, so that whoever watches can say first which rank it was.
@@ -93,16 +94,25 @@ def _give_up(device: Any) -> None:
 class Roll:
     """Signs of life of all ranks over their store; ends this process when the run hangs, with the rank that hangs.
 
-    Rank 0 watches all, the others rank 0. ending: told the reason before that; what it returns stands in the error.
+    Rank 0 watches all, the others rank 0; all look whether one left word that it failed. ending: told the reason
+    before rank 0 ends; what it returns stands in the error. silence_s: how long a rank may show no sign of life.
     """
 
     def __init__(
-        self, store: Any, rank: int, ranks: int, beat: Beat, *, stall_s: float, told: Told,
+        self,
+        store: Any,
+        rank: int,
+        ranks: int,
+        beat: Beat,
+        *,
+        stall_s: float,
+        told: Told,
         ending: Callable[[str], str | None],
-    ) -> None:  # fmt: skip
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self._store, self._rank, self._beat, self._told, self._ending = store, rank, beat, told, ending
         self._watched = range(ranks) if rank == 0 else range(1)
-        self._ranks, self._stall_s = ranks, stall_s
+        self._stall_s, self._silence_s = stall_s, silence_s
         self._seen: dict[int, tuple[bytes, Status | None]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -114,58 +124,59 @@ class Roll:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(Exception):
-            self._store.set(self._key("status", self._rank), b"{}")
+            self._store.set(f"status{self._rank}", b"{}")
 
     def leave(self, error: MoesimError) -> None:
         """Leave word of why this rank fails."""
         with contextlib.suppress(Exception), self._lock:
-            self._store.set(self._key("error", self._rank), json.dumps([error.what, error.mend]))
+            self._store.set("failed", json.dumps([error.what, error.mend]))
 
     def cause(self, wait_s: float = GRACE_S) -> CheckFailed | None:
         """What a rank left that failed by itself, if one does within a moment."""
         until = time.monotonic() + wait_s
         while True:
             with contextlib.suppress(Exception), self._lock:
-                for rank in range(self._ranks):
-                    if self._store.check([self._key("error", rank)]):
-                        what, mend = json.loads(self._store.get(self._key("error", rank)))
-                        return CheckFailed(what, where=self._told.where, mend=mend)
+                if self._store.check(["failed"]):
+                    what, mend = json.loads(self._store.get("failed"))
+                    return CheckFailed(what, where=self._told.where, mend=mend)
             if time.monotonic() > until:
                 return None
             time.sleep(LOOK_S / 5)
 
-    def _key(self, what: str, rank: int) -> str:
-        return f"{what}{rank}"
-
     def _run(self) -> None:
-        watch = Watch(self._stall_s, time.monotonic())
+        watch = Watch(self._stall_s, time.monotonic(), self._silence_s)
         while not self._stop.wait(LOOK_S):
             try:
                 with self._lock:
-                    self._store.set(self._key("status", self._rank), self._beat.line())
+                    self._store.set(f"status{self._rank}", self._beat.line())
                 seen = {rank: self._status(rank) for rank in self._watched}
             except Exception:  # the store went with its host; whoever waits for that rank will say so
                 return
             now = time.monotonic()
             alive = {rank: status for rank, (raw, status) in seen.items() if raw != b"{}"}
-            reason = watch.hung(alive, now) if self._rank == 0 else _silent(alive, now)
+            reason = watch.hung(alive, now) if self._rank == 0 else self._silent(alive, now)
             if reason is not None:
                 self._end(CheckFailed(reason, where=self._told.where, mend=SLOW))
-            failed = self.cause(0.0) if self._rank == 0 else None
+            failed = self.cause(0.0)
             if failed is not None and not self._stop.wait(3 * GRACE_S):  # where waiting for the lost rank has no end
                 self._end(failed)
 
     def _status(self, rank: int) -> tuple[bytes, Status | None]:
         """What a rank told last, with the moment at which this one first saw it: clocks of two hosts differ."""
+        key = f"status{rank}"
         with self._lock:
-            key = self._key("status", rank)
             raw = bytes(self._store.get(key)) if self._store.check([key]) else b""
         if raw != self._seen.get(rank, (b"", None))[0]:
-            status = Status(**json.loads(raw)) if raw != b"{}" else None
-            if status is not None:
-                status = Status(status.pid, time.monotonic(), status.label, status.count, status.waiting)
+            status = None if raw == b"{}" else replace(Status(**json.loads(raw)), time_s=time.monotonic())
             self._seen[rank] = raw, status
         return self._seen.get(rank, (raw, None))
+
+    def _silent(self, statuses: dict[int, Status | None], now_s: float) -> str | None:
+        """Rank 0 as another rank sees it, twice as patient as rank 0 is with the others."""
+        for rank, status in statuses.items():
+            if status is not None and now_s - status.time_s > 2 * self._silence_s:
+                return f"rank {rank} hangs: no sign of life for {now_s - status.time_s:.0f} s, while {status.label}"
+        return None
 
     def _end(self, error: CheckFailed) -> None:
         kept = self._ending(error.what) if self._rank == 0 else None
@@ -177,13 +188,6 @@ class Roll:
             sys.stderr.write(f"error: {line}\n")
             sys.stderr.flush()
         os._exit(1)
-
-
-def _silent(statuses: dict[int, Status | None], now_s: float) -> str | None:
-    for rank, status in statuses.items():
-        if status is not None and now_s - status.time_s > 2 * SILENCE_S:
-            return f"rank {rank} hangs: no sign of life for {now_s - status.time_s:.0f} s, while {status.label}"
-    return None
 
 
 def join(
@@ -220,7 +224,8 @@ def join(
     beat = Beat(None)
     calls = torch.distributed.PrefixStore(f"{prefix} roll", _another(found))
     roll = Roll(
-        calls, rank, ranks, beat, stall_s=stall_s(job), told=told, ending=lambda reason: ending(job, reason)
+        calls, rank, ranks, beat, stall_s=stall_s(job), told=told, ending=lambda reason: ending(job, reason),
+        silence_s=silence_of(job.backend),
     )  # fmt: skip
     try:
         with joined(
@@ -232,6 +237,11 @@ def join(
         kept = ending(job, failed.what) if rank == 0 else None
         mend = "; ".join(filter(None, [failed.mend, kept]))
         raise CheckFailed(failed.what, where=failed.where, mend=mend) from None
+    except MoesimError:
+        raise
+    except Exception as error:  # a mistake of this program: told as it is here, and to whoever waits for this rank
+        _told_by(error, rank, beat, roll, told)
+        raise
     finally:
         roll.stop()
 

@@ -163,7 +163,8 @@ def run(job: Job) -> dict[str, Any]:
     try:
         lines = ranks.commands(out / "job.json", folder, job.ranks)
         with _progress() as tell:
-            ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell)
+            silence_s = ranks.silence_of(job.backend)
+            ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell, silence_s=silence_s)
     except CheckFailed as error:
         kept = unfinished.tell(out, job, error.what)
         raise CheckFailed(error.what, where=error.where, mend=f"{error.mend}; {kept or NOTHING}") from None

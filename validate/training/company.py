@@ -137,7 +137,8 @@ def started_ranks(job: TrainingJob, content: dict[str, Any], say: Say) -> Any:
     try:
         write_json(folder / "job.json", {"job": job.model_dump(mode="json"), **content})
         lines = processes.commands(folder / "job.json", folder, int(content["ranks"]), "validate.training.rank")
-        processes.launch(lines, folder, stall_limit_s=job.stall_s, tell=tell, told=TOLD)
+        silence_s = processes.silence_of(job.backend)
+        processes.launch(lines, folder, stall_limit_s=job.stall_s, tell=tell, told=TOLD, silence_s=silence_s)
         return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -132,7 +132,7 @@ class Weights:
             values = []
             for one in listed:
                 if one.kind == kind:
-                    made.beat.at(f"making the weights {one.name}")
+                    made.beat.at(f"making the weights: {one.name}")
                     # Made on the host, so that they are the same on every kind of device.
                     values.append((one, one.of(whole_parameter(one.name, one.shape, job.seed)).to(made.device)))
             flat = torch.cat([one.reshape(-1) for _, one in values]) if values else torch.zeros(0, device=made.device)

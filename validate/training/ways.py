@@ -47,7 +47,10 @@ class Made:
         if (members, use) not in self.groups:
             if self.sealed:
                 raise RuntimeError(f"no group of ranks {members} was made beforehand")
+            self.beat.at(f"making groups: ranks {', '.join(map(str, members))}")
+            self.beat.waiting = True
             self.groups[members, use] = need_torch().distributed.new_group(list(members))
+            self.beat.waiting = False
         return self.groups[members, use]
 
     def everyone(self, ranks: int) -> Group | None:
