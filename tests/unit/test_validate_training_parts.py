@@ -18,7 +18,7 @@ from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
 from validate.training import machine, memory, predict, probe
 from validate.training import run as runner
-from validate.training.job import GLOBAL_BATCH, LAYOUTS, ONE, SHAPES, Layout, Shape, TrainingJob, fitting, layouts_of
+from validate.training.job import LAYOUTS, ONE, SHAPES, Layout, Shape, TrainingJob, batch_of, fitting, layouts_of
 from validate.training.model import slices
 from validate.training.step import messages
 
@@ -227,9 +227,12 @@ def test_layouts_of_a_node_use_its_ranks_and_say_so(ranks: int) -> None:
 
 
 def test_layouts_that_do_not_divide_are_named_with_the_reason() -> None:
-    shape, batch = SHAPES["nccl"], GLOBAL_BATCH["nccl"]
-    node = TrainingJob(shape=shape, layouts=layouts_of(8), sequence_length=2048, global_batch=batch, backend="nccl")
-    assert fitting(node) == (node, {})
+    for ranks in (8, 16, 64):
+        node = TrainingJob(
+            shape=SHAPES["nccl"], layouts=layouts_of(ranks), sequence_length=2048,
+            global_batch=batch_of("nccl", ranks), backend="nccl",
+        )  # fmt: skip
+        assert fitting(node) == (node, {})
     small = TrainingJob(layouts=layouts_of(8))
     kept, wrong = fitting(small)
     assert {one.name for one in kept.layouts} | set(wrong) == {one.name for one in small.layouts}

@@ -34,7 +34,7 @@ def training(
         int | None, typer.Option(min=4, help="Tokens of a sequence. [default: gloo 256, nccl 2048, quick: 32]")
     ] = None,
     global_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of a step. [default: gloo 12, nccl 32]")
+        int | None, typer.Option(min=1, help="Sequences of a step. [default: gloo 12, nccl 32, or two a rank]")
     ] = None,
     bias: Annotated[float, typer.Option(min=0.0, help="How unevenly experts are wanted.")] = 0.5,
     repeats: Annotated[
@@ -116,7 +116,7 @@ def make_job(
     """
     from moesim.errors import BadInput
     from validate.hardware.group import need_torch
-    from validate.training.job import GLOBAL_BATCH, LAYOUTS, SEQUENCE_LENGTH, SHAPES, TrainingJob, fitting, layouts_of
+    from validate.training.job import LAYOUTS, SEQUENCE_LENGTH, SHAPES, TrainingJob, batch_of, fitting, layouts_of
 
     kind: Any = backend
     some = sorted({one.ranks for one in LAYOUTS})
@@ -140,7 +140,7 @@ def make_job(
             "shape": SHAPES[kind].model_dump(),
             "layouts": [one.model_dump() for one in chosen],
             "sequence_length": sequence_length or (32 if quick else SEQUENCE_LENGTH[kind]),
-            "global_batch": global_batch or GLOBAL_BATCH[kind],
+            "global_batch": global_batch or batch_of(kind, max(counts)),
             "bias": bias,
             "repeats": repeats or (2 if quick else 9),
             **({"samples": 3, "sample_s": 0.001, "warmup": 0} if quick else {}),

@@ -212,6 +212,11 @@ def _named(tp: int, dp: int, pp: int, **more: Any) -> Layout:
     return Layout(name=", ".join([name, *extra]), tp=tp, dp=dp, pp=pp, **more)
 
 
+def batch_of(backend: Backend, ranks: int) -> int:
+    """Sequences of a step that layouts of so many ranks divide, where their number is a power of two."""
+    return max(GLOBAL_BATCH[backend], 2 * ranks) if backend == "nccl" else GLOBAL_BATCH[backend]
+
+
 def fitting(job: TrainingJob) -> tuple[TrainingJob, dict[str, str]]:
     """The job with those of its layouts that divide its model and batch, and why the others do not, by name."""
     wrong = {one.name: why for one in job.layouts if (why := _misfit(job, one))}
