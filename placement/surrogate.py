@@ -61,7 +61,8 @@ def _choices(plan: Plan) -> tuple[object, ...]:
 
 
 def _sizes(sizes: ParallelSpec) -> tuple[int, ...]:
-    return (sizes.gpus, sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
+    contexts = sizes.cp * sizes.decode_cp  # the first is of training, the second of serving
+    return (sizes.gpus, sizes.tp, sizes.pp, contexts, sizes.attention_dp, sizes.ep, sizes.expert_tp)
 
 
 def _pool_choices(plan: Plan) -> tuple[object, ...]:
