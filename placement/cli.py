@@ -288,16 +288,18 @@ def export(
     plan: Annotated[Path, typer.Argument(help="plan.yaml of a run, or a map of moesim or of an engine.")],
     engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, megatron or vllm-ascend.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to (default: beside the plan).")] = None,
-    model: Annotated[str | None, typer.Option(help="Model of an engine's map: an id, or a config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of a map: an id, or a config.json.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Expert-parallel ranks of an engine's map.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that a map's ranks run on.")] = None,
 ) -> None:
     """Write a plan as the files that an engine loads, with the flags to launch it."""
     from placement.export.engines import export_placement
+    from placement.export.instance import Told
     from placement.export.plan_file import read_plan, role_of
 
-    placement, scenario = read_plan(plan, model=model, ranks=gpus)
+    placement, scenario = read_plan(plan, model=model, ranks=gpus, nodes=nodes)
     folder = out if out is not None else plan.parent / engine
-    for path in export_placement(placement, engine, folder, scenario, role=role_of(plan)):
+    for path in export_placement(placement, engine, folder, scenario, role=role_of(plan), told=Told(model, nodes)):
         typer.echo(str(path))
     if engine == "vllm":
         from placement.export.vllm import GATE, starts_with
