@@ -20,6 +20,9 @@ def place(
     nodes: Annotated[int | None, typer.Option(help="Nodes; constrain nothing without --groups.")] = None,
     slots: Annotated[int | None, typer.Option(help="Slots of a layer over all GPUs, replicas included.")] = None,
     groups: Annotated[int | None, typer.Option(help="Expert groups that stay on one node (1 = none).")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of a layer, where a list of counts may leave some out.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver (default: greedy).")] = None,
     holdout: Annotated[float | None, typer.Option(help="Fraction of the loads to judge on; 0 = no verdict.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the map to.")] = None,
@@ -49,13 +52,15 @@ def place(
     from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
     from placement import planning
-    from placement.export.engines import FORMATS, suffix_note, write_map
+    from placement.export.engines import FORMATS, check_name, write_map
     from placement.export.vllm import GATE
 
     if form not in FORMATS:
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
     if form == "vllm":
         raise BadInput(GATE, where="--format vllm", mend="use sglang or trtllm; `moesim export` writes vLLM's flags")
+    if out is not None:
+        check_name(form, out)
     spec = None if scenario is None else load_scenario(scenario, tuple(set_ or ()))
     if spec is not None:
         refuse_faults(spec.faults, "place")
@@ -72,7 +77,10 @@ def place(
         seed=seed,
         current=current,
         budgets=planning.budget_list(budgets),
+        experts=experts,
     )
+    for doubt in asked.doubts:
+        typer.echo(f"note: {doubt}", err=True)
     if drift:
         _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
         return
@@ -80,8 +88,6 @@ def place(
         placed = planning.place(asked, choices=replica_choices)
     if out is not None:
         write_map(placed.placement, form, out, spec)
-        if suffix_note(form, out):
-            typer.echo(suffix_note(form, out), err=True)
     report = placed.to_json()
     if out is not None:
         report["out"] = {"file": str(out), "format": form}

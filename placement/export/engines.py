@@ -31,6 +31,7 @@ def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scena
 
     scenario: what the map is for; TensorRT-LLM's holds the layers of its drafts too.
     """
+    check_name(form, path)
     if form == "moesim":
         placement.write(path)
     elif form == "sglang":
@@ -45,11 +46,13 @@ def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scena
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
 
 
-def suffix_note(form: str, path: Path) -> str:
-    """A warning where the engine tells a map by its suffix, and this name has another; else empty."""
+def check_name(form: str, path: Path) -> None:
+    """Whether the engine takes a file of this name for a map. Raises BadInput where it goes by another suffix."""
     if form in ("sglang", "vllm-ascend") and path.suffix != ".json":
-        return f"note: {form} reads a map only from a name that ends in .json"
-    return ""
+        raise BadInput(
+            f"{form} reads a map only from a name that ends in .json", where=str(path),
+            mend=f"use {path.with_suffix('.json').name}",
+        )  # fmt: skip
 
 
 def export_placement(
