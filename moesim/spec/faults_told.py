@@ -27,7 +27,7 @@ def bad_input(error: ValidationError, data: Any, *, where: str, model: type[Base
         return BadInput(
             "this is a plan of `moesim tune`, not a scenario", where=where, mend="its scenario stands under `scenario:`"
         )
-    first = min(faults, key=lambda fault: fault["type"] not in ("extra_forbidden", "invalid_key"))
+    first = min(faults, key=lambda fault: fault["type"] != "extra_forbidden" and not _of_key(fault))
     loc = _in_file(first["loc"], data)
     key = ".".join(map(str, loc))
     place = f"{where}: {key}" if key else where
@@ -41,8 +41,9 @@ def bad_input(error: ValidationError, data: Any, *, where: str, model: type[Base
     more = _more(faults)
     if first["type"] == "missing":
         return BadInput(f"this key is missing{more}", where=place, mend="add it")
-    if first["type"] == "invalid_key":
-        return _no_name(loc, data, where, more)
+    if _of_key(first):
+        ends = -1 if first["type"] == "invalid_key" else -2
+        return _no_name(first["input"], _in_file((*first["loc"][:ends], "[key]"), data), data, where, more)
     message, mend = _told(first, model, loc)
     given = repr(first.get("input"))
     if len(given) > 60:
@@ -104,10 +105,14 @@ def _near(key: str, names: list[str], given: Any) -> str:
     return next(iter(difflib.get_close_matches(key, free, n=1, cutoff=0.6)), "")
 
 
-def _no_name(loc: Loc, data: Any, where: str, more: str) -> BadInput:
+def _of_key(fault: Any) -> bool:
+    """Whether it says that a key is no string."""
+    return fault["type"] == "invalid_key" or (fault["loc"][-1:] == ("[key]",) and not isinstance(fault["input"], str))
+
+
+def _no_name(key: Any, parents: Loc, data: Any, where: str, more: str) -> BadInput:
     """A key that is no string: most often the rest of a number with a comma, as {requests: 1,000} reads in YAML."""
-    *parents, key = loc or ("",)
-    mapping = _at(data, tuple(parents))
+    mapping = _at(data, parents)
     place = f"{where}: {'.'.join(map(str, parents))}" if parents else where
     names = list(mapping) if isinstance(mapping, Mapping) else []
     before = names[names.index(key) - 1] if key in names[1:] else None
