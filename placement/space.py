@@ -59,8 +59,8 @@ class Space:
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """The bases by their parts."""
-        return Grid(self.bases)
+        """The grid that the plans are of."""
+        return Grid(self.bases, self.axes)
 
     @functools.cached_property
     def _legal(self) -> frozenset[Plan]:
@@ -92,10 +92,6 @@ class Space:
             options.append((axis.key, value))
         plan = replace(base, options=tuple(options))  # type: ignore[arg-type]
         return plan if plan in self else None
-
-    def draw(self, count: int, rng: np.random.Generator) -> list[Plan]:
-        """Plans of the grid at random, legal or not."""
-        return [_drawn(self.bases, self.axes, rng) for _ in range(count)]
 
     def untried(self, seen: AbstractSet[Plan], room: int, rng: np.random.Generator) -> list[Plan]:
         """Up to `room` legal plans outside `seen`, at random."""

@@ -34,7 +34,7 @@ from placement.regret import (
     scores,
     stale_rows,
 )
-from placement.surrogate import OFTEN_UNTIL, Surrogate, front_of, gained, hypervolume, neighbours, reference_of
+from placement.surrogate import OFTEN_UNTIL, Surrogate, front_of, gained, hypervolume, reference_of
 from tests.scenarios import small, write
 
 FOLDER = Path(__file__).parents[1] / "data" / "regret"
@@ -177,7 +177,7 @@ def test_local_search_tries_each_plan_once(large: Problem) -> None:
     tried = local_search(large.space, large.recipes, lambda plans: map(priced, plans), 60, np.random.default_rng(0))
     assert len(tried) == 60
     assert all(plan in large.space for plan in tried)
-    for plan in neighbours(large.recipes[0], large.space)[:50]:
+    for plan in large.space.grid.neighbours(large.recipes[0])[:50]:
         mine, theirs = large.recipes[0].params(), plan.params()
         assert sum(mine[name] != theirs[name] for name in mine) == 1
 
