@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from placement.axes import Axis
 from placement.layouts import layout_name
-from placement.plans import Plan
+from placement.plans import Plan, told
 from placement.pools import NONE
 
 Parts = tuple[str | int, ...]
@@ -87,10 +87,6 @@ class Grid:
         """One number for each row [rows]: equal where the rows are."""
         return np.asarray(rows @ self._strides)
 
-    def draw(self, count: int, rng: np.random.Generator) -> Rows:
-        """Rows of plans at random, legal or not."""
-        return rng.integers(np.broadcast_to(self.counts, (count, len(self.counts))))
-
     def around(self, rows: Rows) -> Rows:
         """The rows that differ from one of these in one choice, those of the first row first.
 
@@ -116,6 +112,26 @@ class Grid:
     def neighbours(self, plan: Plan) -> list[Plan]:
         """The plans that differ from a plan of the grid in one choice."""
         return [self.plan(row) for row in self.around(self.rows([plan]))]
+
+    @functools.cached_property
+    def choices(self) -> dict[str, list[str]]:
+        """The values of each parameter of a plan (`Plan.params`), in order; of the further axes as they are given."""
+        parts = list(self._index)
+        found = {
+            "layout": {one[0] for one in parts},
+            "schedule": {one[3] for one in parts},
+            "placement": {f"{solver} +{budget}" for solver, budget in {one[1:3] for one in parts}},
+        }
+        if len(parts[0]) > _PLAIN:
+            found |= {
+                "split": {one[4] for one in parts},
+                "prefill": {one[5] for one in parts},
+                "prefill_placement": {
+                    NONE if solver == NONE else f"{solver} +{budget}" for solver, budget in {one[6:] for one in parts}
+                },
+            }
+        named = {name: sorted(map(str, values)) for name, values in found.items()}  # type: ignore[call-overload]
+        return named | {axis.key: [told(value) for value in axis.values] for axis in self.axes}
 
     @functools.cached_property
     def _namer(self) -> _Namer:

@@ -69,11 +69,10 @@ class Space:
     @functools.cached_property
     def choices(self) -> dict[str, list[str]]:
         """The values of each parameter, in order; those that no legal plan has are left out where all are known."""
-        named = [plan.params() for plan in (self.bases if self.estimated else self.plans)]
-        found = {name: sorted({one[name] for one in named}) for name in named[0]}
         if self.estimated:
-            found |= {axis.key: [told(value) for value in axis.values] for axis in self.axes}
-        return found
+            return self.grid.choices
+        named = [plan.params() for plan in self.plans]
+        return {name: sorted({one[name] for one in named}) for name in named[0]}
 
     def __contains__(self, plan: Plan) -> bool:
         return plan in self._legal or (self.estimated and self.why_not(plan) is None)

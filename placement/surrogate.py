@@ -7,6 +7,7 @@ gain of the front's hypervolume.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -43,6 +44,7 @@ class Surrogate:
     def __init__(self, space: Space) -> None:
         self.space = space
         self._fitted: tuple[int, Array, float] = (0, _NONE, 0.0)
+        self._checked: dict[int, bool] = {}
 
     @functools.cached_property
     def coded(self) -> Coding:
@@ -51,7 +53,7 @@ class Surrogate:
 
     @functools.cached_property
     def _legal(self) -> Rows:
-        """Rows of the legal plans of a space that was checked whole."""
+        """Rows of the plans known to be legal: all that are, in a space that was checked whole, else its sample."""
         return self.space.grid.rows(self.space.plans)
 
     def propose(
@@ -77,19 +79,16 @@ class Surrogate:
             believed = _Believed.of(model, self.coded.points(candidates))
         found: list[Plan] = []
         open_ = np.ones(len(candidates), bool)
-        for turn in range(len(candidates)):
-            if len(found) == room:
-                break
-            value = known.improvement(believed) if turn % 2 == 0 else known.volume(believed, rng)
+        while len(found) < room and open_.any():
+            value = known.improvement(believed) if len(found) % 2 == 0 else known.volume(believed, rng)
             # Rounded, so that the last bits of a linear algebra library decide nothing.
             value = np.where(open_, np.round(value / max(float(value[open_].max()), 1e-300), 6), -1.0)
-            index = int(value.argmax())
-            open_[index] = False
-            plan = space.grid.plan(candidates[index])
-            if space.estimated and space.why_not(plan) is not None:
-                continue
-            believed.take(index)
-            found.append(plan)
+            for index in np.argsort(-value, kind="stable")[: int(open_.sum())]:
+                open_[index] = False
+                if self._runs(candidates[index]):
+                    believed.take(index)
+                    found.append(space.grid.plan(candidates[index]))
+                    break
         return found + space.untried(seen | set(found), room - len(found), rng)
 
     def scales(self, trials: Sequence[tuple[Plan, Outcome]]) -> tuple[Array, float]:
@@ -109,19 +108,26 @@ class Surrogate:
     def _candidates(
         self, told: Sequence[tuple[Plan, Outcome]], tried: NDArray[np.int64], rng: np.random.Generator
     ) -> Rows:
-        """Untried plans to weigh; in a space that was not checked whole, not all of them are legal."""
-        grid, estimated = self.space.grid, self.space.estimated
-        if not estimated:
-            left = self._legal[~np.isin(grid.keys(self._legal), tried)]
-            if len(left) <= WEIGHED:
-                return left
+        """Untried plans to weigh: in a space that was not checked whole the sample, and plans that may not be legal."""
+        grid = self.space.grid
+        left = self._legal[~np.isin(grid.keys(self._legal), tried)]
+        if not self.space.estimated and len(left) <= WEIGHED:
+            return left
         ran = [one for one in told if one[1].status == "ok"]
         front = [ran[index] for index in front_of(np.array([one[1].goals() for one in ran]))]
         elite = [*sorted(ran, key=lambda one: worth(one[1]))[:ELITES], *front[:ELITES]]
         near = self._once(grid.around(grid.rows([plan for plan, _ in elite])), tried)
-        drawn = grid.draw(WEIGHED // 2, rng) if estimated else left[rng.permutation(len(left))]
-        drawn = drawn[~np.isin(grid.keys(drawn), tried)][: max(WEIGHED - len(near), 0)]
+        drawn = left[rng.permutation(len(left))][: max(WEIGHED - len(near), 0)]
         return self._once(np.concatenate([near, drawn]), tried)
+
+    def _runs(self, row: Rows) -> bool:
+        """Whether a plan is legal; each is checked once."""
+        if not self.space.estimated:
+            return True
+        key = int(self.space.grid.keys(row))
+        if key not in self._checked:
+            self._checked[key] = self.space.why_not(self.space.grid.plan(row)) is None
+        return self._checked[key]
 
     def _once(self, rows: Rows, without: NDArray[np.int64]) -> Rows:
         """The rows in order, each once, without those of some keys, and without illegal ones where these are known."""
@@ -146,7 +152,8 @@ class Surrogate:
         taken = np.concatenate([tried, grid.keys(candidates)])
         for _ in range(CLIMBS):
             value = known.improvement(parts[-1])
-            best = np.argsort(-value, kind="stable")[:ELITES]
+            falling = np.argsort(-value, kind="stable")
+            best = list(itertools.islice((place for place in falling if self._runs(found[-1][place])), ELITES))
             top, height = np.concatenate([top, found[-1][best]]), np.concatenate([height, value[best]])
             order = np.argsort(-height, kind="stable")[:ELITES]
             top, height = top[order], height[order]
