@@ -1,7 +1,8 @@
 """The default sampler: Gaussian processes over the choices of a plan say which untried plans are worth a look.
 
 Picks of a batch take turns: expected improvement of the objective times the chance of keeping the bounds, and expected
-gain of the front's hypervolume.
+gain of the front's hypervolume. In a space too large to weigh whole, half of the picks are neighbours of the best plan,
+one of four is for the front, and what a pick promises is weighed against what it takes to evaluate it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from scipy.special import ndtr
 from placement.coding import Array, Coding
 from placement.near import Rows
 from placement.objective import MOST_EXTRAPOLATED, Outcome
+from placement.outlay import Outlay
 from placement.plans import Plan
 from placement.space import Space
 
@@ -30,6 +32,9 @@ LEAST, SHOWN, FITTED = 16, 256, 96
 OFTEN_UNTIL, REFIT = 96, 32
 # Untried plans that are weighed: all of a small space, else so many at random and the neighbours of the best ones.
 WEIGHED, ELITES = 3_000, 8
+# Picks in turn, of a space that was checked whole and of a larger one.
+TURNS = ("improvement", "front")
+LARGE_TURNS = ("near", "near", "improvement", "front")
 # In a space too large to weigh whole: climbs of the model from its best candidates to their neighbours.
 CLIMBS = 3
 _DRAWS = 16
@@ -50,6 +55,11 @@ class Surrogate:
     def coded(self) -> Coding:
         """The coding of the space."""
         return Coding(self.space)
+
+    @functools.cached_property
+    def outlay(self) -> Outlay:
+        """What it takes to evaluate a plan."""
+        return Outlay(self.space)
 
     @functools.cached_property
     def _legal(self) -> Rows:
@@ -77,17 +87,26 @@ class Surrogate:
             candidates, believed = self._climbed(candidates, tried, model, known)
         else:
             believed = _Believed.of(model, self.coded.points(candidates))
+        turns = LARGE_TURNS if space.estimated else TURNS
+        near = self._beside_best(told, candidates) if "near" in turns else np.zeros(len(candidates), bool)
         found: list[Plan] = []
         open_ = np.ones(len(candidates), bool)
+        runs = self.outlay.runs(candidates, seen) if space.estimated else open_
         while len(found) < room and open_.any():
-            value = known.improvement(believed) if len(found) % 2 == 0 else known.volume(believed, rng)
+            turn = turns[len(found) % len(turns)]
+            value = known.volume(believed, rng) if turn == "front" else known.improvement(believed)
+            if space.estimated:
+                value = value / runs
             # Rounded, so that the last bits of a linear algebra library decide nothing.
-            value = np.where(open_, np.round(value / max(float(value[open_].max()), 1e-300), 6), -1.0)
-            for index in np.argsort(-value, kind="stable")[: int(open_.sum())]:
+            value = np.round(value / max(float(value[open_].max()), 1e-300), 6)
+            first = near if turn == "near" else open_
+            for index in np.lexsort((-value, ~first, ~open_))[: int(open_.sum())]:
                 open_[index] = False
                 if self._runs(candidates[index]):
                     believed.take(index)
                     found.append(space.grid.plan(candidates[index]))
+                    if runs[index] > 1.0:  # what it needs, others have now
+                        runs = self.outlay.runs(candidates, [*seen, *found])
                     break
         return found + space.untried(seen | set(found), room - len(found), rng)
 
@@ -128,6 +147,12 @@ class Surrogate:
         if key not in self._checked:
             self._checked[key] = self.space.why_not(self.space.grid.plan(row)) is None
         return self._checked[key]
+
+    def _beside_best(self, told: Sequence[tuple[Plan, Outcome]], candidates: Rows) -> NDArray[np.bool_]:
+        """Which candidates are neighbours of the best plan told."""
+        grid = self.space.grid
+        best = min((one for one in told if one[1].status == "ok"), key=lambda one: worth(one[1]))[0]
+        return np.isin(grid.keys(candidates), grid.keys(grid.around(grid.rows([best]))))
 
     def _once(self, rows: Rows, without: NDArray[np.int64]) -> Rows:
         """The rows in order, each once, without those of some keys, and without illegal ones where these are known."""
