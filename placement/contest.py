@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from placement.local_search import local_search
@@ -142,7 +143,7 @@ def random_search(problem: Problem, workers: Paying, trials: int, rng: np.random
             pass
 
 
-def paired(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+def paired(mine: ArrayLike, theirs: ArrayLike) -> tuple[float, float, float]:
     """Mean of the paired differences and its interval (90 %, Student's t)."""
     differences = np.subtract(mine, theirs)
     mean = float(differences.mean())
@@ -178,14 +179,12 @@ def verdicts(ran: Sequence[dict[str, Ran]], trials: int) -> list[str]:
                 f"worst {min(values):.2f}, best {max(values):.2f}"
             )
     best = max(max(values) for reached in views.values() for values in reached.values())
-    soon = {
-        name: [min(one[name].reached_s((1.0 - CLOSE) * best), limit) for one, limit in zip(ran, limits, strict=True)]
-        for name in METHODS
-    }
+    there = {name: [one[name].reached_s((1.0 - CLOSE) * best) for one in ran] for name in METHODS}
+    soon = {name: np.minimum(times, limits) for name, times in there.items()}
     for name, times in soon.items():
-        there = sum(one < limit for one, limit in zip(times, limits, strict=True))
+        count = sum(one <= limit for one, limit in zip(there[name], limits, strict=True))
         lines.append(
-            f"within {CLOSE:.1%} of {best:.2f}: {name}: {there} of {len(ran)} seeds, CPU seconds median "
+            f"within {CLOSE:.1%} of {best:.2f}: {name}: {count} of {len(ran)} seeds, CPU seconds median "
             f"{np.median(times):.2f}, mean {np.mean(times):.2f}"
         )
     for rival in METHODS[1:]:

@@ -143,7 +143,8 @@ class Grid:
 
     @functools.cached_property
     def _values(self) -> list[list[str | int]]:
-        return [sorted(set(values), key=str) for values in zip(*self._index, strict=True)]
+        count = len(next(iter(self._index)))
+        return [sorted({one[place] for one in self._index}, key=str) for place in range(count)]
 
     @functools.cached_property
     def _pools(self) -> list[Parts]:

@@ -306,7 +306,6 @@ class _Kept:
         self.space = space
         self.trials: dict[int, Trial] = {}
         self._frozen: dict[int, FrozenTrial] = {}
-        self._read: set[int] = set()
 
     @functools.cached_property
     def _distributions(self) -> dict[str, CategoricalDistribution]:
@@ -324,14 +323,14 @@ class _Kept:
         with _storing():
             stored = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         for one in stored:
-            if one.number in self._read:
+            number = int(one.user_attrs.get(_NUMBER, one.number))
+            if number in self.trials:  # those of this process among them
                 continue
             plan = self.space.find([str(one.params.get(name)) for name in self.space.choices])
             outcome = one.user_attrs.get(_OUTCOME)
             if plan is None or outcome is None:
                 raise BadInput("the stored trials are of another search", mend="choose another --out")
-            self._read.add(one.number)
-            self._take(Trial(int(one.user_attrs.get(_NUMBER, one.number)), plan, Outcome.from_json(outcome)))
+            self._take(Trial(number, plan, Outcome.from_json(outcome)))
 
     def store(self, trial: Trial) -> None:
         """Add a finished trial. Raises MoesimError where the storage fails (a full disk, a lost database)."""

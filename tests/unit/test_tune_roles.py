@@ -29,7 +29,8 @@ from placement.objective import Evaluator, Outcome
 from placement.plans import Plan, baseline_plan, own_plan
 from placement.pools import Pool, PoolChecks, sizes, splits, with_pools
 from placement.ranking import order
-from placement.regret import make_table, problem_of, read_table, scores
+from placement.regret import make_table, read_table, scores
+from placement.search_problem import problem_of
 from placement.space import Space, enumerate_space
 from placement.tune_command import known_recipes
 from placement.tuner import Trial
