@@ -76,7 +76,8 @@ class Coding:
 
     def _sizes_of(self, sizes: ParallelSpec) -> tuple[int, ...]:
         if id(sizes) not in self._sizes:  # those of the space's bases, which outlive this
-            degrees = (sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
+            contexts = sizes.cp * sizes.decode_cp  # the first is of training, the second of serving
+            degrees = (sizes.tp, sizes.pp, contexts, sizes.attention_dp, sizes.ep, sizes.expert_tp)
             self._sizes[id(sizes)] = (sizes.gpus, *degrees)
         return self._sizes[id(sizes)]
 

@@ -48,5 +48,6 @@ def _things(plan: Plan) -> dict[_Thing, float]:
         sizes = part.parallel
         solved = 0.0 if part.solver == "contiguous" else _ANNEALED if part.solver.startswith("robust") else _SOLVED
         found[part.solver, part.redundant_experts, sizes.ep] = solved
-        found[sizes.tp, sizes.pp, sizes.attention_dp, sizes.ep, sizes.expert_tp, part.backend, part.schedule] = _LAYOUT
+        degrees = (sizes.tp, sizes.pp, sizes.cp, sizes.decode_cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
+        found[*degrees, part.backend, part.schedule] = _LAYOUT
     return found

@@ -22,7 +22,7 @@ from moesim.engine.stepmodel import price_light_steps
 from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.spec.scenario import Scenario
 from placement.axes import Axis, axes_of
-from placement.layouts import layouts, stages_to_try
+from placement.layouts import layouts, stages_to_try, with_split_contexts
 from placement.near import Grid
 from placement.plans import Plan, baseline_plan, own_options, own_plan, own_without_roles, plain_base, pooled, told
 from placement.pools import PoolChecks, nearest_pools, pool_pairs, searches_roles
@@ -222,7 +222,10 @@ def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
     own = own_without_roles(ground, scenario)
     free = scenario.search.parallel == "auto"
     gpus, layers = ground.cluster.gpus, ground.model.layers
-    grid = list(layouts(gpus, stages_to_try(scenario.search, gpus, layers))) if free else [(own.parallel, own.backend)]
+    grid = [(own.parallel, own.backend)]
+    if free:
+        whole = layouts(gpus, stages_to_try(scenario.search, gpus, layers))
+        grid = list(with_split_contexts(whole, scenario.search, ground.model.attention))
     if (own.parallel, own.backend) not in grid:
         grid.insert(0, (own.parallel, own.backend))
     base = plain_base(ground, own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,12 +126,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def end_with(parent: int) -> None:
-    """End this process soon after its parent is gone, so that no rank outlives a killed command."""
+def end_with(parent: int, folder: Path) -> None:
+    """End this process soon after its parent is gone, and take the job's folder along: nothing outlives a command."""
 
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
+        shutil.rmtree(folder, ignore_errors=True)  # each rank tries; the first to come takes it all
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -153,7 +155,7 @@ def serve(arguments: Sequence[str], work: Callable[[LocalRank], str]) -> int:
     arguments: the job's folder, the rank, and the parent that it must not outlive.
     """
     folder, rank = Path(arguments[0]), int(arguments[1])
-    end_with(int(arguments[2]))
+    end_with(int(arguments[2]), folder)
 
     def say(line: str) -> None:
         _leave(folder, PROGRESS, line)

@@ -183,15 +183,17 @@ def test_wrong_arguments_are_one_line(
 
 @pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
-    """The whole command or one rank, by SIGKILL: no process stays, and no finished point is measured again."""
-    out = tmp_path / "c.jsonl"
+    """The whole command or one rank, by SIGKILL: no process or folder stays, no finished point is measured again."""
+    out, scratch = tmp_path / "c.jsonl", tmp_path / "scratch"
+    scratch.mkdir()
     line = command(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")
     rng = np.random.default_rng(5)
     held = b""
     for number in range(KILLS):
         process = subprocess.Popen(
-            line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+            line, cwd=tmp_path, env=ENVIRONMENT | {"TMPDIR": str(scratch)}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         until = time.monotonic() + 60
         while time.monotonic() < until and (not out.exists() or out.stat().st_size <= len(held)):
             time.sleep(0.005)
@@ -205,6 +207,7 @@ def test_killed_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
             assert process.returncode == 1
             assert "was killed by SIGKILL" in said.splitlines()[-1]
         assert none_left(tmp_path)
+        assert list(scratch.iterdir()) == []
         now = out.read_bytes()
         assert now.startswith(held)  # what was finished stays as it was written
         held = now[: now.rfind(b"\n") + 1]

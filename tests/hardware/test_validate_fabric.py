@@ -122,6 +122,7 @@ def test_a_lab_is_predicted_then_measured_and_recorded(tmp_path: Path) -> None:
         assert len(row["samples_s"]) == 4 and row["p10_s"] > 0.5 * 0.002
         assert row["median_s"] > 0.5 * row["predicted_s"] - 30 * record["calibration"]["figures"]["message_s"]
     assert entry["counters"]["dropped"] == 0
+    assert entry["counters"]["acknowledgements"] > 0
     calibration = json.loads((folder / "calibration.json").read_text())
     assert {fabric["name"] for fabric in calibration["fabrics"]}.isdisjoint({"small"})
     figures = calibration["figures"]

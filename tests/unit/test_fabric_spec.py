@@ -119,12 +119,25 @@ def test_every_nic_is_limited_both_ways_and_slow_ones_more() -> None:
     shaped = dict(fabric_net.shaping(lab, netem=False))
     assert "rate 50000000bit" in shaped["node3"][0] and "rate 100000000bit" in shaped["node0"][0]
     devices = [line.split()[3] for line in shaped[fabric_net.SWITCHES]]
-    assert devices == ["p0-0", "p1-0", "p2-0", "p3-0", "up0", "down0", "up1", "down1"]
+    assert list(dict.fromkeys(devices)) == ["p0-0", "p1-0", "p2-0", "p3-0", "up0", "down0", "up1", "down1"]
     lines = fabric_net.switch_lines(lab)
     assert sum("type bridge" in line for line in lines) == 3  # two leaves and the spine
     assert not any("netem" in line for line in shaped[fabric_net.SWITCHES])
     late = dict(fabric_net.shaping(lab.model_copy(update={"delay_s": 0.005}), netem=True))[fabric_net.SWITCHES]
-    assert sum("netem delay 5000us" in line for line in late) == 4
+    delays = [line.split()[3:6] for line in late if "netem delay 5000us" in line]
+    assert delays == [[f"p{node}-0", "parent", f"2:{which}"] for node in range(4) for which in (1, 2)]
+
+
+def test_acknowledgements_alone_overtake_data() -> None:
+    rate, parent, acks, data, tell, *queues = fabric_net.limited("nic0", 1e8, 10**6)
+    assert "tbf rate 100000000bit" in rate and parent.endswith(f"htb default {fabric_net.DATA}")
+    order = [int(line.split()[-1]) for line in (acks, data)]
+    assert order == [1, 2] and [line.split("classid ")[1].split()[0] for line in (acks, data)] == ["2:1", "2:2"]
+    mask = int(tell.split("match u16 0 ")[1].split()[0], 16)
+    assert tell.endswith("at 2 flowid 2:1")  # the length of an IPv4 packet lies at its bytes 2 and 3 (RFC 791)
+    # IPv4 and TCP with timestamps, no data; one row of data; the largest packet before it is cut.
+    assert [length & mask == 0 for length in (52, 52 + 256, fabric_net.GSO_BYTES)] == [True, False, False]
+    assert all(line.endswith("bfifo limit 1000000") for line in queues) and len(queues) == 2
 
 
 def test_queues_hold_every_window() -> None:

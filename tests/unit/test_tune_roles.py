@@ -334,7 +334,7 @@ def test_among_prefill_pools_of_one_decode_pool_ttft_decides(tmp_path: Path) -> 
         (["search.roles=auto", "serving.balance=central_queue"], "serving.balance"),
         (["search.roles=auto", "search.parallel=fixed"], "search.roles"),
         (["search.roles=always"], "search.roles"),
-        (["parallel={tp: 4, cp: 2, ep: 8}"], "context parallelism is not simulated in serving yet"),
+        (["parallel={tp: 4, cp: 2, ep: 8}"], "over GPUs of its own is not simulated in serving"),
         (["search.pp=always"], "search.pp"),
         (["search.pp=[0]"], "search.pp"),
         (["search.axes={serving.roles.decode.replicas: [1, 2]}"], "serving.roles"),

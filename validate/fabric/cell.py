@@ -82,7 +82,8 @@ def batch(tool: str, lines: Sequence[str], namespace: str | None = None) -> None
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise MissingPart(
             f"`{tool}` cannot build the network ({said[0]})", where=WHERE,
-            mend="run as root on a kernel with network namespaces, veth, bridge, policy routing and sch_tbf",
+            mend="run as root on a kernel with network namespaces, veth, bridge, policy routing, sch_tbf, sch_htb and "
+            "cls_u32",
         )  # fmt: skip
 
 
@@ -286,7 +287,7 @@ COUNTERS = ("RetransSegs", "TCPTimeouts", "TCPLossProbes", "TCPSpuriousRTOs", "D
 
 
 def counters(lab: LabSpec) -> dict[str, int]:
-    """Counters of TCP over all nodes, and packets that queues have dropped."""
+    """Counters of TCP over all nodes, packets that queues have dropped, and those that went as acknowledgements."""
     found = dict.fromkeys(COUNTERS, 0)
     for node in range(lab.nodes):
         line = ["ip", "netns", "exec", fabric_net.node_space(node), "cat", "/proc/net/netstat", "/proc/net/snmp"]
@@ -295,11 +296,13 @@ def counters(lab: LabSpec) -> dict[str, int]:
             for name, value in zip(names.split()[1:], values.split()[1:], strict=False):
                 if name in found:
                     found[name] += int(value)
-    dropped = 0
+    dropped = acks = 0
     for name in fabric_net.namespaces(lab):
         said = subprocess.run(["tc", "-j", "-s", "-n", name, "qdisc"], capture_output=True, check=False).stdout
-        dropped += sum(int(one.get("drops", 0)) for one in json.loads(said or b"[]"))
-    return found | {"dropped": dropped}
+        queues = json.loads(said or b"[]")
+        dropped += sum(int(one.get("drops", 0)) for one in queues)
+        acks += sum(int(one["packets"]) for one in queues if one["handle"] == f"{fabric_net.ACKS}0:")
+    return found | {"dropped": dropped, "acknowledgements": acks}
 
 
 def run(job: CellJob) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from moesim import errors
 from moesim.errors import CheckFailed, MissingPart, MoesimError
+from validate.fabric.net import limited
 from validate.fabric.rank import Case
 from validate.fabric.spec import WHERE, LabSpec
 
@@ -56,10 +57,13 @@ def check_parts() -> None:
             f"this machine refuses namespaces ({done.stderr.strip()[:120]})", where=WHERE,
             mend="in a container, give it CAP_SYS_ADMIN and CAP_NET_ADMIN",
         )  # fmt: skip
-    limit = ["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1mbit", "burst", "10k", "limit", "10k"]
-    done = subprocess.run([*UNSHARE, *limit], capture_output=True, text=True, check=False)
+    lines = "\n".join(limited("lo", 1e6, 10_000))
+    done = subprocess.run([*UNSHARE, "tc", "-batch", "-"], input=lines, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MissingPart(f"the kernel has no `tc tbf` ({done.stderr.strip()[:120]})", where=WHERE, mend="load sch_tbf")
+        raise MissingPart(
+            f"the kernel cannot limit and order what a NIC sends ({done.stderr.strip()[:120]})", where=WHERE,
+            mend="load sch_tbf, sch_htb and cls_u32",
+        )  # fmt: skip
     if importlib.util.find_spec("torch") is None:
         raise MissingPart("validate fabric needs torch", mend="pip install '.[hardware]'")
 
