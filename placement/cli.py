@@ -79,8 +79,6 @@ def place(
         budgets=planning.budget_list(budgets),
         experts=experts,
     )
-    for doubt in asked.doubts:
-        typer.echo(f"note: {doubt}", err=True)
     if drift:
         _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
         return
@@ -96,6 +94,7 @@ def place(
 
         write_place_page(page, placed, written="" if out is None else f"{out} ({form})")
         report["report"] = str(page)
+    _say_doubts(asked)
     if json_output:
         _print_json(report)
     else:
@@ -115,10 +114,17 @@ def _drift(
         raise BadInput("--drift writes no map", where="--out", mend="leave it out, or leave --drift out")
     with _waiting("running the policies over the series"):
         found = command.drift(asked, token_s=token_s, move_s=move_s, solve_s=solve_s, length_known=length_known)
+    _say_doubts(asked)
     if json_output:
         _print_json(found.to_json())
     else:
         command.print_study(found)
+
+
+def _say_doubts(asked: Asked) -> None:
+    """Once all went well: an error is one line."""
+    for doubt in asked.doubts:
+        typer.echo(f"note: {doubt}", err=True)
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:

@@ -54,7 +54,8 @@ def doubts(files: Sequence[Path], loads: Sequence[RoutingCounts], experts: int |
         lacking = silent_layers(load)
         if lacking:
             names = [str(layer) for layer in lacking[:SHOWN]]
-            told = " and ".join(names) if len(lacking) <= 2 else ", ".join(names) + (", ..." * (len(lacking) > SHOWN))
+            more = " and others" if len(lacking) > SHOWN else ""
+            told = " and ".join(names) if len(lacking) <= 2 else ", ".join(names) + more
             found.append(
                 f"{path}: no token in layer{'s' * (len(lacking) > 1)} {told}, though layers beside have some: left out "
                 "as dense; if experts are there, record a server that is loaded"
