@@ -26,17 +26,14 @@ class Range:
     meant: dict[str, float]
 
 
-# Why so wide: 10 Mbit/s, the first Ethernet over wires, is 1.25e6 bytes/s; the links announced for 2027 (NVLink of
-# 1.8 TB/s a direction, NICs of 1.6 Tbit/s) are 2e12 and less.
-LINK = Range("bytes/s", 1e6, 1e14, (1e9, 5e12), RATES)
-# One DDR3 channel reads 1e10; HBM4 of one package is announced with 2e13 and less.
-MEMORY = Range("bytes/s", 1e8, 1e15, (1e11, 1e14), {"TB/s": 1e12, "GB/s": 1e9})
-# A signal goes half around the earth in 0.1 s, in fibre; a process on a busy machine may wait for a while besides.
+# Why so wide. Most: over a hundred times the fastest preset (NVLink 9e11, HBM 8e12 bytes/s; 3e11 bytes; 1.5e16 FLOP/s),
+# so that no generation in sight comes near. Least: far below the slowest machines that ranks are tried on.
+LINK = Range("bytes/s", 1e6, 1e14, (1e9, 5e12), RATES)  # 10 Mbit/s, Ethernet of IEEE 802.3i, is 1.25e6
+MEMORY = Range("bytes/s", 1e8, 1e15, (1e11, 1e14), {"TB/s": 1e12, "GB/s": 1e9})  # a channel of DDR3-1333 is 1.07e10
+# Light in fibre, 2e8 m/s, is half around the earth (2e7 m) in 0.1 s; a process on a busy machine may wait besides.
 LATENCY = Range("s", 0, 0.5, (1e-7, 1e-3), TIMES)
-# The smallest share of a small machine, and a rack taken for one device.
-SIZE = Range("bytes", 1e8, 1e15, (4e9, 5e12), SIZES)
-# A core of a small machine makes 1e9; one package announced for 2027 has 1e17.
-PEAK = Range("FLOP/s", 1e7, 1e20, (1e13, 1e17), PEAKS)
+SIZE = Range("bytes", 1e8, 1e15, (4e9, 5e12), SIZES)  # a share of a small machine's memory has more
+PEAK = Range("FLOP/s", 1e7, 1e20, (1e13, 1e17), PEAKS)  # one operation in a hundred cycles of a core of 1 GHz
 
 LINKS = ("nvlink_bytes_per_s", "nic_bytes_per_s", "pcie_bytes_per_s", "socket_bytes_per_s")
 LATENCIES = ("nvlink_latency_s", "nic_latency_s", "pcie_latency_s")
