@@ -185,7 +185,7 @@ def test_the_smallest_that_none_beats_is_recommended() -> None:
     times[0, 1] = 0.9
     times[0, 2, 1:] = 0.9 * (1 + noise)
     times[0, 2, 0] = 0.899
-    row = budget._row(8, "normal", [0, 8, 16], times, (), 0)
+    row = budget._row(8, "normal", [0, 8, 16], times, {}, 0)
     assert row.recommended == 8
-    assert budget._row(8, "normal", [0, 8, 16], times, (8,), 0).recommended == 16
-    assert budget._row(8, "normal", [0, 8, 16], times, (0, 8, 16), 0).recommended is None
+    assert budget._row(8, "normal", [0, 8, 16], times, {8: "no room"}, 0).recommended == 16
+    assert budget._row(8, "normal", [0, 8, 16], times, dict.fromkeys((0, 8, 16), "no room"), 0).recommended is None
