@@ -107,5 +107,5 @@ def test_a_scenario_that_lists_a_file_twice_is_refused(tmp_path: Path) -> None:
     counts = {"logical_count": [[1, 2, 3, 4], [4, 3, 2, 1]]}
     (tmp_path / "a.json").write_text(json.dumps(counts))
     files = [LoadFile(file=tmp_path / "a.json", phase=phase) for phase in ("prefill", "decode")]
-    with pytest.raises(BadInput, match="routing.loads: a is given twice; give each workload once"):
+    with pytest.raises(BadInput, match="a is given twice; give each workload once"):
         resolve_routing(RoutingSpec(loads=files), model(), np.random.default_rng(0))
