@@ -47,6 +47,8 @@ def print_budgets(console: Console, budgets: Budgets) -> None:
             found = ", ".join(map(str, row.extrapolated))
             at = f"{row.tokens_per_rank} tokens per GPU"
             console.print(f"~ extrapolated beyond what was measured at {at}: {found} redundant experts")
+    each = ", each held out in turn" if len(budgets.judged) > 1 else ""
+    console.print(f"Budgets are judged on {', '.join(budgets.judged)}{each}.")
     console.print(budgets.text())
 
 

@@ -185,6 +185,7 @@ def test_a_budget_outside_the_profile_is_left_out_by_name_and_nothing_is_recomme
     assert "Not priced at 8 tokens per rank: 0 redundant experts; too hot" in page.read_text()
     _, said, _ = place(monkeypatch, capsys, engine, *asked)
     assert "not priced at 8 tokens per GPU: 0 redundant experts" in said
+    assert "Budgets are judged on synthetic-lognormal-" in said
 
 
 def test_budgets_that_do_not_fit_are_named(
