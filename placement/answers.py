@@ -71,16 +71,20 @@ def binding_json(trial: Trial, scenario: Scenario) -> list[dict[str, Any]]:
     ]
 
 
-def choices_text(choices: Sequence[dict[str, Any]], metric: str) -> str:
-    """The choices in one sentence."""
+def choices_text(choices: Sequence[dict[str, Any]], metric: str, *, levels: bool) -> str:
+    """The choices in one sentence. levels: whether the objective has service levels."""
     name = metric.removesuffix("_per_gpu").replace("_per_s", "/s").replace("_", " ") + "/GPU"
+    fails = "nothing else tried meets the service levels" if levels else "all else tried leans on extrapolated costs"
     told = []
     for entry in choices:
         short = f"{entry['choice'].rpartition('.')[2]} {entry['value']}"
         if entry["loss"] is None:
-            told.append(f"{short}: nothing else tried meets the service levels")
-        elif entry["loss"] > 0.005:
-            told.append(f"{short}: {entry['loss']:.1%} of {name} ({entry['instead']} instead)")
+            told.append(f"without {short}, {fails if entry['tried'] else 'nothing else tried ran'}")
+            continue
+        loss, latency = entry["loss"], entry["latency"]
+        if loss > 0.005:
+            worth = f"{loss:.1%} less {name}"
         else:
-            told.append(f"{short}: {entry['latency']:+.1%} median TPOT ({entry['instead']} instead)")
-    return "Without it, at best: " + "; ".join(told) + "." if told else ""
+            worth = f"median TPOT {abs(latency):.1%} {'longer' if latency >= 0 else 'shorter'}"
+        told.append(f"without {short}, {worth} ({entry['instead']} instead)")
+    return "What its choices are worth, by the best plan tried without each: " + "; ".join(told) + "." if told else ""

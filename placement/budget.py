@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from placement.costs import cost_of, with_cost
 from placement.judge import LEVEL, Figure
 from placement.problem import solve
 from placement.steps import TOKENS_PER_RANK
+
+if TYPE_CHECKING:
+    from moesim.engine.steptime import TimedPlacements
 
 Floats = NDArray[np.float64]
 
@@ -39,9 +42,10 @@ class Room:
 class BudgetTimes:
     """Step times of budgets at one batch size, paired: the same loads, steps and cost parameters for all.
 
-    step_s and gain (over the smallest budget judged): by redundant experts of a layer. recommended: the smallest that
-    no larger one is told to be faster than; None where none holds the batch. full: budgets whose KV cache does not hold
-    the batch.
+    step_s and gain (over the smallest budget priced): by redundant experts of a layer. recommended: the smallest that
+    no larger one is told to be faster than; None where none runs the batch, or one alone is priced. full: budgets that
+    never run such a batch -> why. left_out: budgets that the profile does not cover -> why. extrapolated: budgets
+    priced beyond what was measured.
     """
 
     tokens_per_rank: int
@@ -49,7 +53,9 @@ class BudgetTimes:
     step_s: Mapping[int, Figure]
     gain: Mapping[int, Figure]
     recommended: int | None
-    full: tuple[int, ...]
+    full: Mapping[int, str]
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    extrapolated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,15 +93,22 @@ class Budgets:
                             "step_s": time.to_json(),
                             "gain": row.gain[budget].to_json(),
                             "holds_the_batch": budget not in row.full,
+                            "does_not_run": row.full.get(budget),
+                            "extrapolated": budget in row.extrapolated,
                         }
                         for budget, time in row.step_s.items()
                     ],
+                    "left_out": [{"redundant_experts": budget, "reason": why} for budget, why in row.left_out.items()],
                 }
                 for row in self.rows
             ],
             "unpriced": [{"tokens_per_rank": tokens, "reason": why} for tokens, why in self.unpriced.items()],
             "text": self.text(),
         }
+
+    def sizes(self) -> list[int]:
+        """Redundant experts that are priced at some batch size, rising."""
+        return sorted({budget for row in self.rows for budget in row.step_s})
 
     def text(self) -> str:
         """The recommendation in a few sentences."""
@@ -104,13 +117,17 @@ class Budgets:
 
 def _sentence(row: BudgetTimes, room: Mapping[int, Room]) -> str:
     at = f"At {row.tokens_per_rank} tokens per rank"
-    if row.recommended is None:
-        return f"{at} no budget leaves a KV cache for the batch."
     least = min(row.step_s)
+    if row.recommended is None and set(row.full) >= set(row.step_s):
+        return f"{at} nothing is recommended, as no budget runs: {row.full[least]}."
+    if row.recommended is None:
+        left = ", ".join(map(str, row.left_out))
+        return f"{at} nothing is recommended, as too few budgets are priced to compare (not {left})."
     if row.recommended == least:
         rest = [one for one in row.gain if one > least and one not in row.full]
         if not rest:
-            return f"{at}: {least} redundant experts; more leave no KV cache for the batch."
+            why = "; more do not run the batch" if any(one > least for one in row.full) else ""
+            return f"{at}: {least} redundant experts{why}."
         most = max(rest, key=lambda one: row.gain[one].value)
         lead = "no replicas" if least == 0 else f"no more than {least} redundant experts"
         return f"{at}: {lead} (the best other budget, {most}, gains {_share(row.gain[most])})."
@@ -145,6 +162,7 @@ def judge_budgets(
     splits. Raises BadInput without a split or a budget, OutsideProfile where no batch size can be priced.
     """
     from moesim.engine.deployment import groundwork, reads_cost, refuse_roles
+    from moesim.engine.steptime import timed_placements
 
     refuse_roles(scenario)
     judged = _decode_splits(splits)
@@ -163,19 +181,19 @@ def judge_budgets(
     outside: OutsideProfile | None = None
     for tokens in TOKENS_PER_RANK:
         try:
-            times, mode = [], ""
+            times: list[TimedPlacements] = []
             for index, part in enumerate(judged):
                 key = (index, tokens if by_size else None)
                 if key not in fitted:
                     asked = with_cost(refit(request, part.fit), part.fit, costs, tokens)
                     fitted[key] = {str(budget): solve(_sized(asked, budget), solver).placement for budget in kept}
-                one, mode = _timed(ground, fitted[key], part, tokens, draws, request.seed)
-                times.append(one)
+                times += timed_placements(ground, fitted[key], part.judge, [tokens], draws, request.seed)
+            row = _joined(times, kept, request.seed)
         except OutsideProfile as error:
             unpriced[tokens] = error.line()
             outside = error
             continue
-        rows.append(_row(tokens, mode, kept, np.asarray(times), _full(scenario, room, kept, tokens), request.seed))
+        rows.append(row)
     if not rows and outside is not None:
         raise outside
     names = dict.fromkeys(load.name for part in judged for load in part.judge)
@@ -209,27 +227,23 @@ def _room(scenario: Scenario, ground: Any, request: PlacementRequest, budget: in
     return Room(taken, counted.kv_capacity_tokens)
 
 
-def _full(scenario: Scenario, room: Mapping[int, Room], kept: Sequence[int], tokens: int) -> tuple[int, ...]:
-    """Budgets whose KV cache holds fewer tokens than the batch's sequences have in the mean."""
-    from moesim.engine.workload import lengths
-
-    assert scenario.serving is not None
-    asked = lengths(scenario.serving.workload)
-    needed = tokens * (asked.mean_isl + asked.mean_osl / 2)
-    return tuple(budget for budget in kept if room[budget].kv_tokens < needed)
-
-
-def _timed(
-    ground: Any, found: Mapping[str, ExpertPlacement], part: Split, tokens: int, draws: int, seed: int
-) -> tuple[list[Floats], str]:
-    from moesim.engine.steptime import timed_placements
-
-    (timed,) = timed_placements(ground, found, part.judge, [tokens], draws, seed)
-    return [timed.step_s[name] for name in found], timed.mode
+def _joined(times: Sequence[TimedPlacements], kept: Sequence[int], seed: int) -> BudgetTimes:
+    """One row of every split's times; a budget that one of them leaves out is left out. Raises OutsideProfile."""
+    left_out = {int(name): why for one in times for name, why in one.left_out.items()}
+    priced = [budget for budget in kept if budget not in left_out]
+    if not priced:
+        raise OutsideProfile(next(iter(left_out.values())))
+    found = np.asarray([[one.step_s[str(budget)] for budget in priced] for one in times])
+    full = {int(name): why for one in times for name, why in one.refused.items()}
+    row = _row(times[0].tokens_per_rank, times[0].mode, priced, found, full, seed)
+    beyond = {int(name) for one in times for name in one.extrapolated}
+    if left_out and len([budget for budget in priced if budget not in full]) < 2:
+        row = replace(row, recommended=None)  # one alone is better than nothing that is known
+    return replace(row, left_out=left_out, extrapolated=tuple(one for one in priced if one in beyond))
 
 
 def _row(
-    tokens: int, mode: str, budgets: Sequence[int], times: Floats, full: tuple[int, ...], seed: int
+    tokens: int, mode: str, budgets: Sequence[int], times: Floats, full: Mapping[int, str], seed: int
 ) -> BudgetTimes:
     """times: [splits, budgets, draws + 1]; entry 0 is as best known."""
     splits, _, drawn = times.shape

@@ -184,12 +184,14 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
         console.print(f"{duplicates} slots hold an expert that their GPU already has (duplicates_on_one_gpu).")
     if placed.step_time is not None:
         console.print(_step_table(placed))
-        for tokens, reason in placed.step_time.unpriced.items():
-            console.print(f"not priced at {tokens} tokens per GPU: {reason}")
+        for note in placed.step_time.notes():
+            console.print(note)
     if placed.choices is not None:
         console.print(_choices_table(placed.choices))
         for reason, names in placed.choices.reasons().items():
             console.print(f"not priced: {reason} ({', '.join(names)})")
+        for tokens, reason in placed.choices.refused.items():
+            console.print(f"does not run at {tokens} tokens per GPU: {reason}")
     console.print(placed.verdict.text)
     if placed.validation:
         console.print(validation_text(placed.validation))
@@ -220,13 +222,13 @@ def _choices_table(choices: ChoiceTimes) -> Any:
             if name not in times:
                 cells.append("-")
                 continue
-            time, gain = times[name], choices.gains[tokens][name]
+            time, gain = times[name], choices.gains[tokens].get(name)
             saved = (
                 ""
-                if name == REFERENCE
+                if gain is None or name == REFERENCE
                 else f"\n{100 * gain.value:+.1f} ({100 * gain.low:+.1f}..{100 * gain.high:+.1f})"
             )
-            best = " *" if choices.best(tokens) == name else ""
+            best = " *" if choices.best(tokens) == name and tokens not in choices.refused else ""
             cells.append(f"{choices.balance[tokens][name]:.3f}\n{time.value / MILLI:.4g}{best}{saved}")
         table.add_row(str(tokens), *cells)
     return table
@@ -237,30 +239,41 @@ def _step_table(placed: Placed) -> Any:
     from rich.table import Table
 
     from moesim.units import MILLI
+    from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS
+    from placement.steps import LABELS
 
     assert placed.step_time is not None
     title = "step time in ms by tokens per GPU, held-out loads, and what the plan gains in %"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
     table.add_column("dispatch")
-    contenders = list(next(iter(placed.step_time.step_s.values())))
+    steps = placed.step_time
+    shown = {name for times in steps.step_s.values() for name in times}
+    contenders = [name for name in (BASELINE, WITHOUT_REPLICAS, PLANNED) if name in shown]
     for name in contenders:
-        table.add_column(name.replace("planned_without_replicas", "no replicas"), justify="right", no_wrap=True)
+        table.add_column(LABELS.get(name, name), justify="right", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)
     table.add_column("of replicas", justify="right", no_wrap=True)
 
     def share(gain: Any) -> str:
         return "-" if gain is None else f"{gain.value:+.1%}\n{100 * gain.low:+.1f}..{100 * gain.high:+.1f}"
 
-    def span(time: Any) -> str:
-        return f"{time.value / MILLI:.3g}\n{time.low / MILLI:.3g}..{time.high / MILLI:.3g}"
+    def span(tokens: int, name: str) -> str:
+        time = steps.step_s[tokens].get(name)
+        if time is None:
+            return "-"
+        mark = "~" if name in steps.extrapolated.get(tokens, {}) else ""
+        return f"{mark}{time.value / MILLI:.3g}\n{time.low / MILLI:.3g}..{time.high / MILLI:.3g}"
 
-    for tokens, times in placed.step_time.step_s.items():
-        gain, replicas = placed.step_time.gains[tokens], placed.step_time.replicas.get(tokens)
-        mode = placed.step_time.modes[tokens].replace("_", " ")
-        cells = (span(times[name]) for name in contenders)
-        table.add_row(str(tokens), mode, *cells, share(gain), share(replicas))
-    for tokens in placed.step_time.unpriced:
+    for tokens in steps.step_s:
+        mode = steps.modes[tokens].replace("_", " ")
+        cells = [span(tokens, name) for name in contenders]
+        if tokens in steps.refused:
+            cells += ["does not run", "-"]
+        else:
+            cells += [share(steps.gains.get(tokens)), share(steps.replicas.get(tokens))]
+        table.add_row(str(tokens), mode, *cells)
+    for tokens in steps.unpriced:
         table.add_row(str(tokens), *["-"] * (len(contenders) + 3))
     return table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.errors import BadInput, OutsideProfile
@@ -25,7 +25,7 @@ class ChoiceTimes:
 
     step_s: tokens per rank -> choice -> seconds with their interval; balance: the same -> max/mean of a step, mean over
     layers and steps, on whole counts; gains: the same -> share of step time saved over REFERENCE, paired.
-    unpriced: tokens per rank -> choice -> why it is not priced there.
+    unpriced: tokens per rank -> choice -> why it is not priced there. refused: tokens per rank -> why none runs.
     """
 
     judged: tuple[str, ...]
@@ -34,6 +34,7 @@ class ChoiceTimes:
     balance: dict[int, dict[str, float]]
     gains: dict[int, dict[str, Figure]]
     unpriced: dict[int, dict[str, str]]
+    refused: dict[int, str] = field(default_factory=dict)
 
     def best(self, tokens: int) -> str:
         """The choice of the shortest step; REFERENCE unless another is surely shorter than it."""
@@ -58,11 +59,14 @@ class ChoiceTimes:
                 "tokens_per_rank": tokens,
                 "dispatch_mode": self.modes[tokens],
                 "best": self.best(tokens),
+                "does_not_run": self.refused.get(tokens),
                 "choices": {
                     name: {
                         "step_s": time.to_json(),
                         "per_step_max_over_mean": self.balance[tokens][name],
-                        "gain": self.gains[tokens][name].to_json() if name != REFERENCE else None,
+                        "gain": self.gains[tokens][name].to_json()
+                        if name != REFERENCE and name in self.gains[tokens]
+                        else None,
                     }
                     for name, time in times.items()
                 },
@@ -103,19 +107,15 @@ def judge_choices(
     placement = solve(with_cost(refit(request, split.fit), split.fit, costs), solver).placement
     refuse_roles(scenario)
     ground = groundwork(scenario)
-    # The choices that wait for counts need the cost of an all-reduce over all ranks; the others do without.
-    waiting = [name for name, choice in CHOICES.items() if choice.exchanges_counts]
     timed: dict[int, TimedPlacements] = {}
     unpriced: dict[int, dict[str, str]] = {}
     for tokens in TOKENS_PER_RANK:
-        for every in (True, False):
-            asked = [name for name in (*CHOICES, STALE) if every or name not in waiting]
-            try:
-                (timed[tokens],) = timed_choices(ground, placement, judge, [tokens], draws, request.seed, choices=asked)
-                break
-            except OutsideProfile as error:
-                outside = error
-                unpriced[tokens] = dict.fromkeys(waiting if every else asked, error.line()) | unpriced.get(tokens, {})
+        try:
+            (timed[tokens],) = timed_choices(ground, placement, judge, [tokens], draws, request.seed)
+            unpriced[tokens] = timed[tokens].left_out
+        except OutsideProfile as error:
+            outside = error
+            unpriced[tokens] = dict.fromkeys((*CHOICES, STALE), error.line())
     if not timed:
         raise outside
     return ChoiceTimes(
@@ -127,7 +127,10 @@ def judge_choices(
         balance={tokens: row.balance for tokens, row in timed.items()},
         gains={
             tokens: {name: with_interval(1.0 - times / row.step_s[REFERENCE]) for name, times in row.step_s.items()}
+            if REFERENCE in row.step_s
+            else {}
             for tokens, row in timed.items()
         },
-        unpriced=unpriced,
+        unpriced={tokens: why for tokens, why in unpriced.items() if why},
+        refused={tokens: next(iter(row.refused.values())) for tokens, row in timed.items() if row.refused},
     )

@@ -85,7 +85,7 @@ def _tiles(placed: Placed) -> str:
     """The gains, in step time where it was priced, else in balance; and how well the map fits what it has seen."""
     shown = []
     if placed.step_time is not None:
-        for tokens, gain in placed.step_time.gains.items():
+        for tokens, gain in placed.step_time.that_run(placed.step_time.gains).items():
             shown.append(_gain_tile(f"step time saved at {tokens} tokens a rank", gain))
     elif placed.held is not None:
         shown.append(_gain_tile("load of the hottest rank saved, held out", placed.held.gain))
@@ -149,28 +149,29 @@ def _times(placed: Placed) -> str:
             else "no scenario was given, and balance is not time: give one to see where replicas pay"
         )
         return f"<p>Not priced: {escape(why)}.</p>"
-    contenders = [name for name in pictures.CONTENDERS if name in next(iter(steps.step_s.values()))]
+    priced = {name for times in steps.step_s.values() for name in times}
+    contenders = [name for name in pictures.CONTENDERS if name in priced]
     rows = []
     for tokens, times in steps.step_s.items():
         cells = [f"{tokens}", escape(steps.modes[tokens].replace("_", " "))]
-        cells += [_span(times[name].value, times[name], 1e3) for name in contenders]
-        cells += [
-            f"{steps.per_step[tokens][PLANNED]:.2f}",
-            _span(steps.gains[tokens].value, steps.gains[tokens], 100.0),
-        ]
-        replicas = steps.replicas.get(tokens)
-        cells.append("\u2013" if replicas is None else _span(replicas.value, replicas, 100.0))
+        cells += [_span(times.get(name), 1e3) for name in contenders]
+        balance = steps.per_step[tokens].get(PLANNED)
+        cells.append("\u2013" if balance is None else f"{balance:.2f}")
+        if tokens in steps.refused:
+            cells += ["does not run"] * 2
+        else:
+            cells += [_span(found.get(tokens), 100.0) for found in (steps.gains, steps.replicas)]
         rows.append(cells)
     head = ["tokens per rank", "dispatch", *(f"{pictures.CONTENDERS[name][0]}, ms" for name in contenders)]
     head += ["max/mean of a step", "gain, %", "gain of replicas, %"]
-    left = "".join(
-        f'<p class="note">Not priced at {tokens} tokens per rank: {escape(reason)}</p>'
-        for tokens, reason in steps.unpriced.items()
-    )
+    left = "".join(f'<p class="note">{escape(note[:1].upper() + note[1:])}</p>' for note in steps.notes())
     return pictures.step_times(placed) + table(head, rows) + left
 
 
-def _span(value: float, found: Figure, scale: float) -> str:
+def _span(found: Figure | None, scale: float) -> str:
+    if found is None:
+        return "\u2013"
+    value = found.value
     shown = f"{found.low * scale:.3g} to {found.high * scale:.3g}"
     return f'{exact(value, f"{value * scale:.3g}")}<span class="iv">{shown}</span>'
 

@@ -14,22 +14,31 @@ _COLOURS = ("#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")
 
 def budgets_section(budgets: Budgets) -> str:
     """Gain over the smallest budget at each batch size, with intervals, as a picture and a table."""
-    least = min(budgets.rows[0].step_s)
+    least = budgets.sizes()[0]
     lead = (
         f"{budgets.solver} with each number of redundant experts, fitted to one part of the loads and judged on "
         f"{', '.join(budgets.judged)}: the same loads, steps and cost parameters for all, so gains over {least} are "
         "paired. Bars are 90 % intervals. A ring (in the table a star) is what is "
         "recommended: the smallest budget that no larger one is sure to beat."
     )
-    left = "".join(
-        f'<p class="note">Not priced at {tokens} tokens per rank: {escape(reason)}</p>'
-        for tokens, reason in budgets.unpriced.items()
-    ) + "".join(
-        f'<p class="note">Does not fit: {escape(room.infeasible)}</p>'
-        for room in budgets.room.values()
-        if room.infeasible is not None
+    left = (
+        "".join(
+            f'<p class="note">Not priced at {tokens} tokens per rank: {escape(reason)}</p>'
+            for tokens, reason in budgets.unpriced.items()
+        )
+        + "".join(
+            f'<p class="note">Does not fit: {escape(room.infeasible)}</p>'
+            for room in budgets.room.values()
+            if room.infeasible is not None
+        )
+        + "".join(
+            f'<p class="note">Not priced at {row.tokens_per_rank} tokens per rank: {budget} redundant experts; '
+            f"{escape(why)}</p>"
+            for row in budgets.rows
+            for budget, why in row.left_out.items()
+        )
     )
-    body = f"<p>{escape(budgets.text())}</p>{_picture(budgets, least)}{_table(budgets, least)}{left}"
+    body = f"<p>{escape(budgets.text())}</p>{_picture(budgets, least)}{_table(budgets)}{left}"
     return section("budgets", "Step time by replica budget", body, lead=escape(lead))
 
 
@@ -64,7 +73,7 @@ def _picture(budgets: Budgets, least: int) -> str:
             span = (100 * gain.low, 100 * gain.high)
             said = (
                 f"{row.tokens_per_rank} tokens per rank, {budget} redundant experts: {number(100 * gain.value)} % "
-                f"({number(span[0])} to {number(span[1])}){', no room for the batch' if budget in row.full else ''}"
+                f"({number(span[0])} to {number(span[1])}){', does not run' if budget in row.full else ''}"
             )
             told.append(said)
             shape = "ring" if budget == row.recommended else "dot"
@@ -77,19 +86,23 @@ def _picture(budgets: Budgets, least: int) -> str:
     )
 
 
-def _table(budgets: Budgets, least: int) -> str:
-    rows = []
+def _table(budgets: Budgets) -> str:
+    rows, sizes = [], budgets.sizes()
     for row, _ in _coloured(budgets):
         cells = [str(row.tokens_per_rank), escape(row.mode.replace("_", " "))]
-        for budget, time in row.step_s.items():
+        for budget in sizes:
+            if budget in row.left_out:
+                cells.append("\u2013")
+                continue
+            time = row.step_s[budget]
             shown = f"{exact(time.value, f'{1e3 * time.value:.4g}')}"
             if budget in row.full:
-                shown += '<span class="iv">no room for the batch</span>'
-            elif budget != least:
+                shown += '<span class="iv">does not run</span>'
+            elif budget != min(row.step_s):
                 gain = row.gain[budget]
                 shown += f'<span class="iv">{100 * gain.low:+.1f} to {100 * gain.high:+.1f} %</span>'
             cells.append(f"* {shown}" if budget == row.recommended else shown)
         rows.append(cells)
-    taken = [f"{room.replica_bytes / 1e9:.1f} GB" for room in budgets.room.values()]
+    taken = [f"{room.replica_bytes / 1e9:.1f} GB" for budget, room in budgets.room.items() if budget in sizes]
     rows.append(["", "taken on a GPU", *taken])
-    return table(["tokens per rank", "dispatch", *(f"{budget}, ms" for budget in budgets.rows[0].step_s)], rows)
+    return table(["tokens per rank", "dispatch", *(f"{budget}, ms" for budget in sizes)], rows)

@@ -91,14 +91,17 @@ def step_times(placed: Placed) -> str:
         (name, colour, {tokens: row[contender] for tokens, row in times.items() if contender in row})
         for contender, (name, colour) in CONTENDERS.items()
     ]
-    gains = [("over contiguous", BEST, placed.step_time.gains)]
-    if placed.step_time.replicas:
-        gains.append(("over no replicas", OTHER, placed.step_time.replicas))
+    steps = placed.step_time
+    gains = [("over contiguous", BEST, steps.that_run(steps.gains))]
+    if steps.replicas:
+        gains.append(("over no replicas", OTHER, steps.that_run(steps.replicas)))
+    gains = [one for one in gains if one[2]]
+    gained = _by_tokens(gains, "% less time", 100.0, zero=False) if gains else "<p>Nothing that runs to compare.</p>"
     return (
         f'<div class="two"><div><h3>Time of a decode step</h3>'
         f"{_by_tokens([one for one in series if one[2]], 'ms', 1e3, zero=True)}"
         f"{key([(name, colour) for name, colour, found in series if found])}</div>"
-        f"<div><h3>What the plan gains in it</h3>{_by_tokens(gains, '% less time', 100.0, zero=False)}"
+        f"<div><h3>What the plan gains in it</h3>{gained}"
         f"{key([(name, colour) for name, colour, _ in gains])}</div></div>"
     )
 

@@ -31,7 +31,7 @@ from placement.dispatch import ChoiceTimes, judge_choices
 from placement.given_loads import doubts, read_given
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
-from placement.steps import StepTime, judge_steps
+from placement.steps import StepTime, judge_steps, where
 from placement.verdict import Verdict, on_balance, on_step_time, tokens_list, withheld
 
 # A scenario that asks for no solver has the plain one; to place by it would compare it with itself.
@@ -80,7 +80,7 @@ class Placed:
         held = self.held
         gain: dict[str, Any] = {"value": None, "low": None, "high": None}
         if self.step_time is not None:
-            gain = {"by": "step_time", **_headline(self.step_time.gains)}
+            gain = {"by": "step_time", **_headline(self.step_time.that_run(self.step_time.gains))}
         elif held is not None:
             gain = {"by": "max_over_mean", **held.gain.to_json()}
         return {
@@ -117,7 +117,9 @@ class Placed:
 
 
 def _headline(gains: dict[int, Figure]) -> dict[str, Any]:
-    """The gain at the tokens per rank in the middle of those judged, which it names."""
+    """The gain at the tokens per rank in the middle of those judged, which it names; no value where there are none."""
+    if not gains:
+        return {"tokens_per_rank": None, "value": None, "low": None, "high": None}
     tokens = sorted(gains)[len(gains) // 2]
     return {"tokens_per_rank": tokens, **gains[tokens].to_json()}
 
@@ -207,20 +209,23 @@ def budget_list(text: str | None) -> tuple[int, ...]:
 def _loads(
     scenario: Scenario | None, files: Sequence[Path], seed: int, experts: int | None = None
 ) -> list[RoutingCounts]:
+    from moesim.routing.holdout import refuse_repeats
     from moesim.routing.readers import read_loads
+    from moesim.routing.resolve import fit_to_model, resolve_routing
+    from moesim.spec.hf import load_model
 
     if scenario is None:
         if not files:
             raise BadInput("there are no loads to place for", where="--loads", mend="give --loads FILE or a scenario")
-        return read_given(files, experts)
-    from moesim.routing.resolve import fit_to_model, resolve_routing
-    from moesim.spec.hf import load_model
-
-    model = load_model(scenario.model)
-    if files:
+        found = read_given(files, experts)
+    else:
+        model = load_model(scenario.model)
+        if not files:
+            return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed), tokens=True))
         known = model.moe.experts
-        return [fit_to_model(read_loads(path, experts=known, tokens=True), model, where=path) for path in files]
-    return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed), tokens=True))
+        found = [fit_to_model(read_loads(path, experts=known, tokens=True), model, where=path) for path in files]
+    refuse_repeats(found, where="--loads")
+    return found
 
 
 def _cluster_gpus(scenario: Scenario) -> int:
@@ -304,7 +309,8 @@ def _validation(asked: Asked, step_time: StepTime | None) -> tuple[Covered, ...]
     scenario = asked.scenario
     if scenario is None or step_time is None:
         return ()
-    tokens = (min(step_time.step_s), max(step_time.step_s))
+    sizes = [tokens for tokens in step_time.step_s if tokens not in step_time.refused] or list(step_time.step_s)
+    tokens = (min(sizes), max(sizes))
     leans = of_placement(scenario, load_cluster(scenario.cluster), load_model(scenario.model), tokens=tokens)
     return tuple(cover(leans, asked.evidence))
 
@@ -343,7 +349,8 @@ def _verdict(asked: Asked, held: HeldOut | None, step_time: StepTime | None, val
         return on_balance(held, asked.solver)
     judged = f"judged on {' and '.join(step_time.judged)}, which the plan was not fitted to"
     leans = _leans_on(asked, step_time, validation)
-    return on_step_time(step_time.gains, step_time.replicas, asked.solver, judged=judged, leans_on=leans)
+    gains, replicas = step_time.that_run(step_time.gains), step_time.that_run(step_time.replicas)
+    return on_step_time(gains, replicas, asked.solver, judged=judged, leans_on=leans)
 
 
 def _leans_on(asked: Asked, step_time: StepTime, validation: Sequence[Covered]) -> str:
@@ -353,6 +360,12 @@ def _leans_on(asked: Asked, step_time: StepTime, validation: Sequence[Covered]) 
         parts.append(
             f"{tokens_list(list(step_time.unpriced))} tokens per rank lie outside the profile and are left out"
         )
+    if step_time.left_out:
+        parts.append(f"outside the profile and left out: {where(step_time.left_out)} tokens per rank")
+    if step_time.extrapolated:
+        parts.append(f"extrapolated beyond the profile: {where(step_time.extrapolated)} tokens per rank")
+    if step_time.refused:
+        parts.append(f"{tokens_list(list(step_time.refused))} tokens per rank do not run here and are left out")
     if not any(load.per_step for load in asked.loads):
         parts.append("how far a step strays from these aggregate counts is assumed")
     if asked.nodes > 1 and not validated_over_nodes(validation):

@@ -187,10 +187,8 @@ def _simulated(
         try:
             (row,) = timed_placements(ground, some, judge, [tokens], 0, seed, mode=mode)
         except OutsideProfile:
-            if len(some) == 1:
-                return [float("nan")]
-            return [timed({name: one})[0] for name, one in some.items()]
-        return [float(row.step_s[name][0]) for name in some]
+            return [float("nan")] * len(some)
+        return [float(row.step_s[name][0]) if name in row.step_s else float("nan") for name in some]
 
     names = list(placements)
     blocks = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]

@@ -17,8 +17,9 @@ from moesim.engine.training_overlap import OVERLAPPED
 from moesim.engine.training_plan import SharedTraining
 from moesim.errors import Infeasible, Interrupted
 from moesim.files import write_json, write_text
-from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.console import console, generated_line, print_json, progress_bar, with_interval
 from moesim.output.leanings import of_plans
+from moesim.output.metrics import generated
 from moesim.output.training_explain import training_explanation_json
 from moesim.output.training_metrics import training_json
 from moesim.output.training_page import write_training_report
@@ -197,6 +198,7 @@ def _result(
             1 for trial in found.trials if trial.outcome.status == "ok" and trial.outcome.violation > 0
         ),
         "notes": notes,
+        "routing_generated": generated(scenario),
         "trial_list": [training_plan_json(trial, scenario) for trial in found.trials],
     }
 
@@ -266,6 +268,8 @@ def _print(result: dict[str, Any]) -> None:
     out.print(_table(f"Nothing beats these in both {first} and {second}", [("", one) for one in result["pareto"]]))
     out.print(result["verdict"]["text"])
     out.print(result["validation_text"])
+    if result["routing_generated"] is not None:
+        out.print(generated_line(result["routing_generated"]))
     for note in result["notes"]:
         out.print(f"note: {note}")
     out.print("Wrote " + ", ".join(result["files"]) + ".")

@@ -14,8 +14,9 @@ from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
 from moesim.engine.moving import refuse_changes
 from moesim.errors import BadInput, Infeasible, Interrupted
-from moesim.output.console import console, print_json, progress_bar, with_interval
+from moesim.output.console import console, generated_line, print_json, progress_bar, with_interval
 from moesim.output.leanings import of_plans
+from moesim.output.metrics import generated
 from moesim.output.steady import steadiness
 from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
 from moesim.spec.faults import refuse_faults
@@ -353,8 +354,9 @@ def _result(
         "infeasible": dict(sorted(counted.items())),
         "missed_slo": missed,
         "notes": notes,
+        "routing_generated": generated(scenario),
         "choices": choices,
-        "choices_text": choices_text(choices, scenario.objective.maximize),
+        "choices_text": choices_text(choices, scenario.objective.maximize, levels=bool(level_metrics(scenario))),
         "settled": len(found.trials) if found.settled is None else len(found.settled),
         "trial_list": [
             plan_json(trial) | {"in_full": found.settled is None or trial.number in found.settled}
@@ -418,7 +420,12 @@ def print_tune(result: dict[str, Any]) -> None:
     out.print("AR: all-reduce; AG+RS: all-gather and reduce-scatter; ETP: TP inside experts; +N: redundant experts.")
     out.print(result["verdict"]["text"])
     out.print(result["validation_text"])
-    for text in (_binding_text(result["best"]), result["choices_text"], result.get("what_if", {}).get("text", "")):
+    for text in (
+        generated_line(result["routing_generated"]),
+        _binding_text(result["best"]),
+        result["choices_text"],
+        result.get("what_if", {}).get("text", ""),
+    ):
         if text:
             out.print(text)
     for note in result["notes"]:

@@ -78,9 +78,14 @@ def on_step_time(
 ) -> Verdict:
     """Verdict on step time at several tokens per rank.
 
-    gains: tokens per rank -> gain of the plan over contiguous; replicas: the same over the plan without replicas
-    (empty where it has none). judged: which loads it was judged on. leans_on: a sentence on what the figures lean on.
+    gains: tokens per rank that run -> gain of the plan over contiguous, where both are priced; replicas: the same over
+    the plan without replicas (empty where it has none). judged: which loads it was judged on. leans_on: a sentence on
+    what the figures lean on. Without gains the verdict is withheld.
     """
+    if not gains:
+        text = "Verdict withheld: at no batch size that runs are the plan and contiguous placement both priced."
+        more = [_replicas_time(replicas)] if replicas else []
+        return Verdict(WITHHELD, " ".join([text, *more, *([leans_on] if leans_on else [])]))
     signs = {tokens: sign(gain) for tokens, gain in gains.items()}
     wins, losses = [t for t, s in signs.items() if s > 0], [t for t, s in signs.items() if s < 0]
     if wins and losses:
@@ -121,7 +126,7 @@ def _replicas_time(gains: Mapping[int, Figure]) -> str:
         parts.append(f"make the step slower at {tokens_list(lose)}")
     if even:
         parts.append(f"change nothing that can be told at {tokens_list(even)}")
-    advice = "" if pays else ": 0 replicas suffice"
+    advice = "" if pays else ": 0 replicas suffice there"
     return f"Against the same solver without replicas, the replicas {' and '.join(parts)}{advice}."
 
 

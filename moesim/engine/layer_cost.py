@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.engine.decode_batch import decode_mode
 from moesim.engine.deployment import Deployment, Groundwork, resolve
 from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.step_graph import step_seconds
-from moesim.engine.steptime import STEPS_PER_LOAD, modes_to_try, price_steps, step_counts, variant_for
+from moesim.engine.steptime import STEPS_PER_LOAD, price_steps, step_counts, variant_for
 from moesim.errors import Infeasible, OutsideProfile
 from moesim.graph.pricing import PricedStep
 from moesim.routing.trace import RoutingCounts, stack_profiles
@@ -71,21 +72,17 @@ class LayerCosts:
     def at(self, tokens_per_rank: int, mode: str | None = None) -> FittedCost:
         """The cost by least squares of the relative error, at decode tokens of an attention-DP rank.
 
-        mode: of DeepEP's dispatch; without it the one in which `engine.steptime` would price the samples. Raises
-        OutsideProfile.
+        mode: of DeepEP's dispatch; without it the one that the engine would run. Samples that the profile does not
+        cover in it are left out. Raises OutsideProfile where it covers none.
         """
         key = (tokens_per_rank, mode)
         if key not in self._found:
             first = self._deployments[0]
-            modes = modes_to_try(first, tokens_per_rank) if mode is None else [mode]
-            for position, one in enumerate(modes):
-                try:
-                    samples, micro = _priced(self._deployments, self._routing, tokens_per_rank, one, self._seed)
-                    self._found[key] = _fitted(first, samples, micro, one, self._loads)
-                    break
-                except OutsideProfile:
-                    if position == len(modes) - 1:
-                        raise
+            asked = decode_mode(first, tokens_per_rank) if mode is None else mode
+            samples, micro = _priced(self._deployments, self._routing, tokens_per_rank, asked, self._seed)
+            placements = [one.setup.placement for one in self._deployments]
+            at_random = next(one for one in placements if one.solver == "at random")
+            self._found[key] = _fitted(first, samples, micro, asked, self._loads, at_random)
         return self._found[key]
 
 
@@ -167,16 +164,15 @@ def _packed_on_nodes(mix: Floats, slots: int, ranks: int, groups: int, nodes: in
 def _priced(
     deployments: Sequence[Deployment], routing: RoutingDraws, tokens: int, mode: str, seed: int
 ) -> tuple[list[_Sample], float]:
-    """Samples that the profile covers, those in order with the fewest slots among them, and a pass's tokens a rank."""
+    """Samples that the profile covers, and a pass's tokens a rank. Raises OutsideProfile where it covers none."""
     found: list[_Sample] = []
     micro = float(tokens)
     for one in deployments:
         setup = one.setup
         try:
             priced = price_steps(one, routing, tokens, mode, seed)
-        except OutsideProfile:
-            if not found:
-                raise
+        except OutsideProfile as error:
+            outside = error
             continue
         batch = priced.batch
         micro = float(batch.tokens[0].sum()) / setup.placement.ranks
@@ -192,6 +188,8 @@ def _priced(
                 step_s=step_seconds(setup, [priced] * passes),
             )
         )
+    if not found:
+        raise outside
     return found, micro
 
 
@@ -202,7 +200,12 @@ def _exchange_s(priced: PricedStep, shape: tuple[int, ...]) -> Floats:
 
 
 def _fitted(
-    first: Deployment, samples: Sequence[_Sample], tokens: float, mode: str, loads: Sequence[RoutingCounts]
+    first: Deployment,
+    samples: Sequence[_Sample],
+    tokens: float,
+    mode: str,
+    loads: Sequence[RoutingCounts],
+    at_random: ExpertPlacement,
 ) -> FittedCost:
     setup, moe = first.setup, first.setup.model.moe
     unit = LayerCost(
@@ -237,7 +240,7 @@ def _fitted(
         experts_s=experts_s,
         exchange_s=exchange_s,
         step_scatter=_step_scatter(samples),
-        load_scatter=_load_scatter(samples, loads),
+        load_scatter=_load_scatter(at_random, loads),
     )
     return _in_the_step(cost, samples, mode)
 
@@ -304,10 +307,9 @@ def _step_scatter(samples: Sequence[_Sample]) -> float:
     return float(np.sqrt(by_load.var(axis=1, ddof=1).mean()) * one.placement.ranks)
 
 
-def _load_scatter(samples: Sequence[_Sample], loads: Sequence[RoutingCounts]) -> float:
+def _load_scatter(at_random: ExpertPlacement, loads: Sequence[RoutingCounts]) -> float:
     """The same between loads, of experts that lie at random; 0 with one load."""
     if len(loads) < 2:
         return 0.0
     profiles, _ = stack_profiles(loads)
-    placement = next(one.placement for one in samples if one.placement.solver == "at random")
-    return float(np.sqrt(placement.rank_loads(profiles).var(axis=0, ddof=1).mean()) * placement.ranks)
+    return float(np.sqrt(at_random.rank_loads(profiles).var(axis=0, ddof=1).mean()) * at_random.ranks)

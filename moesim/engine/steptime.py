@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost.estimate import Tag
+from moesim.engine.decode_batch import decode_mode, refused
 from moesim.engine.deployment import Deployment, Groundwork, resolve
 from moesim.engine.dispatch_checks import check_background
 from moesim.engine.draws import Draw, joint_draws
 from moesim.engine.graphs import captured_graphs
 from moesim.engine.routing_draws import RoutingDraws
-from moesim.engine.rules import low_latency_tokens
 from moesim.engine.step_graph import step_seconds
 from moesim.engine.workload import lengths
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import PricedStep, Pricer
+from moesim.graph.pricing import Part, PricedStep, Pricer
 from moesim.network.choice import CHOICES, STALE, following
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
@@ -33,16 +34,21 @@ STEPS_PER_LOAD = 6
 
 @dataclass(frozen=True)
 class TimedPlacements:
-    """Step times by placement at one batch size.
+    """Step times by placement at one batch size, all in the dispatch mode that the engine would run.
 
     step_s: name -> float64 [draws + 1]; entry 0 is as best known, the others are joint draws, the same for all names.
-    balance: name -> mean over judged steps and layers of max/mean rank load.
+    balance: name -> mean over judged steps and layers of max/mean rank load. left_out: names that the profile does not
+    cover at this size -> why. extrapolated: names priced beyond what was measured -> the cost families of such prices.
+    refused: names whose deployment never runs such a batch -> why.
     """
 
     tokens_per_rank: int
     mode: str
     step_s: dict[str, Floats]
     balance: dict[str, float]
+    left_out: dict[str, str] = field(default_factory=dict)
+    extrapolated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def timed_placements(
@@ -58,9 +64,8 @@ def timed_placements(
     """Step times of placements at each batch size.
 
     judge: loads that no placement was fitted to. tokens_per_rank: decode tokens of an attention-DP rank. All placements
-    of a row run in the same dispatch mode: low-latency where the profile prices it for every one of them, else normal;
-    or in `mode`.
-    Raises BadInput, Infeasible and OutsideProfile.
+    of a row run in the same dispatch mode: the engine's, or `mode`. One that the profile does not cover in it is left
+    out of that row. Raises BadInput, Infeasible, and OutsideProfile where a row would hold nothing.
     """
     check_background(ground.cluster, fidelity="maxplus", draws=draws)
     deployments = {
@@ -119,20 +124,21 @@ def _timed(
     seed: int,
     asked: str | None,
 ) -> TimedPlacements:
-    modes = [asked] if asked is not None else modes_to_try(next(iter(deployments.values())), tokens)
-    for position, mode in enumerate(modes):
+    mode = asked if asked is not None else decode_mode(next(iter(deployments.values())), tokens)
+    priced: dict[str, PricedStep] = {}
+    left_out: dict[str, str] = {}
+    for name, one in deployments.items():
         try:
-            priced = {
-                name: price_steps(one, routing, tokens, mode, seed, stale=name == STALE)
-                for name, one in deployments.items()
-            }
-            break
-        except OutsideProfile:
-            if position == len(modes) - 1:
-                raise
+            priced[name] = price_steps(one, routing, tokens, mode, seed, stale=name == STALE)
+        except OutsideProfile as error:
+            left_out[name] = error.line()
+            outside = error
+    if not priced:
+        raise outside
+    kept = {name: deployments[name] for name in priced}
     loads = routing.for_phase("decode")
     step_s = {}
-    for name, one in deployments.items():
+    for name, one in kept.items():
         found = []
         for truth in truths:
             normal = None if truth is None else truth.normal
@@ -142,18 +148,28 @@ def _timed(
             weights = (routing.weights if truth is None else truth.load_weights)[loads]
             found.append(float(by_load @ weights / weights.sum()))
         step_s[name] = np.asarray(found)
-    return TimedPlacements(tokens, mode, step_s, _balance(deployments, routing, tokens, seed))
+    return TimedPlacements(
+        tokens,
+        mode,
+        step_s,
+        _balance(kept, routing, tokens, seed),
+        left_out,
+        extrapolated={name: families for name, one in priced.items() if (families := _extrapolated(one))},
+        refused={name: why for name, one in deployments.items() if (why := refused(one, tokens))},
+    )
 
 
-def modes_to_try(deployment: Deployment, tokens: int) -> list[str]:
-    """Dispatch modes that a decode step of so many tokens a rank may run in, the preferred one first."""
-    dispatch = deployment.setup.policies.dispatch
-    if dispatch.backend != "deepep":
-        return ["normal"]
-    if dispatch.mode != "auto":
-        return [dispatch.mode]
-    limit = low_latency_tokens(dispatch.low_latency_tokens, deployment.rules.name) * deployment.setup.parallel.tp
-    return ["low_latency", "normal"] if tokens <= limit else ["normal"]
+def _extrapolated(priced: PricedStep) -> tuple[str, ...]:
+    """Cost families with a price beyond what was measured."""
+    parts = [getattr(priced, each.name) for each in fields(priced)]
+    found = {
+        one.family
+        for part in parts
+        if isinstance(part, Part)
+        for one in part.estimates
+        if (one.tags == Tag.EXTRAPOLATED).any()
+    }
+    return tuple(sorted(found))
 
 
 def price_steps(

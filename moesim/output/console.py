@@ -68,6 +68,13 @@ def capacity_line(routed: Mapping[str, Any]) -> str:
     )
 
 
+def generated_line(kind: str | None) -> str:
+    """That the routing is made up, in a line; empty where it was recorded."""
+    if kind is None:
+        return ""
+    return f"The routing is generated ({kind}), not recorded: give your own counts under routing.loads."
+
+
 def print_simulation(result: dict[str, Any]) -> None:
     """Tables of a simulation for a person."""
     from rich.table import Table
@@ -104,9 +111,9 @@ def print_simulation(result: dict[str, Any]) -> None:
         f"{result['routing']['per_step_max_over_mean']:.3f} per step. "
         f"Memory {human_bytes(memory['peak_bytes'])} of {human_bytes(memory['limit_bytes'])}."
     )
-    told = capacity_line(result["routing"])
-    if told:
-        out.print(told)
+    for told in (generated_line(result["routing"]["generated"]), capacity_line(result["routing"])):
+        if told:
+            out.print(told)
     serving = result["serving"]
     if serving["preemptions"]:
         out.print(

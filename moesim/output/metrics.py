@@ -24,6 +24,7 @@ from moesim.output.steady import steadiness
 from moesim.output.step_figures import step_figures
 from moesim.routing.trace import stack_profiles
 from moesim.spec.plan import max_over_mean
+from moesim.spec.scenario import Scenario
 
 SCHEMA_VERSION = 1
 # Families whose prices a store takes from its tables alone; experts beyond the balanced rows and prompts after a prefix
@@ -223,6 +224,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
             "dispersion_parts": dispersion_json(routing),
             "judged_on": [load.name for load in deployment.ground.judge],
             "judged_on_fit": deployment.ground.judged_on_fit,
+            "generated": generated(deployment.scenario),
         },
         "network": network,
         "memory": _memory(simulation),
@@ -306,6 +308,11 @@ def _memory(simulation: Simulation) -> dict[str, Any]:
         "ledger": {name: float(size) for name, size in counted.items.items()},
         **counted.by_stage(),
     }
+
+
+def generated(scenario: Scenario) -> str | None:
+    """The kind of generator that the routing comes from; None where it was recorded."""
+    return None if scenario.routing.synthetic is None else scenario.routing.synthetic.kind
 
 
 def provenance(simulation: Simulation) -> dict[str, float]:

@@ -11,7 +11,7 @@ from moesim.cost.estimate import Estimate, Tag
 from moesim.engine.training import TrainingRun
 from moesim.engine.training_overlap import pair_share
 from moesim.graph.training_passes import chunk_estimates, passes_of
-from moesim.output.metrics import SCHEMA_VERSION, intervals
+from moesim.output.metrics import SCHEMA_VERSION, generated, intervals
 from moesim.output.routing_report import flow_figures
 from moesim.routing.gates.choice import gate_spec
 from moesim.routing.spread import UTILISATION_EDGES
@@ -134,6 +134,7 @@ def routing_figures(run: TrainingRun) -> dict[str, Any]:
         "dispersion": model.routing.dispersion.tag,
         "judged_on": [load.name for load in model.ground.judge],
         "judged_on_fit": model.ground.judged_on_fit,
+        "generated": generated(model.ground.scenario),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from moesim import __version__
 from moesim.files import write_text
 from moesim.output import page, tables
-from moesim.output.console import capacity_line, console, shown, with_interval
+from moesim.output.console import capacity_line, console, generated_line, shown, with_interval
 from moesim.output.page import exact, number, percent, section, table
 from moesim.output.training_explain import training_explanation_page
 from moesim.spec.scenario import Scenario
@@ -52,9 +52,9 @@ def print_training(result: dict[str, Any]) -> None:
         f"{shown(routing['per_step_max_over_mean'], 4)} per micro-batch. Memory {human_bytes(memory['peak_bytes'])} of "
         f"{human_bytes(memory['limit_bytes'])} (stage {memory['fullest_stage']})."
     )
-    told = capacity_line(routing)
-    if told:
-        out.print(told)
+    for told in (generated_line(routing["generated"]), capacity_line(routing)):
+        if told:
+            out.print(told)
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the working time comes from: {shares}.")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import BadInput
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.scenario import HoldoutSpec
 
@@ -28,6 +29,23 @@ def split(loads: Sequence[RoutingCounts], holdout: HoldoutSpec, rng: np.random.G
         return _by_file(given, holdout.fraction, rng)
     parts = [_by_step(load, holdout, rng) for load in given]
     return tuple(fit for fit, _ in parts), tuple(judge for _, judge in parts if judge is not None)
+
+
+def refuse_repeats(loads: Sequence[RoutingCounts], *, where: str) -> None:
+    """Refuse loads with the same shares in all layers: one of them held out is no load that the other's fit never saw.
+
+    Even shares are alike whatever they are of, and pass. Raises BadInput that names both.
+    """
+    profiles = [load.profile() for load in loads]
+    for second, profile in enumerate(profiles):
+        for first in range(second):
+            other = profiles[first]
+            if other.shape != profile.shape or not np.allclose(other, profile, rtol=1e-9, atol=0.0):
+                continue
+            if np.ptp(profile, axis=1).any():
+                one, same = loads[first].name, loads[second].name
+                what = f"{one} is given twice" if one == same else f"{one} and {same} hold the same counts"
+                raise BadInput(what, where=where, mend="give each workload once")
 
 
 def _judged(count: int, fraction: float) -> int:

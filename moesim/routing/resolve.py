@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import BadInput
+from moesim.routing.holdout import refuse_repeats
 from moesim.routing.readers import read_loads
 from moesim.routing.synth import generate
 from moesim.routing.trace import RoutingCounts
@@ -40,7 +41,7 @@ def resolve_routing(
             fit_to_model(read_trace(routing.trace, experts=moe.experts, tokens=tokens), model, where=routing.trace),
         )
     assert routing.loads is not None
-    return tuple(
+    found = tuple(
         fit_to_model(
             read_loads(load.file, phase=load.phase, weight=load.weight, experts=moe.experts, tokens=tokens),
             model,
@@ -48,6 +49,8 @@ def resolve_routing(
         )
         for load in routing.loads
     )
+    refuse_repeats(found, where="routing.loads")
+    return found
 
 
 def fit_to_model(loads: RoutingCounts, model: ModelSpec, *, where: Path | str) -> RoutingCounts:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.errors import BadInput
+from moesim.errors import BadInput, OutsideProfile
 from moesim.spec.plan import PlacementRequest
 from placement.dynamics.series import Floats, Ints, Prices
 from placement.dynamics.study import Study, check_series, study
@@ -91,6 +91,8 @@ def prices_of(scenario: Scenario, request: PlacementRequest, counts: Floats, sta
     tokens = max(round(picks / ground.model.moe.top_k / request.ranks), 1)
     loads = [replace(load, phase="decode") for load in asked_loads(counts, request)]
     (timed,) = timed_placements(ground, {"start": plain, "even": even}, loads, [tokens], 0, request.seed)
+    for why in timed.left_out.values():  # the line takes both prices
+        raise OutsideProfile(why)
     spot = Prices(1.0, 0.0, 0.0, travel.domain)
     mean = counts.mean(axis=0, keepdims=True)
     hot = {name: spot.steps_s(one.physical_to_logical, mean).sum() for name, one in (("start", plain), ("even", even))}

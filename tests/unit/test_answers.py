@@ -61,10 +61,23 @@ def test_a_choice_is_worth_what_the_best_plan_without_it_loses(spec: Scenario) -
     assert found["placement"]["instead"] == "robust +0"
     assert found["schedule"]["loss"] is None
     assert not found["layout"]["exact"]
-    text = choices_text(list(found.values()), METRIC)
-    assert "10.0% of output tokens/s/GPU" in text
-    assert "schedule sequential: nothing else tried" in text
+    text = choices_text(list(found.values()), METRIC, levels=True)
+    assert "10.0% less output tokens/s/GPU" in text
+    assert "without schedule sequential, nothing else tried ran" in text
     assert [one["exact"] for one in choices_json(Search(trials, True, 0), spec, best)] == [True] * 3
+
+
+def test_what_a_choice_is_worth_reads_as_a_loss_and_names_only_levels_that_there_are() -> None:
+    known = {"choice": "placement", "value": "greedy +0", "tried": 3, "instead": "eplb +32"}
+    slower = known | {"loss": 0.001, "latency": 0.101}
+    text = choices_text([slower], METRIC, levels=False)
+    assert "without placement greedy +0, median TPOT 10.1% longer (eplb +32 instead)" in text
+    assert "median TPOT 2.0% shorter" in choices_text([known | {"loss": 0.0, "latency": -0.02}], METRIC, levels=False)
+    assert not choices_text([], METRIC, levels=False)
+    nothing = known | {"loss": None, "latency": None, "instead": None}
+    assert "meets the service levels" in choices_text([nothing], METRIC, levels=True)
+    assert "level" not in choices_text([nothing], METRIC, levels=False)
+    assert "nothing else tried ran" in choices_text([nothing | {"tried": 0}], METRIC, levels=True)
 
 
 def test_the_closest_limit_comes_first(spec: Scenario) -> None:

@@ -187,5 +187,7 @@ def test_with_a_scenario_the_page_tells_step_time(tmp_path: Path) -> None:
     for row in found.step_time.step_s.values():
         for time in row.values():
             assert time.value in told.figures
-    for gain in found.step_time.gains.values():
-        assert gain.value in told.figures
+    assert sorted(found.step_time.refused) == [128, 512]  # the scenario's ranks run 64 requests
+    for tokens, gain in found.step_time.gains.items():
+        assert (gain.value in told.figures) == (tokens not in found.step_time.refused)
+    assert text.count("<td>does not run") + text.count(">does not run<") >= 4

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from moesim import cli
-from moesim.engine import steptime
+from moesim.engine import decode_batch, steptime
+from moesim.engine.deployment import resolve
+from moesim.engine.steptime import variant_for
 from moesim.errors import OutsideProfile
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
@@ -21,15 +23,27 @@ from tests.scenarios import small, write
 
 
 class KnownEngine:
-    """A step takes its hottest rank's tokens and `slot_s` for each slot of a rank; draws scatter alike for all."""
+    """A step takes its hottest rank's tokens and `slot_s` for each slot of a rank; draws scatter alike for all.
 
-    def __init__(self, slot_s: float, refuse: Sequence[int] = ()) -> None:
+    leaves: batch size -> names that the profile does not cover. limits: whether the deployment's own limits count.
+    """
+
+    def __init__(
+        self,
+        slot_s: float,
+        refuse: Sequence[int] = (),
+        leaves: Mapping[int, Sequence[str]] | None = None,
+        *,
+        limits: bool = False,
+    ) -> None:
         self.slot_s = slot_s
         self.refuse = refuse
+        self.leaves = leaves or {}
+        self.limits = limits
 
     def timed(
         self,
-        ground: object,
+        ground: Any,
         placements: Mapping[str, ExpertPlacement],
         judge: Sequence[RoutingCounts],
         tokens_per_rank: Sequence[int],
@@ -45,7 +59,15 @@ class KnownEngine:
         for name, plan in placements.items():
             hottest = np.mean([max_over_mean(plan.rank_loads(load.profile())).mean() for load in judge])
             step_s[name] = noise * 1e-6 * (tokens * float(hottest) + self.slot_s * plan.slots_per_rank)
-        return [steptime.TimedPlacements(tokens, "normal", step_s, dict.fromkeys(step_s, 1.0))]
+        left_out = {name: "too hot" for name in self.leaves.get(tokens, ()) if step_s.pop(name, None) is not None}
+        refused = {
+            name: why
+            for name, plan in placements.items()
+            if self.limits
+            and (why := decode_batch.refused(resolve(ground, variant_for(ground.scenario, plan), plan), tokens))
+        }
+        balance = dict.fromkeys(step_s, 1.0)
+        return [steptime.TimedPlacements(tokens, "normal", step_s, balance, left_out, refused=refused)]
 
 
 def place(
@@ -109,12 +131,61 @@ def test_a_budget_without_room_for_the_batch_is_not_recommended(
     data = small()
     data["serving"]["workload"] = {"isl": 4000, "osl": 24, "requests": 4, "arrivals": {"concurrency": 1}}
     data["serving"]["batching"]["max_batch_tokens_per_dp_rank"] = 4096
-    _, said, _ = place(monkeypatch, capsys, KnownEngine(0.0), str(write(tmp_path, data)), "--budgets", "0,8", "--json")
+    data["policies"] = {"dispatch": {"backend": "deepep", "mode": "normal"}}
+    data["serving"]["batching"]["max_running_requests_per_dp_rank"] = 1024
+    engine, path = KnownEngine(0.0, limits=True), str(write(tmp_path, data))
+    _, said, _ = place(monkeypatch, capsys, engine, path, "--budgets", "0,8", "--json")
     capacity = {one["redundant_experts"]: one["kv_capacity_tokens"] for one in json.loads(said)["budgets"]["memory"]}
     for tokens, row in rows(said).items():
         for one in row["budgets"]:
             assert one["holds_the_batch"] == (capacity[one["redundant_experts"]] >= tokens * 4012)
     assert rows(said)[512]["recommended_redundant_experts"] is None
+    # What the table of budgets refuses is no part of the verdict, with budgets or without.
+    report = json.loads(said)
+    (last,) = [row for row in report["step_time"]["rows"] if row["tokens_per_rank"] == 512]
+    assert last["runs"] is False
+    assert "need a KV cache of" in last["does_not_run"]
+    assert "512: +" not in report["verdict"]["text"]
+    assert "512 tokens per rank do not run here" in report["verdict"]["text"]
+    _, said, _ = place(monkeypatch, capsys, engine, path)
+    assert "does not run at 512 tokens per GPU: 512 requests need a KV cache of" in said
+
+
+def test_the_limit_on_running_requests_is_no_verdict_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small(policies={"dispatch": {"backend": "deepep", "mode": "normal"}})
+    data["serving"]["batching"]["max_running_requests_per_dp_rank"] = 64
+    engine, path, page = KnownEngine(0.0, limits=True), str(write(tmp_path, data)), tmp_path / "page.html"
+    _, said, _ = place(monkeypatch, capsys, engine, path, "--budgets", "0,8", "--json", "--report", str(page))
+    report = json.loads(said)
+    assert [row["runs"] for row in report["step_time"]["rows"]] == [True, True, False, False]
+    assert report["gain"]["tokens_per_rank"] == 32
+    assert "128 and 512 tokens per rank do not run here" in report["verdict"]["text"]
+    assert "runs at most 64 requests" in report["budgets"]["text"]
+    assert page.read_text().count("does not run") >= 4
+    data["serving"]["batching"]["max_running_requests_per_dp_rank"] = 4
+    _, said, _ = place(monkeypatch, capsys, engine, str(write(tmp_path, data)), "--json", "--report", str(page))
+    report = json.loads(said)
+    assert (report["verdict"]["code"], report["gain"]["value"]) == ("withheld", None)
+
+
+def test_a_budget_outside_the_profile_is_left_out_by_name_and_nothing_is_recommended_without_another(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, page = KnownEngine(0.0, leaves={8: ("0",), 32: ("0", "8"), 128: ("8",)}), tmp_path / "page.html"
+    asked = (str(scenario), "--budgets", "0,8,16", "--report", str(page))
+    _, said, _ = place(monkeypatch, capsys, engine, *asked, "--json")
+    found = rows(said)
+    assert found[8]["left_out"] == [{"redundant_experts": 0, "reason": "too hot"}]
+    assert [one["redundant_experts"] for one in found[8]["budgets"]] == [8, 16]
+    assert found[32]["recommended_redundant_experts"] is None
+    assert found[128]["recommended_redundant_experts"] == 16
+    assert "At 32 tokens per rank nothing is recommended" in json.loads(said)["budgets"]["text"]
+    assert "Not priced at 8 tokens per rank: 0 redundant experts; too hot" in page.read_text()
+    _, said, _ = place(monkeypatch, capsys, engine, *asked)
+    assert "not priced at 8 tokens per GPU: 0 redundant experts" in said
+    assert "Budgets are judged on synthetic-lognormal-" in said
 
 
 def test_budgets_that_do_not_fit_are_named(
@@ -185,7 +256,7 @@ def test_the_smallest_that_none_beats_is_recommended() -> None:
     times[0, 1] = 0.9
     times[0, 2, 1:] = 0.9 * (1 + noise)
     times[0, 2, 0] = 0.899
-    row = budget._row(8, "normal", [0, 8, 16], times, (), 0)
+    row = budget._row(8, "normal", [0, 8, 16], times, {}, 0)
     assert row.recommended == 8
-    assert budget._row(8, "normal", [0, 8, 16], times, (8,), 0).recommended == 16
-    assert budget._row(8, "normal", [0, 8, 16], times, (0, 8, 16), 0).recommended is None
+    assert budget._row(8, "normal", [0, 8, 16], times, {8: "no room"}, 0).recommended == 16
+    assert budget._row(8, "normal", [0, 8, 16], times, dict.fromkeys((0, 8, 16), "no room"), 0).recommended is None

@@ -284,3 +284,23 @@ def test_the_commands_import_nothing_heavy() -> None:
     code = "import sys, placement.cli; print([m for m in ('numpy', 'numba', 'optuna', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_load_given_twice_is_refused_by_both_names(files: list[str], capsys, tmp_path: Path) -> None:
+    """A copy is no load that the plan was not fitted to."""
+    counts = json.loads((tmp_path / "a.json").read_text())["logical_count"]
+    (tmp_path / "copy.json").write_text(json.dumps({"logical_count": [[3 * one for one in row] for row in counts]}))
+    for second, said_of_it in (("copy", "a and copy hold the same counts"), ("a", "a is given twice")):
+        again = ["--loads", str(tmp_path / f"{second}.json")]
+        code, said, error = call(capsys, "place", *files, *again, "--gpus", "4", "--slots", "20")
+        assert (code, said) == (2, "")
+        assert error.count("\n") == 1
+        assert f"--loads: {said_of_it}; give each workload once" in error
+
+
+def test_even_loads_are_alike_and_pass(capsys, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"logical_count": [[5] * 8]}))
+    loads = ["--loads", str(tmp_path / "a.json"), "--loads", str(tmp_path / "b.json")]
+    code, _, _ = call(capsys, "place", *loads, "--gpus", "4", "--slots", "8")
+    assert code == 0

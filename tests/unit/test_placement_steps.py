@@ -23,8 +23,16 @@ DRAWS = 20
 class KnownEngine:
     """A step takes the hottest rank's tokens plus a share for each slot of a rank: time is known by hand."""
 
-    def __init__(self, slot_s: float, *, refuse: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        slot_s: float,
+        *,
+        refuse: Sequence[int] = (),
+        leaves: Mapping[int, Sequence[str]] | None = None,
+        beyond: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
         self.slot_s = slot_s
+        self.leaves, self.beyond = leaves or {}, beyond or {}
         self.refuse = refuse
         self.judged: list[str] = []
 
@@ -48,7 +56,9 @@ class KnownEngine:
             hottest = np.mean([max_over_mean(placement.rank_loads(load.profile())).mean() for load in judge])
             step_s[name] = noise * 1e-6 * (tokens * float(hottest) + self.slot_s * placement.slots_per_rank)
             balance[name] = float(hottest)
-        return [steptime.TimedPlacements(tokens, "normal", step_s, balance)]
+        left_out = {name: "too hot" for name in self.leaves.get(tokens, ()) if step_s.pop(name, None) is not None}
+        beyond = dict.fromkeys(self.beyond.get(tokens, ()), ("dispatch",))
+        return [steptime.TimedPlacements(tokens, "normal", step_s, balance, left_out, beyond)]
 
 
 @pytest.fixture
@@ -123,6 +133,33 @@ def test_points_outside_the_profile_are_left_out_and_named(scenario: Path, monke
     assert "512 tokens per rank lie outside the profile" in report["verdict"]["text"]
     code, said = place(monkeypatch, capsys, KnownEngine(0.0, refuse=(8, 32, 128, 512)), str(scenario), "--json")
     assert (code, said) == (2, "")
+
+
+def test_a_contender_outside_the_profile_is_left_out_by_name(
+    scenario: Path, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    engine = KnownEngine(4.0, leaves={8: ("contiguous",), 512: ("planned",)}, beyond={32: ("contiguous",)})
+    page = tmp_path / "place.html"
+    _, said = place(monkeypatch, capsys, engine, str(scenario), "--json", "--report", str(page))
+    report = json.loads(said)
+    first, second, _, last = report["step_time"]["rows"]
+    assert (first["gain"], first["left_out"]) == (None, {"contiguous": "too hot"})
+    assert first["gain_from_replicas"]["value"] < 0
+    assert (last["gain"], list(last["step_s"])) == (None, ["contiguous", "planned_without_replicas"])
+    assert second["extrapolated"] == {"contiguous": ["dispatch"]}
+    text = report["verdict"]["text"]
+    assert "left out: contiguous at 8, planned at 512 tokens per rank" in text
+    assert "xtrapolated beyond the profile: contiguous at 32 tokens per rank" in text
+    assert " 8: +" not in text and "make the step slower at 8" in text
+    assert "Not priced: contiguous at 8, planned at 512" in page.read_text()
+    _, said = place(monkeypatch, capsys, engine, str(scenario))
+    assert "not priced: contiguous at 8, planned at 512 tokens per GPU; the first: too hot" in said
+    assert "~ extrapolated beyond what was measured (dispatch): contiguous at 32 tokens per GPU" in said
+    everywhere = KnownEngine(0.0, leaves=dict.fromkeys((8, 32, 128, 512), ("contiguous",)))
+    _, said = place(monkeypatch, capsys, everywhere, str(scenario), "--json", "--report", str(page))
+    report = json.loads(said)
+    assert (report["verdict"]["code"], report["gain"]["value"]) == ("withheld", None)
+    assert "Against the same solver without replicas" in report["verdict"]["text"]
 
 
 def test_a_person_reads_the_step_times(scenario: Path, monkeypatch, capsys) -> None:

@@ -101,3 +101,11 @@ def test_its_own_seed_fixes_synthetic_loads() -> None:
     first = resolve_routing(routing, model(), np.random.default_rng(0))
     second = resolve_routing(routing, model(), np.random.default_rng(1))
     assert all(np.array_equal(a.counts, b.counts) for a, b in zip(first, second, strict=True))
+
+
+def test_a_scenario_that_lists_a_file_twice_is_refused(tmp_path: Path) -> None:
+    counts = {"logical_count": [[1, 2, 3, 4], [4, 3, 2, 1]]}
+    (tmp_path / "a.json").write_text(json.dumps(counts))
+    files = [LoadFile(file=tmp_path / "a.json", phase=phase) for phase in ("prefill", "decode")]
+    with pytest.raises(BadInput, match="a is given twice; give each workload once"):
+        resolve_routing(RoutingSpec(loads=files), model(), np.random.default_rng(0))

@@ -79,6 +79,17 @@ def test_a_person_gets_tables(path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert wanted in printed
 
 
+def test_a_person_is_told_that_the_routing_is_made_up(path: Path, tmp_path: Path, capsys) -> None:
+    said = "The routing is generated (lognormal), not recorded"
+    assert run(["simulate", str(path), "--draws", "0"]) == 0
+    assert capsys.readouterr().out.count(said) == 1
+    counts = np.random.default_rng(0).integers(50, 100, (16, 64))
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    recorded = write(tmp_path, small(routing={"loads": [{"file": "a.json"}]}), "recorded.yaml")
+    assert run(["simulate", str(recorded), "--draws", "0"]) == 0
+    assert "is generated" not in capsys.readouterr().out
+
+
 def test_no_draws_no_intervals(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulated(path, capsys, "--draws", "0")["intervals"] == {}
 
