@@ -51,8 +51,8 @@ def test_there_are_whole_scenarios_in_the_docs() -> None:
 def test_scenarios_run(page: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scenario.yaml"
     path.write_text(text)
-    for load in yaml.safe_load(text).get("routing", {}).get("loads", []):
-        counts = np.random.default_rng(0).integers(1, 2000, (61, 256))
+    for seed, load in enumerate(yaml.safe_load(text).get("routing", {}).get("loads", [])):
+        counts = np.random.default_rng(seed).integers(1, 2000, (61, 256))
         counts[:3] = 0  # DeepSeek's dense layers
         (tmp_path / load["file"]).write_text(json.dumps({"logical_count": counts.tolist()}))
     asked = ["simulate", str(path), "--json", "--draws", "0", "--set", "serving.workload.requests=20"]
