@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from moesim.spec.model import AttentionSpec
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import SearchSpec
 
@@ -42,6 +43,25 @@ def stages_to_try(search: SearchSpec, gpus: int, layers: int) -> tuple[int, ...]
     while found[-1] * 2 <= min(MOST_STAGES, layers) and gpus % (found[-1] * 2) == 0:
         found.append(found[-1] * 2)
     return tuple(found)
+
+
+def with_split_contexts(
+    found: Iterable[tuple[ParallelSpec, str]], search: SearchSpec, attention: AttentionSpec
+) -> Iterator[tuple[ParallelSpec, str]]:
+    """Each layout with whole contexts, and with `search.decode_cp` with those that its TP groups may split.
+
+    TP keeps MLA's latent on every rank and a KV head on tp / KV heads of them: what divides the copies can split them.
+    """
+    for parallel, backend in found:
+        yield parallel, backend
+        if search.decode_cp == "off":
+            continue
+        asked = (
+            divisors(attention.copies(parallel.tp)) if search.decode_cp == "auto" else dict.fromkeys(search.decode_cp)
+        )
+        for parts in asked:
+            if parts > 1 and parallel.tp % parts == 0:
+                yield parallel.model_copy(update={"decode_cp": parts}), backend
 
 
 def layouts_of(size: int) -> Iterator[tuple[ParallelSpec, str]]:

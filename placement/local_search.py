@@ -9,7 +9,7 @@ import numpy as np
 from placement.objective import Outcome
 from placement.plans import Plan
 from placement.space import Space
-from placement.surrogate import neighbours, worth
+from placement.surrogate import worth
 
 
 def local_search(
@@ -39,7 +39,7 @@ def local_search(
         climbing = True
         while climbing and len(tried) < trials:
             climbing = False
-            around = neighbours(here, space)
+            around = space.grid.neighbours(here)
             for index in rng.permutation(len(around)):
                 other = around[int(index)]
                 if len(tried) >= trials:

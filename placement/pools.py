@@ -21,7 +21,7 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 from moesim.spec.workload import RoleSpec, RolesSpec
 from placement.axes import Scalar
-from placement.layouts import divisors, layout_name, layouts_of
+from placement.layouts import divisors, layout_name, layouts_of, with_split_contexts
 
 NONE = "none"
 # Clusters of more nodes are split by eighths only.
@@ -203,7 +203,8 @@ class PoolChecks:
         applied: the scenario with the pool in that role and with the options; asked for where it is not known yet.
         """
         sizes = pool.parallel
-        layout = (sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.rank_order, pool.backend)
+        own = (sizes.tp, sizes.pp, sizes.cp, sizes.decode_cp, sizes.attention_dp, sizes.ep, sizes.rank_order)
+        layout = (*own, pool.backend)
         key = (name, layout, pool.redundant_experts, pool.schedule, pool.replicas, options)
         if key not in self._known:
             self._known[key] = self._checked(name, pool, applied())
@@ -339,6 +340,8 @@ def _candidates(
     if scenario.search.parallel == "auto":
         for size in sizes(gpus, ground.cluster.gpus_per_node):
             layouts += layouts_of(size)
+    if name == "decode":
+        layouts = list(with_split_contexts(layouts, scenario.search, ground.model.attention))
     if own is not None and own.gpus == gpus and (own.parallel, own.backend) not in layouts:
         layouts.insert(0, (own.parallel, own.backend))
     for parallel, backend in layouts:

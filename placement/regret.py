@@ -8,10 +8,7 @@ set against random search and local search, from the same recipes, with as many 
 from __future__ import annotations
 
 import argparse
-import bisect
-import contextlib
 import io
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,35 +19,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from moesim.engine.deployment import Groundwork, groundwork
 from moesim.errors import BadInput, Infeasible, MoesimError
 from moesim.files import write_bytes
-from moesim.spec.scenario import Scenario, load_scenario
-from placement.executors import LocalWorkers
-from placement.local_search import local_search
+from placement.contest import print_contest
 from placement.objective import Evaluator, Outcome
 from placement.plans import Plan
-from placement.space import Space, enumerate_space
+from placement.search_problem import Problem, problem_of, searched
+from placement.space import Space
 from placement.surrogate import front_of, hypervolume, reference_of
-from placement.tune_command import known_recipes
-from placement.tuner import open_study, search
 
 _FIGURES = ("status", "maximised", "minimised", "violation", "extrapolated_share")
 SAMPLED_ROWS = 6
-# How many times the evaluations of `auto` its rivals may have, if its CPU time lasts as long; and the least of that
-# time, for evaluations that cost nothing.
-LONGER = 5
-LEAST_LIMIT_S = 0.05
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A scenario with its space and the plans that every search tries first."""
-
-    ground: Groundwork
-    scenario: Scenario
-    space: Space
-    recipes: tuple[Plan, ...]
 
 
 @dataclass(frozen=True)
@@ -59,13 +38,6 @@ class Score:
 
     regret: float
     volume: float
-
-
-def problem_of(path: Path) -> Problem:
-    """The search problem of a scenario file. Raises MoesimError."""
-    ground = groundwork(load_scenario(path))
-    space = enumerate_space(ground, ground.scenario)
-    return Problem(ground, ground.scenario, space, tuple(known_recipes(ground, ground.scenario, space)))
 
 
 class Known:
@@ -87,62 +59,6 @@ class Known:
     def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[Any]:
         """Not there: a table has no draws."""
         raise NotImplementedError
-
-
-class Spent(BaseException):
-    """The CPU time of a search is used up; no Exception, so that nothing takes it for a plan that failed."""
-
-
-class Remembering:
-    """Workers that simulate each plan once, whoever asks, and charge its CPU time to everybody who asks.
-
-    told: of each evaluation since `begin`, the CPU seconds charged by then and its outcome; past `limit_s` of them an
-    evaluation raises Spent.
-    """
-
-    count = 1
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-        self.known: dict[Plan, tuple[Outcome, float]] = {}
-        self.spent_s = 0.0
-        self.begin()
-
-    def begin(self, limit_s: float = math.inf) -> None:
-        """A new search, with so much CPU time for all it does."""
-        self.told: list[tuple[float, Outcome]] = []
-        self.limit_s, self._charged_s = limit_s, 0.0
-        self._began_s, self._spent_before_s = time.process_time(), self.spent_s
-
-    @property
-    def charged_s(self) -> float:
-        """CPU seconds of the search: of its evaluations, whoever paid them, and of everything else it did."""
-        beside = time.process_time() - self._began_s - (self.spent_s - self._spent_before_s)
-        return self._charged_s + beside
-
-    def evaluate(self, plans: Sequence[Plan]) -> Iterator[Outcome]:
-        """Outcomes of the plans, in their order, as they come. Raises Spent."""
-        for plan in plans:
-            if self.charged_s > self.limit_s:
-                raise Spent
-            if plan not in self.known:
-                started = time.process_time()
-                outcome = self.evaluator.evaluate(plan)
-                cost = time.process_time() - started
-                self.spent_s += cost
-                self.known[plan] = (outcome, cost)
-            outcome, cost = self.known[plan]
-            self._charged_s += cost
-            self.told.append((self.charged_s, outcome))
-            yield outcome
-
-    def settle(self, plans: Sequence[Plan]) -> list[Outcome]:
-        """Outcomes of full runs, in their order."""
-        return [self.evaluator.settle(plan) for plan in plans]
-
-    def draw(self, plans: Sequence[Plan], draws: int, metrics: Sequence[str]) -> list[Any]:
-        """Metrics of each plan under joint draws."""
-        return LocalWorkers(self.evaluator).draw(plans, draws, metrics)
 
 
 def make_table(problem: Problem, path: Path) -> None:
@@ -212,57 +128,10 @@ def scores(
     whole = hypervolume(goals, reference)
     found = []
     for seed in seeds:
-        tried = list(_searched(problem, Known(table), sampler, trials, seed).values())
+        tried = list(searched(problem, Known(table), sampler, trials, seed).values())
         reached = max((outcome.goals()[0] for outcome in tried if outcome.recommendable), default=0.0)
         points = np.array([outcome.goals() for outcome in tried if outcome.status == "ok"])
         found.append(Score(1.0 - reached / best, hypervolume(points, reference) / whole))
-    return found
-
-
-def _searched(problem: Problem, workers: Any, sampler: str, trials: int, seed: int) -> dict[Plan, Outcome]:
-    chosen = problem.scenario.search.model_copy(update={"sampler": sampler})
-    scenario = problem.scenario.model_copy(update={"seed": seed, "search": chosen})
-    study = open_study(scenario, None, None, False)
-    found = search(study, problem.space, scenario, workers, trials=trials, recipes=problem.recipes)
-    return {trial.plan: trial.outcome for trial in found.trials}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """One search: of each evaluation the CPU seconds charged by then, and the best objective kept by then."""
-
-    charged_s: tuple[float, ...]
-    best: tuple[float, ...]
-
-    def after(self, *, evaluations: int | None = None, cpu_s: float = math.inf) -> float:
-        """The best kept objective after some evaluations, or some CPU seconds; 0 where nothing was kept."""
-        count = len(self.best) if evaluations is None else min(evaluations, len(self.best))
-        count = min(count, bisect.bisect_right(self.charged_s, cpu_s))
-        return self.best[count - 1] if count else 0.0
-
-
-METHODS = ("auto", "random", "local")
-
-
-def contest(problem: Problem, trials: int, seed: int, workers: Remembering) -> dict[str, Ran]:
-    """`auto` with so many evaluations; `random` and `local` with as many and on, until its CPU time is used up."""
-    found: dict[str, Ran] = {}
-    most, limit_s = trials, math.inf
-    for name in METHODS:
-        workers.begin(limit_s)
-        with contextlib.suppress(Spent):
-            if name == "local":
-                rng = np.random.default_rng([seed, 11])
-                local_search(problem.space, problem.recipes, workers.evaluate, most, rng)
-            else:
-                _searched(problem, workers, name, most, seed)
-        best, so_far = [], 0.0
-        for _, outcome in workers.told:
-            so_far = max(so_far, outcome.goals()[0] if outcome.recommendable else 0.0)
-            best.append(so_far)
-        found[name] = Ran(tuple(charged for charged, _ in workers.told), tuple(best))
-        if name == "auto":
-            limit_s, most = max(workers.charged_s, LEAST_LIMIT_S), LONGER * trials
     return found
 
 
@@ -274,12 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samplers", default="auto,tpe,random")
     parser.add_argument("--share", type=float, default=0.1, help="of the space that is evaluated")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--large", type=int, metavar="TRIALS", help="against random and local search, without a table")
     asked = parser.parse_args(arguments)
+    seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
     try:
         problem = problem_of(asked.scenario)
         if asked.large is not None:
-            _print_contest(problem, asked.large, range(asked.seeds))
+            print_contest(problem, asked.large, seeds)
             return 0
         path = asked.table or asked.scenario.with_suffix(".parquet")
         if not path.exists():
@@ -291,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{problem.space.size} legal plans, {trials} evaluated, {len(problem.recipes)} recipes among them")
         for sampler in asked.samplers.split(","):
             started = time.process_time()
-            got = scores(problem, table, sampler, trials, range(asked.seeds))
+            got = scores(problem, table, sampler, trials, seeds)
             regret, volume = (np.array([getattr(one, name) for one in got]) for name in ("regret", "volume"))
             print(
                 f"{sampler}: regret median {np.median(regret):.2%}, worst {regret.max():.2%}; hypervolume median "
@@ -302,32 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error.line(), file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _print_contest(problem: Problem, trials: int, seeds: Sequence[int]) -> None:
-    about = "about " if problem.space.estimated else ""
-    print(f"{about}{problem.space.size} legal plans, {trials} evaluated by auto", flush=True)
-    workers = Remembering(Evaluator(problem.ground, problem.scenario, first_look=True))
-    views = ("evaluations", "CPU time")
-    total: dict[str, dict[str, list[float]]] = {view: {name: [] for name in METHODS} for view in views}
-    for seed in seeds:
-        ran = contest(problem, trials, seed, workers)
-        spent = ran["auto"].charged_s[-1]
-        for name, one in ran.items():
-            total["evaluations"][name].append(one.after(evaluations=trials))
-            total["CPU time"][name].append(one.after(cpu_s=spent))
-        told = ", ".join(
-            f"{name} {total['evaluations'][name][-1]:.2f} and {total['CPU time'][name][-1]:.2f} "
-            f"({bisect.bisect_right(one.charged_s, spent)} evaluations)"
-            for name, one in ran.items()
-        )
-        print(f"seed {seed}, {spent:.1f} CPU s: with as many evaluations and with as much CPU time {told}", flush=True)
-    for view, by_name in total.items():
-        for name, reached in by_name.items():
-            print(
-                f"equal {view}: {name}: mean {np.mean(reached):.2f}, median {np.median(reached):.2f}, "
-                f"worst {min(reached):.2f}, best {max(reached):.2f}"
-            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from moesim.engine.stepmodel import price_light_steps
 from moesim.errors import BadInput, Infeasible, OutsideProfile
 from moesim.spec.scenario import Scenario
 from placement.axes import Axis, axes_of
-from placement.layouts import layouts, stages_to_try
+from placement.layouts import layouts, stages_to_try, with_split_contexts
 from placement.near import Grid
 from placement.plans import Plan, baseline_plan, own_options, own_plan, own_without_roles, plain_base, pooled, told
 from placement.pools import PoolChecks, nearest_pools, pool_pairs, searches_roles
@@ -59,8 +59,8 @@ class Space:
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """The bases by their parts."""
-        return Grid(self.bases)
+        """The grid that the plans are of."""
+        return Grid(self.bases, self.axes)
 
     @functools.cached_property
     def _legal(self) -> frozenset[Plan]:
@@ -69,11 +69,10 @@ class Space:
     @functools.cached_property
     def choices(self) -> dict[str, list[str]]:
         """The values of each parameter, in order; those that no legal plan has are left out where all are known."""
-        named = [plan.params() for plan in (self.bases if self.estimated else self.plans)]
-        found = {name: sorted({one[name] for one in named}) for name in named[0]}
         if self.estimated:
-            found |= {axis.key: [told(value) for value in axis.values] for axis in self.axes}
-        return found
+            return self.grid.choices
+        named = [plan.params() for plan in self.plans]
+        return {name: sorted({one[name] for one in named}) for name in named[0]}
 
     def __contains__(self, plan: Plan) -> bool:
         return plan in self._legal or (self.estimated and self.why_not(plan) is None)
@@ -92,10 +91,6 @@ class Space:
             options.append((axis.key, value))
         plan = replace(base, options=tuple(options))  # type: ignore[arg-type]
         return plan if plan in self else None
-
-    def draw(self, count: int, rng: np.random.Generator) -> list[Plan]:
-        """Plans of the grid at random, legal or not."""
-        return [_drawn(self.bases, self.axes, rng) for _ in range(count)]
 
     def untried(self, seen: AbstractSet[Plan], room: int, rng: np.random.Generator) -> list[Plan]:
         """Up to `room` legal plans outside `seen`, at random."""
@@ -227,7 +222,10 @@ def _grid(ground: Groundwork, scenario: Scenario) -> Iterator[Plan]:
     own = own_without_roles(ground, scenario)
     free = scenario.search.parallel == "auto"
     gpus, layers = ground.cluster.gpus, ground.model.layers
-    grid = list(layouts(gpus, stages_to_try(scenario.search, gpus, layers))) if free else [(own.parallel, own.backend)]
+    grid = [(own.parallel, own.backend)]
+    if free:
+        whole = layouts(gpus, stages_to_try(scenario.search, gpus, layers))
+        grid = list(with_split_contexts(whole, scenario.search, ground.model.attention))
     if (own.parallel, own.backend) not in grid:
         grid.insert(0, (own.parallel, own.backend))
     base = plain_base(ground, own)

@@ -1,15 +1,16 @@
 """The default sampler: Gaussian processes over the choices of a plan say which untried plans are worth a look.
 
-Layouts are coded by their sizes, budgets and numbers by rank, words by equality, so that what one plan taught holds for
-its neighbours. Picks of a batch take turns: expected improvement of the objective times the chance of keeping the
-bounds, and expected gain of the front's hypervolume.
+Picks of a batch take turns: expected improvement of the objective times the chance of keeping the bounds, and expected
+gain of the front's hypervolume. In a space too large to weigh whole, half of the picks are neighbours of the best plan,
+one of four is for the front, and what a pick promises is weighed against what it takes to evaluate it.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,13 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from moesim.spec.parallel import ParallelSpec
-from placement.near import parts_of
+from placement.coding import Array, Coding
+from placement.near import Rows
 from placement.objective import MOST_EXTRAPOLATED, Outcome
+from placement.outlay import Outlay
 from placement.plans import Plan
-from placement.pools import NONE
 from placement.space import Space
 
-Array = NDArray[np.float64]
 # Trials before the model says anything; those it is fitted to (the best and the newest), and those its length scales
 # are: a fit costs the cube of them.
 LEAST, SHOWN, FITTED = 16, 256, 96
@@ -32,6 +32,9 @@ LEAST, SHOWN, FITTED = 16, 256, 96
 OFTEN_UNTIL, REFIT = 96, 32
 # Untried plans that are weighed: all of a small space, else so many at random and the neighbours of the best ones.
 WEIGHED, ELITES = 3_000, 8
+# Picks in turn, of a space that was checked whole and of a larger one.
+TURNS = ("improvement", "front")
+LARGE_TURNS = ("near", "near", "improvement", "front")
 # In a space too large to weigh whole: climbs of the model from its best candidates to their neighbours.
 CLIMBS = 3
 _DRAWS = 16
@@ -40,68 +43,28 @@ _ROOT5 = math.sqrt(5.0)
 _NONE = np.zeros(0)
 
 
-@dataclass(frozen=True)
-class _Coding:
-    """Plans as points: columns of numbers in [0, 1], and the choice that each column belongs to."""
-
-    codes: tuple[dict[object, Array], ...]
-    group: NDArray[np.int64]
-
-    def points(self, plans: Sequence[Plan]) -> Array:
-        """Coordinates [plans, columns]."""
-        choices = zip(*(_choices(plan) for plan in plans), strict=True)
-        kept = [np.array([code[one] for one in column]) for code, column in zip(self.codes, choices, strict=True)]
-        return np.concatenate(kept, axis=1)
-
-
-def _choices(plan: Plan) -> tuple[object, ...]:
-    named = (plan.backend, plan.solver, plan.schedule)
-    own = (*_sizes(plan.parallel), plan.redundant_experts, *named, *_pool_choices(plan))
-    return (*own, *(f"{value}" for _, value in plan.options))
-
-
-def _sizes(sizes: ParallelSpec) -> tuple[int, ...]:
-    return (sizes.gpus, sizes.tp, sizes.pp, sizes.cp, sizes.attention_dp, sizes.ep, sizes.expert_tp)
-
-
-def _pool_choices(plan: Plan) -> tuple[object, ...]:
-    """The choices that roles add: the split, the replicas, and the prefill pool; 0 and `none` in a plan without."""
-    if plan.roles is None:
-        return ()
-    pool = plan.prefill
-    if pool is None:
-        return (*[0] * 11, *[NONE] * 4)
-    numbers = (pool.gpus, plan.roles.replicas, pool.replicas, *_sizes(pool.parallel), pool.redundant_experts)
-    return (*numbers, "roles", pool.backend, pool.solver, pool.schedule)
-
-
-def coding(space: Space) -> _Coding:
-    """The coding of a space: sizes and numbers by rank, words one column each."""
-    base = [_choices(plan) for plan in space.bases]
-    cut = len(base[0]) - len(space.axes)
-    values = [sorted({one[place] for one in base}, key=lambda value: (str(type(value)), value)) for place in range(cut)]
-    codes = [_code(list(one), all(isinstance(value, int) for value in one)) for one in values]
-    for axis in space.axes:
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values)
-        order = sorted(axis.values, key=lambda value: value if numeric else str(value))  # type: ignore[arg-type,return-value]
-        codes.append(_code([f"{value}" for value in order], numeric))
-    group = np.concatenate([np.full(len(next(iter(code.values()))), place) for place, code in enumerate(codes)])
-    return _Coding(tuple(codes), group)
-
-
-def _code(values: list[object], ordered: bool) -> dict[object, Array]:
-    if ordered:
-        return {value: np.array([rank / max(len(values) - 1, 1)]) for rank, value in enumerate(values)}
-    return {value: row * math.sqrt(0.5) for value, row in zip(values, np.eye(len(values)), strict=True)}
-
-
 class Surrogate:
     """The sampler of one search: what it proposes follows from the space and the trials told, in order, alone."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self._coding: _Coding | None = None
         self._fitted: tuple[int, Array, float] = (0, _NONE, 0.0)
+        self._checked: dict[int, bool] = {}
+
+    @functools.cached_property
+    def coded(self) -> Coding:
+        """The coding of the space."""
+        return Coding(self.space)
+
+    @functools.cached_property
+    def outlay(self) -> Outlay:
+        """What it takes to evaluate a plan."""
+        return Outlay(self.space)
+
+    @functools.cached_property
+    def _legal(self) -> Rows:
+        """Rows of the plans known to be legal: all that are, in a space that was checked whole, else its sample."""
+        return self.space.grid.rows(self.space.plans)
 
     def propose(
         self, trials: Sequence[tuple[Plan, Outcome]], room: int, seen: set[Plan], rng: np.random.Generator
@@ -112,37 +75,40 @@ class Surrogate:
         if len(trials) < LEAST or len(ran) < 2:
             return space.untried(seen, room, rng)
         told = _shown(trials)
-        candidates = _candidates(told, space, seen, rng)
-        if not candidates:
+        tried = space.grid.keys(space.grid.rows(list(seen)))
+        candidates = self._candidates(told, tried, rng)
+        if not len(candidates):
             return space.untried(seen, room, rng)
-        coded = self.coded()
         targets = _targets([outcome for _, outcome in told])
-        model = _Model([plan for plan, _ in told], targets, coded, self.scales(trials))
+        points = self.coded.points(space.grid.rows([plan for plan, _ in told]))
+        model = _Model(points, targets, self.coded.group, self.scales(trials))
         known = _Known([outcome for _, outcome in told], model)
         if len(candidates) >= WEIGHED or space.estimated:
-            candidates = _climbed(candidates, model, known, coded, space, seen)
-        believed = _Believed(model, candidates, coded)
+            candidates, believed = self._climbed(candidates, tried, model, known)
+        else:
+            believed = _Believed.of(model, self.coded.points(candidates))
+        turns = LARGE_TURNS if space.estimated else TURNS
+        near = self._beside_best(told, candidates) if "near" in turns else np.zeros(len(candidates), bool)
         found: list[Plan] = []
         open_ = np.ones(len(candidates), bool)
-        for turn in range(len(candidates)):
-            if len(found) == room:
-                break
-            value = known.improvement(believed) if turn % 2 == 0 else known.volume(believed, rng)
+        runs = self.outlay.runs(candidates, seen) if space.estimated else open_
+        while len(found) < room and open_.any():
+            turn = turns[len(found) % len(turns)]
+            value = known.volume(believed, rng) if turn == "front" else known.improvement(believed)
+            if space.estimated:
+                value = value / runs
             # Rounded, so that the last bits of a linear algebra library decide nothing.
-            value = np.where(open_, np.round(value / max(float(value[open_].max()), 1e-300), 6), -1.0)
-            index = int(value.argmax())
-            open_[index] = False
-            if space.estimated and space.why_not(candidates[index]) is not None:
-                continue
-            believed.take(index)
-            found.append(candidates[index])
+            value = np.round(value / max(float(value[open_].max()), 1e-300), 6)
+            first = near if turn == "near" else open_
+            for index in np.lexsort((-value, ~first, ~open_))[: int(open_.sum())]:
+                open_[index] = False
+                if self._runs(candidates[index]):
+                    believed.take(index)
+                    found.append(space.grid.plan(candidates[index]))
+                    if runs[index] > 1.0:  # what it needs, others have now
+                        runs = self.outlay.runs(candidates, [*seen, *found])
+                    break
         return found + space.untried(seen | set(found), room - len(found), rng)
-
-    def coded(self) -> _Coding:
-        """The coding of the space."""
-        if self._coding is None:
-            self._coding = coding(self.space)
-        return self._coding
 
     def scales(self, trials: Sequence[tuple[Plan, Outcome]]) -> tuple[Array, float]:
         """Weights of the choices and the nugget, of the trials up to the last one after which they were due."""
@@ -154,31 +120,75 @@ class Surrogate:
             told = _shown(trials[:due])
             standard = _standard(_targets([outcome for _, outcome in told])[0])[2]
             some = np.sort(np.random.default_rng([due, 0x5CA1E]).permutation(len(told))[:FITTED])
-            points = self.coded().points([told[int(index)][0] for index in some])
-            self._fitted = (due, *_fitted(points, standard[some], self.coded().group))
+            rows = self.space.grid.rows([told[int(index)][0] for index in some])
+            self._fitted = (due, *_fitted(self.coded.points(rows), standard[some], self.coded.group))
         return self._fitted[1:]
 
+    def _candidates(
+        self, told: Sequence[tuple[Plan, Outcome]], tried: NDArray[np.int64], rng: np.random.Generator
+    ) -> Rows:
+        """Untried plans to weigh: in a space that was not checked whole the sample, and plans that may not be legal."""
+        grid = self.space.grid
+        left = self._legal[~np.isin(grid.keys(self._legal), tried)]
+        if not self.space.estimated and len(left) <= WEIGHED:
+            return left
+        ran = [one for one in told if one[1].status == "ok"]
+        front = [ran[index] for index in front_of(np.array([one[1].goals() for one in ran]))]
+        elite = [*sorted(ran, key=lambda one: worth(one[1]))[:ELITES], *front[:ELITES]]
+        near = self._once(grid.around(grid.rows([plan for plan, _ in elite])), tried)
+        drawn = left[rng.permutation(len(left))][: max(WEIGHED - len(near), 0)]
+        return self._once(np.concatenate([near, drawn]), tried)
 
-def _climbed(
-    candidates: list[Plan], model: _Model, known: _Known, coded: _Coding, space: Space, seen: set[Plan]
-) -> list[Plan]:
-    """The candidates, with neighbours of those that promise the greatest improvement, and theirs in turn.
+    def _runs(self, row: Rows) -> bool:
+        """Whether a plan is legal; each is checked once."""
+        if not self.space.estimated:
+            return True
+        key = int(self.space.grid.keys(row))
+        if key not in self._checked:
+            self._checked[key] = self.space.why_not(self.space.grid.plan(row)) is None
+        return self._checked[key]
 
-    As SMAC optimises its acquisition function in spaces of categories (Hutter, Hoos and Leyton-Brown, LION 5, 2011).
-    """
-    found = dict.fromkeys(candidates)
-    top: dict[Plan, float] = {}
-    new = candidates
-    for _ in range(CLIMBS):
-        value = known.improvement(_Believed(model, new, coded))
-        top |= {new[int(index)]: float(value[index]) for index in np.argsort(-value, kind="stable")[:ELITES]}
-        top = dict(sorted(top.items(), key=lambda one: -one[1])[:ELITES])
-        near = dict.fromkeys(other for plan in top for other in neighbours(plan, space))
-        new = [plan for plan in near if plan not in found and plan not in seen and (space.estimated or plan in space)]
-        if not new:
-            break
-        found |= dict.fromkeys(new)
-    return list(found)
+    def _beside_best(self, told: Sequence[tuple[Plan, Outcome]], candidates: Rows) -> NDArray[np.bool_]:
+        """Which candidates are neighbours of the best plan told."""
+        grid = self.space.grid
+        best = min((one for one in told if one[1].status == "ok"), key=lambda one: worth(one[1]))[0]
+        return np.isin(grid.keys(candidates), grid.keys(grid.around(grid.rows([best]))))
+
+    def _once(self, rows: Rows, without: NDArray[np.int64]) -> Rows:
+        """The rows in order, each once, without those of some keys, and without illegal ones where these are known."""
+        keys = self.space.grid.keys(rows)
+        kept = np.sort(np.unique(keys, return_index=True)[1])
+        kept = kept[~np.isin(keys[kept], without)]
+        if not self.space.estimated:
+            kept = kept[np.isin(keys[kept], self.space.grid.keys(self._legal))]
+        return rows[kept]
+
+    def _climbed(
+        self, candidates: Rows, tried: NDArray[np.int64], model: _Model, known: _Known
+    ) -> tuple[Rows, _Believed]:
+        """The candidates, with neighbours of those that promise the greatest improvement, and theirs in turn.
+
+        As SMAC optimises its acquisition function in spaces of categories (Hutter, Hoos and Leyton-Brown, LION 5,
+        2011).
+        """
+        grid = self.space.grid
+        found, parts = [candidates], [_Believed.of(model, self.coded.points(candidates))]
+        top, height = candidates[:0], np.zeros(0)
+        taken = np.concatenate([tried, grid.keys(candidates)])
+        for _ in range(CLIMBS):
+            value = known.improvement(parts[-1])
+            falling = np.argsort(-value, kind="stable")
+            best = list(itertools.islice((place for place in falling if self._runs(found[-1][place])), ELITES))
+            top, height = np.concatenate([top, found[-1][best]]), np.concatenate([height, value[best]])
+            order = np.argsort(-height, kind="stable")[:ELITES]
+            top, height = top[order], height[order]
+            new = self._once(grid.around(top), taken)
+            if not len(new):
+                break
+            found.append(new)
+            parts.append(_Believed.of(model, self.coded.points(new)))
+            taken = np.concatenate([taken, grid.keys(new)])
+        return np.concatenate(found), _Believed.joined(parts)
 
 
 def worth(outcome: Outcome) -> tuple[float, ...]:
@@ -196,39 +206,6 @@ def _shown(trials: Sequence[tuple[Plan, Outcome]]) -> list[tuple[Plan, Outcome]]
     newest = trials[-SHOWN // 2 :]
     best = sorted(trials[: -SHOWN // 2], key=lambda one: worth(one[1]))[: SHOWN // 2]
     return [*best, *newest]
-
-
-def _candidates(
-    told: Sequence[tuple[Plan, Outcome]], space: Space, seen: set[Plan], rng: np.random.Generator
-) -> list[Plan]:
-    """Untried plans to weigh; in a space that was not checked whole, not all of them are legal."""
-    if not space.estimated:
-        left = [plan for plan in space.plans if plan not in seen]
-        if len(left) <= WEIGHED:
-            return left
-    ran = [one for one in told if one[1].status == "ok"]
-    front = [ran[index] for index in front_of(np.array([one[1].goals() for one in ran]))]
-    elite = [*sorted(ran, key=lambda one: worth(one[1]))[:ELITES], *front[:ELITES]]
-    near = [other for plan, _ in elite for other in neighbours(plan, space)]
-    drawn = space.draw(WEIGHED // 2, rng) if space.estimated else [left[int(i)] for i in rng.permutation(len(left))]
-    fitting = [plan for plan in dict.fromkeys(near) if plan not in seen and (space.estimated or plan in space)]
-    room = WEIGHED - len(fitting)
-    return list(dict.fromkeys([*fitting, *[plan for plan in drawn if plan not in seen][: max(room, 0)]]))
-
-
-def neighbours(plan: Plan, space: Space) -> list[Plan]:
-    """Plans of the grid that differ in one choice: layout, solver, budget, schedule, or one further axis.
-
-    With roles also in the split (the layouts kept), or in the layout, solver or budget of the prefill pool; a plan
-    without roles is beside those whose decode pool is like it.
-    """
-    found = [replace(space.bases[index], options=plan.options) for index in space.grid.around(parts_of(plan))]
-    for place, axis in enumerate(space.axes):
-        for value in axis.values:
-            options = (*plan.options[:place], (axis.key, value), *plan.options[place + 1 :])
-            if options != plan.options:
-                found.append(replace(plan, options=options))
-    return found
 
 
 def _scale(values: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -265,17 +242,16 @@ class _Model:
 
     def __init__(
         self,
-        plans: Sequence[Plan],
+        points: Array,
         targets: tuple[Array, tuple[Callable[[Array], Array], ...]],
-        coded: _Coding,
+        group: NDArray[np.int64],
         scales: tuple[Array, float],
     ) -> None:
         self.raw, self.back = targets
-        self.coded = coded
         self.mean, self.spread, self.standard = _standard(self.raw)
-        points = coded.points(plans)
-        self.weights, self.nugget = scales
-        self.points = points * np.sqrt(self.weights)[coded.group]
+        weights, self.nugget = scales
+        self.stretch = np.sqrt(weights)[group]
+        self.points = points * self.stretch
         kernel = _matern(_square(self.points, self.points)) + self.nugget * np.eye(len(points))
         self.lower = np.linalg.cholesky(kernel)
         self.white = solve_triangular(self.lower, self.standard, lower=True)
@@ -285,12 +261,24 @@ class _Model:
 class _Believed:
     """The model's mean and variance of the candidates, the variance as if the picks so far were known."""
 
-    def __init__(self, model: _Model, candidates: Sequence[Plan], coded: _Coding) -> None:
-        self.model = model
-        self.points = coded.points(candidates) * np.sqrt(model.weights)[coded.group]
-        self.rows = solve_triangular(model.lower, _matern(_square(model.points, self.points)), lower=True)
-        self.mean = (self.rows.T @ model.white) * model.spread + model.mean
-        self.variance = np.maximum(1.0 - (self.rows**2).sum(axis=0), 1e-9)
+    def __init__(self, model: _Model, points: Array, rows: Array, mean: Array, variance: Array) -> None:
+        self.model, self.points, self.rows, self.mean, self.variance = model, points, rows, mean, variance
+
+    @staticmethod
+    def of(model: _Model, points: Array) -> _Believed:
+        """What the model makes of these points [candidates, columns]."""
+        points = points * model.stretch
+        rows = solve_triangular(model.lower, _matern(_square(model.points, points)), lower=True, check_finite=False)
+        mean = (rows.T @ model.white) * model.spread + model.mean
+        return _Believed(model, points, rows, mean, np.maximum(1.0 - (rows**2).sum(axis=0), 1e-9))
+
+    @staticmethod
+    def joined(parts: Sequence[_Believed]) -> _Believed:
+        """Parts side by side, before any pick."""
+        points, mean, variance = (
+            np.concatenate([getattr(one, name) for one in parts]) for name in ("points", "mean", "variance")
+        )
+        return _Believed(parts[0].model, points, np.concatenate([one.rows for one in parts], axis=1), mean, variance)
 
     def spread(self, target: int) -> Array:
         """Standard deviation of a target [candidates]."""

@@ -213,7 +213,7 @@ def _how_many(space: Space) -> str:
 def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[Plan]:
     """Plans that people run, tried first: the baseline, the scenario's own, and a greedy or whole-expert placement of
     every layout that stays within a node, or that spreads experts over nodes by DeepEP with attention inside them, or
-    that has a node for each pipeline stage;
+    that has a node for each pipeline stage; of those that split contexts the ones that leave a single copy;
     of every split over roles, the usual pools side by side.
     """
     known: dict[str, Plan] = {}
@@ -226,6 +226,8 @@ def known_recipes(ground: Groundwork, scenario: Scenario, space: Space) -> list[
         usual = plan.parallel.gpus <= node or (plan.backend == "deepep" and plan.parallel.tp < node)
         if plan.parallel.pp > 1:
             usual = plan.parallel.gpus == node * plan.parallel.pp
+        copies = ground.model.attention.copies(plan.parallel.tp)
+        usual = usual and plan.parallel.decode_cp in (1, copies)  # contexts are whole, or there is no copy left
         if usual and plan.solver == ("contiguous" if plan.parallel.ep == 1 else "greedy") and plan in space:
             known.setdefault(plan.layout, plan)
     wanted = [baseline_plan(ground, scenario), own_plan(ground, scenario), *known.values()]

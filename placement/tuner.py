@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -267,7 +268,7 @@ def _ask(
     return found + space.untried(seen | set(found), room - len(found), rng)
 
 
-def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
+def _frozen(plan: Plan, outcome: Outcome, distributions: dict[str, CategoricalDistribution]) -> FrozenTrial:
     """The trial as it is stored; a plan that could not run is complete with the worst values."""
     good = outcome.status == "ok"
     values = list(outcome.goals()) if good else [0.0, 1e6]
@@ -275,11 +276,26 @@ def _frozen(plan: Plan, outcome: Outcome, space: Space) -> FrozenTrial:
     return create_trial(
         state=TrialState.COMPLETE,
         params=dict(plan.params()),
-        distributions={name: CategoricalDistribution(choices) for name, choices in space.choices.items()},
+        distributions=dict(distributions),
         values=values,
         user_attrs={_OUTCOME: outcome.to_json()},
         constraints={"slo": violation},
     )
+
+
+class _Values(tuple[str, ...]):
+    """The values of a choice; every stored trial has the same object, however often Optuna copies it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Values:
+        return self
+
+
+def _distributions(space: Space) -> dict[str, CategoricalDistribution]:
+    found = {}
+    for name, choices in space.choices.items():
+        found[name] = CategoricalDistribution(choices)
+        found[name].choices = _Values(choices)
+    return found
 
 
 class _Kept:
@@ -290,7 +306,10 @@ class _Kept:
         self.space = space
         self.trials: dict[int, Trial] = {}
         self._frozen: dict[int, FrozenTrial] = {}
-        self._read: set[int] = set()
+
+    @functools.cached_property
+    def _distributions(self) -> dict[str, CategoricalDistribution]:
+        return _distributions(self.space)
 
     def in_order(self) -> list[Trial]:
         """The trials from the first one to the last before a gap."""
@@ -304,18 +323,18 @@ class _Kept:
         with _storing():
             stored = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         for one in stored:
-            if one.number in self._read:
+            number = int(one.user_attrs.get(_NUMBER, one.number))
+            if number in self.trials:  # those of this process among them
                 continue
             plan = self.space.find([str(one.params.get(name)) for name in self.space.choices])
             outcome = one.user_attrs.get(_OUTCOME)
             if plan is None or outcome is None:
                 raise BadInput("the stored trials are of another search", mend="choose another --out")
-            self._read.add(one.number)
-            self._take(Trial(int(one.user_attrs.get(_NUMBER, one.number)), plan, Outcome.from_json(outcome)))
+            self._take(Trial(number, plan, Outcome.from_json(outcome)))
 
     def store(self, trial: Trial) -> None:
         """Add a finished trial. Raises MoesimError where the storage fails (a full disk, a lost database)."""
-        frozen = _frozen(trial.plan, trial.outcome, self.space)
+        frozen = _frozen(trial.plan, trial.outcome, self._distributions)
         frozen.set_user_attr(_NUMBER, trial.number)
         with unbroken(), _storing():
             self.study.add_trial(frozen)
@@ -328,7 +347,7 @@ class _Kept:
         """A trial as the samplers of Optuna take it; made when first asked for."""
         if number not in self._frozen:
             trial = self.trials[number]
-            self._frozen[number] = _frozen(trial.plan, trial.outcome, self.space)
+            self._frozen[number] = _frozen(trial.plan, trial.outcome, self._distributions)
         return self._frozen[number]
 
 

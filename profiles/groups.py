@@ -54,10 +54,13 @@ def pretended_hosts() -> int:
     return int(text or 0)
 
 
-def find_hosts(torch: Any, rank: int, ranks: int, device: Any, name: str) -> tuple[int, ...]:
+def find_hosts(
+    torch: Any, rank: int, ranks: int, device: Any, name: str, *, where: str = "profile collectives"
+) -> tuple[int, ...]:
     """The number of each rank's host [ranks], from host names and boot ids; the same on every rank.
 
-    name: of this rank's device. Raises BadInput where the ranks' devices differ: their times are not one machine's.
+    name: of this rank's device. where: the command. Raises BadInput where the ranks' devices differ: their times are
+    not one machine's.
     """
     from torch import distributed
 
@@ -69,7 +72,7 @@ def find_hosts(torch: Any, rank: int, ranks: int, device: Any, name: str) -> tup
     found = [tuple(int(value) for value in one.tolist()) for one in every]
     if len({one[1] for one in found}) > 1:
         raise BadInput(
-            "the ranks run on devices of different names", where="profile collectives",
+            "the ranks run on devices of different names", where=where,
             mend="measure each kind of machine on its own",
         )  # fmt: skip
     seen = list(dict.fromkeys(one[0] for one in found))

@@ -8,7 +8,7 @@ goes on with the last slope where the scenario allows it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -93,13 +93,14 @@ class _Line:
 class PointCosts:
     """A cost model of measured points.
 
-    sigma: of each family; dtype, nodes: of what was measured; beyond: whether it may go on past the last point.
+    lines: by family, key and the nodes that are spanned (1 but for collectives). sigma: of each family; dtype, nodes:
+    of what was measured; beyond: whether it may go on past the last point.
     """
 
-    lines: dict[tuple[str, Key], _Line]
+    lines: dict[tuple[str, Key, int], _Line]
     sigma: dict[str, float]
     dtype: str
-    nodes: int
+    nodes: tuple[int, ...]
     source: str
     beyond: bool
 
@@ -108,10 +109,18 @@ class PointCosts:
         cls, points: Iterable[MeasuredPoint], source: str, *, dtype: str, nodes: int = 1, beyond: bool = False
     ) -> PointCosts:
         """A cost model of some points; those of one key and size are averaged."""
-        found: dict[tuple[str, Key], dict[float, list[float]]] = {}
+        return cls.of_nodes({nodes: points}, source, dtype=dtype, beyond=beyond)
+
+    @classmethod
+    def of_nodes(
+        cls, points: Mapping[int, Iterable[MeasuredPoint]], source: str, *, dtype: str, beyond: bool = False
+    ) -> PointCosts:
+        """A cost model of points by the nodes that their collectives span; see `of`."""
+        found: dict[tuple[str, Key, int], dict[float, list[float]]] = {}
         scatter: dict[str, list[float]] = {}
-        for one in points:
-            found.setdefault((one.family, one.key), {}).setdefault(one.size, []).append(one.seconds)
+        for nodes, one in ((nodes, one) for nodes, some in points.items() for one in some):
+            name: tuple[str, Key, int] = (one.family, one.key, nodes if one.family == "collective" else 1)
+            found.setdefault(name, {}).setdefault(one.size, []).append(one.seconds)
             scatter.setdefault(one.family, []).append(max(one.p90_s - one.p10_s, 0.0) / one.seconds)
         lines = {}
         for name, sized in found.items():
@@ -119,17 +128,20 @@ class PointCosts:
             lines[name] = _Line(np.asarray(sizes), np.asarray([float(np.mean(sized[size])) for size in sizes]))
         # p90 - p10 of a normal distribution is 2.56 standard deviations.
         sigma = {name: max(LEAST_SIGMA, float(np.median(each)) / 2.56) for name, each in scatter.items()}
-        return cls(lines, sigma, dtype, nodes, source, beyond)
+        return cls(lines, sigma, dtype, tuple(sorted(points)), source, beyond)
 
     def estimate(self, operation: Operation) -> Estimate:
         """Price an operation. Raises OutsideProfile where no point holds it."""
         family, key, sizes = _place(operation)
         self._refuse_others(operation)
-        line = self.lines.get((family, key))
+        nodes = getattr(operation, "nodes", 1)
+        line = self.lines.get((family, key, nodes))
         told = ", ".join(f"{name} {value}" for name, value in zip(KEYS[family], key, strict=True))
         if line is None:
             raise OutsideProfile(
-                f"no point of {family} with {told}", where=self.source, mend="measure it, or use another cost.source"
+                f"no point of {family} with {told}" + (f" over {nodes} nodes" if nodes > 1 else ""),
+                where=self.source,
+                mend="measure it, or use another cost.source",
             )
         seconds, tags = self._at(line, sizes, f"{family} with {told}")
         if family == "experts":
@@ -138,15 +150,15 @@ class PointCosts:
 
     def _refuse_others(self, operation: Operation) -> None:
         """What is of another element type, or spans as many nodes as nothing measured does. Raises OutsideProfile."""
-        dtype, nodes = getattr(operation, "dtype", self.dtype), getattr(operation, "nodes", self.nodes)
+        dtype, nodes = getattr(operation, "dtype", self.dtype), getattr(operation, "nodes", self.nodes[0])
         if dtype != self.dtype:
             raise OutsideProfile(
                 f"the points are of {self.dtype}, {type(operation).__name__} in {dtype} is asked for",
                 where=self.source, mend=f"set precision to {self.dtype}, or measure {dtype}",
             )  # fmt: skip
-        if nodes != self.nodes:
+        if nodes not in self.nodes:
             raise OutsideProfile(
-                f"the points are of {self.nodes} node(s), a collective over {nodes} is asked for",
+                f"the points are of {', '.join(map(str, self.nodes))} node(s), a collective over {nodes} is asked for",
                 where=self.source, mend="measure it there, or use another cost.source",
             )  # fmt: skip
 
@@ -220,19 +232,18 @@ def read_points(path: Path) -> PointsFile:
 
 
 def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) -> CostModel:
-    """The cost model of `cost: {source: points, profiles: [FILE, ...]}`. Raises BadInput."""
+    """The cost model of `cost: {source: points, profiles: [FILE, ...]}`, files by nodes. Raises BadInput."""
     names = scenario.cost.profiles
     if "default" in names:
         raise BadInput(
             "source points needs files of points", where="cost.profiles", mend="name the points.json that holds them"
         )
     files = [read_points(Path(name)) for name in names]
-    kinds = {(one.dtype, one.nodes) for one in files}
-    if len(kinds) > 1:
-        raise BadInput(
-            "files of several element types or numbers of nodes", where="cost.profiles", mend="name files of one kind"
-        )
-    dtype, nodes = kinds.pop()
-    points = [point for one in files for point in one.points]
+    dtypes = {one.dtype for one in files}
+    if len(dtypes) > 1:
+        raise BadInput("files of several element types", where="cost.profiles", mend="name files of one type")
+    points: dict[int, list[MeasuredPoint]] = {}
+    for one in files:
+        points.setdefault(one.nodes, []).extend(one.points)
     beyond = scenario.cost.extrapolate == "allow"
-    return PointCosts.of(points, ", ".join(names), dtype=dtype, nodes=nodes, beyond=beyond)
+    return PointCosts.of_nodes(points, ", ".join(names), dtype=dtypes.pop(), beyond=beyond)

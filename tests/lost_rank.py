@@ -1,7 +1,7 @@
 """A rank of a command that comes to harm at a given phase, in place of the command's own `python -m MODULE`.
 
 Its first arguments are that module, what happens to rank 1, and at the first label with which word; the others are the
-rank's.
+rank's. Under torchrun (RANK is set) the module is a command's own, `moesim.cli`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def main() -> int:
     from validate.hardware import group
 
     module, what, phase, *rest = sys.argv[1:]
-    if rest[rest.index("--rank") + 1] == "1":
+    rank = os.environ["RANK"] if "RANK" in os.environ else rest[rest.index("--rank") + 1]
+    if rank == "1":
         at = group.Beat.at
 
         def harmed(beat: group.Beat, label: str) -> None:
@@ -79,7 +80,8 @@ def main() -> int:
                 HARM[what]()
 
         group.Beat.at = harmed  # type: ignore[method-assign,assignment]
-    return int(importlib.import_module(module).main(rest))
+    found = importlib.import_module(module)
+    return int(found.run(rest) if module == "moesim.cli" else found.main(rest))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from moesim.errors import BadInput
 from validate.calibrate.command import calibrate
 from validate.capacity.command import capacity
 from validate.replay.command import replay
-from validate.shown import show
+from validate.shown import BackendName, show
 from validate.training.command import training
 
 app = typer.Typer(
@@ -23,13 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class BackendName(StrEnum):
-    """Backends of torch.distributed."""
-
-    gloo = "gloo"
-    nccl = "nccl"
 
 
 class ReplicaName(StrEnum):
@@ -85,9 +78,15 @@ def hardware(
         Path | None, typer.Option(help="Folder for predictions.json and record.json. [default: runs/validate-hardware]")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Also measure the node's profile; write both here, a zip that imports anywhere.")
+        Path | None,
+        typer.Option(
+            help="Then also `validate training` on these ranks and the node's profile; all of it goes here, a zip "
+            "that imports anywhere."
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="With --bundle: a small profile.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --bundle: short steps of training and a small profile.")
+    ] = False,
     budget: Annotated[
         float | None, typer.Option(min=1.0, help="With --bundle: seconds after which no point of the profile is begun.")
     ] = None,
@@ -103,6 +102,7 @@ def hardware(
     from validate.hardware import bundled
     from validate.hardware import run as runner
     from validate.hardware.job import Job
+    from validate.hardware.record import finished
 
     if bundle is None and (quick or budget is not None):
         raise BadInput("there is no profile", where="--quick, --budget", mend="give them with --bundle")
@@ -143,12 +143,17 @@ def hardware(
         record = join_torchrun(make)
     else:
         job = make(ranks)
-        record = (bundled.finished(job) if bundle is not None else None) or runner.run(job)
+        record = (finished(job, job.out) if bundle is not None else None) or runner.run(job)
     if bundle is not None:
+        wrong = bundled.trained(
+            bundle, backend=backend.value, ranks=ranks, quick=quick, seed=seed, stall_s=stall_limit, say=say
+        )  # fmt: skip
         told = bundled.profile_and_bundle(
             record, bundle=bundle, backend=backend.value, ranks=None if under_torchrun() else ranks, quick=quick,
             budget_s=budget, loads=loads, stall_s=max(stall_limit, bundled.LEAST_STALL_S), say=say,
         )  # fmt: skip
+        if wrong is not None:
+            raise wrong
     if record is None:
         return
     from validate.hardware import tables

@@ -1,13 +1,21 @@
-"""How a validation ends on the command line: its record for a person or a program, and the exit code."""
+"""What commands of validation share: names of backends, and how they end: a record for a person or a program."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import typer
+
+
+class BackendName(StrEnum):
+    """Backends of torch.distributed."""
+
+    gloo = "gloo"
+    nccl = "nccl"
 
 
 def show(

@@ -11,6 +11,7 @@ from moesim import plugins
 from moesim.cost.estimate import CostModel
 from moesim.cost.roofline import REACHED
 from moesim.engine.combinations import check_combination, check_keys
+from moesim.engine.context_layout import check_decode_cp
 from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
 from moesim.engine.expert_store import expert_storage
 from moesim.engine.memory import MemoryLedger, ledger
@@ -23,6 +24,7 @@ from moesim.engine.stage_layout import check_stages, of_a_stage, refuse_idle_key
 from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
+from moesim.graph.decode_context import BY_ALL_TO_ALL
 from moesim.graph.pricing import LayerSetup
 from moesim.network.instance import instance_network
 from moesim.routing.capacity.rule import capacity_rule
@@ -169,6 +171,7 @@ def check_plan(ground: Groundwork, scenario: Scenario) -> tuple[ParallelSpec, Me
     parallel = scenario.parallel or whole_cluster(cluster)
     check_parallel(parallel, model, cluster, scenario.policies)
     check_stages(scenario, parallel, model, cluster)
+    check_decode_cp(scenario, parallel, model, cluster)
     check_low_latency(scenario, parallel)
     capacity_rule(scenario.policies, model.moe.top_k)
     check_combination(scenario, model)
@@ -243,6 +246,7 @@ def resolve(
         overlap=stream_overlap(scenario.policies, cluster, parallel, ground.costs),
         network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
         stages=stages_of(scenario, whole, ground.model, cluster),
+        context_by_all_to_all=scenario.engine.name in BY_ALL_TO_ALL,
     )
     return Deployment(ground, scenario, setup, rules, counted, cluster.gpus // whole.gpus)
 
@@ -268,7 +272,11 @@ def check_parallel(parallel: ParallelSpec, model: ModelSpec, cluster: ClusterSpe
     """Whether a parallelism plan can run on the cluster. Raises Infeasible (its reason is counted) or BadInput."""
     where = "parallel"
     if parallel.cp > 1:
-        raise BadInput("context parallelism is not simulated in serving yet", where=f"{where}.cp", mend="set cp to 1")
+        raise BadInput(
+            "context parallelism over GPUs of its own is not simulated in serving",
+            where=f"{where}.cp",
+            mend="set cp to 1; decode_cp splits contexts among the GPUs of a TP group",
+        )
     order = [axis for axis in parallel.rank_order if axis in ("tp", "dp")]
     if order != ["tp", "dp"] and parallel.tp > 1 and parallel.attention_dp > 1:
         raise BadInput(

@@ -20,6 +20,7 @@ from moesim.cost.estimate import Estimate
 from moesim.engine.batch_state import Plan
 from moesim.engine.deployment import Deployment
 from moesim.engine.draws import Draw
+from moesim.engine.lookups import DecodeAttention, attention_of_ranks
 from moesim.engine.stepmodel import StepModel, TimedModel
 from moesim.engine.steptable import StepTable, time_grid
 from moesim.engine.whatif import HOST_OPERATIONS
@@ -147,7 +148,9 @@ class FaultedTable(TimedModel):
             everywhere = tuple((gpu, extra) for gpu in range(setup.parallel.gpus))
             state = replace(state, slow_gpus=(*state.slow_gpus, *everywhere))
         self.state = state
-        self.factors = self.slowdown = dp_rank_factors(state, setup.parallel)
+        self.factors = dp_rank_factors(state, setup.parallel)
+        self._link = float(state.link_factors(setup.parallel.gpus).get(Link.NVLINK, np.ones(1)).max())
+        self._exchange: DecodeAttention | None = None
         self._position = (1.0, 1.0)
 
     def __call__(self, plan: Plan) -> float:
@@ -156,6 +159,25 @@ class FaultedTable(TimedModel):
         hot = int(np.argmax(tokens))
         self._position = float(self.factors[hot]), float(np.delete(self.factors, hot).max(initial=1.0))
         return super().__call__(plan)
+
+    def slowed(self, plan: Plan, attention_s: Floats) -> Floats:
+        """Kernels take as long as their GPU, what ranks that share contexts exchange as the slowest link of any."""
+        if self.model.deployment.setup.parallel.decode_cp == 1:
+            return np.asarray(attention_s * self.factors)
+        exchanged_s = self._exchanged_s(plan)
+        return np.asarray((attention_s - exchanged_s) * self.factors + exchanged_s * self._link)
+
+    def _exchanged_s(self, plan: Plan) -> Floats:
+        """Seconds of a layer's exchanges among ranks that share contexts: [attention-DP ranks]."""
+        if self._exchange is None:
+            seconds = np.broadcast_to(self.model.decode_exchange().seconds(self.normal), self._attention.seconds.shape)
+            self._exchange = self._attention._replace(seconds=np.ascontiguousarray(seconds))
+        found: Floats = attention_of_ranks(plan.decode_seqs, plan.decode_kv, self._exchange)
+        for rank in np.nonzero(plan.prefill_tokens)[0]:
+            seqs = int(plan.prefill_seqs[rank])
+            sizes = float(plan.prefill_tokens[rank]) / seqs, float(plan.prefill_prefix[rank]) / seqs
+            found[rank] += float(self.model.prefill_exchange(seqs, *sizes).seconds(self.normal)[0, 0])
+        return found
 
     def table(self, kind: str) -> StepTable:
         """The table of decode or prefill steps for the present position of the hottest rank."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moesim.engine.context_memory import split_context_bytes
 from moesim.engine.deepep_memory import DEEPEP_GROUP, deepep_buffer_bytes
 from moesim.engine.expert_memory import relayout_staging, stored_experts
 from moesim.engine.memory_limits import limit_bytes
@@ -166,7 +167,7 @@ def ledger(
         items = {name: size for name, size in (of_stage(layers) | shared).items() if size > 0}
         per_token = kv_bytes_per_token(model, parallel, precision, mtp=mtp, layers=layers)
         limit = limit_bytes(items, cluster.gpu.hbm_bytes, memory)
-        capacity = int(max(0.0, limit - sum(items.values())) / per_token * parallel.cp)
+        capacity = int(max(0.0, limit - sum(items.values())) / per_token)
         found.append((StageMemory(layers, items, per_token, capacity), limit))
     return _fullest(found, model, cluster, parallel, slots_per_rank, max_context_tokens)
 
@@ -197,7 +198,7 @@ def _fullest(
             f"({human_bytes(items['kv_cache'])} are left of {human_bytes(limit)}; {_largest(items)})",
             mend=_mend(model, parallel, slots_per_rank, items),
             reason="out_of_memory",
-            over=(max_context_tokens - capacity) * per_token / parallel.cp / limit,
+            over=(max_context_tokens - capacity) * per_token / limit,
         )
     return MemoryLedger(
         items=items,
@@ -235,6 +236,7 @@ def _shared_items(
         rows = slots_per_rank * parallel.ep * low_latency_max_tokens
         items["low_latency_tensors"] = rows * _expert_row_bytes(model, parallel, precision)
     items["nccl_buffers"] = nccl_bytes(parallel)
+    items["split_contexts"] = split_context_bytes(model, parallel, precision, batching)
     items["cuda_graphs"] = graph_bytes(batching, low_latency_max_tokens if low_latency else None)
     items["runtime"] = RUNTIME_BYTES
     return items
@@ -316,14 +318,15 @@ def kv_bytes_per_token(
 ) -> float:
     """Bytes that one token keeps in the KV cache of one GPU of its attention-DP rank.
 
-    Grouped-query keys are divided by TP up to the number of KV heads; MLA's latent is repeated on every TP rank.
-    layers: of a pipeline stage, none = all.
+    Grouped-query keys are divided by TP up to the number of KV heads; MLA's latent is repeated on every TP rank. GPUs
+    that share a context hold its tokens in turn: the bytes are the mean of them. layers: of a pipeline stage, none =
+    all.
     """
     split = min(parallel.tp, model.attention.kv_heads) if model.attention.kind == "gqa" else 1
     held = range(model.layers) if layers is None else layers
     count = len(held) + (model.mtp_layers if mtp and held.stop == model.layers else 0)
     whole = model.kv_bytes_per_token(precision.kv_cache) * count / model.layers
-    return whole / split
+    return whole / split / parallel.decode_cp
 
 
 def activation_bytes(
@@ -341,7 +344,7 @@ def activation_bytes(
     A layer is widest in its attention, its dense feed-forward or its experts, never in two of them at once. The experts
     of a rank get tokens x attention DP x top-k / EP rows on average, times `hot_rank_factor` where EP is above 1.
     """
-    tokens = batching.max_batch_tokens_per_dp_rank / parallel.cp
+    tokens = batching.max_batch_tokens_per_dp_rank
     size = BYTES_PER_ELEMENT[precision.activations]
     attention = model.attention
     kv_heads = attention.heads if attention.kind == "mla" else attention.kv_heads  # MLA's prefill expands its latent
@@ -366,7 +369,7 @@ def stage_input_bytes(
     model: ModelSpec, parallel: ParallelSpec, precision: PrecisionSpec, batching: BatchingSpec
 ) -> float:
     """What a pipeline stage receives of the largest batch, kept for it (vLLM's `make_empty_intermediate_tensors`)."""
-    tokens = batching.max_batch_tokens_per_dp_rank / parallel.cp
+    tokens = batching.max_batch_tokens_per_dp_rank
     return TENSORS_SENT * tokens * model.hidden * BYTES_PER_ELEMENT[precision.activations]
 
 
@@ -380,7 +383,8 @@ def _expert_row_bytes(model: ModelSpec, parallel: ParallelSpec, precision: Preci
 
 def nccl_bytes(parallel: ParallelSpec) -> float:
     """Buffers of NCCL: one communicator for each parallel axis in use."""
-    axes = [size for size in (parallel.tp, parallel.cp, parallel.attention_dp, parallel.pp) if size > 1]
+    sizes = (parallel.tp, parallel.cp, parallel.decode_cp, parallel.attention_dp, parallel.pp)
+    axes = [size for size in sizes if size > 1]
     return float(sum(NCCL_PAIR_BYTES if size == 2 else NCCL_GROUP_BYTES for size in axes))
 
 

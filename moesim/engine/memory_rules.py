@@ -42,8 +42,12 @@ VLLM = MemoryRule(GROW, 16, 1.0, 1.0, 1, 0, 2**60)
 _BY_ENGINE = {"sglang": SGLANG, "vllm": VLLM, "moesim": VLLM}
 
 
-def memory_rule(admission: str, engine: str) -> MemoryRule:
-    """The rule that `serving.memory.admission` asks for: `reserve`, or `engine` for the named engine's own."""
+def memory_rule(admission: str, engine: str, split: int = 1) -> MemoryRule:
+    """The rule that `serving.memory.admission` asks for: `reserve`, or `engine` for the named engine's own.
+
+    split: GPUs that share a context. A page of the engine is then one on each of them: so many times the tokens (vLLM's
+    block size x dcp size; SGLang widens its page size likewise).
+    """
     if admission == "reserve":
         return RESERVE
     if engine not in _BY_ENGINE:
@@ -52,4 +56,5 @@ def memory_rule(admission: str, engine: str) -> MemoryRule:
             where="serving.memory.admission",
             mend="use admission: reserve",
         )
-    return _BY_ENGINE[engine]
+    rule = _BY_ENGINE[engine]
+    return rule._replace(page_tokens=rule.page_tokens * split)

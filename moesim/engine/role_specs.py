@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moesim.engine.context_layout import refuse_in_prefill
 from moesim.errors import BadInput, Infeasible
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.parallel import ParallelSpec
@@ -46,6 +47,8 @@ def role_scenario(scenario: Scenario, name: str) -> Scenario:
     """The scenario of one role, without roles: what the role leaves out comes from above. Raises BadInput."""
     assert scenario.serving is not None
     role, where = _role(scenario, name), f"serving.roles.{name}"
+    if name == "prefill":
+        refuse_in_prefill(role.parallel)
     serving = scenario.serving.model_copy(update={"roles": None})
     if role.batching is not None:
         batching = merged(serving.batching.model_dump(), role.batching)

@@ -93,6 +93,14 @@ class StepModel:
 
     def _price_decode_attention(self) -> tuple[Floats, Floats, Part]:
         """Decode attention of one layer over sequences x mean context. Raises OutsideProfile."""
+        seqs, kv, batch = self._decode_batch()
+        return seqs, kv, self.pricer.attending(batch)
+
+    def decode_exchange(self) -> Part:
+        """What of it ranks that share contexts spend exchanging."""
+        return self.pricer.exchanging(self._decode_batch()[2])
+
+    def _decode_batch(self) -> tuple[Floats, Floats, StepBatch]:
         most_seqs = float(self.most_running * (1 + self.drafts))
         seqs = np.asarray([x for x in _SEQS if x < most_seqs] + [most_seqs])
         shares = 2.0 ** np.arange(0.0, math.log2(max(2.0, self.longest_context / _FEWEST_KV)), 1.0)
@@ -100,16 +108,20 @@ class StepModel:
         batch = step_batch(
             ranks=len(kv), decode_seqs=np.repeat(seqs[:, None], len(kv), axis=1), decode_kv=np.tile(kv, (len(seqs), 1))
         )
-        return seqs, kv, self.pricer.attention(batch)
+        return seqs, kv, batch
 
     def prefill_attention(self, seqs: int, new: float, prefix: float) -> Part:
         """Attention of `seqs` prompts of `new` tokens after `prefix` each; remembered, as workloads repeat."""
         key = (seqs, round(new, 3), round(prefix, 3))
         if key not in self._prefill_parts:
-            batch = step_batch(ranks=1, prefill_seqs=[[seqs]], prefill_new=[[new]], prefill_prefix=[[prefix]])
             half = self.deployment.setup.policies.schedule == "two_batch"
-            self._prefill_parts[key] = self.pricer.attention(batch.half() if half else batch)
+            batch = _prompts(seqs, new, prefix)
+            self._prefill_parts[key] = self.pricer.attending(batch.half() if half else batch)
         return self._prefill_parts[key]
+
+    def prefill_exchange(self, seqs: int, new: float, prefix: float) -> Part:
+        """What of it ranks that share contexts spend exchanging."""
+        return self.pricer.exchanging(_prompts(seqs, new, prefix))
 
 
 class TimedModel:
@@ -123,7 +135,6 @@ class TimedModel:
         seqs, kv, part = model._kernel_decode
         self._attention = DecodeAttention(seqs, kv, np.ascontiguousarray(part.seconds(self.normal)), self.share)
         self._prompts_s: dict[tuple[int, int, float], float] = {}
-        self.slowdown: Floats | None = None  # [attention-DP ranks], of computing on ranks that are slow
         self._tables: dict[str, StepTable] = {}
         self._stages = stage_count(model.deployment.setup)
         self._hops: tuple[Floats, Floats] | None = None  # seconds of each hop without tokens and for each token
@@ -218,6 +229,11 @@ class TimedModel:
         assert self._drafting is not None
         return float(np.interp(rows, self.model.grid("decode").tokens, self._drafting[1]))
 
+    def slowed(self, plan: Plan, attention_s: Floats) -> Floats:
+        """The attention of a plan's ranks, of one layer, as a fault leaves it: here as it was."""
+        del plan
+        return attention_s
+
     def _step_s(self, plan: Plan, stage: int = 0) -> float:
         total, most, prompts = sizes_of(plan.decode_seqs, plan.prefill_tokens)
         reading, largest, mean = prompts > 0, float(most), total / len(plan.decode_seqs)
@@ -228,8 +244,7 @@ class TimedModel:
             for rank in np.nonzero(plan.prefill_tokens)[0]:
                 seqs, tokens = int(plan.prefill_seqs[rank]), int(plan.prefill_tokens[rank])
                 attention_s[rank] += self.prompt_s(seqs, tokens, float(plan.prefill_prefix[rank]) / seqs)
-        if self.slowdown is not None:
-            attention_s = attention_s * self.slowdown
+        attention_s = self.slowed(plan, attention_s)
         if reading and not self.model.captures_prompts:
             return table.step_s(mean, largest / mean, float(attention_s.max()))
         graphs = self.model.graphs
@@ -414,6 +429,10 @@ def price_light_steps(deployment: Deployment, kinds: Sequence[str] = ("decode", 
     return found
 
 
+def _prompts(seqs: int, new: float, prefix: float) -> StepBatch:
+    return step_batch(ranks=1, prefill_seqs=[[seqs]], prefill_new=[[new]], prefill_prefix=[[prefix]])
+
+
 def batch_of_plan(model: StepModel, plan: Plan) -> StepBatch:
     """A planned step as a StepBatch of one step; decode batches are padded to the largest rank's captured size."""
     ranks = len(plan.decode_seqs)
@@ -470,7 +489,9 @@ def batch_limits(deployment: Deployment) -> Limits:
         kv_tokens=deployment.memory.kv_capacity_tokens,
         chunked=batching.chunked_prefill,
         mixes=mixes,
-        rule=memory_rule(deployment.serving.memory.admission, deployment.rules.name),
+        rule=memory_rule(
+            deployment.serving.memory.admission, deployment.rules.name, deployment.setup.parallel.decode_cp
+        ),
         draft_tokens=queries - 1,
         acceptance=0.0 if speculative is None else speculative.acceptance,
         draft_seed=deployment.scenario.seed,

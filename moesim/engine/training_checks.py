@@ -118,6 +118,8 @@ def check_training(
                 where=f"precision.{name}",
                 mend="add fp32 to gpu.flops_per_s of a cluster file, or train in bf16",
             )
+    if parallel.decode_cp > 1:
+        raise BadInput("training keeps no KV cache to split", where="parallel.decode_cp", mend="leave it out")
     grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node)
     capacity_rule(scenario.policies, model.moe.top_k)
     if training.memory.fraction_of != "all":

@@ -24,6 +24,7 @@ from moesim.cost.ops import (
 from moesim.cost.overlap import StreamOverlap
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.decode_context import Kind, exchanged
 from moesim.graph.deepep_links import deepep_by_links, deepep_copies
 from moesim.graph.exchanges import ALL_TO_ALLS, AllToAll, Step
 from moesim.graph.replica_choice import choice_estimates
@@ -81,6 +82,7 @@ class LayerSetup:
     storage: where expert weights wait, None = all on the GPU. overlap: what streams cost each other, None = nothing.
     network: the instance's links, for exchanges that no table holds and for the bytes on each link.
     stages: of an instance with several pipeline stages; parallel, nodes and network are then those of one stage.
+    context_by_all_to_all: how partial outputs of split contexts are merged, see `moesim.graph.decode_context`.
     """
 
     model: ModelSpec
@@ -97,6 +99,7 @@ class LayerSetup:
     overlap: StreamOverlap | None = None
     network: InstanceNetwork | None = None
     stages: Stages | None = None
+    context_by_all_to_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class PricedStep:
     """The parts of a step by name. Shapes: see Part; rank axes are attention-DP ranks or EP ranks as named.
 
     per attention-DP rank [steps, dp]: head (embedding), projections, attention, gate, shared, dense, tail (logits);
+    around attention to split contexts, the same: context_gather, context_merge;
     whole group [steps, 1]: attention_sync, dense_sync, gather, replica_choice, overhead, eager (of one layer);
     by layer: dispatch, combine [steps, layers, 1], experts, fetch (of weights from the host) [steps, layers, ep];
     between pipeline stages: transfer [steps, hops, 1], arrival (the gather after it) [steps, 1].
@@ -132,6 +136,8 @@ class PricedStep:
     fetch: Part = field(default_factory=Part)
     transfer: Part = field(default_factory=Part)
     arrival: Part = field(default_factory=Part)
+    context_gather: Part = field(default_factory=Part)
+    context_merge: Part = field(default_factory=Part)
     chunks: int = 1
     others: tuple[PricedStep, ...] = ()
 
@@ -163,7 +169,7 @@ class Pricer:
         counts: float64 [steps, layers, experts], tokens that want each expert, of the whole instance; the capacity rule
         makes them the rows that travel and are computed. mode: "normal"
         or "low_latency" (DeepEP), ignored by other backends. graphed: whether a captured graph hides kernel launches.
-        attention: whether to price the attention kernel.
+        attention: whether to price the attention kernel, and what goes with it where contexts are split.
         Raises OutsideProfile.
         """
         setup = self.setup
@@ -198,6 +204,8 @@ class Pricer:
             eager=Part() if graphed else Part((setup.layer.estimate(),)),
             transfer=self.transfer(rows),
             arrival=self._arrival(rows),
+            context_gather=self.context_gather(batch) if attention else Part(),
+            context_merge=self.context_merge(batch) if attention else Part(),
         )
 
     def transfer(self, rows: Floats) -> Part:
@@ -340,15 +348,41 @@ class Pricer:
         return scores + self._memory(tokens * BYTES_PER_ELEMENT["fp32"], "index top-k")
 
     def attention(self, batch: StepBatch) -> Part:
-        """The attention kernels of one layer: [steps, attention-DP ranks]."""
+        """The attention kernels of one layer, with the passes over split contexts: [steps, attention-DP ranks]."""
         part = Part()
         if batch.decode_seqs.any():
             ones, kept = np.ones_like(batch.decode_seqs), self.setup.model.attention.index_top_k
             read = np.minimum(batch.decode_kv, kept) if kept else batch.decode_kv
+            if self.setup.parallel.decode_cp > 1:
+                read = read / self.setup.parallel.decode_cp
             part = part + self._kernels("decode", batch.decode_seqs, ones, read)
             part = part + self._index_scores(batch.decode_seqs, batch.decode_kv)
         if batch.prefill_seqs.any():
             part = part + self._kernels("prefill", batch.prefill_seqs, batch.prefill_new, batch.prefill_prefix)
+        for name, moved in exchanged(self.setup, batch).passes:
+            part = part + self._memory(moved, name)
+        return part
+
+    def context_gather(self, batch: StepBatch) -> Part:
+        """What the ranks of a split context gather before their attention kernel: [steps, attention-DP ranks]."""
+        return self._among_context(exchanged(self.setup, batch).before)
+
+    def context_merge(self, batch: StepBatch) -> Part:
+        """How they merge their partial outputs after it: [steps, attention-DP ranks]."""
+        return self._among_context(exchanged(self.setup, batch).after)
+
+    def attending(self, batch: StepBatch) -> Part:
+        """All of a layer's attention between its projections, one thing after the other: [steps, ranks]."""
+        return self.attention(batch) + self.exchanging(batch)
+
+    def exchanging(self, batch: StepBatch) -> Part:
+        """What of it ranks that share contexts spend exchanging; nothing where none do."""
+        return self.context_gather(batch) + self.context_merge(batch)
+
+    def _among_context(self, moved: tuple[tuple[Kind, Floats], ...]) -> Part:
+        part = Part()
+        for kind, size in moved:
+            part = part + self._collective(kind, size, self.setup.parallel.decode_cp)
         return part
 
     def _kernels(self, phase: str, batch: Floats, new: Floats, prefix: Floats) -> Part:
@@ -367,13 +401,16 @@ class Pricer:
         setup = self.setup
         spec, tp = setup.model.attention, setup.parallel.tp
         kind = "prefill" if phase == "prefill" else "decode"
+        heads = max(1, spec.heads // tp)
+        if kind == "decode":  # the query heads of all ranks that share a context
+            heads *= setup.parallel.decode_cp
         if spec.kind == "mla":
             return MlaAttention(
                 phase=kind,  # type: ignore[arg-type]
                 batch=batch,
                 new_tokens=new,
                 prefix_tokens=prefix,
-                heads=max(1, spec.heads // tp),
+                heads=heads,
                 kv_lora_rank=spec.kv_lora_rank,
                 qk_nope_head_dim=spec.head_dim - spec.qk_rope_head_dim,
                 qk_rope_head_dim=spec.qk_rope_head_dim,
@@ -386,7 +423,7 @@ class Pricer:
             batch=batch,
             new_tokens=new,
             prefix_tokens=prefix,
-            heads=max(1, spec.heads // tp),
+            heads=heads,
             kv_heads=max(1, spec.kv_heads // tp),
             head_dim=spec.head_dim,
             dtype=setup.precision.activations,

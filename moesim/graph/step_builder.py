@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.graph.batch import Floats
+from moesim.graph.decode_context import CONTEXT
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.graph.storage import Fetches
 from moesim.graph.task import Link, Stream, Task
 
 # Parts with one figure for each attention-DP rank, and with one for the whole group; all others are by layer.
-BY_DP_RANK = ("head", "projections", "attention", "gate", "shared", "dense", "tail")
+BY_DP_RANK = (
+    "head", "projections", "attention", "gate", "shared", "dense", "tail", "context_gather", "context_merge",
+)  # fmt: skip
 BY_GROUP = ("attention_sync", "dense_sync", "gather", "replica_choice", "overhead", "eager", "arrival")
 
 
@@ -39,6 +42,7 @@ class StepBuilder:
         gpu = np.arange(ranks)
         self.everyone: NDArray[np.int64] = np.zeros(ranks, dtype=np.int64)
         self.tp_group: NDArray[np.int64] = (gpu // parallel.tp).astype(np.int64)
+        self.context_group: NDArray[np.int64] = (gpu // parallel.decode_cp).astype(np.int64)
         self.dp_rank = gpu // parallel.tp
         self.ep_rank = gpu // parallel.expert_tp
         storage = setup.storage
@@ -86,14 +90,25 @@ class StepBuilder:
         self, name: str, part: str, *, operation: str = "tp_collective", after: tuple[int, ...] | None = None
     ) -> int:
         """Add a collective of each tensor-parallel group."""
+        return self._among(name, operation, part, self.tp_group, after)
+
+    def _among(
+        self, name: str, operation: str, part: str, groups: NDArray[np.int64], after: tuple[int, ...] | None = None
+    ) -> int:
         links = ((Link.NVLINK, 1.0),)
-        seconds = self.seconds(part, 0)
-        return self._add(name, operation, Stream.COMMUNICATION, seconds, after, self.tp_group, links)
+        return self._add(name, operation, Stream.COMMUNICATION, self.seconds(part, 0), after, groups, links)
 
     def attend(self) -> None:
-        """Add a layer's attention, with its projections and the synchronisation of its tensor-parallel group."""
+        """Add a layer's attention, with its projections and the synchronisation of its tensor-parallel group.
+
+        Ranks that share a context gather before the kernel and merge after it.
+        """
         self.compute("projections", "attention_projections", "projections")
+        if self.has("context_gather"):
+            self._among("context gather", CONTEXT, "context_gather", self.context_group)
         self.compute("attention", "attention", "attention")
+        if self.has("context_merge"):
+            self._among("context merge", CONTEXT, "context_merge", self.context_group)
         if self.has("attention_sync"):
             self.meet_tp("attention sync", "attention_sync")
 

@@ -153,6 +153,8 @@ def step_seconds(
         "projections": model.layers,
         "attention": model.layers,
         "attention_sync": model.layers,
+        "context_gather": model.layers,
+        "context_merge": model.layers,
         "eager": model.layers,
         "gate": model.moe_layers,
         "shared": model.moe_layers,
@@ -375,14 +377,14 @@ def _pool_cost_shares(simulation: Simulation) -> dict[tuple[str, str], float]:
 
 
 def _attention(simulation: Simulation, kind: str, mean_tokens: float, prompt: float) -> Part:
-    """The attention kernels of a mean step, which the grid leaves out: of a prompt, or of half-grown contexts."""
+    """The attention of a mean step, which the grid leaves out: of a prompt, or of half-grown contexts."""
     if kind == "prefill":
         return simulation.model.prefill_attention(1, prompt, 0.0)
     load = simulation.load
     context = float(load.isl.mean() + load.osl.mean() / 2)
     batch = step_batch(ranks=1, decode_seqs=mean_tokens, decode_kv=context)
     two_batch = simulation.deployment.setup.policies.schedule == "two_batch"
-    return simulation.model.pricer.attention(batch.half() if two_batch else batch)
+    return simulation.model.pricer.attending(batch.half() if two_batch else batch)
 
 
 def slo_report(metrics: dict[str, Any], limits: dict[tuple[str, str], float]) -> dict[str, Any]:

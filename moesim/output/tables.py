@@ -42,6 +42,8 @@ _REASONS = {
     "domains_not_filled": "an instance does not fill whole NVLink domains",
     "tp_spans_nodes": "TP groups do not lie inside nodes",
     "backend_does_not_pack": "this dispatch sends what its own kernels send: nothing can be compressed",
+    "nothing_to_split": "TP keeps no copies of a context that its GPUs could split",
+    "with_decode_cp": "split contexts are not simulated with this engine, model or schedule",
     "roles_exceed_cluster": "the pools of the roles ask for more GPUs than the cluster has",
     "replica_choice_needs_ep": "with one expert-parallel rank there is no replica to choose",
 }

@@ -36,6 +36,10 @@ class AttentionSpec(Spec):
             return self.kv_lora_rank + self.qk_rope_head_dim
         return self.kv_heads * (self.head_dim + self.value_head_dim)
 
+    def copies(self, tp: int) -> int:
+        """How often a TP group keeps each token: MLA's latent on every rank, a KV head on those beyond one for each."""
+        return tp if self.kind == "mla" else max(1, tp // self.kv_heads)
+
     def parameters(self, hidden: int) -> int:
         """Weights of one layer's attention projections."""
         if self.kind == "mla":

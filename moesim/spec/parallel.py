@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moesim.spec.base import Spec
 
@@ -20,6 +20,11 @@ class ParallelSpec(Spec):
     attention_dp: int = Field(default=1, gt=0, description="data-parallel attention ranks in lockstep")
     ep: int = Field(default=1, gt=0, description="expert parallelism")
     expert_tp: int = Field(default=1, gt=0, description="tensor parallelism inside an expert")
+    decode_cp: int = Field(
+        default=1,
+        gt=0,
+        description="serving: GPUs of a TP group that split a context's KV cache by its tokens; takes no GPUs more",
+    )
     rank_order: tuple[Axis, ...] = Field(default=("tp", "cp", "dp", "pp"), description="fastest-varying axis first")
 
     @model_validator(mode="after")
@@ -33,7 +38,20 @@ class ParallelSpec(Spec):
             )
         if sorted(self.rank_order) != ["cp", "dp", "pp", "tp"]:
             raise ValueError("rank_order must name tp, cp, dp and pp once each")
+        if self.tp % self.decode_cp:
+            raise ValueError(
+                f"decode_cp {self.decode_cp} splits the cache among the GPUs of a TP group, and tp {self.tp} does not "
+                "divide by it"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan whose cache is not split is written as it was before there was the key: recorded plans stay equal."""
+        found: dict[str, Any] = write(self)
+        if self.decode_cp == 1:
+            found.pop("decode_cp", None)
+        return found
 
     @property
     def gpus(self) -> int:
@@ -46,6 +64,7 @@ class ParallelSpec(Spec):
             ("TP", self.tp),
             ("PP", self.pp),
             ("CP", self.cp),
+            ("DCP", self.decode_cp),
             ("DP", self.attention_dp),
             ("EP", self.ep),
             ("ETP", self.expert_tp),

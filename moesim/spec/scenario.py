@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from moesim.errors import BadInput
 from moesim.files import read_text
@@ -101,7 +101,7 @@ class SyntheticSpec(Spec):
 
     kind: Literal["uniform", "zipf", "lognormal", "power_law", "deepseek_like"] = "deepseek_like"
     exponent: float | None = Field(default=None, ge=0, description="zipf, power_law")
-    sigma: float | None = Field(default=None, ge=0, description="lognormal")
+    sigma: float | None = Field(default=None, ge=0, le=100, description="lognormal; more than 100 is beyond a float")
     workloads: int = Field(default=6, gt=0, description="load scenarios drawn")
     seed: int | None = Field(default=None, description="its own seed; none = the scenario's")
 
@@ -262,6 +262,11 @@ class SearchSpec(Spec):
         default="off",
         description="serving: off = one pipeline stage beside the scenario's own plan; auto = 1, 2, 4 and 8; or a list",
     )
+    decode_cp: Literal["off", "auto"] | tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default="off",
+        description="serving: off = whole contexts beside the scenario's own plan; auto = split over every divisor of "
+        "the copies that TP keeps; or a list",
+    )
     redundant_experts: tuple[int, ...] | None = None
     solvers: tuple[str, ...] | None = None
     capacity_factor: tuple[float, float] | None = None
@@ -276,10 +281,18 @@ class SearchSpec(Spec):
         default="auto", description="auto = Gaussian processes over the choices, by this program"
     )
 
-    @field_validator("roles", "pp", mode="before")
+    @field_validator("roles", "pp", "decode_cp", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads `off` as false
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A search that splits no contexts is written as before there was the key: recorded runs stay equal."""
+        found: dict[str, Any] = write(self)
+        if self.decode_cp == "off":
+            found.pop("decode_cp", None)
+        return found
 
     @model_validator(mode="after")
     def _rising(self) -> SearchSpec:
@@ -318,6 +331,8 @@ class Scenario(Spec):
             raise ValueError("give exactly one of serving and training")
         if self.serving is None and self.search.pp != "off":
             raise ValueError("search.pp is of serving: a training search tries pipeline stages by itself")
+        if self.serving is None and self.search.decode_cp != "off":
+            raise ValueError("search.decode_cp is of serving: training keeps no KV cache")
         if self.serving is None and self.cost.overheads is not None:
             raise ValueError("cost.overheads is of serving: training has training.host")
         if self.serving is not None and self.objective.of_training:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moesim.engine.context_layout import WHERE as CONTEXTS
+from moesim.engine.context_layout import check_heads
 from moesim.errors import BadInput, Infeasible
 from moesim.files import write_text
 from moesim.network.choice import CHOICES
+from moesim.spec.hf import load_model
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import DispatchSpec, Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
@@ -16,6 +19,8 @@ ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
 FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
 # The schedules that each engine can be told to run; the flags are in its own module.
 OVERLAPS = ("sequential", "two_batch")
+# vllm-ascend takes vLLM's flag (its context parallel guide).
+SPLIT_CONTEXTS = ("vllm", "vllm-ascend", "sglang")
 SCHEDULES = {"vllm": (*OVERLAPS, "whole_graph")}
 LAUNCH_FILE = "launch.txt"
 TRANSFER = "how the engines move KV cache between the roles, and their router, are yours to set"
@@ -60,6 +65,7 @@ def export_placement(
     folder = Path(folder)
     if scenario is not None:
         check_schedule(engine, scenario)
+        check_contexts(engine, scenario)
         refuse_dispatch(engine, scenario.policies.dispatch)
     note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
     if role:
@@ -110,6 +116,21 @@ def check_schedule(engine: str, scenario: Scenario) -> None:
             mend="plan with storage resident",
             reason="engine_lacks_storage",
         )
+
+
+def check_contexts(engine: str, scenario: Scenario) -> None:
+    """Whether the engine splits contexts as the plan does. Raises Infeasible."""
+    parallel = scenario.parallel
+    if parallel is None or parallel.decode_cp == 1:
+        return
+    if engine not in SPLIT_CONTEXTS:
+        raise Infeasible(
+            f"{engine} cannot split contexts over GPUs of a TP group",
+            where=CONTEXTS,
+            mend=f"export to {' or '.join(SPLIT_CONTEXTS)}, or plan with decode_cp 1",
+            reason="engine_layout",
+        )
+    check_heads(parallel, load_model(scenario.model), "vllm" if engine == "vllm-ascend" else engine)
 
 
 def refuse_dispatch(engine: str, dispatch: DispatchSpec) -> None:

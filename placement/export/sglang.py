@@ -71,6 +71,8 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
         parallel = scenario.parallel
         dp = parallel.attention_dp
         lines.append(f"--tp-size {parallel.tp * dp}")
+        if parallel.decode_cp > 1:
+            lines.append(f"--dcp-size {parallel.decode_cp}")
         if parallel.pp > 1:
             lines.append(f"--pp-size {parallel.pp}")
         if dp > 1:

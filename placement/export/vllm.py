@@ -49,6 +49,8 @@ def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> lis
     else:
         parallel = scenario.parallel
         lines += [f"--tensor-parallel-size {parallel.tp}", f"--data-parallel-size {parallel.attention_dp}"]
+        if parallel.decode_cp > 1:
+            lines.append(f"--decode-context-parallel-size {parallel.decode_cp}")
         if parallel.pp > 1:
             lines.append(f"--pipeline-parallel-size {parallel.pp}")
         layers = partition(scenario, "vllm")

@@ -183,7 +183,7 @@ def test_wrong_arguments_are_one_line(
 
 @pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_points(tmp_path: Path) -> None:
-    """The whole command or one rank, by SIGKILL: no process and no folder stays, and no finished point is measured again."""
+    """The whole command or one rank, by SIGKILL: no process or folder stays, no finished point is measured again."""
     out, scratch = tmp_path / "c.jsonl", tmp_path / "scratch"
     scratch.mkdir()
     line = command(out, "--from", "1KB", "--to", "4MB", "--repeats", "20")

@@ -59,14 +59,14 @@ def alone(tmp_path: Path) -> Iterator[Callable[[Job], Any]]:
     import torch.distributed
 
     from validate.hardware.group import Beat
-    from validate.hardware.worker import joined
+    from validate.hardware.join import joined
 
     threads = torch.get_num_threads()
     open_groups = []
 
     def join(job: Job) -> Any:
         store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        context = joined(job, store, rank=0, ranks=1, local_rank=0, beat=Beat(None))
+        context = joined("gloo", store, rank=0, ranks=1, local_rank=0, beat=Beat(None), stall_s=30.0)
         open_groups.append(context)
         return context.__enter__()
 

@@ -20,7 +20,9 @@ pytest.importorskip("torch", reason="torch is not installed: pip install '.[hard
 from tests.harm import STALL_S, harmed, processes_with
 from validate.records import store
 from validate.training import run as runner
+from validate.training.company import started_ranks
 from validate.training.job import LAYOUTS, ONE, Shape, TrainingJob
+from validate.training.memory import needed_bytes
 from validate.training.rank import GRADIENT_LIMIT, contiguous, gradient_error
 from validate.training.step import Stepper
 from validate.training.ways import Made
@@ -55,6 +57,7 @@ def test_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert record["predictions"]["written"] < record["measured_from"]
     assert record["gradient_error"] < 1e-5
     assert record["host"] == json.loads(text)["host"]
+    assert record["peak_bytes"]["2"] > needed_bytes(TrainingJob.read(record["job"], where="record"), ())
     told = record["host"]["2"]
     assert told["layer_s"] == pytest.approx(max(0.0, told["measured_s"] - told["priced_s"]) / 6)
     kept = store.compact(record)
@@ -89,7 +92,8 @@ def test_all_layouts_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     }
     for ranks in sorted({one.ranks for one in job.layouts}):
         mine = job.model_copy(update={"layouts": tuple(one for one in job.layouts if one.ranks == ranks)})
-        found = runner.started_ranks(mine, ranks, {"phase": "steps", "slots": slots}, lambda line: None)
+        own = {one.name: slots[one.name] for one in mine.layouts}
+        found = started_ranks(mine, {"phase": "steps", "ranks": ranks, "slots": own}, lambda line: None)
         assert len(found["errors"]) == len(mine.layouts)
         assert np.asarray(found["errors"]).max() < 1e-4
         assert all(len(repeat) == ranks for moments in found["moments"] for repeat in moments)
@@ -118,8 +122,8 @@ def test_a_layout_with_wrong_gradients_is_never_timed(tmp_path: Path, monkeypatc
     job = small(tmp_path, "DP2 EP2")
     harmed(monkeypatch, "other_gradients", "checking against one process")
     with pytest.raises(CheckFailed, match=r"layout DP2 EP2: gradients differ .*nothing was timed"):
-        runner.started_ranks(
-            job, 2, {"phase": "steps", "slots": {"DP2 EP2": contiguous(job).tolist()}}, lambda line: None
+        started_ranks(
+            job, {"phase": "steps", "ranks": 2, "slots": {"DP2 EP2": contiguous(job).tolist()}}, lambda line: None
         )
 
 
@@ -145,7 +149,7 @@ def test_a_lost_rank_is_named(
     job = small(tmp_path / "run", "DP2 EP2", stall_s=STALL_S if harm == "sleeping" else 60.0)
     slots = {one.name: contiguous(job).tolist() for one in job.layouts}
     with pytest.raises(CheckFailed, match="rank 1") as caught:
-        runner.started_ranks(job, 2, {"phase": "steps", "slots": slots}, lambda line: None)
+        started_ranks(job, {"phase": "steps", "ranks": 2, "slots": slots}, lambda line: None)
     assert reason in caught.value.line()
     assert "validate training" in caught.value.line()
     assert list(scratch.iterdir()) == []

@@ -30,12 +30,14 @@ def drawn(rng):
     backend = str(rng.choice(["deepep", "alltoall", "allgather_reducescatter", "allreduce"]))
     attention_dp = 1 if backend == "allreduce" else max(1, gpus // tp)
     pp = int(rng.choice([1, 1, 2]))
+    model = str(rng.choice(MODELS))
+    split = tp if model == "deepseek-ai/DeepSeek-V3" else 1
     return {
-        "model": str(rng.choice(MODELS)),
+        "model": model,
         "cluster": {"system": "h200_sxm", "nodes": max(1, gpus // 8) * pp, "gpus_per_node": min(gpus, 8)},
         "cost": {"source": "roofline"},
         "routing": {"synthetic": {"kind": "zipf", "exponent": float(rng.uniform(0, 1)), "workloads": 2}},
-        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp, "pp": pp},
+        "parallel": {"tp": tp, "attention_dp": attention_dp, "ep": tp * attention_dp, "pp": pp, "decode_cp": split},
         "placement": {"solver": "contiguous"},
         "policies": {
             "dispatch": {"backend": backend},

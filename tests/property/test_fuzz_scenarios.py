@@ -83,9 +83,10 @@ def test_mutated_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     rng = random.Random(0)
     plain, staged = small(), small(parallel={"attention_dp": 4, "ep": 4, "pp": 2})
     staged["serving"]["pipeline"] = {"layers": [7, 9], "batches": 3, "running_requests_per_dp_rank": 20}
+    split = small(model="deepseek-ai/DeepSeek-V3", parallel={"tp": 8, "ep": 8, "decode_cp": 4})
     codes = set()
     for number in range(SCENARIOS):
-        base = staged if number % 5 == 4 else plain
+        base = staged if number % 5 == 4 else split if number % 10 == 3 else plain
         base["serving"]["workload"]["requests"] = 10
         path = tmp_path / "s.yaml"
         if number % 3:

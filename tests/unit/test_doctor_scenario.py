@@ -128,6 +128,13 @@ def test_kv_heads_are_repeated_or_do_not_fit() -> None:
     qwen = "Qwen/Qwen3-235B-A22B"  # 4 KV heads
     assert any("4 KV heads at tp 8: each is kept 2 times" in line for line in divided(qwen, tp=8, ep=8))
     assert not any("KV heads" in line for line in divided(qwen, tp=4, ep=4))
+    assert not divided(qwen, tp=8, ep=8, decode_cp=2)
+    assert any(
+        "keeps a context 2 times, decode_cp 4 does not divide that" in line
+        for line in divided(qwen, tp=8, ep=8, decode_cp=4)
+    )
+    assert any("keeps a context 1 times" in line for line in divided(qwen, tp=2, ep=2, decode_cp=2))
+    assert not any("context" in line for line in divided(tp=8, ep=8, decode_cp=8))
 
 
 def test_a_vocabulary_is_padded_or_does_not_fit() -> None:

@@ -206,6 +206,32 @@ def test_other_engines_keep_the_limits_of_one_attention_rank(placement: ExpertPl
     assert options["moe_config"] == {"load_balancer": "moe_load_balancer.yaml"}
 
 
+def test_split_contexts_are_told_to_the_engines_that_have_them(placement: ExpertPlacement, tmp_path: Path) -> None:
+    """Only under latent attention in SGLang; TensorRT-LLM's Helix takes GPUs of its own."""
+    plain = {"policies": {"dispatch": {"backend": "allgather_reducescatter"}}}
+    split = scenario(parallel={"tp": 8, "attention_dp": 2, "ep": 16, "decode_cp": 4}, **plain)
+    for engine, flag in (("vllm", "--decode-context-parallel-size 4"), ("sglang", "--dcp-size 4")):
+        files = export_placement(placement, engine, tmp_path / engine, split)
+        assert flag in files[-1].read_text()
+    assert "--decode-context-parallel-size 4" in vllm_ascend.launch(placement, split)
+    whole = scenario(parallel={"tp": 8, "attention_dp": 2, "ep": 16}, **plain)
+    assert not any(
+        "context" in line or "dcp" in line
+        for line in (*vllm.launch(placement, whole), *sglang.launch(placement, whole))
+    )
+    grouped = scenario(
+        model="Qwen/Qwen3-235B-A22B", parallel={"tp": 8, "attention_dp": 2, "ep": 16, "decode_cp": 2}, **plain
+    )
+    assert "--decode-context-parallel-size 2" in vllm.launch(placement, grouped)
+    for engine, plan, said in (
+        ("trtllm", split, "trtllm cannot split contexts over GPUs of a TP group"),
+        ("sglang", grouped, "sglang splits the contexts of latent attention only"),
+    ):
+        with pytest.raises(Infeasible, match=said):
+            export_placement(placement, engine, tmp_path / "refused", plan)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_stages_are_told_to_every_engine(placement: ExpertPlacement) -> None:
     """Stages of 8 GPUs on two nodes; an engine that would split the 61 layers otherwise is told how the plan does."""
     stages = scenario(engine={"name": "vllm", "version": "1"}, parallel={"tp": 8, "pp": 2, "ep": 8})

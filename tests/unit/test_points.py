@@ -95,6 +95,19 @@ def test_other_types_and_more_nodes_are_refused() -> None:
         costs(beyond=True).estimate(Collective("all_gather", 1000.0 * ONE, 2, 2))
 
 
+def test_collectives_over_more_nodes_have_points_of_their_own() -> None:
+    wide = [point("collective", ("all_gather", 2), 1000.0, 40.0)]
+    both = PointCosts.of_nodes({1: POINTS, 2: wide}, "two files", dtype="fp32")
+    assert [both.estimate(Collective("all_gather", 1000.0 * ONE, 2, nodes)).seconds.item() for nodes in (1, 2)] == [
+        5.0, 40.0,
+    ]  # fmt: skip
+    assert both.estimate(gemm(100.0)).seconds.item() == 2.0
+    with pytest.raises(OutsideProfile, match=r"all_reduce, gpus 2 over 2 nodes"):
+        both.estimate(Collective("all_reduce", 1000.0 * ONE, 2, 2))
+    with pytest.raises(OutsideProfile, match=r"of 1, 2 node\(s\), a collective over 4"):
+        both.estimate(Collective("all_gather", 1000.0 * ONE, 2, 4))
+
+
 def test_places_lists_what_would_have_to_be_measured() -> None:
     found = places([gemm(5.0), gemm(3.0), gemm(0.0), MemoryBound(bytes=2.0 * ONE, name="norm")])
     assert found == {("gemm", (8, 4)): [3.0, 5.0], ("memory_bound", ("norm",)): [2.0]}

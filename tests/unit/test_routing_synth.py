@@ -68,6 +68,15 @@ def test_cap_shares_moves_the_rest_in_proportion() -> None:
     assert np.allclose(cap_shares(np.asarray([[0.9, 0.09, 0.01]]), 2), [[0.5, 0.45, 0.05]])
 
 
+def test_a_skew_beyond_any_float_is_refused() -> None:
+    with pytest.raises(BadInput, match="sigma: Input should be less than or equal to 100"):
+        SyntheticSpec.read({"kind": "lognormal", "sigma": 1e30}, where="routing.synthetic")
+    assert np.isfinite(generate(
+        SyntheticSpec(kind="lognormal", sigma=100.0, workloads=1), layer_ids=range(4), absolute_layers=4, experts=256,
+        top_k=8, groups=8, rng=np.random.default_rng(0),
+    )[0].profile()).all()  # fmt: skip
+
+
 def test_dispersion_is_found_again_by_moments() -> None:
     rng = np.random.default_rng(7)
     share = np.full((1, 1, 32), 1 / 32)

@@ -166,7 +166,7 @@ def test_a_group_gathers_what_its_ranks_received_a_share_of(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"parallel": {"attention_dp": 4, "ep": 8, "cp": 2}}, "context parallelism is not simulated in serving yet"),
+        ({"parallel": {"attention_dp": 4, "ep": 8, "cp": 2}}, "over GPUs of its own is not simulated in serving"),
         ({"parallel": DP4 | {"pp": 2, "rank_order": ["pp", "tp", "cp", "dp"]}}, "put pp last"),
         (
             {

@@ -23,14 +23,15 @@ from moesim.spec.parallel import ParallelSpec
 from moesim.spec.presets import load_cluster
 from moesim.spec.scenario import ClusterChoice, Scenario, load_scenario
 from placement import space as space_module
+from placement.coding import Coding
 from placement.layouts import layouts_of
 from placement.objective import Evaluator, Outcome
 from placement.plans import Plan, baseline_plan, own_plan
 from placement.pools import Pool, PoolChecks, sizes, splits, with_pools
 from placement.ranking import order
-from placement.regret import make_table, problem_of, read_table, scores
+from placement.regret import make_table, read_table, scores
+from placement.search_problem import problem_of
 from placement.space import Space, enumerate_space
-from placement.surrogate import coding, neighbours
 from placement.tune_command import known_recipes
 from placement.tuner import Trial
 from tests.scenarios import small, write
@@ -182,14 +183,14 @@ def test_neighbours_differ_in_one_choice_and_points_tell_plans_apart(tmp_path: P
     recipes = known_recipes(ground, ground.scenario, space)
     one = next(plan for plan in recipes if plan.prefill is not None)
     mine = one.params()
-    near = neighbours(one, space)
+    near = space.grid.neighbours(one)
     for other in near:
         differ = [name for name, value in other.params().items() if value != mine[name]]
         assert other.prefill is None or len(differ) == 1
     assert any(other.prefill is None for other in near)
     plain = next(plan for plan in recipes if plan.prefill is None and plan.parallel == one.parallel)
-    assert any(other.prefill is not None for other in neighbours(plain, space))
-    points = coding(space).points(space.plans)
+    assert any(other.prefill is not None for other in space.grid.neighbours(plain))
+    points = Coding(space).points(space.grid.rows(space.plans))
     assert len(np.unique(points, axis=0)) == space.size
     assert points.min() >= 0.0
     assert points.max() <= 1.0
@@ -333,7 +334,7 @@ def test_among_prefill_pools_of_one_decode_pool_ttft_decides(tmp_path: Path) -> 
         (["search.roles=auto", "serving.balance=central_queue"], "serving.balance"),
         (["search.roles=auto", "search.parallel=fixed"], "search.roles"),
         (["search.roles=always"], "search.roles"),
-        (["parallel={tp: 4, cp: 2, ep: 8}"], "context parallelism is not simulated in serving yet"),
+        (["parallel={tp: 4, cp: 2, ep: 8}"], "over GPUs of its own is not simulated in serving"),
         (["search.pp=always"], "search.pp"),
         (["search.pp=[0]"], "search.pp"),
         (["search.axes={serving.roles.decode.replicas: [1, 2]}"], "serving.roles"),

@@ -168,6 +168,17 @@ def test_a_training_step_covers_its_layout_alone() -> None:
     assert (first.traits["ranks"], second.traits["ranks"]) == (2, 4)
     assert len(first.missed) == 1
     assert "profile of 4 ranks 50%" in markdown([store.compact(training())])
+    assert (first.traits["gpu"], first.traits["exchange"], first.traits["nodes"]) == ("CPU", "gloo alltoall", 1)
+
+
+def test_steps_on_gpus_of_several_nodes_cover_those_and_pretended_nodes_none() -> None:
+    made = training() | {"nodes": {"2": 1, "4": 2}, "pretended_hosts": 0, "core_share": {"2": None, "4": None}}
+    made["hardware"] = made["hardware"] | {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 8}
+    made["job"] = made["job"] | {"backend": "nccl"}
+    first, second = shown(made)
+    assert (first.traits["nodes"], second.traits["nodes"]) == (1, 2)
+    assert first.traits["exchange"] == "nccl alltoall" and "H100" in str(first.traits["gpu"])
+    assert all("nodes" not in one.traits for one in shown(made | {"pretended_hosts": 2}))
 
 
 def test_records_of_several_nodes_can_name_their_cluster(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import BadInput, CheckFailed
-from validate.hardware.ranks import Status, Watch, cause, launch, read_status
+from validate.hardware.ranks import Status, Watch, cause, launch, read_status, silence_of
 
 BEATING = """
 import sys, time
@@ -44,6 +44,13 @@ def test_progress_keeps_the_watch_quiet() -> None:
 def test_a_silent_rank_is_named() -> None:
     reason = Watch(60.0, 0.0).hung({0: status(1, time_s=9.0, waiting=True), 1: status(1, time_s=1.0)}, 9.0)
     assert reason is not None and reason.startswith("rank 1 hangs: no sign of life for 8 s")
+
+
+def test_ranks_on_gpus_may_be_silent_for_longer() -> None:
+    watch = Watch(120.0, 0.0, silence_of("nccl"))
+    assert watch.hung({0: status(1, time_s=1.0)}, 50.0) is None
+    assert "no sign of life for 61 s" in str(watch.hung({0: status(1, time_s=1.0)}, 62.0))
+    assert "no sign of life" in str(Watch(120.0, 0.0, silence_of("gloo")).hung({0: status(1, time_s=1.0)}, 50.0))
 
 
 def test_the_rank_that_does_not_wait_is_named() -> None:
@@ -106,6 +113,8 @@ def test_failed_allocations_are_told_from_other_errors() -> None:
     assert out_of_memory(MemoryError()) and out_of_memory(OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert out_of_memory(RuntimeError("std::bad_alloc"))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not out_of_memory(RuntimeError("Connection closed by peer"))
 
 

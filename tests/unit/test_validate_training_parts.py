@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 from moesim.cost.ops import Gemm
-from moesim.errors import BadInput
-from moesim.graph.pipeline import layers_of_chunks
-from validate.training import machine, predict
+from moesim.errors import BadInput, Infeasible
+from moesim.graph.pipeline import Pass, layers_of_chunks, program
+from moesim.routing.readers import write_npz
+from moesim.routing.trace import RoutingCounts
+from validate.training import machine, memory, predict, probe
 from validate.training import run as runner
-from validate.training.job import LAYOUTS, Layout, Shape, TrainingJob
+from validate.training.job import LAYOUTS, ONE, SHAPES, Layout, Shape, TrainingJob, batch_of, fitting, layouts_of
 from validate.training.model import slices
+from validate.training.step import messages
 
 SHAPE = Shape(layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, dense_intermediate=24, experts=4, intermediate=8,
               vocabulary=32)  # fmt: skip
@@ -92,18 +96,16 @@ def test_measured_sends_become_latency_and_rate() -> None:
     def took(family: str, size: float, seconds: float, key: tuple[int, ...] = ()) -> predict.Measured:
         return predict.Measured(predict.Asked(family, key, size), np.asarray([seconds] * 3))
 
+    here = predict.Machine("AMD EPYC", 1e9, (0, 0))
     found = predict.measured_cluster(
-        2,
-        1e9,
-        [took("send", 5000.0, 0.002), took("send", 1000.0, 0.001), took("gemm", 10.0, 0.5, (20, 30))],
-        "AMD EPYC",
+        2, here, [took("send", 5000.0, 0.002), took("send", 1000.0, 0.001), took("gemm", 10.0, 0.5, (20, 30))]
     )
     assert found["nvlink_latency_s"] == pytest.approx(0.001)
     assert found["nvlink_bytes_per_s"] == pytest.approx(4e6)
     assert found["gpu"]["flops_per_s"]["fp32"] == pytest.approx(2 * 10 * 20 * 30 / 0.5)
     assert set(found["measured"]) == {"nvlink_bytes_per_s", "nvlink_latency_s"}
     assert found["gpu"]["name"] == "AMD EPYC"
-    assert "measured" not in predict.measured_cluster(2, 1e9, [took("gemm", 10.0, 0.5, (20, 30))], "AMD EPYC")
+    assert "measured" not in predict.measured_cluster(2, here, [took("gemm", 10.0, 0.5, (20, 30))])
 
 
 def test_the_comparison_tells_a_wrong_order_and_its_regret() -> None:
@@ -176,3 +178,133 @@ def test_what_an_earlier_run_left_is_taken_away_and_nothing_else(tmp_path: Path)
     runner.forget(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
     runner.forget(tmp_path)
+
+
+@pytest.mark.parametrize(("schedule", "stages", "virtual"), [("1f1b", 2, 1), ("1f1b", 4, 1), ("interleaved", 2, 3),
+                                                             ("interleaved", 4, 2)])  # fmt: skip
+@pytest.mark.parametrize("micro_batches", [4, 12])
+def test_stages_get_all_that_they_wait_for_by_channels_that_keep_order(
+    schedule: str, stages: int, virtual: int, micro_batches: int
+) -> None:
+    """NCCL has no tags: stages that take from each channel what comes next, and keep it, never wait for each other."""
+    made = program(schedule, stages, micro_batches, virtual)
+    sent: dict[tuple[int, int, Pass], list[Any]] = {}
+    mine = [np.flatnonzero(made.stage == stage).tolist() for stage in range(stages)]
+    taken = dict.fromkeys(product(range(stages), range(stages), Pass), 0)
+    kept: list[set[Any]] = [set() for _ in range(stages)]
+    done = [0] * stages
+    while any(done[stage] < len(mine[stage]) for stage in range(stages)):
+        before = list(done)
+        for stage in range(stages):
+            while done[stage] < len(mine[stage]):
+                index = mine[stage][done[stage]]
+                if made.crosses[index]:
+                    source = int(made.after[index])
+                    wanted = (Pass(made.kind[source]), int(made.micro[source]), int(made.chunk[source]))
+                    channel = (int(made.stage[source]), stage, wanted[0])
+                    while wanted not in kept[stage] and taken[channel] < len(sent.get(channel, ())):
+                        kept[stage].add(messages(made, *channel)[taken[channel]])
+                        taken[channel] += 1
+                    if wanted not in kept[stage]:
+                        break
+                kind, chunk = Pass(made.kind[index]), int(made.chunk[index])
+                onto = chunk + (1 if kind == Pass.FORWARD else -1)
+                if 0 <= onto < made.chunks:
+                    sent.setdefault((stage, onto % stages, kind), []).append((kind, int(made.micro[index]), chunk))
+                done[stage] += 1
+        assert done != before, "every stage waits"
+    assert all(listed == messages(made, *channel) for channel, listed in sent.items())
+    assert all(taken[channel] == len(listed) for channel, listed in sent.items())
+
+
+@pytest.mark.parametrize("ranks", [6, 8, 16])
+def test_layouts_of_a_node_use_its_ranks_and_say_so(ranks: int) -> None:
+    found = layouts_of(ranks)
+    assert {one.ranks for one in found} == {ranks}
+    assert len({one.name for one in found}) == len(found) >= 8
+    assert layouts_of(4) == tuple(one for one in LAYOUTS if one.ranks == 4)
+    assert layouts_of(1) == ()
+
+
+def test_layouts_that_do_not_divide_are_named_with_the_reason() -> None:
+    for ranks in (8, 16, 64):
+        node = TrainingJob(
+            shape=SHAPES["nccl"], layouts=layouts_of(ranks), sequence_length=2048,
+            global_batch=batch_of("nccl", ranks), backend="nccl",
+        )  # fmt: skip
+        assert fitting(node) == (node, {})
+    small = TrainingJob(layouts=layouts_of(8))
+    kept, wrong = fitting(small)
+    assert {one.name for one in kept.layouts} | set(wrong) == {one.name for one in small.layouts}
+    assert wrong["DP8 EP8"] == "12 experts do not divide by EP8"
+    assert wrong["TP8 EP8"] == "4 key-value heads do not divide by TP8"
+    assert wrong["PP8"] == "6 layers are too few for its stages"
+
+
+def test_ranks_that_meet_lie_inside_nodes_or_across_them() -> None:
+    node, two = [0] * 4, [0, 0, 0, 0, 1, 1, 1, 1]
+    assert probe.members_of(2, 1, node) == [(0, 1), (2, 3)]
+    assert probe.members_of(3, 1, node) == [(0, 1, 2)]
+    assert probe.members_of(2, 1, two) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert probe.members_of(4, 2, two) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert probe.members_of(8, 2, two) == [tuple(range(8))]
+    assert probe.pairs_of(2, two) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert probe.pairs_of(1, [0, 0, 0]) == [(0, 1)]
+    for size, nodes, hosts in ((3, 2, two), (8, 1, two), (4, 2, node)):
+        with pytest.raises(Infeasible, match="does not lie evenly"):
+            probe.members_of(size, nodes, hosts)
+
+
+def test_nodes_are_told_from_the_hosts_of_the_ranks() -> None:
+    machine = predict.Machine("H100", 8e10, (0, 0, 1, 1, 2, 2))
+    assert [machine.nodes(ranks) for ranks in (1, 2, 4, 6)] == [(1, 1), (1, 2), (2, 2), (3, 2)]
+    for hosts in ((0, 0, 1), (0, 1, 0, 1), (0, 1, 1)):
+        with pytest.raises(Infeasible, match="do not fill nodes"):
+            predict.Machine("H100", 8e10, hosts).nodes(len(hosts))
+
+
+def test_what_layouts_over_two_nodes_need_is_asked_for_inside_and_between(tmp_path: Path) -> None:
+    job = TrainingJob(layouts=(Layout(name="wide", tp=2, dp=2), Layout(name="deep", tp=2, pp=2)), global_batch=4)
+    machine = predict.Machine("H100", 8e10, (0, 0, 1, 1))
+    (tmp_path / predict.CONFIG_FILE).write_text(json.dumps(job.shape.config()))
+    (tmp_path / predict.cluster_file(4)).write_text(json.dumps(predict.cluster(4, machine)))
+    counts = RoutingCounts(np.ones((4, 5, 12)), np.arange(1, 6), 6, "even", per_step=True)
+    write_npz(tmp_path / predict.ROUTING_FILE, counts)
+    asked, slots = predict.asked_of(job, job.layouts, tmp_path)
+    over = {(one.family, one.key, one.nodes) for one in asked if one.family in probe.MEETING}
+    assert {("collective", ("all_gather", 2), 1), ("collective", ("all_to_all", 4), 2), ("send", (), 2)} <= over
+    assert ("send", (), 1) not in over and slots["wide"].shape == (5, 12)
+    measured = [predict.Measured(one, np.asarray([1e-3 + 1e-9 * one.size] * 3)) for one in asked]
+    points = predict.points_of(measured)
+    assert set(points) == {1, 2} and {one.family for one in points[2]} == {"collective"}
+    found = predict.measured_cluster(4, machine, measured)
+    assert (found["nodes"], found["gpus_per_node"]) == (2, 2)
+    assert found["nic_bytes_per_s"] == pytest.approx(1e9) and set(found["measured"]) == {
+        "nic_bytes_per_s", "nic_latency_s",
+    }  # fmt: skip
+    files = []
+    for nodes, some in points.items():
+        files.append(predict.points_file(4, nodes))
+        (tmp_path / files[-1]).write_text(json.dumps(predict.content(some, nodes, "now", {}, {})))
+    (tmp_path / predict.cluster_file(4)).write_text(json.dumps(found))
+    told = predict.predict(job, job.layouts[0], tmp_path, points=files, host_s=0.0)
+    assert told["low_s"] < told["step_s"] < told["high_s"]
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_starts() -> None:
+    """16 bytes a weight: by hand for a model of which TP2 halves all but norms and gates, and EP2 the experts."""
+    torch = pytest.importorskip("torch")
+    shape = Shape(layers=2, hidden=4, heads=2, kv_heads=2, head_dim=2, dense_intermediate=6, experts=4, intermediate=2,
+                  vocabulary=10)  # fmt: skip
+    norms, gate = 5 * 4, 4 * 4
+    dense, experts = 2 * 10 * 4 + 2 * (12 * 4 + 4 * 4) + 3 * 6 * 4, 4 * 3 * 2 * 4
+    job = TrainingJob(shape=shape, layouts=(Layout(name="TP2", tp=2), Layout(name="DP2", instances=2)))
+    whole = norms + gate + dense + experts
+    assert memory.weights_of(job, ONE) == whole
+    assert memory.weights_of(job, job.layouts[0]) == norms + gate + dense / 2 + experts / 2
+    needed = 4 * whole + 16 * (whole + norms + gate + dense / 2 + experts / 2)
+    assert memory.needed_bytes(job, job.layouts) == needed
+    gpu = torch.device("cuda", 0)
+    memory.check_memory(job, predict.Machine("H100", needed, (0, 0)), gpu)
+    with pytest.raises(Infeasible, match=r"2 layouts of 2 ranks need .* memory are there"):
+        memory.check_memory(job, predict.Machine("H100", needed - 1, (0, 0)), gpu)

@@ -76,20 +76,23 @@ class Beat:
             os.close(self._handle)
             self._handle = None
 
+    def line(self) -> str:
+        """What this rank does now, as others read it (`validate.hardware.ranks.Status`)."""
+        return json.dumps(
+            {
+                "pid": os.getpid(),
+                "time_s": time.monotonic(),
+                "label": self.label,
+                "count": self.count,
+                "waiting": self.waiting,
+            }
+        )
+
     def _write(self) -> None:
         if self._handle is None:
             return
         with self._lock:
-            line = json.dumps(
-                {
-                    "pid": os.getpid(),
-                    "time_s": time.monotonic(),
-                    "label": self.label,
-                    "count": self.count,
-                    "waiting": self.waiting,
-                }
-            )
-            os.pwrite(self._handle, line.encode()[:STATUS_BYTES].ljust(STATUS_BYTES), 0)
+            os.pwrite(self._handle, self.line().encode()[:STATUS_BYTES].ljust(STATUS_BYTES), 0)
 
     def _run(self) -> None:
         while True:
@@ -213,16 +216,18 @@ class CoreShare:
 class Group:
     """Collectives among the ranks; each notes that the rank waits while it runs.
 
-    Wraps an initialised torch.distributed default group. `shared_clock`: all ranks read one host clock, so their
-    moments can be compared; else each rank's moments count from its own first mark after a barrier.
+    Wraps an initialised torch.distributed group, the default one unless another is given. `shared_clock`: all ranks
+    read one host clock, so their moments can be compared; else each rank's moments count from its own first mark after
+    a barrier.
     """
 
-    def __init__(self, rank: int, ranks: int, device: Any, beat: Beat) -> None:
+    def __init__(self, rank: int, ranks: int, device: Any, beat: Beat, process_group: Any = None) -> None:
         self.torch = need_torch()
         self.rank = rank
         self.ranks = ranks
         self.device = device
         self.beat = beat
+        self.process_group = process_group
         self._cuda = device.type == "cuda"
         self.shared_clock = not self._cuda and bool(
             (np.diff(self.gather(np.asarray([float(_clock_identity())]))[:, 0]) == 0).all()
@@ -237,33 +242,55 @@ class Group:
         """A fresh set of marks, of the device's kind."""
         return EventMarks() if self._cuda else HostMarks()
 
-    def wait(self, call: Callable[[], Any]) -> None:
-        """Run a collective, noting that this rank waits for the others."""
+    def wait(self, call: Callable[[], Any]) -> Any:
+        """Run a collective, noting that this rank waits for the others; what it returns."""
         self.beat.waiting = True
-        call()
+        found = call()
         self.beat.waiting = False
+        return found
 
     def exchange(self, rows: Any, send: list[int], receive: list[int]) -> Any:
         """Uneven all-to-all along the first axis: `send` rows to each rank, `receive` rows from each."""
         torch = self.torch
         got = rows.new_empty((sum(receive), *rows.shape[1:]))
-        self.wait(lambda: torch.distributed.all_to_all_single(got, rows, receive, send))
+        self.wait(lambda: torch.distributed.all_to_all_single(got, rows, receive, send, group=self.process_group))
         return got
 
     def exchange_counts(self, counts: Any) -> Any:
-        """Even all-to-all of int64 [ranks, n]: row r goes to rank r; row s of the result came from rank s."""
+        """Even all-to-all of int64 [ranks, n]: row r goes to rank r; row s of the result, on the host, is rank s's."""
         torch = self.torch
         got = torch.empty_like(counts)
-        self.wait(lambda: torch.distributed.all_to_all_single(got, counts))
-        return got
+
+        def call() -> Any:
+            torch.distributed.all_to_all_single(got, counts, group=self.process_group)
+            return got.cpu()  # where a rank on a GPU really waits: the call only queues the exchange
+
+        return self.wait(call)
 
     def gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values of all ranks, on every rank: [...] -> [ranks, ...]; every rank gives the same shape."""
         torch = self.torch
         mine = torch.as_tensor(np.ascontiguousarray(values, dtype=np.float64)).to(self.device)
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self.wait(lambda: torch.distributed.all_gather(parts, mine))
-        return np.stack([part.cpu().numpy() for part in parts])
+
+        def call() -> NDArray[np.float64]:
+            torch.distributed.all_gather(parts, mine, group=self.process_group)
+            return np.stack([part.cpu().numpy() for part in parts])
+
+        found: NDArray[np.float64] = self.wait(call)
+        return found
+
+    def ready(self) -> None:
+        """Return once every rank has come here, with its device idle."""
+        if self._cuda:
+            self.torch.cuda.synchronize()
+
+        def call() -> None:
+            self.torch.distributed.barrier(group=self.process_group)
+            if self._cuda:
+                self.torch.cuda.synchronize()
+
+        self.wait(call)
 
     def linger(self, seconds: float) -> None:
         """Keep this rank busy for a while."""
@@ -284,9 +311,13 @@ class Group:
         if self._cuda:
             torch.cuda.synchronize()
         now = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.device)
-        self.wait(lambda: torch.distributed.all_reduce(now, op=torch.distributed.ReduceOp.MAX))
-        if self._cuda:
-            torch.cuda.synchronize()
+
+        def call() -> None:
+            torch.distributed.all_reduce(now, op=torch.distributed.ReduceOp.MAX, group=self.process_group)
+            if self._cuda:
+                torch.cuda.synchronize()
+
+        self.wait(call)
         if self.shared_clock:
             start = float(now.item()) + START_LEAD_S
             while time.perf_counter() < start:

@@ -160,7 +160,7 @@ def dispatch(permuted: Permuted, group: Group) -> Dispatched:
     """Send every row to the rank of its slot: first the counts, then the rows, unevenly."""
     outgoing = permuted.slot_counts.reshape(group.ranks, -1)
     counts = group.exchange_counts(outgoing).tolist()
-    sent = outgoing.sum(dim=1).tolist()
+    sent = outgoing.sum(dim=1).cpu().tolist()
     received = [sum(row) for row in counts]
     return Dispatched(group.exchange(permuted.rows, sent, received), counts, sent, received)
 
@@ -199,10 +199,13 @@ def _loop(rows: Any, counts: list[list[int]], weights: tuple[Weights, ...]) -> A
 
 def _grouped(rows: Any, counts: list[list[int]], stacked: Weights) -> Any:
     torch = need_torch()
+    if not len(rows):  # a kernel may refuse a product of nothing, and nothing is what it is priced at
+        return torch.empty_like(rows)
     device = rows.device
     table = torch.tensor(counts, device=device)
     local = table.shape[1]
-    slot = torch.arange(local, device=device).repeat(len(counts)).repeat_interleave(table.reshape(-1))
+    each = torch.arange(local, device=device).repeat(len(counts))
+    slot = each.repeat_interleave(table.reshape(-1), output_size=len(rows))
     order = slot.argsort(stable=True)
     ends = table.sum(dim=0).cumsum(0).to(torch.int32)
     product = grouped_kernel()

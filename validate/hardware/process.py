@@ -66,9 +66,13 @@ def _leave(seat: Seat, beat: Beat, error: MoesimError, kind: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's and NumPy's error, torch's on a GPU, torch's and C++'s on a CPU."""
+    """Whether an allocation failed: Python's and NumPy's error, torch's and C++'s on a CPU, torch's on a GPU.
+
+    CUDA and its libraries have words of their own for it: CUDA and NCCL say "out of memory", cuBLAS "ALLOC_FAILED".
+    """
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or any(word in str(error) for word in ("can't allocate memory", "std::bad_alloc"))
+    words = ("can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
+    return named or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:

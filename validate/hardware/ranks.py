@@ -23,7 +23,10 @@ POLL_S = 0.05
 GRACE_S = 1.0
 # A rank writes a sign of life five times a second; this long without one, and it is stopped or stuck in one call.
 SILENCE_S = 5.0
+# CUDA's first calls keep Python from running its other threads, for many seconds on a node of eight GPUs.
+GPU_SILENCE_S = 60.0
 SILENT = "it said nothing"
+SLOW = "free the machine, or raise --stall-limit if it is only slow"
 # The kind of word that a rank leaves whose allocation failed.
 OUT_OF_MEMORY = "OutOfMemory"
 
@@ -37,6 +40,11 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * MIB),
     "MALLOC_TRIM_THRESHOLD_": str(4 * GIB),
 }
+
+
+def silence_of(backend: str) -> float:
+    """Seconds that ranks may show no sign of life."""
+    return GPU_SILENCE_S if backend == "nccl" else SILENCE_S
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ def read_status(path: Path) -> Status | None:
 class Watch:
     """Notices, from the ranks' statuses, that the run hangs, and which rank makes it hang."""
 
-    def __init__(self, stall_limit_s: float, now_s: float) -> None:
+    def __init__(self, stall_limit_s: float, now_s: float, silence_s: float = SILENCE_S) -> None:
         self._limit_s = stall_limit_s
+        self._silence_s = min(silence_s, stall_limit_s)
         self._counts: dict[int, int] = {}
         self._moved_s = now_s
 
@@ -73,7 +82,7 @@ class Watch:
             self._counts, self._moved_s = counts, now_s
         for rank, status in statuses.items():
             silent_s = now_s - status.time_s if status is not None else now_s - self._moved_s
-            limit_s = self._limit_s if status is None else min(SILENCE_S, self._limit_s)
+            limit_s = self._limit_s if status is None else self._silence_s
             if silent_s > limit_s:
                 doing = "before its first sign of life" if status is None else f"while {status.label}"
                 return f"rank {rank} hangs: no sign of life for {silent_s:.0f} s, {doing}"
@@ -113,11 +122,13 @@ def launch(
     stall_limit_s: float,
     tell: Callable[[str], None] = lambda _: None,
     told: Told = HARDWARE,
+    silence_s: float = SILENCE_S,
 ) -> None:
     """Run one process for each command line until all are done; on any failure end them all, and raise.
 
     Raises the error that a rank reported, or CheckFailed that names the rank and says how it died or hung. `tell` gets
-    what rank 0 is doing, now and then. No process is left behind, however this ends.
+    what rank 0 is doing, now and then. silence_s: how long a rank may show no sign of life. No process is left behind,
+    however this ends.
     """
     environment = os.environ | ENVIRONMENT
     ended_before = oom_kills()
@@ -135,7 +146,8 @@ def launch(
                         start_new_session=True,
                     )
                 )
-        _watch(running, folder, stall_limit_s, tell, ended_before, told)
+        watch = Watch(stall_limit_s, time.monotonic(), silence_s)
+        _watch(running, folder, watch, tell, ended_before, told)
     finally:
         for process in running:
             _end(process)
@@ -144,12 +156,11 @@ def launch(
 def _watch(
     running: list[subprocess.Popen[bytes]],
     folder: Path,
-    stall_limit_s: float,
+    watch: Watch,
     tell: Callable[[str], None],
     ended_before: int,
     told: Told,
 ) -> None:
-    watch = Watch(stall_limit_s, time.monotonic())
     while True:
         codes = [process.poll() for process in running]
         if any(codes):
@@ -163,9 +174,7 @@ def _watch(
         statuses = {rank: read_status(folder / f"rank{rank}.status") for rank, code in enumerate(codes) if code is None}
         reason = watch.hung(statuses, time.monotonic())
         if reason is not None:
-            raise CheckFailed(
-                reason, where=told.where, mend="free the machine, or raise --stall-limit if it is only slow"
-            )
+            raise CheckFailed(reason, where=told.where, mend=SLOW)
         first = statuses.get(0)
         if first is not None:
             tell(first.label)
@@ -179,6 +188,15 @@ def oom_kills() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def free_bytes() -> float | None:
+    """Memory that this machine has left, swap apart (proc_meminfo(5), MemAvailable); None where nothing tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        return None
 
 
 def cause(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.spec.base import Spec
 from validate.compare import (
     held_out_regret,
     mape,
@@ -34,6 +36,17 @@ from validate.hardware.layer import COLLECTIVES, OPERATIONS
 from validate.hardware.sampling import intervals
 
 Floats = NDArray[np.float64]
+
+RECORD_FILE = "record.json"
+
+
+def finished(job: Spec, out: str) -> dict[str, Any] | None:
+    """The record of this very job that an earlier go of its command left in its folder, None where there is none."""
+    try:
+        record: dict[str, Any] = json.loads((Path(out) / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if record.get("job") == job.model_dump(mode="json", exclude={"out"}) else None
 
 
 def hardware(device: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,9 @@ def device_of(backend: str, rank: int, local_rank: int) -> Any:
     torch = need_torch()
     if backend == "gloo":
         return torch.device("cpu")
+    # Communicators have streams of their own; with the eight hardware queues of the default, two may share one, and
+    # what waits for another rank then holds up what does not (CUDA C++ programming guide, environment variables).
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     missing_gpu(local_rank + 1)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -106,7 +110,7 @@ def build(job: Job, group: Group, made: Copies | None = None) -> Rig:
     torch = need_torch()
     cuda = group.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    grouped = job.kernel == "grouped" or (job.kernel == "auto" and cuda and hasattr(torch, "_grouped_mm"))
+    grouped = job.kernel == "grouped" or (job.kernel == "auto" and cuda and _has_grouped(group.device))
     if grouped:
         grouped_kernel()
     basis = draw_router(job.shape, generator(job, 0))
@@ -131,6 +135,12 @@ def build(job: Job, group: Group, made: Copies | None = None) -> Rig:
         tokens=tokens,
         flusher=torch.ones(size, dtype=torch.float32, device=group.device),
     )
+
+
+def _has_grouped(device: Any) -> bool:
+    """Whether torch has a grouped product for this GPU: written for compute capability 9.0 and above."""
+    torch = need_torch()
+    return hasattr(torch, "_grouped_mm") and tuple(torch.cuda.get_device_capability(device)) >= (9, 0)
 
 
 def _layer(job: Job, case: PlacedCase, group: Group, router: Any, made: Copies, dtype: Any, grouped: bool) -> RankLayer:

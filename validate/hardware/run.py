@@ -30,6 +30,7 @@ from validate.hardware.job import (
     synthetic_profile,
 )
 from validate.hardware.placements import BUILT_IN, family
+from validate.hardware.ranks import free_bytes
 
 # Defaults: a layer of a few to some tens of milliseconds on two CPU cores, the whole run well under a minute.
 HIDDEN = 512
@@ -162,7 +163,8 @@ def run(job: Job) -> dict[str, Any]:
     try:
         lines = ranks.commands(out / "job.json", folder, job.ranks)
         with _progress() as tell:
-            ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell)
+            silence_s = ranks.silence_of(job.backend)
+            ranks.launch(lines, folder, stall_limit_s=job.stall_limit_s, tell=tell, silence_s=silence_s)
     except CheckFailed as error:
         kept = unfinished.tell(out, job, error.what)
         raise CheckFailed(error.what, where=error.where, mend=f"{error.mend}; {kept or NOTHING}") from None
@@ -191,13 +193,8 @@ def check_memory(job: Job) -> None:
     """Raise Infeasible where the weights alone need more memory than this machine has left (Linux tells how much)."""
     if job.backend != "gloo":
         return
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return
-    needed = weight_bytes(job)
-    if needed > left:
+    left, needed = free_bytes(), weight_bytes(job)
+    if left is not None and needed > left:
         raise Infeasible(
             f"the ranks' weights need {human_bytes(needed)}, and {human_bytes(left)} of memory are free",
             where="validate hardware",

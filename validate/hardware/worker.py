@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import CheckFailed, MoesimError
+from moesim.errors import CheckFailed
 from moesim.files import read_text, write_json
 from validate.foretold import now, write_predictions
 from validate.hardware import probe, record, unfinished
 from validate.hardware.group import Beat, CoreShare, Group, need_torch, own_cores
 from validate.hardware.job import Job
+from validate.hardware.join import join, joined
 from validate.hardware.layer import COLLECTIVES, OPERATIONS, forward
 from validate.hardware.predict import predict, prediction_json, predictions_json
-from validate.hardware.process import Seat, first_line, out_of_memory, serve
-from validate.hardware.rig import Rig, build, check_outputs, device_of, generator, routed_counts
+from validate.hardware.process import Seat, serve
+from validate.hardware.rig import Rig, build, check_outputs, generator, routed_counts
 
 PREDICTIONS_FILE = "predictions.json"
-RECORD_FILE = "record.json"
+RECORD_FILE = record.RECORD_FILE
 
 
 def session(job: Job, group: Group) -> dict[str, Any] | None:
@@ -138,62 +136,22 @@ def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None]:
     return np.stack(rounds, axis=2), group.core_share(share)
 
 
-@contextlib.contextmanager
-def joined(job: Job, store: Any, *, rank: int, ranks: int, local_rank: int, beat: Beat) -> Iterator[Group]:
-    """This process as a rank of the run's process group, with one thread; left again at the end."""
-    torch = need_torch()
-    torch.set_num_threads(1)
-    device = device_of(job.backend, rank, local_rank)
-    beat.at("joining the process group")
-    beat.waiting = True
-    torch.distributed.init_process_group(
-        job.backend,
-        store=store,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=job.stall_limit_s),
-        **({"device_id": device} if device.type == "cuda" else {}),
+def join_torchrun(make_job: Callable[[int], Job]) -> dict[str, Any] | None:
+    """Join the ranks that torchrun started (see `join`); returns the record on rank 0, None elsewhere."""
+
+    def make(ranks: int) -> Job:
+        made = make_job(ranks)
+        forget(Path(made.out))
+        return made
+
+    return join(
+        "validate hardware",
+        make,
+        Job.model_validate_json,
+        lambda job, group, store: session(job, group),
+        stall_s=lambda job: job.stall_limit_s,
+        ending=lambda job, reason: unfinished.tell(Path(job.out), job, reason),
     )
-    beat.waiting = False
-    try:
-        yield Group(rank, ranks, device, beat)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def join_torchrun(make_job: Any) -> dict[str, Any] | None:
-    """Join the ranks that torchrun started: rank 0 makes the job (`make_job(ranks)`) and hands it to the others.
-
-    Returns the record on rank 0, None elsewhere.
-    """
-    torch = need_torch()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
-    store, _, _ = next(torch.distributed.rendezvous("env://", rank=rank, world_size=ranks))
-    store = torch.distributed.PrefixStore("moesim", store)
-    if rank == 0:
-        try:
-            made = make_job(ranks)
-            forget(Path(made.out))
-            store.set("job", made.model_dump_json())
-        except MoesimError:
-            store.set("job", "")
-            raise
-    text = store.get("job").decode()
-    if not text:
-        raise CheckFailed("rank 0 could not make the job", where=f"rank {rank}", mend="see what rank 0 says")
-    job = Job.model_validate_json(text)
-    beat = Beat(None)
-    with joined(job, store, rank=rank, ranks=ranks, local_rank=local_rank, beat=beat) as group:
-        try:
-            return session(job, group)
-        except MoesimError:
-            raise
-        except (RuntimeError, MemoryError) as error:
-            how = "ran out of memory" if out_of_memory(error) else "failed"
-            reason = f"rank {rank} {how} while {beat.label}: {first_line(error)}"
-            told = unfinished.tell(Path(job.out), job, reason) if rank == 0 else None
-            raise CheckFailed(reason, mend="; ".join(filter(None, ["see the other ranks' messages", told]))) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -205,7 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
             own_cores(rank.rank, job.ranks)  # before torch starts its threads
         torch = need_torch()
         store = torch.distributed.FileStore(str(rank.folder / "store"), job.ranks)
-        with joined(job, store, rank=rank.rank, ranks=job.ranks, local_rank=rank.rank, beat=beat) as group:
+        with joined(
+            job.backend, store, rank=rank.rank, ranks=job.ranks, local_rank=rank.rank, beat=beat,
+            stall_s=job.stall_limit_s,
+        ) as group:  # fmt: skip
             session(job, group)
 
     return serve("validate hardware", arguments, work)

@@ -178,7 +178,11 @@ class Seen:
 def plan_of(point: AicPoint, price: AicPrice, gpus: int) -> SidePlan | str:
     """aiconfigurator's instance, replicated until it fills the GPUs; else why moesim cannot run it."""
     if point.pp > 1 or point.cp > 1:
-        why = "batches in stages count otherwise there" if point.pp > 1 else "context parallelism is not simulated"
+        why = (
+            "batches in stages count otherwise there"
+            if point.pp > 1
+            else "its context parallelism takes GPUs of its own, which is not simulated"
+        )
         return f"PP{point.pp} CP{point.cp}: {why}"
     if gpus % point.gpus:
         return f"instances of {point.gpus} GPUs do not fill {gpus}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesim.spec.evidence import training_layout_trait
+from moesim.spec.evidence import device_trait, training_layout_trait
+from profiles.groups import PRETENDED
 from validate.records.form import check, short, timed_head
 from validate.training.job import Layout
 from validate.training.rank import GRADIENT_LIMIT, LOSS_LIMIT
@@ -19,9 +20,11 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
     layouts = [Layout.read(one, where="layout") for one in job["layouts"]]
     shape, order, half = job["shape"], compared["pairs"], compared["split_half"]
     ranks = sorted({layout.ranks for layout in layouts})
+    between = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+    hardware = record["hardware"]
     return {
         **timed_head(record),
-        "what": f"{job['backend']}, {ranks[0]} to {ranks[-1]} ranks, fp32, {shape['layers']} layers of "
+        "what": f"{job['backend']}, {between} ranks, fp32, {shape['layers']} layers of "
         f"{shape['hidden']}, {shape['experts']} experts of {shape['intermediate']}, top-{shape['top_k']}: "
         f"{len(layouts)} layouts, {job['global_batch']} sequences of {job['sequence_length']} tokens a step",
         "repeats": job["repeats"],
@@ -33,9 +36,10 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
                 "claim": "training_step",
                 "figure": "step time",
                 "traits": {
-                    "gpu": "CPU",
+                    "gpu": device_trait(hardware["gpu"]) if "gpu" in hardware else "CPU",
                     "exchange": f"{job['backend']} {DISPATCHER}",
-                    "nodes": 1,
+                    # Records of before nodes were told are of one; nodes that were pretended are none.
+                    **({} if record.get(PRETENDED) else {"nodes": record.get("nodes", {}).get(str(layout.ranks), 1)}),
                     "model": MODEL,
                     "ranks": layout.ranks,
                     "layout": training_layout_trait(

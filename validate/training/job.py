@@ -10,6 +10,7 @@ from moesim.errors import BadInput
 from moesim.network.rank_groups import RankGrid
 from moesim.spec.base import Spec
 from moesim.spec.parallel import ParallelSpec
+from validate.hardware.job import Backend
 
 WHERE = "validate training"
 PRECISION = dict.fromkeys(("dense", "experts", "activations", "kv_cache", "dispatch", "combine"), "fp32")
@@ -47,6 +48,21 @@ class Shape(Spec):
             "vocab_size": self.vocabulary,
             "tie_word_embeddings": False,
         }
+
+
+# What trains unless something else is asked for: on CPUs 15 million weights; on GPUs 466 million, 1.9 GB in float32 and
+# four times that with gradients and Adam (all layouts of eight ranks together hold 34 GB on a GPU), experts that 64
+# ranks divide, stages for eight. As many key-value heads as heads: torch's attention in float32 groups heads only by
+# writing all scores out, and nobody trains by that.
+SHAPES: dict[Backend, Shape] = {
+    "gloo": Shape(),
+    "nccl": Shape(
+        layers=8, hidden=1024, heads=16, kv_heads=16, head_dim=64, dense_intermediate=4096, experts=64, top_k=4,
+        intermediate=256, vocabulary=32768,
+    ),
+}  # fmt: skip
+SEQUENCE_LENGTH: dict[Backend, int] = {"gloo": 256, "nccl": 2048}
+GLOBAL_BATCH: dict[Backend, int] = {"gloo": 12, "nccl": 32}
 
 
 class Layout(Spec):
@@ -99,7 +115,7 @@ class TrainingJob(Spec):
     samples: int = Field(default=11, gt=0, description="of each operation of the profile, on each rank")
     sample_s: float = Field(default=0.02, gt=0, description="what a sample takes: several calls where one is shorter")
     seed: int = Field(default=0, ge=0, lt=2**31)
-    backend: Literal["gloo"] = "gloo"
+    backend: Backend = "gloo"
     stall_s: float = Field(default=120.0, gt=0)
     out: str = "runs/validate-training"
 
@@ -128,6 +144,7 @@ ONE = Layout(name="one process")
 
 
 def _layouts() -> tuple[Layout, ...]:
+    """Those of two, three and four ranks."""
     plain: dict[str, dict[str, Any]] = {
         "TP2 EP2": {"tp": 2},
         "DP2 EP2": {"dp": 2},
@@ -151,3 +168,73 @@ def _layouts() -> tuple[Layout, ...]:
 
 
 LAYOUTS = _layouts()
+
+# Beyond four ranks: no more tensor parallelism than the ranks of a node, no more stages than layers.
+WIDEST_TP = DEEPEST_PP = 8
+
+
+def layouts_of(ranks: int) -> tuple[Layout, ...]:
+    """The layouts of so many ranks: those listed above, and beyond four every split by powers of two.
+
+    Then also: experts balanced, stages in turns of two, and copies of a smaller layout.
+    """
+    if ranks <= max(one.ranks for one in LAYOUTS):
+        return tuple(one for one in LAYOUTS if one.ranks == ranks)
+    powers = [2**power for power in range(ranks.bit_length())]
+    found = [
+        _named(tp, ranks // (pp * tp), pp)
+        for pp in powers
+        for tp in powers
+        if ranks % (pp * tp) == 0 and pp <= DEEPEST_PP and tp <= WIDEST_TP
+    ]
+    found.append(_named(1, ranks, 1, placement="greedy"))
+    if ranks % 2 == 0:
+        half = ranks // 2
+        found += [
+            _named(1, half, 2, schedule="interleaved", virtual_stages=2),
+            _named(1, half, 1, instances=2),
+            *([_named(2, half // 2, 1, instances=2)] if half % 2 == 0 else []),
+            _named(1, half // 2, 2, instances=2) if half % 2 == 0 else _named(1, 1, 2, instances=half),
+            _named(1, 1, 1, instances=ranks),
+        ]
+    return tuple(found)
+
+
+def _named(tp: int, dp: int, pp: int, **more: Any) -> Layout:
+    """A layout under the name that tells it."""
+    sizes = [f"{name}{size}" for name, size in (("TP", tp), ("DP", dp), ("PP", pp)) if size > 1]
+    instances = int(more.get("instances", 1))
+    if not sizes:
+        return Layout(name=f"DP{instances}", **more)
+    name = " ".join([*sizes, *([f"EP{tp * dp}"] if tp * dp > 1 else [])])
+    name = f"{instances} of {name}" if instances > 1 else name
+    extra = [str(more[key]) for key in ("placement", "schedule") if key in more]
+    return Layout(name=", ".join([name, *extra]), tp=tp, dp=dp, pp=pp, **more)
+
+
+def batch_of(backend: Backend, ranks: int) -> int:
+    """Sequences of a step that layouts of so many ranks divide, where their number is a power of two."""
+    return max(GLOBAL_BATCH[backend], 2 * ranks) if backend == "nccl" else GLOBAL_BATCH[backend]
+
+
+def fitting(job: TrainingJob) -> tuple[TrainingJob, dict[str, str]]:
+    """The job with those of its layouts that divide its model and batch, and why the others do not, by name."""
+    wrong = {one.name: why for one in job.layouts if (why := _misfit(job, one))}
+    kept = tuple(one for one in job.layouts if one.name not in wrong)
+    return (job.model_copy(update={"layouts": kept}) if kept else job), wrong
+
+
+def _misfit(job: TrainingJob, layout: Layout) -> str:
+    shape, tp, ep = job.shape, layout.tp, layout.tp * layout.dp
+    whole = job.micro_batch * layout.dp * layout.instances
+    each = job.global_batch // whole
+    rules = (
+        (shape.kv_heads % tp, f"{shape.kv_heads} key-value heads do not divide by TP{tp}"),
+        (shape.vocabulary % tp, f"a vocabulary of {shape.vocabulary} does not divide by TP{tp}"),
+        (job.sequence_length % tp, f"{job.sequence_length} tokens do not divide by TP{tp}"),
+        (shape.experts % ep, f"{shape.experts} experts do not divide by EP{ep}"),
+        (job.global_batch % whole, f"{job.global_batch} sequences do not divide by {whole} at a time"),
+        (layout.pp * layout.virtual_stages > shape.layers, f"{shape.layers} layers are too few for its stages"),
+        (layout.schedule == "interleaved" and each % layout.pp, f"{each} micro-batches do not divide by PP{layout.pp}"),
+    )
+    return next((why for wrong, why in rules if wrong), "")

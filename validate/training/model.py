@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moesim.network.rank_groups import Group as GroupKind
 from validate.hardware.group import need_torch
 from validate.training.job import Layout, Shape, TrainingJob
-from validate.training.ways import Way, functions
+from validate.training.ways import Made, Way, functions
 
 ROPE_BASE = 10_000.0
 EPSILON = 1e-6
@@ -42,7 +42,7 @@ class Slice:
         """This rank's part."""
         if self.rows is None:
             return whole
-        return whole.index_select(self.axis, need_torch().as_tensor(self.rows))
+        return whole.index_select(self.axis, need_torch().as_tensor(self.rows, device=whole.device))
 
 
 def whole_parameter(name: str, shape: tuple[int, ...], seed: int) -> Any:
@@ -122,18 +122,23 @@ class Weights:
     views: name -> parameter, a view of the flat one. slices: name -> what it is of the whole model.
     """
 
-    def __init__(self, job: TrainingJob, listed: Sequence[Slice]) -> None:
+    def __init__(self, job: TrainingJob, listed: Sequence[Slice], made: Made) -> None:
         torch = need_torch()
         self.slices = {one.name: one for one in listed}
         self.flat: dict[str, Any] = {}
         self.gradients: dict[str, Any] = {}
         self.views: dict[str, Any] = {}
         for kind in KINDS:
-            made = [(one, one.of(whole_parameter(one.name, one.shape, job.seed))) for one in listed if one.kind == kind]
-            flat = torch.cat([value.reshape(-1) for _, value in made]) if made else torch.zeros(0)
+            values = []
+            for one in listed:
+                if one.kind == kind:
+                    made.beat.at(f"making the weights: {one.name}")
+                    # Made on the host, so that they are the same on every kind of device.
+                    values.append((one, one.of(whole_parameter(one.name, one.shape, job.seed)).to(made.device)))
+            flat = torch.cat([one.reshape(-1) for _, one in values]) if values else torch.zeros(0, device=made.device)
             gradients = torch.zeros_like(flat)
             start = 0
-            for one, value in made:
+            for one, value in values:
                 end = start + value.numel()
                 view = flat[start:end].view(value.shape).requires_grad_()
                 view.grad = gradients[start:end].view(value.shape)
@@ -150,23 +155,38 @@ class Weights:
 class Decoder:
     """Some layers of the model on one rank.
 
-    slots: of each expert over all EP ranks [MoE layers, experts], ranks one after another.
+    slots: of each expert over all EP ranks [MoE layers, experts], ranks one after another. expert: of each slot.
     counted: rows of each expert that this rank's tokens asked for, by layer, of the last forward pass.
     """
 
     def __init__(
-        self, job: TrainingJob, layout: Layout, weights: Weights, ways: dict[GroupKind, Way], slots: NDArray[np.int64]
+        self,
+        job: TrainingJob,
+        layout: Layout,
+        weights: Weights,
+        ways: dict[GroupKind, Way],
+        slots: NDArray[np.int64],
+        device: Any,
     ) -> None:
         torch = need_torch()
         self.job, self.layout, self.weights, self.ways = job, layout, weights, ways
-        self.slot = [torch.as_tensor(row) for row in slots]
+        self.slot = [torch.as_tensor(row, device=device) for row in slots]
         self.per_rank = job.shape.experts // ways["ep"].size
-        self.bias = [torch.as_tensor(gate_bias(job, layer), dtype=torch.float32) for layer in range(job.shape.layers)]
+        first = ways["ep"].place * self.per_rank
+        by_slot = [row.argsort(kind="stable") for row in slots]
+        self.expert = [torch.as_tensor(row, device=device) for row in by_slot]
+        self.held = [row[first : first + self.per_rank].tolist() for row in by_slot]
+        self.bias = [
+            torch.as_tensor(gate_bias(job, layer), dtype=torch.float32, device=device)
+            for layer in range(job.shape.layers)
+        ]
         self.gather, self.scatter, self.exchange = functions()
         self.counted: dict[int, Any] = {}
         length, width = job.sequence_length, job.shape.head_dim
         angle = torch.arange(length)[:, None] / ROPE_BASE ** (torch.arange(0, width, 2) / width)
-        self.cosine, self.sine = (torch.cat([part, part], dim=-1)[:, None] for part in (angle.cos(), angle.sin()))
+        self.cosine, self.sine = (
+            torch.cat([part, part], dim=-1)[:, None].to(device) for part in (angle.cos(), angle.sin())
+        )
         self.entropy = entropy_function()
 
     def parameter(self, name: str) -> Any:
@@ -231,29 +251,32 @@ class Decoder:
         best = logits.topk(top_k, dim=-1)
         share = torch.softmax(best.values, dim=-1)
         slots = self.slot[layer - 1][best.indices].reshape(-1)
-        self.counted[layer] = torch.bincount(best.indices.reshape(-1), minlength=self.job.shape.experts)
+        self.counted[layer] = counted(best.indices, self.job.shape.experts)
         order = slots.argsort(stable=True)
         token = order // top_k
-        counts = torch.bincount(slots, minlength=self.job.shape.experts).view(way.size, self.per_rank)
+        counts = self.counted[layer].index_select(0, self.expert[layer - 1]).view(way.size, self.per_rank)
         arriving = counts if way.size == 1 else all_counts(counts, way)
-        sent, got = counts.sum(dim=1).tolist(), arriving.sum(dim=1).tolist()
+        # The only time the host waits for a device: what it needs to know of sizes comes over at once.
+        sizes = way.meet(torch.stack([counts, arriving]).cpu)
+        sent, got = sizes.sum(dim=2).tolist()
         came = self.exchange(rows.index_select(0, token), sent, got, way)
-        done = self._grouped(layer, came, arriving)
+        done = self._grouped(layer, came, arriving, sizes[1].sum(dim=0).tolist())
         back = self.exchange(done, got, sent, way)
         weighted = back * share.reshape(-1).index_select(0, order)[:, None]
         return torch.zeros_like(rows).index_add(0, token, weighted)
 
-    def _grouped(self, layer: int, came: Any, arriving: Any) -> Any:
-        """Every local expert on its rows, which come in order of (source, expert); [sources, local experts] rows."""
-        torch = need_torch()
-        sizes = arriving.sum(dim=0).tolist()
-        first = self.ways["ep"].place * self.per_rank
-        mine = self.slot[layer - 1].argsort()[first : first + self.per_rank].tolist()
+    def _grouped(self, layer: int, came: Any, arriving: Any, sizes: list[int]) -> Any:
+        """Every local expert on its rows, which come in order of (source, expert).
+
+        arriving: [sources, local experts] rows. sizes: of each local expert, from all sources.
+        """
+        torch, held = need_torch(), self.held[layer - 1]
         if len(arriving) == 1:  # in order as they come
-            return self._each(layer, mine, came.split(sizes))
-        local = torch.arange(self.per_rank).repeat(len(arriving)).repeat_interleave(arriving.reshape(-1))
+            return self._each(layer, held, came.split(sizes))
+        each = torch.arange(self.per_rank, device=came.device).repeat(len(arriving))
+        local = each.repeat_interleave(arriving.reshape(-1), output_size=len(came))
         order = local.argsort(stable=True)
-        done = self._each(layer, mine, came.index_select(0, order).split(sizes))
+        done = self._each(layer, held, came.index_select(0, order).split(sizes))
         return done.index_select(0, order.argsort())
 
     def _each(self, layer: int, experts: Sequence[int], parts: Sequence[Any]) -> Any:
@@ -265,10 +288,17 @@ class Decoder:
         return need_torch().cat(done)
 
 
+def counted(ids: Any, experts: int) -> Any:
+    """How often each expert stands among ids: int64 [experts]. On a GPU `bincount` would have the host wait for it."""
+    torch, flat = need_torch(), ids.reshape(-1)
+    zeros = torch.zeros(experts, dtype=torch.int64, device=ids.device)
+    return zeros.scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def all_counts(counts: Any, way: Way) -> Any:
     """How many rows come from each rank for each local expert: [ranks, local experts]."""
     torch = need_torch()
-    arriving = torch.empty_like(counts)
+    arriving = torch.empty_like(counts, memory_format=torch.contiguous_format)
     way.meet(lambda: torch.distributed.all_to_all_single(arriving, counts.contiguous(), group=way.group))
     return arriving
 

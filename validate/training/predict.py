@@ -15,6 +15,7 @@ from moesim.cost.ops import Operation
 from moesim.cost.roofline import Roofline
 from moesim.engine.training import TrainingRun, simulate_training, training_model
 from moesim.engine.training_plan import SharedTraining
+from moesim.errors import Infeasible
 from moesim.graph.pipeline import Pass
 from moesim.graph.training_layer import TrainingSetup
 from moesim.spec.plan import ExpertPlacement
@@ -46,12 +47,12 @@ class Listening:
         return self.costs.estimate(operation)
 
 
-def scenario(job: TrainingJob, layout: Layout, *, points: str | None, host_s: float = 0.0) -> dict[str, Any]:
-    """The scenario of a layout, as it stands in the run's folder. points: file of them; none = by formula.
+def scenario(job: TrainingJob, layout: Layout, *, points: Sequence[str], host_s: float = 0.0) -> dict[str, Any]:
+    """The scenario of a layout, as it stands in the run's folder. points: files of them; none = by formula.
 
     host_s: what the host adds to each layer of a micro-batch, see `host_time`.
     """
-    cost = {"source": "roofline"} if points is None else {"source": "points", "profiles": [points]}
+    cost = {"source": "points", "profiles": list(points)} if points else {"source": "roofline"}
     return {
         "schema_version": 1,
         "model": CONFIG_FILE,
@@ -85,55 +86,89 @@ def cluster_file(ranks: int) -> str:
     return f"cluster-{ranks}.yaml"
 
 
-def points_file(ranks: int) -> str:
-    """Name of the file of points measured on so many ranks."""
-    return f"points-{ranks}.json"
+def points_file(ranks: int, nodes: int = 1) -> str:
+    """Name of the file of points measured on so many ranks; nodes: that its collectives span."""
+    return f"points-{ranks}.json" if nodes == 1 else f"points-{ranks}-over-{nodes}.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs the ranks. hosts: the number of each rank's host. memory_bytes: of a device, or of a host for all."""
+
+    name: str
+    memory_bytes: float
+    hosts: tuple[int, ...]
+    multiprocessors: int = 1
+
+    def nodes(self, ranks: int) -> tuple[int, int]:
+        """Nodes that the first `ranks` ranks lie on, and ranks of each. Raises Infeasible where they lie unevenly."""
+        mine = self.hosts[:ranks]
+        here = mine.count(mine[0])
+        if any(host != index // here for index, host in enumerate(mine)) or len(mine) % here:
+            raise Infeasible(
+                f"{ranks} ranks do not fill nodes of {here} in order",
+                where="--ranks",
+                mend="use whole nodes, or ranks of one",
+                reason="nodes_not_filled",
+            )
+        return len(mine) // here, here
+
+
+@dataclass(frozen=True)
+class Link:
+    """What sends by one kind of link were found to take; points: measured sends behind it, rel_sigma: their scatter."""
+
+    latency_s: float
+    bytes_per_s: float
+    rel_sigma: float
+    points: int
+
+
+# Without stages nothing is sent, and figures of links price nothing.
+NOTHING_SENT = Link(1e-4, 1e9, 0.0, 0)
 
 
 def cluster(
-    ranks: int,
-    memory_bytes: float,
-    *,
-    flops_per_s: float = 1e9,
-    latency_s: float = 1e-4,
-    bytes_per_s: float = 1e9,
-    points: int = 0,
-    rel_sigma: float = 0.0,
-    processor: str = "a processor",
+    ranks: int, machine: Machine, *, flops_per_s: float = 1e9, near: Link = NOTHING_SENT, far: Link = NOTHING_SENT
 ) -> dict[str, Any]:
-    """The machine as a cluster file: each rank a device, memory shared by all; the network as sends find it.
+    """The machine as a cluster file: each rank a device; the network as sends find it, inside nodes and between them.
 
-    points, rel_sigma: measured sends behind it and how they scatter; 0 = without stages nothing is sent, and the link's
-    figures are placeholders that price nothing.
+    Every device has a NIC of its own, whose rate is what it gets while all others send, too.
     """
+    nodes, here = machine.nodes(ranks)
     found: dict[str, Any] = {
-        "name": "ranks of this machine",
+        "name": "ranks of this machine" if nodes == 1 else f"ranks on {nodes} nodes",
         "gpu": {
-            "name": processor,
-            "hbm_bytes": memory_bytes,
+            "name": machine.name,
+            "hbm_bytes": machine.memory_bytes,
             "hbm_bytes_per_s": 1e10,
             "flops_per_s": {"bf16": flops_per_s, "fp32": flops_per_s},
-            "multiprocessors": 1,
+            "multiprocessors": machine.multiprocessors,
         },
-        "nodes": 1,
-        "gpus_per_node": ranks,
-        "nvlink_bytes_per_s": bytes_per_s,
-        "nvlink_latency_s": latency_s,
-        "nic_bytes_per_s": bytes_per_s,
-        "pcie_bytes_per_s": bytes_per_s,
+        "nodes": nodes,
+        "gpus_per_node": here,
+        "nvlink_bytes_per_s": near.bytes_per_s,
+        "nvlink_latency_s": near.latency_s,
+        "nic_bytes_per_s": far.bytes_per_s if far.points else near.bytes_per_s,
+        "pcie_bytes_per_s": near.bytes_per_s,
         "sources": {
             "nvlink_bytes_per_s": "sends between two ranks",
             "gpu.flops_per_s": "the quickest matrix product of the points",
             "gpu.hbm_bytes_per_s": "not measured; the points price all that it would",
         },
     }
-    if points:
-        told = {"rel_sigma": rel_sigma, "points": points, "source": "validate training"}
-        found["measured"] = {"nvlink_bytes_per_s": told, "nvlink_latency_s": told}
-    return found
+    if far.points:
+        found["nic_latency_s"] = far.latency_s
+        found["sources"]["nic_bytes_per_s"] = "sends between two nodes, by all ranks at once"
+    measured: dict[str, Any] = {}
+    for one, names in ((near, ("nvlink_bytes_per_s", "nvlink_latency_s")), (far, ("nic_bytes_per_s", "nic_latency_s"))):
+        if one.points:
+            told = {"rel_sigma": one.rel_sigma, "points": one.points, "source": "validate training"}
+            measured |= {name: dict(told) for name in names}
+    return found | ({"measured": measured} if measured else {})
 
 
-def read(job: TrainingJob, layout: Layout, folder: Path, *, points: str | None, host_s: float = 0.0) -> Scenario:
+def read(job: TrainingJob, layout: Layout, folder: Path, *, points: Sequence[str], host_s: float = 0.0) -> Scenario:
     """The scenario of a layout with its files in the run's folder."""
     data = scenario(job, layout, points=points, host_s=host_s)
     return resolve_paths(Scenario.read(data, where=f"layout {layout.name}"), folder)
@@ -146,23 +181,34 @@ def asked_of(job: TrainingJob, layouts: Iterable[Layout], folder: Path) -> tuple
     """
     heard: list[Operation] = []
     slots: dict[str, Ints] = {}
-    sends: set[float] = set()
+    sends: dict[int, set[float]] = {}
     for layout in layouts:
-        found = read(job, layout, folder, points=None)
+        found = read(job, layout, folder, points=())
         shared = SharedTraining()
         key, ground, routing = shared.ground(found)
         shared.grounds[key] = (replace(ground, costs=Listening(Roofline(ground.cluster), heard)), routing)
         model = training_model(found, job.seed, shared)
         slots[layout.name] = slots_of(model.setup.placement)
         if layout.pp > 1:
-            sends.add(_send_bytes(model.setup))
+            sends.setdefault(min(2, model.setup.grid.nodes("pp")), set()).add(_send_bytes(model.setup))
     listed = [
-        Asked(family, key, size) for (family, key), sizes in places(heard).items() for size in _chosen(family, sizes)
+        Asked(family, key, size, nodes)
+        for nodes, some in sorted(_by_nodes(heard).items())
+        for (family, key), sizes in places(some).items()
+        for size in _chosen(family, sizes)
     ]
-    if sends:  # two sizes at least, for a latency and a rate
-        small = SMALL_SEND_BYTES if max(sends) > SMALL_SEND_BYTES else min(sends) / 4.0
-        listed += [Asked("send", (), size) for size in sorted({small, *sends})]
+    for nodes, needed in sorted(sends.items()):  # two sizes at least, for a latency and a rate
+        small = SMALL_SEND_BYTES if max(needed) > SMALL_SEND_BYTES else min(needed) / 4.0
+        listed += [Asked("send", (), size, nodes) for size in sorted({small, *needed})]
     return listed, slots
+
+
+def _by_nodes(heard: Iterable[Operation]) -> dict[int, list[Operation]]:
+    """Operations by the nodes over which ranks meet in them; all others are of one."""
+    found: dict[int, list[Operation]] = {}
+    for one in heard:
+        found.setdefault(getattr(one, "nodes", 1), []).append(one)
+    return found
 
 
 def slots_of(placement: ExpertPlacement) -> Ints:
@@ -185,14 +231,14 @@ def _chosen(family: Family, sizes: Sequence[float]) -> list[float]:
     return sorted({float(one) for one in np.geomspace(sizes[0], sizes[-1], most)} | {sizes[0], sizes[-1]})
 
 
-def points_of(measured: Iterable[Measured]) -> list[MeasuredPoint]:
-    """What was measured as points of a file; sends are not among them, which the cluster file holds."""
-    found = []
+def points_of(measured: Iterable[Measured]) -> dict[int, list[MeasuredPoint]]:
+    """What was measured as points, by the nodes that collectives span; sends are none, which the cluster file holds."""
+    found: dict[int, list[MeasuredPoint]] = {}
     for one in measured:
         if one.asked.family == "send":
             continue
         low, middle, high = np.quantile(one.samples, (0.1, 0.5, 0.9)).tolist()
-        found.append(
+        found.setdefault(one.asked.nodes, []).append(
             MeasuredPoint(
                 family=one.asked.family,  # type: ignore[arg-type]
                 key=one.asked.key, size=one.asked.size, seconds=middle, p10_s=low, p90_s=high,
@@ -201,47 +247,49 @@ def points_of(measured: Iterable[Measured]) -> list[MeasuredPoint]:
     return found
 
 
-def measured_cluster(ranks: int, memory_bytes: float, measured: Sequence[Measured], processor: str) -> dict[str, Any]:
+def measured_cluster(ranks: int, machine: Machine, measured: Sequence[Measured]) -> dict[str, Any]:
     """The cluster file with what sends and products were found to take."""
     products = [
         2.0 * one.asked.size * float(one.asked.key[0]) * float(one.asked.key[1]) / float(np.median(one.samples))
         for one in measured
         if one.asked.family == "gemm"
     ]
+    near, far = (_link([one for one in measured if one.asked.nodes == nodes]) for nodes in (1, 2))
+    return cluster(ranks, machine, flops_per_s=max(products), near=near, far=far)
+
+
+def _link(measured: Iterable[Measured]) -> Link:
+    """Latency and rate of the smallest and the largest send among what was measured."""
     sends = sorted((one for one in measured if one.asked.family == "send"), key=lambda one: one.asked.size)
     if not sends:
-        return cluster(ranks, memory_bytes, flops_per_s=max(products), processor=processor)
+        return NOTHING_SENT
     first, last = (float(np.median(one.samples)) for one in (sends[0], sends[-1]))
     low, high = np.quantile(sends[-1].samples, (0.1, 0.9))
-    return cluster(
-        ranks,
-        memory_bytes,
-        flops_per_s=max(products),
+    return Link(
         latency_s=first,
         bytes_per_s=(sends[-1].asked.size - sends[0].asked.size) / max(last - first, 1e-9),
-        points=len(sends),
         rel_sigma=float(high - low) / 2.56 / last,
-        processor=processor,
+        points=len(sends),
     )
 
 
 def content(
-    points: Sequence[MeasuredPoint], when: str, hardware: dict[str, Any], versions: dict[str, str]
+    points: Sequence[MeasuredPoint], nodes: int, when: str, hardware: dict[str, Any], versions: dict[str, str]
 ) -> dict[str, Any]:
-    """A file of points."""
+    """A file of points whose collectives span so many nodes."""
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "measured": when,
         "dtype": "fp32",
-        "nodes": 1,
+        "nodes": nodes,
         "hardware": hardware,
         "versions": versions,
         "points": [one.model_dump(mode="json") for one in points],
     }
 
 
-def host_time(job: TrainingJob, folder: Path, points: str, alone_s: float) -> dict[str, float]:
+def host_time(job: TrainingJob, folder: Path, points: Sequence[str], alone_s: float) -> dict[str, float]:
     """What the host adds to each layer, told from one process that runs the whole model without any parallelism.
 
     alone_s: measured seconds of a micro-batch, forward and backward. priced_s: what the points make of the same; the
@@ -256,7 +304,7 @@ def host_time(job: TrainingJob, folder: Path, points: str, alone_s: float) -> di
     }
 
 
-def predict(job: TrainingJob, layout: Layout, folder: Path, *, points: str, host_s: float) -> dict[str, Any]:
+def predict(job: TrainingJob, layout: Layout, folder: Path, *, points: Sequence[str], host_s: float) -> dict[str, Any]:
     """What `moesim simulate` says of a layout: the step with its interval, and its parts."""
     run = simulate_training(read(job, layout, folder, points=points, host_s=host_s), draws=DRAWS, seed=job.seed)
     low, high = np.quantile([one.step_s for one in run.drawn], (0.05, 0.95)).tolist()
@@ -310,12 +358,4 @@ def _stages(layout: Layout) -> list[int]:
     for row in members.tolist():
         for stage, rank in enumerate(row):
             found[rank] = stage
-    return found
-
-
-def counted(routed: Iterable[tuple[int, int, Any]], job: TrainingJob) -> NDArray[np.float64]:
-    """Rows of each expert by micro-batch and MoE layer: [micro-batches, MoE layers, experts]."""
-    found = np.zeros((job.global_batch // job.micro_batch, job.shape.layers - 1, job.shape.experts))
-    for micro, layer, rows in routed:
-        found[micro, layer - 1] += rows.numpy()
     return found

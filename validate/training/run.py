@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,6 +18,8 @@ from moesim.files import write_json, write_text
 from moesim.graph.pipeline import program
 from moesim.routing.readers import write_npz
 from moesim.routing.trace import RoutingCounts
+from moesim.units import human_bytes
+from profiles.groups import PRETENDED, pretended_hosts
 from validate.compare import (
     mape,
     pair_ordering,
@@ -32,86 +31,94 @@ from validate.compare import (
     split_half,
 )
 from validate.foretold import code, now, write_predictions
-from validate.hardware import ranks as processes
-from validate.hardware.group import need_torch
-from validate.hardware.record import hardware, versions
+from validate.hardware.group import Group
+from validate.hardware.join import join
+from validate.hardware.record import RECORD_FILE, finished, hardware, versions
 from validate.training import predict as told
+from validate.training.company import TOLD, Company, Joined, Say
 from validate.training.job import ONE, WHERE, Layout, TrainingJob
+from validate.training.memory import check_memory
 from validate.training.probe import Asked, Measured
-from validate.training.rank import RESULT_FILE, contiguous
-from validate.training.step import Stepper
-from validate.training.ways import Made
 
 Floats = NDArray[np.float64]
-Say = Callable[[str], None]
 
-TOLD = processes.Told(WHERE, "use fewer sequences of fewer tokens, or layouts of fewer ranks")
-PREDICTIONS_FILE, RECORD_FILE = "predictions.json", "record.json"
+PREDICTIONS_FILE = "predictions.json"
 PARTS = ("forward", "backward", "pipeline", "reduce", "optimizer")
 
 
-def run(job: TrainingJob, say: Say) -> dict[str, Any]:
+def run(job: TrainingJob, company: Company, *, keep: bool = False) -> dict[str, Any]:
     """The whole validation; returns the record, which is in the job's folder with predictions, points and scenarios.
 
-    Raises CheckFailed when a layout's gradients or loss are wrong (nothing is timed then) or a rank is lost,
-    BadInput and Infeasible for layouts that cannot be.
+    keep: hand back the record of this very job that an earlier go left, if one did. Raises CheckFailed when a layout's
+    gradients or loss are wrong (nothing is timed then) or a rank is lost, BadInput and Infeasible for layouts that
+    cannot be.
     """
-    torch = need_torch()
-    torch.set_num_threads(1)
-    out = Path(job.out)
+    earlier = finished(job, job.out) if keep else None
+    if earlier is not None:
+        return earlier
+    out, machine = Path(job.out), company.machine
+    counts = sorted({layout.ranks for layout in job.layouts})
     for layout in job.layouts:
         job.micro_batches(layout)
+    check_memory(job, machine, company.device)
+    nodes = {str(ranks): machine.nodes(ranks)[0] for ranks in counts}
     write_json(out / told.CONFIG_FILE, job.shape.config(), indent=1)
     forget(out)
-    say("routing the batch on one process")
-    routed(job, out)
-    counts = sorted({layout.ranks for layout in job.layouts})
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    company.at("routing the batch on one process")
+    routed(job, out, company)
     slots: dict[str, list[list[int]]] = {}
-    share: dict[str, float] = {}
+    share: dict[str, float | None] = {}
     host: dict[str, dict[str, float]] = {}
-    _write_yaml(out / told.cluster_file(ONE.ranks), told.cluster(ONE.ranks, memory))
+    points: dict[int, list[str]] = {}
+    _write_yaml(out / told.cluster_file(ONE.ranks), told.cluster(ONE.ranks, machine))
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
-        _write_yaml(out / told.cluster_file(ranks), told.cluster(ranks, memory))
+        _write_yaml(out / told.cluster_file(ranks), told.cluster(ranks, machine))
         asked, placed = told.asked_of(job, [*mine, ONE], out)
         slots |= {name: table.tolist() for name, table in placed.items()}
-        measured, share[str(ranks)], alone_s = profile(job, asked, ranks, say)
-        machine = hardware(torch.device("cpu"))
-        _write_yaml(out / told.cluster_file(ranks), told.measured_cluster(ranks, memory, measured, machine["cpu"]))
-        found = told.content(told.points_of(measured), now(), machine, versions())
-        write_json(out / told.points_file(ranks), found, indent=1)
-        host[str(ranks)] = told.host_time(job, out, told.points_file(ranks), alone_s)
-    say("predicting")
+        measured, share[str(ranks)], alone_s = profile(asked, ranks, company)
+        _write_yaml(out / told.cluster_file(ranks), told.measured_cluster(ranks, machine, measured))
+        points[ranks] = []
+        for over, found in told.points_of(measured).items():
+            points[ranks].append(told.points_file(ranks, over))
+            content = told.content(found, over, now(), hardware(company.device), versions())
+            write_json(out / points[ranks][-1], content, indent=1)
+        host[str(ranks)] = told.host_time(job, out, points[ranks], alone_s)
     predicted = []
     for layout in job.layouts:
-        points, host_s = told.points_file(layout.ranks), host[str(layout.ranks)]["layer_s"]
-        _write_yaml(out / scenario_file(layout), told.scenario(job, layout, points=points, host_s=host_s))
-        found = told.predict(job, layout, out, points=points, host_s=host_s)
-        predicted.append(found | {"scenario": scenario_file(layout)})
+        company.at(f"predicting: {layout.name}")
+        files, host_s = points[layout.ranks], host[str(layout.ranks)]["layer_s"]
+        _write_yaml(out / scenario_file(layout), told.scenario(job, layout, points=files, host_s=host_s))
+        foretold = told.predict(job, layout, out, points=files, host_s=host_s)
+        predicted.append(foretold | {"scenario": scenario_file(layout)})
     predictions = write_predictions(out / PREDICTIONS_FILE, {"layouts": predicted, "host": host})
     started = now()
     moments: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     others: dict[str, float | None] = {}
+    held: dict[str, float] = {}
     for ranks in counts:
         mine = [layout for layout in job.layouts if layout.ranks == ranks]
-        content = {"phase": "steps", "slots": {layout.name: slots[layout.name] for layout in mine}}
-        answer = started_ranks(job.model_copy(update={"layouts": tuple(mine)}), ranks, content, say)
-        others[str(ranks)] = answer["others_cores"]
-        for layout, error, found in zip(mine, answer["errors"], answer["moments"], strict=True):
-            errors[layout.name], moments[layout.name] = error, found
+        answer = company.phase(
+            {"phase": "steps", "ranks": ranks, "slots": {layout.name: slots[layout.name] for layout in mine}}
+        )
+        others[str(ranks)], held[str(ranks)] = answer["others_cores"], answer["peak_bytes"]
+        for layout, error, timed in zip(mine, answer["errors"], answer["moments"], strict=True):
+            errors[layout.name], moments[layout.name] = error, timed
     record = {
         "schema_version": 1,
         "kind": "validate-training",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code(),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(company.device),
         "versions": versions(),
         "job": job.model_dump(mode="json", exclude={"out"}),
+        "nodes": nodes,
+        PRETENDED: pretended_hosts(),
         "core_share": share,
         "host": host,
         "others_cores": others,
+        "peak_bytes": held,
         "predictions": predictions,
         "measured_from": started,
         "gradient_error": max(error[0] for error in errors.values()),
@@ -124,6 +131,22 @@ def run(job: TrainingJob, say: Say) -> dict[str, Any]:
     return record
 
 
+def run_under_torchrun(make: Callable[[int], TrainingJob], say: Say, *, keep: bool = False) -> dict[str, Any] | None:
+    """The same on the ranks that torchrun started: the record on rank 0, None on the others. make: of so many ranks."""
+
+    def work(job: TrainingJob, group: Group, store: Any) -> dict[str, Any] | None:
+        company = Joined(job, group, store, say)
+        if group.rank:
+            company.follow()
+            return None
+        try:
+            return run(job, company, keep=keep)
+        finally:
+            company.dismiss()
+
+    return join(WHERE, make, TrainingJob.model_validate_json, work, stall_s=lambda job: job.stall_s, told=TOLD)
+
+
 def forget(out: Path) -> None:
     """Remove what an earlier run left in its folder, so that nothing there can be taken for this one's."""
     earlier: list[str] = []
@@ -134,11 +157,9 @@ def forget(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def routed(job: TrainingJob, out: Path) -> None:
+def routed(job: TrainingJob, out: Path, company: Company) -> None:
     """Write the routing that the batch has, by micro-batch, as one process finds it."""
-    alone = Stepper(job, ONE, Made(0), contiguous(job))
-    alone.run()
-    counts = told.counted(alone.routed, job)
+    counts = np.asarray(company.phase({"phase": "route", "ranks": 1}), dtype=np.float64)
     layers = np.arange(1, job.shape.layers)
     write_npz(
         out / told.ROUTING_FILE,
@@ -146,34 +167,12 @@ def routed(job: TrainingJob, out: Path) -> None:
     )
 
 
-def profile(job: TrainingJob, asked: Sequence[Asked], ranks: int, say: Say) -> tuple[list[Measured], float, float]:
+def profile(asked: Sequence[Asked], ranks: int, company: Company) -> tuple[list[Measured], float | None, float]:
     """Measure operations on so many ranks; the share of a core that each had, and a micro-batch on one process."""
-    say(f"profiling {len(asked)} operations on {ranks} ranks")
-    answer = started_ranks(job, ranks, {"phase": "profile", "asked": [asdict(one) for one in asked]}, say)
+    company.at(f"profiling {len(asked)} operations on {ranks} ranks")
+    answer = company.phase({"phase": "profile", "ranks": ranks, "asked": [asdict(one) for one in asked]})
     found = [Measured(one, np.asarray(each)) for one, each in zip(asked, answer["samples"], strict=True)]
-    return found, float(answer["core_share"]), float(answer["alone_s"])
-
-
-def started_ranks(job: TrainingJob, ranks: int, content: dict[str, Any], say: Say) -> Any:
-    """Run local ranks on one phase of the job; what rank 0 found. Raises CheckFailed that names a rank that failed."""
-    folder = Path(tempfile.mkdtemp(prefix="moesim-ranks-"))
-    last = ""
-
-    def tell(label: str) -> None:
-        nonlocal last
-        phase = label.partition(":")[0]
-        if phase != last:
-            say(label)
-            last = phase
-
-    try:
-        given = {"job": job.model_dump(mode="json"), "ranks": ranks, **content}
-        write_json(folder / "job.json", given)
-        lines = processes.commands(folder / "job.json", folder, ranks, "validate.training.rank")
-        processes.launch(lines, folder, stall_limit_s=job.stall_s, tell=tell, told=TOLD)
-        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return found, answer["core_share"], float(answer["alone_s"])
 
 
 def scenario_file(layout: Layout) -> str:
@@ -242,13 +241,17 @@ def table(record: dict[str, Any]) -> str:
         f"{job['backend']}, fp32: {shape['layers']} layers of {shape['hidden']}, {shape['experts']} experts of "
         f"{shape['intermediate']}, top-{shape['top_k']}; {job['global_batch']} sequences of {job['sequence_length']} "
         f"tokens a step; {job['repeats']} repeats",
-        f"on {record['hardware']['cpu']}, {record['hardware']['cpus']} CPUs; of a core each rank had "
-        + ", ".join(f"{share:.0%} (of {ranks})" for ranks, share in record["core_share"].items())
-        + " while operations were profiled; other processes kept "
+        f"on {record['hardware'].get('gpu', record['hardware']['cpu'])}, {record['hardware']['cpus']} CPUs"
+        + _nodes(record)
+        + "; "
+        + _shares(record["core_share"])
+        + "other processes kept "
         + ", ".join("?" if cores is None else f"{cores:.2f}" for cores in record["others_cores"].values())
         + " cores busy while steps were timed",
         "host's time of a layer: "
-        + ", ".join(f"{1e3 * one['layer_s']:.2f} ms (of {ranks})" for ranks, one in record["host"].items()),
+        + ", ".join(f"{1e3 * one['layer_s']:.2f} ms (of {ranks})" for ranks, one in record["host"].items())
+        + "; a rank held up to "
+        + ", ".join(f"{human_bytes(most)} (of {ranks})" for ranks, most in record["peak_bytes"].items()),
         f"predictions written {record['predictions']['written']}, measured from {record['measured_from']}; gradients "
         f"within {record['gradient_error']:.1g} of one process's",
         "",
@@ -283,6 +286,18 @@ def table(record: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _nodes(record: dict[str, Any]) -> str:
+    """Nodes of several, in words."""
+    several = [f"{ranks} ranks on {nodes} nodes" for ranks, nodes in record["nodes"].items() if nodes > 1]
+    return ", " + ", ".join(several) + (" (pretended)" if record[PRETENDED] else "") if several else ""
+
+
+def _shares(core_share: dict[str, float | None]) -> str:
+    """What ranks had of their cores; nothing where devices computed."""
+    told = [f"{share:.0%} (of {ranks})" for ranks, share in core_share.items() if share is not None]
+    return f"of a core each rank had {', '.join(told)} while operations were profiled; " if told else ""
 
 
 def _told(value: float | None) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from moesim.network.rank_groups import Group as GroupKind
 from validate.hardware.group import need_torch
 from validate.training.job import Layout, TrainingJob
 from validate.training.model import Decoder, Weights, batch_tokens, slices
-from validate.training.ways import Made, Way, ways_of
+from validate.training.ways import Made, Way, links_of
 
 # A step that changes nothing, so that every repeat routes its tokens alike: Adam costs the same at any rate.
 RATE = 0.0
@@ -32,6 +32,21 @@ class Moments:
     done_s: float
 
 
+# The pass that made what is sent, its micro-batch and its chunk.
+Message = tuple[Pass, int, int]
+
+
+def messages(told: PipelineProgram, stage: int, other: int, kind: Pass) -> list[Message]:
+    """What one stage sends to another by its passes of a kind, in the order in which it sends it."""
+    found = []
+    step = 1 if kind == Pass.FORWARD else -1
+    for index in np.flatnonzero((told.stage == stage) & (told.kind == kind)).tolist():
+        onto = int(told.chunk[index]) + step
+        if 0 <= onto < told.chunks and onto % told.stages == other:
+            found.append((kind, int(told.micro[index]), int(told.chunk[index])))
+    return found
+
+
 class Stepper:
     """All that one rank needs to run a step of a layout again and again.
 
@@ -40,15 +55,20 @@ class Stepper:
 
     def __init__(self, job: TrainingJob, layout: Layout, made: Made, slots: NDArray[np.int64]) -> None:
         torch = need_torch()
-        self.job, self.layout, self.beat = job, layout, made.beat
-        self.ways: dict[GroupKind, Way] = ways_of(layout, made)
-        self.whole = made.group(tuple(range(layout.ranks)))
+        self.job, self.layout, self.made, self.beat = job, layout, made, made.beat
+        self.links = links_of(layout, made)
+        self.ways: dict[GroupKind, Way] = self.links.ways
         self.stage = self.ways["pp"].place
         self.chunks = layers_of_chunks(job.shape.layers, layout.pp * layout.virtual_stages, layout.layers)
         self.program: PipelineProgram = program(
             layout.schedule, layout.pp, job.micro_batches(layout), layout.virtual_stages
         )
         self.mine = np.flatnonzero(self.program.stage == self.stage)
+        self.due = {
+            (one, kind): messages(self.program, one, other, kind)
+            for one, other, kind in self.links.channels
+            if other == self.stage
+        }
         per_rank, ep = job.shape.experts // self.ways["ep"].size, self.ways["ep"].place
         held = [np.flatnonzero(row // per_rank == ep)[row[row // per_rank == ep].argsort()].tolist() for row in slots]
         listed = [
@@ -57,19 +77,24 @@ class Stepper:
             if index % layout.pp == self.stage
             for one in slices(job.shape, chunk, layout.tp, self.ways["tp"].place, held)
         ]
-        self.weights = Weights(job, listed)
-        self.decoder = Decoder(job, layout, self.weights, self.ways, slots)
+        self.weights = Weights(job, listed, made)
+        self.decoder = Decoder(job, layout, self.weights, self.ways, slots, made.device)
         self.adam = torch.optim.AdamW(
             [one.requires_grad_() for one in self.weights.flat.values() if one.numel()], lr=RATE, weight_decay=0.0,
             fused=True,
         )  # fmt: skip
         for kind, flat in self.weights.flat.items():
             flat.grad = self.weights.gradients[kind]
-        self.tokens = torch.as_tensor(batch_tokens(job))
+        self.tokens = torch.as_tensor(batch_tokens(job), device=made.device)
         self.ranks = layout.dp * layout.instances
         self.first = self.ways["dp_cp"].place
-        self.loss = 0.0
+        self._losses: list[Any] = []
         self.routed: list[Any] = []
+
+    @property
+    def loss(self) -> float:
+        """The loss of the last step, as far as this rank has the head."""
+        return sum(float(one) for one in self._losses)
 
     def micro(self, number: int) -> Any:
         """Token ids of this data-parallel rank's micro-batch [sequences, length + 1]: the batch is dealt in turn."""
@@ -78,46 +103,54 @@ class Stepper:
         return self.tokens[start : start + size]
 
     def run(self, doing: str = "running") -> Moments:
-        """One step; every rank of the layout calls it at once. doing: what signs of life say."""
+        """One step; every rank of the layout calls it at once. doing: what signs of life say.
+
+        Moments are the device's own: on a GPU, when it came to a mark, not when the host had queued what is before it.
+        """
         torch = need_torch()
         distributed, told = torch.distributed, self.program
-        self.loss, self.routed = 0.0, []
-        begun = perf_counter()
+        self._losses, self.routed = [], []
+        arrived: dict[tuple[Pass, int, int], Any] = {}
+        due = {name: iter(listed) for name, listed in self.due.items()}
+        marks = self.made.marks()
+        marks.mark()
         self.weights.clear()
         held: dict[tuple[int, int], tuple[Any, Any]] = {}
         sends: list[tuple[Any, Any]] = []
-        passes = []
         for index in self.mine.tolist():
             kind, micro, chunk = Pass(told.kind[index]), int(told.micro[index]), int(told.chunk[index])
             self.beat.at(f"{doing}, {kind.name.lower()} pass of micro-batch {micro}")
-            given = self._receive(index) if told.crosses[index] else None
-            start = perf_counter()
+            given = self._receive(index, due, arrived) if told.crosses[index] else None
+            marks.mark()
             if kind == Pass.FORWARD:
                 out, last = self._forward(micro, chunk, given), chunk == told.chunks - 1
                 held[micro, chunk] = (given, out)
                 if not last:
-                    sends.append(self._send(out.detach(), kind, micro, chunk, chunk + 1))
+                    sends.append(self._send(out.detach(), kind, chunk + 1))
             else:
                 leaf, out = held.pop((micro, chunk))
                 out.backward(given)
                 if leaf is not None:
-                    sends.append(self._send(leaf.grad, kind, micro, chunk, chunk - 1))
-            passes.append((start - begun, perf_counter() - begun))
+                    sends.append(self._send(leaf.grad, kind, chunk - 1))
+            marks.mark()
         self.ways["pp"].meet(lambda: [work.wait() for work, _ in sends])
-        piped = perf_counter() - begun
+        marks.mark()
         self.beat.at(f"{doing}, reducing gradients")
         self._reduce()
-        reduced = perf_counter() - begun
+        marks.mark()
         self.beat.at(f"{doing}, optimizer")
         norm = torch.stack([one.square().sum() for one in self.weights.gradients.values()]).sum()
-        if self.whole is not None:
-            self.ways["pp"].meet(lambda: distributed.all_reduce(norm, group=self.whole))
+        if self.links.whole is not None:
+            self.ways["pp"].meet(lambda: distributed.all_reduce(norm, group=self.links.whole))
         scale = (MOST_NORM / norm.sqrt()).clamp(max=1.0)
-        if float(scale) < 1.0:
+        if self.ways["pp"].meet(lambda: float(scale)) < 1.0:
             for one in self.weights.gradients.values():
                 one.mul_(scale)
         self.adam.step()
-        return Moments(passes, piped, reduced, perf_counter() - begun)
+        marks.mark()
+        begun, *ends = self.ways["pp"].meet(marks.read)
+        *passes, piped, reduced, done = [end - begun for end in ends]
+        return Moments(list(zip(passes[::2], passes[1::2], strict=True)), piped, reduced, done)
 
     def _forward(self, micro: int, chunk: int, given: Any) -> Any:
         ids, layers = self.micro(micro), self.chunks[chunk]
@@ -129,27 +162,29 @@ class Stepper:
         if layers.stop < self.job.shape.layers:
             return x
         loss = self.decoder.loss(x, ids[:, 1:])
-        self.loss += float(loss.detach())
+        self._losses.append(loss.detach())
         return loss
 
-    def _tag(self, kind: Pass, micro: int, chunk: int) -> int:
-        return (int(kind) * self.program.micro_batches + micro) * self.program.chunks + chunk
-
-    def _send(self, tensor: Any, kind: Pass, micro: int, chunk: int, other: int) -> tuple[Any, Any]:
+    def _send(self, tensor: Any, kind: Pass, other: int) -> tuple[Any, Any]:
         """Send what another chunk waits for; the tensor is kept until it is gone."""
         tensor = tensor.contiguous()
-        peer = self.ways["pp"].members[other % self.layout.pp]
-        return need_torch().distributed.isend(tensor, peer, tag=self._tag(kind, micro, chunk)), tensor
+        return self.links.channels[self.stage, other % self.layout.pp, kind].send(tensor), tensor
 
-    def _receive(self, index: int) -> Any:
-        """The input of a pass, from the stage of the pass that it comes after."""
+    def _receive(self, index: int, due: dict[tuple[int, Pass], Iterator[Message]], arrived: dict[Message, Any]) -> Any:
+        """The input of a pass, from the stage of the pass that it comes after.
+
+        due: what a stage sends by its channel of a pass, in order. arrived: what came before it was wanted.
+        """
         torch, told = need_torch(), self.program
         source = int(told.after[index])
-        kind, micro, chunk = Pass(told.kind[source]), int(told.micro[source]), int(told.chunk[source])
+        wanted = (Pass(told.kind[source]), int(told.micro[source]), int(told.chunk[source]))
+        stage = int(told.stage[source])
         rows = self.job.micro_batch * self.job.sequence_length // self.layout.tp
-        got = torch.empty(rows, self.job.shape.hidden)
-        way = self.ways["pp"]
-        way.meet(lambda: torch.distributed.recv(got, way.members[chunk % way.size], tag=self._tag(kind, micro, chunk)))
+        while wanted not in arrived:
+            got = torch.empty(rows, self.job.shape.hidden, device=self.made.device)
+            self.links.channels[stage, self.stage, wanted[0]].receive(got)
+            arrived[next(due[stage, wanted[0]])] = got
+        got = arrived.pop(wanted)
         return got.requires_grad_() if told.kind[index] == Pass.FORWARD else got
 
     def _reduce(self) -> None:

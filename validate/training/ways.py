@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesim.graph.pipeline import Pass
 from moesim.network.rank_groups import Group as GroupKind
-from validate.hardware.group import Beat, need_torch
+from validate.hardware.group import Beat, EventMarks, Group, HostMarks, Marks, need_torch
 from validate.training.job import Layout
 
 KINDS: tuple[GroupKind, ...] = ("tp", "ep", "dp_cp", "expert_dp", "pp")
@@ -17,20 +18,93 @@ KINDS: tuple[GroupKind, ...] = ("tp", "ep", "dp_cp", "expert_dp", "pp")
 class Made:
     """Process groups made so far by their members; every rank makes all of them, in the same order.
 
-    beat: told while this rank waits for others.
+    rank: this one among all. device: of this rank; none = the CPU. beat: told while this rank waits for others. world:
+    ranks of the default group. sealed: nothing more may be made, as ranks without a part in what runs are gone.
     """
 
     rank: int
     beat: Beat = field(default_factory=lambda: Beat(None))
-    groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    device: Any = None
+    world: int = 1
+    groups: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    sealed: bool = False
 
-    def group(self, members: tuple[int, ...]) -> Any:
-        """The process group of some ranks; None for a rank alone."""
+    def __post_init__(self) -> None:
+        self.device = need_torch().device("cpu") if self.device is None else self.device
+
+    def alone(self) -> Made:
+        """The same rank and device, for what it runs by itself."""
+        return Made(0, self.beat, self.device)
+
+    def marks(self) -> Marks:
+        """A fresh set of marks in time, of the device's kind."""
+        return EventMarks() if self.device.type == "cuda" else HostMarks()
+
+    def group(self, members: tuple[int, ...], use: str = "") -> Any:
+        """The process group of some ranks; None for a rank alone. use: groups of the same ranks for several uses."""
         if len(members) < 2:
             return None
-        if members not in self.groups:
-            self.groups[members] = need_torch().distributed.new_group(list(members))
-        return self.groups[members]
+        if (members, use) not in self.groups:
+            if self.sealed:
+                raise RuntimeError(f"no group of ranks {members} was made beforehand")
+            self.beat.at(f"making groups: ranks {', '.join(map(str, members))}")
+            self.beat.waiting = True
+            self.groups[members, use] = need_torch().distributed.new_group(list(members))
+            self.beat.waiting = False
+        return self.groups[members, use]
+
+    def everyone(self, ranks: int) -> Group | None:
+        """The first `ranks` of all ranks; called by all alike, None on the others."""
+        group = None if ranks == self.world else self.group(tuple(range(ranks)), "everyone")
+        return Group(self.rank, ranks, self.device, self.beat, group) if self.rank < ranks else None
+
+    def channel(self, source: int, target: int, use: str) -> Channel:
+        """Messages of one use from one rank to another; asked for by all ranks alike. It has been tried when made."""
+        pair = (min(source, target), max(source, target))
+        use = f"{use} from {source}"
+        fresh = (pair, use) not in self.groups
+        found = Channel(source, target, self.group(pair, use), self.device, self.beat)
+        if fresh and self.rank in pair:
+            found.tried(self.rank)
+        return found
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Messages from one rank to another, received in the order in which they were sent.
+
+    It has a process group of its own. NCCL matches messages by their order, not by tags, and runs all calls of a
+    communicator one after another: on one that both ranks send by, each could wait for the other to receive first.
+    """
+
+    source: int
+    target: int
+    group: Any
+    device: Any
+    beat: Beat
+
+    def send(self, tensor: Any) -> Any:
+        """Begin to send; the tensor must be kept until the work that is returned is done."""
+        return need_torch().distributed.isend(tensor, self.target, group=self.group)
+
+    def receive(self, into: Any) -> None:
+        """Receive the next message."""
+        self.beat.waiting = True
+        need_torch().distributed.recv(into, self.source, group=self.group)
+        self.beat.waiting = False
+
+    def tried(self, rank: int) -> None:
+        """Send one number, so that the connection is there before it is timed or waited for."""
+        torch = need_torch()
+        one = torch.zeros(1, device=self.device)
+        if rank == self.target:
+            self.receive(one)
+        else:
+            self.beat.waiting = True
+            self.send(one).wait()
+            self.beat.waiting = False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -55,16 +129,39 @@ class Way:
         return len(self.members)
 
 
-def ways_of(layout: Layout, made: Made) -> dict[GroupKind, Way]:
-    """This rank's group of every kind under a layout."""
-    found: dict[GroupKind, Way] = {}
+@dataclass(frozen=True)
+class Links:
+    """What the ranks of a layout are joined by, as one of them sees it.
+
+    ways: its group of every kind. whole: all ranks of the layout. channels: (stage, other stage, pass) -> where what
+    that pass makes goes from its stage to the other one.
+    """
+
+    ways: dict[GroupKind, Way]
+    whole: Any
+    channels: dict[tuple[int, int, Pass], Channel]
+
+
+def links_of(layout: Layout, made: Made) -> Links:
+    """Make the groups of a layout; called by all ranks alike, also by those that have no part in it."""
+    ways: dict[GroupKind, Way] = {}
     for kind in KINDS:
         for row in layout.grid.members(kind).tolist():
             members = tuple(row)
             group = made.group(members)
             if made.rank in members:
-                found[kind] = Way(members, members.index(made.rank), group, made.beat)
-    return found
+                ways[kind] = Way(members, members.index(made.rank), group, made.beat)
+    whole = made.group(tuple(range(layout.ranks)))
+    channels: dict[tuple[int, int, Pass], Channel] = {}
+    stages = range(layout.pp if layout.virtual_stages > 1 else layout.pp - 1)  # the last hands on to the first, too
+    for row in layout.grid.members("pp").tolist() if layout.pp > 1 else ():
+        for stage in stages:
+            after = (stage + 1) % layout.pp
+            for one, other, makes in ((stage, after, Pass.FORWARD), (after, stage, Pass.BACKWARD)):
+                channel = made.channel(row[one], row[other], makes.name.lower())
+                if made.rank in row:
+                    channels[one, other, makes] = channel
+    return Links(ways, whole, channels)
 
 
 def all_gather(mine: Any, group: Any, ranks: int) -> Any:

@@ -120,7 +120,7 @@ def nccl_communicator_bytes(channels: int, connections: int, simple: int = NCCL_
 
 
 def _nccl(parallel: ParallelSpec, counted: MemoryLedger, left: float, environ: Mapping[str, str]) -> list[Finding]:
-    axes = {"tp": parallel.tp, "cp": parallel.cp, "attention_dp": parallel.attention_dp, "pp": parallel.pp}
+    axes = {name: getattr(parallel, name) for name in ("tp", "cp", "decode_cp", "attention_dp", "pp")}
     used = [name for name, size in axes.items() if size > 1]
     if not used:
         return []

@@ -31,6 +31,7 @@ def divisibility(
         *_gpus(cluster, parallel),
         *_layers(model, parallel),
         *_heads(model, parallel),
+        *_contexts(model, parallel),
         *_experts(model, parallel, redundant_experts),
         *_widths(model, parallel, precision, policies),
         _vocabulary(model, parallel),
@@ -89,9 +90,23 @@ def _heads(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:
         if parallel.tp % kv_heads:
             detail = f"{kv_heads} KV heads neither divide by tp {parallel.tp} nor divide it"
             yield Finding("divides heads", "fault", detail, "change parallel.tp")
-        else:
+        elif parallel.decode_cp == 1:
             detail = f"{kv_heads} KV heads at tp {parallel.tp}: each is kept {parallel.tp // kv_heads} times"
-            yield Finding("divides heads", "warn", detail, f"parallel.tp up to {kv_heads} keeps the cache single")
+            mend = f"parallel.tp up to {kv_heads} keeps the cache single, parallel.decode_cp splits the copies"
+            yield Finding("divides heads", "warn", detail, mend)
+
+
+def _contexts(model: ModelSpec, parallel: ParallelSpec) -> Iterator[Finding]:
+    if parallel.decode_cp == 1:
+        return
+    copies = model.attention.copies(parallel.tp)
+    check, told = "divides contexts", f"tp {parallel.tp} keeps a context {copies} times"
+    if copies % parallel.decode_cp:
+        mend = "change parallel.decode_cp, or raise parallel.tp"
+        yield Finding(check, "fault", f"{told}, decode_cp {parallel.decode_cp} does not divide that", mend)
+    else:
+        left = f"decode_cp {parallel.decode_cp} leaves {copies / parallel.decode_cp:g}"
+        yield Finding(check, "ok", f"{told}, {left}")
 
 
 def _experts(model: ModelSpec, parallel: ParallelSpec, redundant: int) -> Iterator[Finding]:

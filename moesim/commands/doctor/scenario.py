@@ -50,6 +50,7 @@ def check_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Checked:
 def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Iterator[Finding]:
     from moesim.commands.doctor import buffers, deepep
     from moesim.commands.doctor.divisibility import divisibility
+    from moesim.engine.context_layout import check_decode_cp
     from moesim.engine.deployment import check_parallel, refuse_unsupported
     from moesim.engine.stage_layout import check_stages
     from moesim.spec.hf import load_model
@@ -82,6 +83,7 @@ def _findings(path: Path, overrides: tuple[str, ...], checked: Checked) -> Itera
     yield from deepep.limits(scenario, model, cluster, parallel, slots, tokens)
     check_parallel(parallel, model, cluster, scenario.policies)
     check_stages(scenario, parallel, model, cluster)
+    check_decode_cp(scenario, parallel, model, cluster)
     instances = cluster.gpus // parallel.gpus
     yield Finding("parallel", "ok", f"{parallel.label()}, {instances} instance{'s' if instances > 1 else ''}")
     each = _slots(scenario, model, parallel.ep)
