@@ -471,7 +471,9 @@ class StoreCosts:
         ratio = self.roofline.seconds(op) / np.maximum(self.roofline.seconds(near), TINY_S)
         tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
         source = f"{priced.source}, scaled from {describe(near)}"
-        return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, source=source)
+        # The table's error is that between its own points; another shape or kernel is as far off as the formula is.
+        sigma = max(priced.rel_sigma, self.roofline.estimate(op).rel_sigma)
+        return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, rel_sigma=sigma, source=source)
 
     def _stand_in(self, op: Operation) -> Estimate | None:
         """The price of the very shape from another engine's table, or None: engines share many kernels."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.cost.estimate import Tag
-from moesim.cost.ops import Attention, ExpertGemm
+from moesim.cost.ops import Attention, ExpertGemm, MoeExchange
 from moesim.cost.roofline import Roofline
 from moesim.errors import OutsideProfile
 from profiles.costs import StoreCosts
@@ -59,3 +59,12 @@ def test_the_longest_length_at_a_batch() -> None:
     known = np.array([[0, 0, 0], [0, 0, -1], [0, -1, -1]], dtype=np.int8)
     grid = Surface(np.array([1.0, 2.0, 4.0]), np.array([10.0, 20.0, 30.0]), np.ones((3, 3)), known)
     assert [longest_at(grid, batch) for batch in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)] == [30, 30, 20, 20, 10, 10, 0]
+
+
+@pytest.mark.parametrize("hidden", [7168, 4096])
+def test_a_price_scaled_from_another_shape_is_no_surer_than_the_formula(hidden: int) -> None:
+    op = MoeExchange("combine", "normal", np.array([2048.0]), hidden, 8, 256, 16, 2, "bf16")
+    priced, formula = costs(allow=True).estimate(op), Roofline(h200(2)).estimate(op)
+    scaled = "scaled from" in priced.source
+    assert scaled == (hidden == 4096)
+    assert (priced.rel_sigma >= formula.rel_sigma) == scaled
