@@ -30,6 +30,15 @@ def chip(device: str) -> str:
     return name if name.startswith(_MAKERS) else ""
 
 
+def contradict(one: str, other: str) -> bool:
+    """Whether two devices' names tell different chips; a name that tells none contradicts nothing."""
+    own, more = chip(one), chip(other)
+    if not own or not more or own == more:
+        return False
+    short, long = sorted((own, more), key=len)  # "NVIDIA RTX PRO 6000" with and without its edition
+    return not (short.startswith(_MAKERS) and long.startswith(short))
+
+
 def preset_of(system: str) -> ClusterSpec | None:
     """The preset of this name; None where there is none."""
     return load_cluster(ClusterChoice(system=system)) if system in presets() else None
@@ -55,8 +64,7 @@ class System:
 
     def refuse_other(self, device: str, place: str) -> None:
         """Raises BadInput where `device`, as what was read names it, is another chip than the system's."""
-        ran, has = chip(device), chip(self.gpu)
-        if ran and has and ran != has:
+        if contradict(device, self.gpu):
             near = preset_with(device)
             raise BadInput(
                 f"measured on {device}, but {self.name} has {self.gpu}",
@@ -142,11 +150,11 @@ def _system_of(profile: Profile) -> System:
 
 
 def _refuse_other_gpu(profile: Profile, name: str, cluster: ClusterSpec) -> None:
-    has, system = chip(cluster.gpu.name), _system_of(profile)
+    system = _system_of(profile)
     told = [(device, f"measured on {device}") for device in devices_of(profile)]
     told.append((system.gpu, f"of {system.name}, which has {system.gpu}"))
     for gpu, words in told:
-        if has and chip(gpu) and chip(gpu) != has:
+        if contradict(gpu, cluster.gpu.name):
             raise BadInput(
                 f"profile {name} is {words}, but the cluster has {cluster.gpu.name}",
                 where="cost.profiles",

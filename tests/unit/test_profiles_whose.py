@@ -15,7 +15,7 @@ from moesim.spec.presets import load_cluster, presets
 from moesim.spec.scenario import ClusterChoice
 from profiles.cli import app
 from profiles.store import DATA, DESCRIPTION, Profile, open_profile, write_profile
-from profiles.whose import asked_system, chip, gpu_of_system, notes_on, open_for, preset_with, shipped_for
+from profiles.whose import asked_system, chip, contradict, gpu_of_system, notes_on, open_for, preset_with, shipped_for
 
 LOG = """\
 # nThread 1 nGpus 2 minBytes 65536 maxBytes 1048576 step: 16(factor) warmup iters: 1 iters: 20 agg iters: 1
@@ -51,6 +51,13 @@ def profile(tmp_path: Path, device: str, system: str) -> str:
 )  # fmt: skip
 def test_the_chip_of_a_device(device: str, word: str) -> None:
     assert chip(device) == word
+
+
+def test_what_contradicts() -> None:
+    assert contradict("NVIDIA H100 80GB HBM3", "NVIDIA H200") and contradict("NVIDIA GeForce RTX 4090", "NVIDIA H200")
+    assert not contradict("NVIDIA H100", "NVIDIA H100 80GB HBM3")
+    assert not contradict("NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA RTX PRO 6000")
+    assert not contradict("Intel(R) Xeon(R)", "NVIDIA H200") and not contradict("", "NVIDIA H200")
 
 
 def test_every_preset_is_found_by_its_gpu() -> None:
