@@ -20,6 +20,9 @@ def place(
     nodes: Annotated[int | None, typer.Option(help="Nodes; constrain nothing without --groups.")] = None,
     slots: Annotated[int | None, typer.Option(help="Slots of a layer over all GPUs, replicas included.")] = None,
     groups: Annotated[int | None, typer.Option(help="Expert groups that stay on one node (1 = none).")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of a layer, where a list of counts may leave some out.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="Solver (default: greedy).")] = None,
     holdout: Annotated[float | None, typer.Option(help="Fraction of the loads to judge on; 0 = no verdict.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the map to.")] = None,
@@ -49,13 +52,15 @@ def place(
     from moesim.spec.faults import refuse_faults
     from moesim.spec.scenario import load_scenario
     from placement import planning
-    from placement.export.engines import FORMATS, suffix_note, write_map
+    from placement.export.engines import FORMATS, check_name, write_map
     from placement.export.vllm import GATE
 
     if form not in FORMATS:
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
     if form == "vllm":
         raise BadInput(GATE, where="--format vllm", mend="use sglang or trtllm; `moesim export` writes vLLM's flags")
+    if out is not None:
+        check_name(form, out)
     spec = None if scenario is None else load_scenario(scenario, tuple(set_ or ()))
     if spec is not None:
         refuse_faults(spec.faults, "place")
@@ -72,6 +77,7 @@ def place(
         seed=seed,
         current=current,
         budgets=planning.budget_list(budgets),
+        experts=experts,
     )
     if drift:
         _drift(asked, out, token_s, move_s, solve_s, length_known, json_output)
@@ -80,8 +86,6 @@ def place(
         placed = planning.place(asked, choices=replica_choices)
     if out is not None:
         write_map(placed.placement, form, out, spec)
-        if suffix_note(form, out):
-            typer.echo(suffix_note(form, out), err=True)
     report = placed.to_json()
     if out is not None:
         report["out"] = {"file": str(out), "format": form}
@@ -90,6 +94,7 @@ def place(
 
         write_place_page(page, placed, written="" if out is None else f"{out} ({form})")
         report["report"] = str(page)
+    _say_doubts(asked)
     if json_output:
         _print_json(report)
     else:
@@ -109,10 +114,17 @@ def _drift(
         raise BadInput("--drift writes no map", where="--out", mend="leave it out, or leave --drift out")
     with _waiting("running the policies over the series"):
         found = command.drift(asked, token_s=token_s, move_s=move_s, solve_s=solve_s, length_known=length_known)
+    _say_doubts(asked)
     if json_output:
         _print_json(found.to_json())
     else:
         command.print_study(found)
+
+
+def _say_doubts(asked: Asked) -> None:
+    """Once all went well: an error is one line."""
+    for doubt in asked.doubts:
+        typer.echo(f"note: {doubt}", err=True)
 
 
 def _waiting(text: str) -> AbstractContextManager[Any]:
@@ -288,16 +300,18 @@ def export(
     plan: Annotated[Path, typer.Argument(help="plan.yaml of a run, or a map of moesim or of an engine.")],
     engine: Annotated[str, typer.Option(help="sglang, vllm, trtllm, megatron or vllm-ascend.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to (default: beside the plan).")] = None,
-    model: Annotated[str | None, typer.Option(help="Model of an engine's map: an id, or a config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of a map: an id, or a config.json.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Expert-parallel ranks of an engine's map.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that a map's ranks run on.")] = None,
 ) -> None:
     """Write a plan as the files that an engine loads, with the flags to launch it."""
     from placement.export.engines import export_placement
+    from placement.export.instance import Told
     from placement.export.plan_file import read_plan, role_of
 
-    placement, scenario = read_plan(plan, model=model, ranks=gpus)
+    placement, scenario = read_plan(plan, model=model, ranks=gpus, nodes=nodes)
     folder = out if out is not None else plan.parent / engine
-    for path in export_placement(placement, engine, folder, scenario, role=role_of(plan)):
+    for path in export_placement(placement, engine, folder, scenario, role=role_of(plan), told=Told(model, nodes)):
         typer.echo(str(path))
     if engine == "vllm":
         from placement.export.vllm import GATE, starts_with

@@ -63,3 +63,9 @@ def journal_storage(folder: Path) -> JournalStorage:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.journal"
     return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove a run folder's journal with its locks; whoever holds one of them has it until it ends."""
+    for name in ("study.journal", "study.writing", "study.lock"):
+        (folder / name).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from placement.compare import (
 from placement.costs import cost_of, with_cost
 from placement.cross_node import CrossNode, judge_cross_node
 from placement.dispatch import ChoiceTimes, judge_choices
+from placement.given_loads import doubts, read_given
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
 from placement.steps import StepTime, judge_steps
@@ -53,6 +54,7 @@ class Asked:
     current: ExpertPlacement | None = None
     budgets: tuple[int, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Placed:
             "layers": self.placement.layers,
             "experts": self.placement.experts,
             "loads": [load.name for load in self.asked.loads],
+            "doubts": list(self.asked.doubts),
             "max_over_mean": self.balance.to_json(),
             "baseline": {
                 "solver": self.baseline.solver,
@@ -132,8 +135,11 @@ def ask(
     seed: int | None,
     current: Path | None = None,
     budgets: Sequence[int] = (),
+    experts: int | None = None,
 ) -> Asked:
     """Fill what was not given from the scenario. Raises BadInput that names what is missing."""
+    if experts is not None and scenario is not None:
+        raise BadInput("the scenario's model tells its experts", where="--experts", mend="leave it out")
     if budgets and (scenario is None or scenario.serving is None):
         raise BadInput(
             "budgets are compared in step time, which takes a serving scenario",
@@ -142,7 +148,7 @@ def ask(
         )
     if seed is None:
         seed = scenario.seed if scenario is not None else 0
-    loads = _loads(scenario, load_files, seed)
+    loads = _loads(scenario, load_files, seed, experts)
     ranks = gpus
     if scenario is not None:
         ep = scenario.parallel.ep if scenario.parallel is not None else _cluster_gpus(scenario)
@@ -181,6 +187,7 @@ def ask(
         current=None if current is None else read_placement(current),
         budgets=tuple(budgets),
         evidence=() if scenario is None else tuple(evidence_of(scenario)),
+        doubts=() if scenario is not None else tuple(doubts(load_files, loads, experts)),
     )
 
 
@@ -197,20 +204,22 @@ def budget_list(text: str | None) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _loads(scenario: Scenario | None, files: Sequence[Path], seed: int) -> list[RoutingCounts]:
+def _loads(
+    scenario: Scenario | None, files: Sequence[Path], seed: int, experts: int | None = None
+) -> list[RoutingCounts]:
     from moesim.routing.readers import read_loads
 
     if scenario is None:
         if not files:
             raise BadInput("there are no loads to place for", where="--loads", mend="give --loads FILE or a scenario")
-        return [read_loads(path, tokens=True) for path in files]
+        return read_given(files, experts)
     from moesim.routing.resolve import fit_to_model, resolve_routing
     from moesim.spec.hf import load_model
 
     model = load_model(scenario.model)
     if files:
-        experts = model.moe.experts
-        return [fit_to_model(read_loads(path, experts=experts, tokens=True), model, where=path) for path in files]
+        known = model.moe.experts
+        return [fit_to_model(read_loads(path, experts=known, tokens=True), model, where=path) for path in files]
     return list(resolve_routing(scenario.routing, model, np.random.default_rng(seed), tokens=True))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import optuna
 
 from moesim.engine.deployment import Groundwork, groundwork
 from moesim.engine.draws import LEVEL
@@ -21,6 +24,7 @@ from placement.answers import binding_json, choices_json, choices_text
 from placement.claims import Claims, open_claims
 from placement.executors import start_workers
 from placement.interrupts import Patience, patience
+from placement.journal import remove_journal
 from placement.objective import Evaluator
 from placement.plans import Plan, baseline_plan, own_plan, plain_placement
 from placement.pools import Pool, sizes
@@ -42,7 +46,7 @@ from placement.samplers import refuse_sampler
 from placement.settle import settled
 from placement.space import Space, enumerate_space, require_plans
 from placement.training_command import tune_training
-from placement.tuner import Search, Trial, open_study, search, takes_first_look
+from placement.tuner import STUDY, Search, Trial, open_study, search, takes_first_look
 from placement.whatif import what_if
 
 FINAL_DRAWS = 20
@@ -69,7 +73,12 @@ def tune(
     if workers < 1:
         raise BadInput(f"{workers} workers", where="--workers", mend="give at least 1")
     folder = out or Path("runs") / scenario.stem
-    with open_claims(folder, storage) as claims, patience() as waiting:
+    new = not folder.exists()
+    with (
+        open_claims(folder, storage) as claims,
+        patience() as waiting,
+        _forgotten(folder, storage, claims, resume, new),
+    ):
         return _tune(
             scenario,
             trials,
@@ -84,6 +93,25 @@ def tune(
             claims=claims,
             waiting=waiting,
         )
+
+
+@contextmanager
+def _forgotten(folder: Path, storage: str | None, claims: Claims, resume: bool, new: bool) -> Iterator[None]:
+    """Leave nothing behind of a search in which no plan ran, so that the mended scenario can be searched in its place.
+
+    One that is resumed, or that other processes share, stays. new: the folder was made for this search.
+    """
+    try:
+        yield
+    except Infeasible as error:
+        if error.reason == "nothing_ran" and not resume and not claims.others():
+            if storage is not None:
+                optuna.delete_study(study_name=STUDY, storage=storage)
+            else:
+                remove_journal(folder)
+                if new and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
 
 
 def _tune(

@@ -28,7 +28,7 @@ def import_nccl_tests(
     out: OUT,
     kind: Annotated[
         str | None,
-        Option("--kind", help="As `profile collectives --kinds` names it, where no log says it."),
+        Option("--kind", help="all_reduce, all_gather, reduce_scatter, all_to_all or send_recv, where no log says it."),
     ] = None,
     gpus: Annotated[int | None, Option("--gpus", min=2, help="All ranks, where no log lists them.")] = None,
     nodes: Annotated[int | None, Option("--nodes", min=1, help="Of all ranks, where no log lists them.")] = None,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field
 
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.parallel import ParallelSpec
-from moesim.spec.scenario import Scenario, yaml_fault
+from moesim.spec.scenario import Scenario
 from moesim.spec.workload import RolesSpec
+from moesim.spec.yaml_text import read_yaml
 
 RESULT, SIMULATION, PLAN = "result.json", "simulation.json", "plan.yaml"
 # What the page shows of every plan that ran.
@@ -469,10 +469,7 @@ def _json(path: Path) -> Any:
 
 
 def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(read_text(path, what="plan"))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend=_REMAKE) from None
+    return read_yaml(path, what="plan", mend=_REMAKE)
 
 
 def _files(folder: Path) -> tuple[tuple[str, int], ...]:

@@ -70,11 +70,19 @@ class RoutingCounts:
 def stack_profiles(loads: Sequence[RoutingCounts]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Profiles [scenarios, layers, experts] and weights [scenarios] (sum 1); each file counts by its weight alone.
 
-    Raises BadInput when the files disagree in layers or experts.
+    Raises BadInput when the files disagree in layers or experts, which says in what.
     """
     first = loads[0]
     for other in loads[1:]:
-        if other.counts.shape[1:] != first.counts.shape[1:] or not np.array_equal(other.layer_ids, first.layer_ids):
+        alike = other.counts.shape[1:] == first.counts.shape[1:]
+        if alike and not np.array_equal(other.layer_ids, first.layer_ids):
+            raise BadInput(
+                f"its layers are {_numbers(other)}, those of {first.name} {_numbers(first)}",
+                where=other.name,
+                mend="number layers alike (absolute, the dense ones too, which count nothing), or give a scenario, "
+                "whose model tells them",
+            )
+        if not alike:
             raise BadInput(
                 f"{other.counts.shape[1]} layers x {other.experts} experts, but {first.name} has "
                 f"{first.counts.shape[1]} x {first.experts}",
@@ -83,3 +91,11 @@ def stack_profiles(loads: Sequence[RoutingCounts]) -> tuple[NDArray[np.float64],
             )
     weights = np.asarray([load.weight for load in loads], dtype=np.float64)
     return np.stack([load.profile() for load in loads]), weights / weights.sum()
+
+
+def _numbers(loads: RoutingCounts) -> str:
+    """The layers as 3 to 60, or one by one where some between are left out; at most four of those."""
+    ids = loads.layer_ids.tolist()
+    if len(ids) > 1 and ids[-1] - ids[0] == len(ids) - 1:
+        return f"{ids[0]} to {ids[-1]}"
+    return ", ".join(map(str, ids[:4])) + (f", ... {ids[-1]}" if len(ids) > 4 else "")

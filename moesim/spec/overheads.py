@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from moesim.errors import BadInput
 from moesim.files import read_text
 from moesim.spec.base import Spec
+from moesim.spec.yaml_text import FAULTS, parse_yaml, yaml_fault
 
 FORMAT = "moesim-overheads"
 # Far above any file that `moesim validate calibrate` writes.
@@ -86,10 +86,9 @@ def read_calibration(path: Path) -> CalibrationSpec:
             mend="give what `moesim validate calibrate --out` wrote",
         )  # fmt: skip
     try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        fault = " ".join(str(getattr(error, "problem", None) or error).split())[:120]
-        raise BadInput(f"not valid YAML: {fault}", where=str(path), mend="calibrate again") from None
+        data = parse_yaml(text)
+    except FAULTS as error:
+        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="calibrate again") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BadInput(
             f"not a file of overheads (no `format: {FORMAT}`)", where=str(path),

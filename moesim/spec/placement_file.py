@@ -42,9 +42,11 @@ def read_placement(path: Path, frame: MapFrame | None = None) -> ExpertPlacement
         name, placement_of = engine
         if frame is None:
             raise BadInput(
-                f"a map of {name} does not name its model",
+                f"a map of {name} does not name its model"
+                + ("" if name == vllm_ascend.ENGINE else " or say over how many ranks its slots lie"),
                 where=where,
-                mend="give moesim's own map here, or the model: `placement: {file: ...}` of a scenario, or --model",
+                mend="give moesim's own map here, a scenario with `placement: {file: ...}`, or "
+                + ("--model" if name == vllm_ascend.ENGINE else "--model and --gpus"),
             )
         return placement_of(data, frame, where=where)
     except Infeasible as error:

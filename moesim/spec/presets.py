@@ -8,12 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesim.errors import BadInput
-from moesim.files import read_text
 from moesim.spec.cluster import ClusterSpec
-from moesim.spec.scenario import ClusterChoice, yaml_fault
+from moesim.spec.cluster_units import check_units
+from moesim.spec.scenario import ClusterChoice
+from moesim.spec.yaml_text import parse_yaml, read_yaml
 
 
 @functools.cache
@@ -22,7 +21,7 @@ def _shelf() -> dict[str, ClusterSpec]:
     found = {}
     for entry in sorted(folder.iterdir(), key=lambda item: item.name):
         if entry.name.endswith(".yaml"):
-            data = yaml.safe_load(entry.read_text(encoding="utf-8"))
+            data = parse_yaml(entry.read_text(encoding="utf-8"))
             found[entry.name.removesuffix(".yaml")] = ClusterSpec.read(data, where=entry.name)
     return found
 
@@ -69,16 +68,13 @@ def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
 
 
 def _load_file(path: Path) -> ClusterSpec:
-    text = read_text(path, what="cluster file")
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    data = read_yaml(path, what="cluster file")
     if not isinstance(data, dict):
         raise BadInput("a cluster file is a mapping of keys", where=str(path), mend=f"known keys: {', '.join(_keys())}")
     cluster = ClusterSpec.read(data, where=path)
     if "bf16" not in cluster.gpu.flops_per_s:
         raise BadInput("the bf16 peak is missing", where=f"{path}: gpu.flops_per_s", mend="add bf16: <FLOP/s>")
+    check_units(cluster, where=path)
     return cluster
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from moesim.errors import BadInput
-from moesim.files import read_text
 from moesim.spec.base import Spec
 from moesim.spec.cluster import BackgroundSpec
 from moesim.spec.drift import DriftSpec, ShiftSpec
@@ -20,6 +18,7 @@ from moesim.spec.overlap import ExpertCacheSpec, OverlapSpec, Schedule, Storage
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.rebalance import RebalanceSpec
 from moesim.spec.workload import ServingSpec, SloSpec, TrainingSpec
+from moesim.spec.yaml_text import FAULTS, parse_yaml, read_yaml, yaml_fault
 from moesim.units import BYTES_PER_ELEMENT
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "mxfp4", "nvfp4", "int4", "w4a8_mxfp4_mxfp8"]
@@ -353,11 +352,7 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
     Raises BadInput with the file, the key and the mend.
     """
     path = Path(path)
-    text = read_text(path, what="scenario")
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    data = read_yaml(path, what="scenario")
     if not isinstance(data, dict):
         raise BadInput("a scenario is a mapping of keys", where=str(path), mend="start with `model:` and `cluster:`")
     if data.get("format") == "moesim-plan" and isinstance(data.get("scenario"), dict):
@@ -368,34 +363,41 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
     return resolve_paths(scenario, path.parent)
 
 
-def yaml_fault(error: Exception) -> str:
-    """The problem and its line, without the excerpt that YAML's own message carries."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-    problem = " ".join(str(problem).split())[:120]
-    return f"{problem} (line {mark.line + 1})" if mark is not None else problem
-
-
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set `a.b=c` in nested mappings, creating what is absent; the value is read as YAML. Raises BadInput."""
+    """Set `a.b=c` in nested mappings, creating what is absent; `a.0.b=c` in a list. The value is read as YAML.
+
+    Raises BadInput.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise BadInput("an override has no '='", where=f"--set {override}", mend="write --set key=value")
     try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        parsed = parse_yaml(value)
+    except FAULTS as error:
         raise BadInput(
             f"the value is not valid YAML: {yaml_fault(error)}", where=f"--set {override}", mend="quote it"
         ) from None
     *parents, last = key.strip().split(".")
     node: Any = data
     for parent in parents:
-        if isinstance(node.get(parent), dict):
-            node = node[parent]
-        else:
-            node[parent] = {}
-            node = node[parent]
-    node[last] = parsed
+        at = _entry(node, parent, override)
+        found = node[at] if isinstance(node, list) else node.get(at)
+        if not isinstance(found, dict | list):
+            found = node[at] = {}
+        node = found
+    node[_entry(node, last, override)] = parsed
+
+
+def _entry(node: Any, part: str, override: str) -> Any:
+    """Where an override goes in a mapping (its key) or in a list (a number from 0). Raises BadInput."""
+    if not isinstance(node, list):
+        return part
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise BadInput(
+        f"{part!r} is no entry of a list of {len(node)}", where=f"--set {override}",
+        mend=f"count its entries from 0 to {len(node) - 1}" if node else "set the whole list: key=[...]",
+    )  # fmt: skip
 
 
 def resolve_paths(scenario: Scenario, folder: Path) -> Scenario:

@@ -7,11 +7,10 @@ import functools
 from importlib import resources
 from typing import Any
 
-import yaml
-
 from moesim.errors import BadInput
 from moesim.spec.base import Spec
 from moesim.spec.scenario import PoliciesSpec, Scenario
+from moesim.spec.yaml_text import parse_yaml
 
 
 class NamedSystem(Spec):
@@ -31,7 +30,7 @@ def systems() -> dict[str, NamedSystem]:
     for entry in sorted(resources.files("moesim.systems").iterdir(), key=lambda item: item.name):
         if entry.name.endswith(".yaml"):
             name = entry.name.removesuffix(".yaml")
-            data = {"name": name, **yaml.safe_load(entry.read_text(encoding="utf-8"))}
+            data = {"name": name, **parse_yaml(entry.read_text(encoding="utf-8"))}
             found[name] = NamedSystem.read(data, where=entry.name)
     return found
 

@@ -13,7 +13,7 @@ from moesim.spec.hf import load_model
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import DispatchSpec, Scenario
 from placement.export import megatron, sglang, trtllm, vllm, vllm_ascend
-from placement.export.instance import instances_of
+from placement.export.instance import Told, instances_of
 
 ENGINES = ("sglang", "vllm", "trtllm", "megatron", "vllm-ascend")
 FORMATS = ("moesim", "sglang", "trtllm", "vllm", "vllm-ascend")
@@ -24,7 +24,6 @@ SPLIT_CONTEXTS = ("vllm", "vllm-ascend", "sglang")
 SCHEDULES = {"vllm": (*OVERLAPS, "whole_graph")}
 LAUNCH_FILE = "launch.txt"
 TRANSFER = "how the engines move KV cache between the roles, and their router, are yours to set"
-INCOMPLETE = "incomplete: a map knows neither the model nor the nodes; export the plan.yaml of a run for all flags"
 
 
 def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scenario | None = None) -> None:
@@ -32,6 +31,7 @@ def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scena
 
     scenario: what the map is for; TensorRT-LLM's holds the layers of its drafts too.
     """
+    check_name(form, path)
     if form == "moesim":
         placement.write(path)
     elif form == "sglang":
@@ -46,19 +46,28 @@ def write_map(placement: ExpertPlacement, form: str, path: Path, scenario: Scena
         raise BadInput(f"unknown format {form!r}", where="--format", mend=f"use one of: {', '.join(FORMATS)}")
 
 
-def suffix_note(form: str, path: Path) -> str:
-    """A warning where the engine tells a map by its suffix, and this name has another; else empty."""
+def check_name(form: str, path: Path) -> None:
+    """Whether the engine takes a file of this name for a map. Raises BadInput where it goes by another suffix."""
     if form in ("sglang", "vllm-ascend") and path.suffix != ".json":
-        return f"note: {form} reads a map only from a name that ends in .json"
-    return ""
+        raise BadInput(
+            f"{form} reads a map only from a name that ends in .json", where=str(path),
+            mend=f"use {path.with_suffix('.json').name}",
+        )  # fmt: skip
 
 
 def export_placement(
-    placement: ExpertPlacement, engine: str, folder: Path, scenario: Scenario | None = None, *, role: str = ""
+    placement: ExpertPlacement,
+    engine: str,
+    folder: Path,
+    scenario: Scenario | None = None,
+    *,
+    role: str = "",
+    told: Told | None = None,
 ) -> list[Path]:
     """Write the engine's map (where it loads one) and `launch.txt` into `folder`; returns the files written.
 
     role: `prefill` or `decode` for a pool of a plan with roles; how KV cache moves between them is not written.
+    told: what was said beside a map, which has no scenario.
     Everything is rendered and checked before the first file is written. Raises BadInput for an unknown engine,
     Infeasible where the engine cannot load the placement or lacks the plan's schedule or storage.
     """
@@ -67,11 +76,12 @@ def export_placement(
         check_schedule(engine, scenario)
         check_contexts(engine, scenario)
         refuse_dispatch(engine, scenario.policies.dispatch)
-    note = INCOMPLETE if scenario is None else instances_of(placement, scenario).note()
+    told = told or Told()
+    note = told.note(placement.ranks) if scenario is None else instances_of(placement, scenario).note()
     if role:
         note = "; ".join(filter(None, [f"the {role} role: {TRANSFER}", note]))
     if engine == "sglang":
-        lines = sglang.launch(placement, scenario, role=role)
+        lines = sglang.launch(placement, scenario, role=role, told=told)
         sglang.write(placement, folder / sglang.FILE)
         return [folder / sglang.FILE, write_launch(folder, lines, note=note)]
     if engine == "trtllm":
@@ -80,17 +90,18 @@ def export_placement(
         for path in map_file:
             trtllm.write(placement, path, scenario)
         write_text(folder / trtllm.OPTIONS_FILE, options)
-        launch = write_launch(folder, trtllm.launch(placement, scenario), note=note)
+        launch = write_launch(folder, trtllm.launch(placement, scenario, told), note=note)
         return [*map_file, folder / trtllm.OPTIONS_FILE, launch]
     if engine == "vllm-ascend":
         vllm_ascend.write(placement, folder / vllm_ascend.FILE)
-        told = "; ".join(filter(None, [vllm_ascend.WEIGHTS, note]))
-        return [folder / vllm_ascend.FILE, write_launch(folder, vllm_ascend.launch(placement, scenario), note=told)]
+        note = "; ".join(filter(None, [vllm_ascend.WEIGHTS, note]))
+        launch = write_launch(folder, vllm_ascend.launch(placement, scenario, told), note=note)
+        return [folder / vllm_ascend.FILE, launch]
     if engine == "vllm":
         return [
             write_launch(
                 folder,
-                vllm.launch(placement, scenario),
+                vllm.launch(placement, scenario, told),
                 note="; ".join(filter(None, [vllm.note(placement, scenario), note])),
             )
         ]

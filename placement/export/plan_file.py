@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesim.engine.role_specs import ROLES
 from moesim.errors import BadInput
 from moesim.files import kind_of, read_text
@@ -15,25 +13,30 @@ from moesim.spec.maps import trtllm
 from moesim.spec.maps.frame import MapFrame
 from moesim.spec.placement_file import YAML_SUFFIXES, read_placement
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import Scenario, load_scenario, resolve_paths, yaml_fault
+from moesim.spec.scenario import Scenario, load_scenario, resolve_paths
+from moesim.spec.yaml_text import read_yaml
 
 
 def read_plan(
-    path: Path, *, model: str | None = None, ranks: int | None = None
+    path: Path, *, model: str | None = None, ranks: int | None = None, nodes: int | None = None
 ) -> tuple[ExpertPlacement, Scenario | None]:
     """The placement of a plan and its scenario; a map has no scenario.
 
     A plan is a YAML mapping with `placement` (the file of the map) and `scenario` (a mapping, or a file), both files
-    relative to the plan. model, ranks: what an engine's map leaves out; moesim's own map must agree with them. Raises
-    BadInput that names the file and the key.
+    relative to the plan. model, ranks: what an engine's map leaves out; moesim's own map must agree with them. They and
+    nodes are for maps alone. Raises BadInput that names the file and the key.
     """
     path = Path(path)
     if kind_of(path) == "folder":
         raise BadInput("a plan is a file, not a folder", where=str(path), mend="give its plan.yaml")
     if path.suffix == ".json" or _is_map(path):
         return _read_map(path, model, ranks), None
-    if model is not None or ranks is not None:
-        raise BadInput("a plan names its model and its ranks itself", where=str(path), mend="leave out --model, --gpus")
+    if any(given is not None for given in (model, ranks, nodes)):
+        raise BadInput(
+            "a plan names its model, its ranks and its nodes itself",
+            where=str(path),
+            mend="leave out --model, --gpus and --nodes",
+        )
     data = _load(path)
     if isinstance(data, dict) and isinstance(data.get("roles"), dict):
         inside = " and ".join(str(one) for one in data["roles"].values())
@@ -62,10 +65,7 @@ def role_of(path: Path) -> str:
 
 
 def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(read_text(path, what="plan"))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    return read_yaml(path, what="plan")
 
 
 def _is_map(path: Path) -> bool:

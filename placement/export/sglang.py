@@ -13,7 +13,7 @@ from moesim.files import write_text
 from moesim.spec.maps.sglang import KEY, check
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
-from placement.export.instance import instances_of
+from placement.export.instance import Told, instances_of
 from placement.export.memory import memory_share
 from placement.export.stages import partition
 
@@ -54,7 +54,9 @@ def pipeline_lines(scenario: Scenario) -> list[str]:
     return lines
 
 
-def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str = "") -> list[str]:
+def launch(
+    placement: ExpertPlacement, scenario: Scenario | None, *, role: str = "", told: Told | None = None
+) -> list[str]:
     """Lines of a launch command (docs/advanced_features/server_arguments.md of sgl-project/sglang).
 
     role: `prefill` or `decode` (pd_disaggregation.md, as above); a prefill server only reads prompts, so DeepEP's mode
@@ -62,10 +64,16 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
 
     Under DP attention SGLang divides --chunked-prefill-size and --max-running-requests by the dp size, so the limits
     of one attention-DP rank are multiplied here. tp counts all GPUs of a stage: attention runs at tp / dp.
+
+    --ep-dispatch-algorithm goes with a map alone: without EP SGLang fuses the shared expert of DeepSeek-V3 as one more
+    id behind the routed ones (python/sglang/srt/layers/moe/topk.py, models/deepseek_v2.py), and both algorithms look
+    ids up in a table of the routed ones (eplb/expert_location_dispatch.py); without the flag no id is translated.
     """
     lines = ["python -m sglang.launch_server"]
-    if scenario is not None:
-        lines.append(f"--model-path {scenario.model}")
+    told = told or Told()
+    model = told.model if scenario is None else scenario.model
+    if model is not None:
+        lines.append(f"--model-path {model}")
     lines += ["--trust-remote-code", f"--ep-size {placement.ranks}"]
     if scenario is not None and scenario.parallel is not None:
         parallel = scenario.parallel
@@ -89,11 +97,14 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
         lines.append(f"--init-expert-location {FILE}")
     if role:
         lines.append(f"--disaggregation-mode {role}")
-    if scenario is None:
-        return [*lines, "--ep-dispatch-algorithm static"]
-    nodes = instances_of(placement, scenario).nodes
+    nodes = (told.nodes or 1) if scenario is None else instances_of(placement, scenario).nodes
     if nodes > 1:
         lines += [f"--nnodes {nodes}", "--node-rank $NODE_RANK", "--dist-init-addr $MASTER_ADDRESS:5000"]
+    static = scenario is None or scenario.policies.dispatch.replica == "local_first"
+    if placement.ranks > 1:
+        lines.append(f"--ep-dispatch-algorithm {'static' if static else 'dynamic'}")
+    if scenario is None:
+        return lines
     dispatch = scenario.policies.dispatch
     mode = "normal" if role == "prefill" and dispatch.mode == "auto" else dispatch.mode
     low_latency = dispatch.backend == "deepep" and mode != "normal"
@@ -103,8 +114,6 @@ def launch(placement: ExpertPlacement, scenario: Scenario | None, *, role: str =
     layers = partition(scenario, "sglang")
     if layers is not None:
         lines[0] = f"SGLANG_PP_LAYER_PARTITION={','.join(map(str, layers))} {lines[0]}"
-    replica = scenario.policies.dispatch.replica
-    lines.append(f"--ep-dispatch-algorithm {'static' if replica == 'local_first' else 'dynamic'}")
     if scenario.policies.dispatch.backend == "deepep":
         lines += ["--moe-a2a-backend deepep", f"--deepep-mode {mode}"]
     if scenario.policies.schedule == "two_batch":

@@ -15,6 +15,7 @@ from moesim.spec.hf import load_model
 from moesim.spec.maps.trtllm import ASSIGNMENTS, check, parse
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
+from placement.export.instance import Told
 from placement.export.memory import memory_share
 from placement.export.stages import partition, running_in_a_batch
 
@@ -111,10 +112,10 @@ def options(placement: ExpertPlacement, scenario: Scenario | None) -> str:
     return str(yaml.safe_dump(data, sort_keys=False))
 
 
-def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+def launch(placement: ExpertPlacement, scenario: Scenario | None, told: Told | None = None) -> list[str]:
     """Lines of a launch command (`trtllm-serve --help`); everything else is in the options file."""
     del placement
-    model = scenario.model if scenario is not None else "MODEL"
+    model = scenario.model if scenario is not None else (told or Told()).model or "MODEL"
     return [f"trtllm-serve {model}", "--backend pytorch", f"--extra_llm_api_options {OPTIONS_FILE}"]
 
 

@@ -21,6 +21,7 @@ from moesim.errors import BadInput
 from moesim.spec.hf import load_model
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
+from placement.export.instance import Told
 from placement.export.memory import memory_share
 from placement.export.stages import partition
 
@@ -38,12 +39,12 @@ def write(placement: ExpertPlacement, path: Path) -> None:
     raise BadInput(GATE, where=str(path), mend="use --format sglang or trtllm; `moesim export` writes vLLM's flags")
 
 
-def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+def parallel_lines(placement: ExpertPlacement, scenario: Scenario | None, told: Told | None = None) -> list[str]:
     """`vllm serve` with its parallelism and batch limits, which vLLM counts per DP engine, as a scenario does.
 
     EP is not given: with --enable-expert-parallel it is TP x DP.
     """
-    lines = [f"vllm serve {scenario.model if scenario is not None else 'MODEL'}"]
+    lines = [f"vllm serve {scenario.model if scenario is not None else (told or Told()).model or 'MODEL'}"]
     if scenario is None or scenario.parallel is None:
         lines.append(f"--data-parallel-size {placement.ranks}")
     else:
@@ -95,9 +96,9 @@ def note(placement: ExpertPlacement, scenario: Scenario | None) -> str:
     return f"{GATE}: flags only, no map; vLLM starts contiguous, and its own balancer moves experts {each}"
 
 
-def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+def launch(placement: ExpertPlacement, scenario: Scenario | None, told: Told | None = None) -> list[str]:
     """Lines of a launch command; with replicas, vLLM's own balancer gets that many."""
-    lines = parallel_lines(placement, scenario)
+    lines = parallel_lines(placement, scenario, told)
     if starts_with(placement, scenario) == "round_robin":
         lines.append("--expert-placement-strategy round_robin")
     if scenario is not None and scenario.policies.dispatch.backend == "deepep":

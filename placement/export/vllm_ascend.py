@@ -11,6 +11,7 @@ from moesim.spec.maps.vllm_ascend import LAYERS, check, twice
 from moesim.spec.plan import ExpertPlacement
 from moesim.spec.scenario import Scenario
 from placement.export import vllm
+from placement.export.instance import Told
 
 FILE = "expert_map.json"
 # `init_eplb_config` of vllm_ascend/eplb/core/eplb_utils.py asks `supports_eplb` of the quantisation, and for EP over 1.
@@ -52,8 +53,8 @@ def write(placement: ExpertPlacement, path: Path) -> None:
     write_text(path, text)
 
 
-def launch(placement: ExpertPlacement, scenario: Scenario | None) -> list[str]:
+def launch(placement: ExpertPlacement, scenario: Scenario | None, told: Told | None = None) -> list[str]:
     """Lines of a launch command (vllm-ascend's guide "Expert parallelism load balancer")."""
-    lines = vllm.parallel_lines(placement, scenario)
+    lines = vllm.parallel_lines(placement, scenario, told)
     config = {"eplb_config": {"expert_map_path": FILE, "num_redundant_experts": placement.redundant}}
     return [*lines, f"--additional-config '{json.dumps(config)}'"]

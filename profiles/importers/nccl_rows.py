@@ -10,7 +10,7 @@ from typing import Any
 
 from moesim.errors import BadInput
 from profiles.importers.gathered import UNKNOWN
-from profiles.importers.nccl_tests import KINDS, NcclRun, read_nccl_log
+from profiles.importers.nccl_tests import KINDS, NcclRun, kind_meant, read_nccl_log
 from profiles.record import LATENCY
 from profiles.whose import System
 
@@ -56,6 +56,7 @@ def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: System
     left_out: Counter[str] = Counter()
     measured: list[dict[str, Any]] = []
     devices: set[str] = set()
+    asked = None if given.kind is None else kind_meant(given.kind)
     for path, runs in logs:
         for run in runs:
             place = f"{path}:{run.lines[0]}"
@@ -64,7 +65,7 @@ def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: System
             if run.program and run.kind is None:
                 left_out[f"{run.program} has no table"] += len(run.points)
                 continue
-            kind = str(_agreed("kind", run.kind, given.kind, place))
+            kind = str(_agreed("kind", run.kind, asked, place))
             gpus = int(_agreed("gpus", run.ranks, given.gpus, place))
             nodes = int(_agreed("nodes", run.hosts, given.nodes, place))
             _check(run, kind, gpus, nodes, path)

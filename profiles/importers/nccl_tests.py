@@ -28,6 +28,8 @@ KINDS = {
     "alltoall": "all_to_all",
     "sendrecv": "send_recv",
 }
+# Names of the store and of the programs, without their underscores -> kinds of the store.
+WRITTEN = {name.replace("_", ""): kind for pair in KINDS.items() for name, kind in (pair, (pair[1], pair[1]))}
 OTHERS = ("alltoallv", "broadcast", "gather", "hypercube", "reduce", "scatter")
 # busbw / algbw by kind and ranks (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
 BUS_SHARE: dict[str, Callable[[int], float]] = {
@@ -45,6 +47,13 @@ TYPES = {
 HALF, HALF_BY_ITERATION = 4, 8  # columns of one half; with per-iteration figures four more
 LEAST, MOST = 3, 5  # columns before the halves: size, count, type, and in some builds redop and root
 KEEP = "keep its lines as printed"
+
+
+def kind_meant(written: str) -> str:
+    """The kind that a word means, as the store names it or as its program is called; an unknown word as it stands."""
+    word = re.sub(r"(_perf)?(_mpi)?$", "", written.strip().lower())
+    return WRITTEN.get(word.replace("_", "").replace("-", ""), written)
+
 
 _PREFIX = re.compile(r"^\s*(?:\[[\d,]+\](?:<stdout>:)?\s*|\d+:\s*)")
 _STARTS = re.compile(r"^#\s*Collective test starting:\s*(\w+?)(?:_perf)?(?:_mpi)?\s*$")

@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesim.errors import BadInput
 from moesim.files import read_text, write_text
 from moesim.spec.cluster import ClusterSpec
+from moesim.spec.cluster_units import check_units
 from moesim.spec.presets import presets
+from moesim.spec.yaml_text import FAULTS, parse_yaml, yaml_fault
 from profiles.importers.topo import DISTANCE, SAME_SOCKET, GpuTopology
 
 _NODE_BLOCK = re.compile(r"^node:.*\n(?:(?:[ \t].*)?\n)*?(?=\S|\Z)", re.MULTILINE)
@@ -149,15 +149,15 @@ def write_cluster(topology: GpuTopology, path: Path, system: str | None, source:
     block += [f"  {name}: {numbers}" for name, numbers in found.items()]
     rest = _NODE_BLOCK.sub("", text if text.endswith("\n") else text + "\n")
     merged = rest + "\n".join(block) + "\n"
-    ClusterSpec.read(_mapping(merged, path), where=path)
+    check_units(ClusterSpec.read(_mapping(merged, path), where=path), where=path)
     write_text(path, merged)
 
 
 def _mapping(text: str, path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise BadInput("not valid YAML", where=str(path), mend="correct the YAML") from None
+        data = parse_yaml(text)
+    except FAULTS as error:
+        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
     if not isinstance(data, dict):
         raise BadInput("a cluster file is a mapping of keys", where=str(path), mend="see docs/reference/clusters.md")
     return data

@@ -242,3 +242,16 @@ def test_the_command_tells_what_it_wrote(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "out": str(tmp_path / "p"), "rows": {"collective": 5}, "left_out": {"sizes of 0 bytes": 1},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["alltoall", "alltoall_perf", "all-to-all", "All_To_All", "all_to_all_perf_mpi"])
+def test_a_kind_may_be_called_as_its_program_is(word: str) -> None:
+    bare = "".join(f"{line}\n" for line in TWO_NODES.splitlines() if not line.startswith("#"))
+    assert rows(bare, kind=word, gpus=16, nodes=2) == rows(bare, kind="all_to_all", gpus=16, nodes=2)
+    assert rows(TWO_NODES, kind=word) == rows(TWO_NODES)
+
+
+def test_another_word_names_the_known_kinds() -> None:
+    bare = "".join(f"{line}\n" for line in TWO_NODES.splitlines() if not line.startswith("#"))
+    with pytest.raises(BadInput, match="unknown kind 'gather_perf'; use one of: all_reduce, all_gather"):
+        rows(bare, kind="gather_perf", gpus=16, nodes=2)

@@ -9,13 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from moesim.errors import BadInput
-from moesim.files import read_text
 from moesim.spec.base import Spec
-from moesim.spec.scenario import yaml_fault
+from moesim.spec.yaml_text import read_yaml
 
 WHERE = "validate fabric"
 Pattern = Literal["even", "skewed", "routed_contiguous", "routed_planned"]
@@ -179,11 +177,7 @@ def read_lab(given: str) -> LabSpec:
         path = labs_folder() / f"{given}.yaml"
     elif path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
         raise BadInput(f"no lab {given!r}", where=WHERE, mend=f"give a LAB.yaml, or one of: {', '.join(bundled())}")
-    text = read_text(path, what="lab")
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    data = read_yaml(path, what="lab")
     if not isinstance(data, dict):
         raise BadInput("a lab is a mapping of keys", where=str(path), mend="start with `name:`")
     lab = LabSpec.read(data, where=path)

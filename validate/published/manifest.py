@@ -7,13 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from moesim.errors import BadInput
-from moesim.files import read_text
 from moesim.spec.base import Spec
-from moesim.spec.scenario import yaml_fault
+from moesim.spec.yaml_text import read_yaml
 from validate.published.step import StepSpec
 
 MANIFEST = "manifest.yaml"
@@ -110,11 +108,7 @@ def bundled_manifest() -> Path:
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest; scenario files are taken from its folder. Raises BadInput with the file and the key."""
-    text = read_text(path, what="manifest")
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
+    data = read_yaml(path, what="manifest")
     if not isinstance(data, dict):
         raise BadInput("a manifest is a mapping of keys", where=str(path), mend="start with `rows:`")
     found = Manifest.read(data, where=path)

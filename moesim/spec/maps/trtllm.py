@@ -20,21 +20,15 @@ from moesim.errors import BadInput
 from moesim.spec.maps.frame import MapFrame
 from moesim.spec.maps.values import by_ranks, every_expert, integer, integer_rows, read_map_text, short
 from moesim.spec.plan import ExpertPlacement
-from moesim.spec.scenario import yaml_fault
+from moesim.spec.yaml_text import FAULTS, Distinct, yaml_fault
 
 ENGINE = "TensorRT-LLM"
 ASSIGNMENTS = "initial_global_assignments"
 KEYS = ("num_slots", ASSIGNMENTS, "layer_updates_per_iter")
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Maps are long: the compiled safe loader where PyYAML has it; a key that stands twice is refused."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        if len(found) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
-        return found
+class _Loader(Distinct, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Maps are long: the compiled safe loader where PyYAML has it."""
 
 
 def parse(text: str) -> Any:
@@ -50,7 +44,7 @@ def read_yaml(path: Path) -> Any:
     text = read_map_text(path, what="TensorRT-LLM map")
     try:
         return parse(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except FAULTS as error:
         raise BadInput(f"not valid YAML: {yaml_fault(error)}", where=str(path), mend="correct the YAML") from None
 
 
