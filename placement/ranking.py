@@ -213,7 +213,9 @@ def verdict(
     missed = f", which misses the service levels ({base_reason})" if base_reason else ""
     head = f"{best.trial.plan.label()} against the plain baseline{missed}: {told} ({level})."
     if base.trial.outcome.metrics["extrapolated_share"] > MOST_EXTRAPOLATED:
-        text = f"Verdict withheld: the yardstick is mostly a guess. {head}{caveat}"
+        text = (
+            f"Verdict withheld: the yardstick is mostly a guess. {head}{caveat} {measured_yardstick(best.trial.plan)}"
+        )
         return {"code": "withheld", "text": text}
     if gain["low"] > 0.0:
         return {"code": "gain", "text": f"Worth it. {head}{caveat}"}
@@ -225,6 +227,19 @@ def verdict(
     if gain["high"] < 0.0 or saving["high"] < 0.0:
         return {"code": "dont", "text": f"Don't bother. {head}{caveat}"}
     return {"code": "tie", "text": f"A tie: don't bother. {head}{caveat}"}
+
+
+def measured_yardstick(plan: Plan) -> str:
+    """What would bring a verdict: the kernels that the baseline lacks, or a plan that was priced as the yardstick."""
+    told = "For a verdict, measure or import the kernels that `moesim doctor` lists as extrapolated"
+    if plan.roles is not None:
+        return f"{told}."
+    sizes = ("tp", "pp", "cp", "attention_dp", "ep", "expert_tp")
+    own = ", ".join(f"{name}: {size}" for name in sizes if (size := getattr(plan.parallel, name)) > 1)
+    return (
+        f"{told}, or make a layout that is measured the scenario's own, such as this plan's: "
+        f"parallel: {{{own}}}, policies: {{dispatch: {{backend: {plan.backend}}}}}."
+    )
 
 
 def _signed(gain: dict[str, float]) -> str:

@@ -195,6 +195,9 @@ def _domains(group: Group, cluster: ClusterSpec) -> int:
 def measured_cluster(cluster: ClusterSpec, fitted: list[Fitted], source: str) -> ClusterSpec:
     """The cluster with what was fitted in place of its figures, each marked as measured, with its error and source.
 
+    A latency that holds the library's launch is none of the link's: exchanges that launch otherwise (DeepEP's) would
+    pay for NCCL's. The cluster's own stays then, unmeasured.
+
     Raises BadInput where nothing was fitted that is a link of a cluster.
     """
     if all(one.level == "loopback" for one in fitted):
@@ -205,7 +208,10 @@ def measured_cluster(cluster: ClusterSpec, fitted: list[Fitted], source: str) ->
         if one.level == "loopback":
             continue
         latency, rate = FIGURES[one.level]
-        for name, value, sigma in ((latency, one.latency_s, one.sigma[1]), (rate, one.bytes_per_s, one.sigma[2])):
+        of_links = [(rate, one.bytes_per_s, one.sigma[2])]
+        if one.apart:
+            of_links.append((latency, one.latency_s, one.sigma[1]))
+        for name, value, sigma in of_links:
             figures[name] = float(f"{value:.4g}")
             rounded = float(f"{sigma:.2g}")
             measured[name] = MeasuredFigure(rel_sigma=rounded, points=len(one.residuals), source=source)

@@ -54,7 +54,9 @@ def import_aiconfigurator(
 @importers.command("measured")
 def import_measured(
     files: Annotated[list[Path], Argument(help="Of `moesim profile kernels` or `collectives`, or bundles.")],
-    system: Annotated[str, Option("--system", help="The system that was measured, as scenarios name it: h200_sxm.")],
+    system: Annotated[
+        str, Option("--system", help="The system that was measured: a preset, h200_sxm, or its cluster file.")
+    ],
     out: Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")],
     as_json: JSON = False,
 ) -> None:
@@ -62,10 +64,12 @@ def import_measured(
     from profiles.bundle import read_any
     from profiles.importers.measured import describe, tables_of
     from profiles.store import write_profile
+    from profiles.whose import asked_system
 
+    asked = asked_system(system)
     lines, manifests = read_any(files)
-    tables = tables_of(lines, system)
-    description = describe(lines, tables, system, files)
+    tables = tables_of(lines, asked)
+    description = describe(lines, tables, asked, files)
     if manifests:
         description["bundles"] = manifests
     write_profile(out, tables, description)
@@ -77,7 +81,7 @@ def import_measured(
     if description["without_table"]:
         words = ", ".join(f"{count} {name}" for name, count in description["without_table"].items())
         echo(f"no table yet, left in the file: {words}", err=True)
-    echo(how_to_price(out, system.strip()), err=True)
+    echo(how_to_price(out, asked), err=True)
 
 
 @app.command("list")

@@ -11,13 +11,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
+from moesim.cost.estimate import CostModel, Estimate, PricedBy, Tag, estimate
 from moesim.cost.ops import (
     Attention,
     Collective,
@@ -64,7 +63,8 @@ from profiles.nearest import nearest
 from profiles.record import DEEPEP, MEASURED_ENGINE, PUBLISHED
 from profiles.refusal import describe, mend, point_of
 from profiles.slowdowns import slowdown_of
-from profiles.store import DESCRIPTION, Profile, open_profile
+from profiles.store import DESCRIPTION, Profile
+from profiles.whose import devices_of, notes_on, open_for, unasked
 
 if TYPE_CHECKING:
     import polars as pl
@@ -89,9 +89,7 @@ MLA_PREFILL_ENGINES = {"sglang": ("sglang", "trtllm"), "trtllm": ("trtllm",), "v
 
 def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) -> CostModel:
     """The cost model of the scenario's engine on its profiles. Raises BadInput when a profile cannot be opened."""
-    system = cluster.name if isinstance(scenario.cluster, Path) else scenario.cluster.system
-    return _shared(
-        system,
+    shared = _shared(
         scenario.engine.name,
         scenario.cost.profiles,
         scenario.cost.extrapolate == "allow",
@@ -100,19 +98,21 @@ def from_scenario(scenario: Scenario, model: ModelSpec, cluster: ClusterSpec) ->
         scenario.cost.experts_version,
         scenario.cost.experts_kernel,
     )
+    return dataclasses.replace(shared, answered=set())  # tables are shared; what answered is a run's own
 
 
 @functools.lru_cache(maxsize=16)
 def _shared(
-    system: str, engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None,
+    engine: str, names: tuple[str, ...], allow: bool, cluster: str, experts: str | None,
     version: str | None, kernel: str | None,
 ) -> StoreCosts:  # fmt: skip
     """One model for all scenarios alike: a tuner asks a thousand times."""
     if not names:
         raise BadInput("no profile is named", where="cost.profiles", mend="name `default` or a profile folder")
-    profiles = tuple(open_profile(name, system) for name in names)
-    roofline = Roofline(ClusterSpec.model_validate_json(cluster))
-    return StoreCosts(profiles, engine, allow, roofline, experts, version, kernel)
+    spec = ClusterSpec.model_validate_json(cluster)
+    profiles = tuple(open_for(name, spec) for name in names)
+    roofline = Roofline(spec)
+    return StoreCosts(profiles, engine, allow, roofline, experts, version, kernel, names)
 
 
 def _in_order(found: Iterable[Priced]) -> tuple[Priced, ...]:
@@ -136,7 +136,10 @@ def _held(table: Priced, op: Operation, last: int) -> tuple[Floats, Tags]:
 
 @dataclass
 class StoreCosts:
-    """Prices operations from measured tables; implements CostModel. Prepared tables are kept by kernel and shape."""
+    """Prices operations from measured tables; implements CostModel. Prepared tables are kept by kernel and shape.
+
+    names: the profiles as the scenario names them. answered: the places of those that a price came from so far.
+    """
 
     profiles: tuple[Profile, ...]
     engine: str
@@ -145,6 +148,8 @@ class StoreCosts:
     experts_engine: str | None = None
     experts_version: str | None = None
     experts_kernel: str | None = None
+    names: tuple[str, ...] = ()
+    answered: set[int] = field(default_factory=set, repr=False)
     _prepared: dict[Any, tuple[Priced, ...]] = field(default_factory=dict, repr=False)
     _tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -162,6 +167,7 @@ class StoreCosts:
         seconds, tags = _held(found[0], operation, last)
         source, sigma = found[0].source, found[0].sigma
         outside = tags == OUTSIDE
+        answered = {found[0].profile} if not outside.all() else set()
         if outside.any():
             for older in found[1:]:
                 more, more_tags = _held(older, operation, last)
@@ -169,11 +175,14 @@ class StoreCosts:
                 if take.any():
                     seconds, tags = np.where(take, more, seconds), np.where(take, more_tags, tags).astype(np.int8)
                     source, sigma = f"{source}; {older.source}", max(sigma, older.sigma)
+                    answered.add(older.profile)
                 outside = tags == OUTSIDE
                 if not outside.any():
                     break
         if outside.any():
             seconds, tags = self._carry_on(operation, found[0], seconds, tags)
+            answered.add(found[0].profile)
+        self.answered |= answered
         return Estimate(seconds, tags, family_of(operation), sigma, source)
 
     def overlap(self, work: str, gpus: int, nodes: int) -> Slowdown | None:
@@ -185,6 +194,18 @@ class StoreCosts:
         if rows.is_empty():
             return None
         return slowdown_of(rows.filter(rows[PROFILE] == rows[PROFILE].min()), work)
+
+    def profiles_told(self) -> tuple[tuple[PricedBy, ...], tuple[str, ...]]:
+        """The profiles, whether each answered so far, and what to know of them; implements TellsProfiles."""
+        cluster = self.roofline.cluster
+        found, notes = [], []
+        for place, profile in enumerate(self.profiles):
+            name = self.names[place] if self.names else profile.folder.name
+            system = str(profile.description.get("system", ""))
+            one = PricedBy(name, system, tuple(devices_of(profile)), place in self.answered)
+            found.append(one)
+            notes += notes_on(profile, name, cluster) if one.answered else [unasked(profile, name)]
+        return tuple(found), tuple(notes)
 
     # What is prepared once for a kernel and shape, newest version first.
 
@@ -450,7 +471,9 @@ class StoreCosts:
         ratio = self.roofline.seconds(op) / np.maximum(self.roofline.seconds(near), TINY_S)
         tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
         source = f"{priced.source}, scaled from {describe(near)}"
-        return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, source=source)
+        # The table's error is that between its own points; another shape or kernel is as far off as the formula is.
+        sigma = max(priced.rel_sigma, self.roofline.estimate(op).rel_sigma)
+        return dataclasses.replace(priced, seconds=priced.seconds * ratio, tags=tags, rel_sigma=sigma, source=source)
 
     def _stand_in(self, op: Operation) -> Estimate | None:
         """The price of the very shape from another engine's table, or None: engines share many kernels."""
@@ -466,7 +489,9 @@ class StoreCosts:
         other = self._tables[key]
         if other is None:
             return None
+        other.answered.clear()
         priced: Estimate = other.estimate(op)
+        self.answered |= other.answered
         tags = np.maximum(priced.tags, int(Tag.EXTRAPOLATED)).astype(np.int8)
         return dataclasses.replace(priced, tags=tags, source=f"{priced.source}, standing in for {self.engine}")
 
@@ -486,8 +511,9 @@ class StoreCosts:
         """Points outside the hull: an error, or the nearest measured price in proportion to the roofline."""
         outside = tags == OUTSIDE
         if not self.allow:
+            reached = priced.hull if priced.reach is None else priced.reach(op, outside)
             raise OutsideProfile(
-                f"{describe(op)} at {point_of(op, outside)} lies outside what was measured ({priced.hull})",
+                f"{describe(op)} at {point_of(op, outside)} lies outside what was measured ({reached})",
                 where=self._names(),
                 mend=mend(op, outside),
             )

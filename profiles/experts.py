@@ -65,13 +65,18 @@ class ExpertCurve:
     measured: bool
 
     def price(self, tokens: Floats) -> tuple[Floats, Tags]:
-        """Seconds and tags [...] of tokens [..., slots]; tag OUTSIDE beyond the limit."""
+        """Seconds and tags [...] of tokens [..., slots].
+
+        Tag OUTSIDE where the load lies beyond the limit and the pairs beyond the most of a balanced row: as many pairs
+        laid unevenly fill a few tiles more than the balanced row, which only the model adds.
+        """
         lead = tokens.shape[:-1]
         flat = np.ascontiguousarray(tokens, dtype=np.float64).reshape(-1, tokens.shape[-1])
         loads = np.empty(len(flat))
         histogram_seconds(flat, self.constants, loads)
         seconds, tags = self.by_load.price(loads)
-        _beyond(loads, self.by_load.xs, self.by_load.ys, self.limit, seconds, tags)
+        inside = (loads <= self.limit * (1.0 + SAME)) | (flat.sum(axis=-1) <= self.pairs * (1.0 + SAME))
+        _beyond(loads, self.by_load.xs, self.by_load.ys, inside, seconds, tags)
         return seconds.reshape(lead), tags.reshape(lead)
 
     def under(self, op: ExpertGemm) -> NDArray[np.bool_]:
@@ -85,7 +90,7 @@ class ExpertCurve:
 
 
 @njit(cache=True)
-def _beyond(loads: Floats, xs: Floats, ys: Floats, limit: float, seconds: Floats, tags: Tags) -> None:
+def _beyond(loads: Floats, xs: Floats, ys: Floats, inside: NDArray[np.bool_], seconds: Floats, tags: Tags) -> None:
     """Past either end of the balanced points the model carries the last one on, in proportion."""
     last = len(xs) - 1
     for i in range(len(loads)):
@@ -97,7 +102,7 @@ def _beyond(loads: Floats, xs: Floats, ys: Floats, limit: float, seconds: Floats
             tags[i] = _FORMULA
         elif load > xs[last] * (1.0 + SAME):
             seconds[i] = ys[last] * load / xs[last]
-            tags[i] = _INTERPOLATED if load <= limit * (1.0 + SAME) else OUTSIDE
+            tags[i] = _INTERPOLATED if inside[i] else OUTSIDE
 
 
 @dataclass(frozen=True)

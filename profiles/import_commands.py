@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Argument, Option, echo
 
-SYSTEM = Annotated[str, Option("--system", help="The system that was measured, as scenarios name it: h200_sxm.")]
+if TYPE_CHECKING:
+    from profiles.whose import System
+
+SYSTEM = Annotated[
+    str, Option("--system", help="The system that was measured: a preset, h200_sxm, or its cluster file.")
+]
 OUT = Annotated[Path, Option("--out", help="Folder to write the profile to; an older profile there is replaced.")]
 JSON = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 DEVICE = Annotated[str | None, Option("--device", help="The GPU that ran, where the log does not tell it.")]
@@ -30,13 +35,13 @@ def import_nccl_tests(
     as_json: JSON = False,
 ) -> None:
     """Turn logs of nccl-tests or rccl-tests into collectives of a profile, over one node or several."""
-    from profiles.importers.gathered import checked_system
     from profiles.importers.nccl_rows import Given, read_collectives
+    from profiles.whose import asked_system
 
-    read = read_collectives(logs, checked_system(system), Given(kind, gpus, nodes))
-    _write(
-        read.rows, system, read.engine, logs, out, as_json, {"left_out": read.left_out, "measured": list(read.measured)}
-    )
+    asked = asked_system(system)
+    read = read_collectives(logs, asked, Given(kind, gpus, nodes))
+    told = {"left_out": read.left_out, "measured": list(read.measured)}
+    _write(read.rows, asked, read.engine, logs, out, as_json, told)
 
 
 def import_deepep(
@@ -59,8 +64,13 @@ def import_deepep(
     """Turn logs of DeepEP's own tests into exchanges of a profile; options say what a log does not."""
     from profiles.importers.deepep import Setup
     from profiles.importers.deepep_rows import read_exchanges
-    from profiles.importers.gathered import UNKNOWN, checked_system
+    from profiles.importers.gathered import UNKNOWN
     from profiles.record import DEEPEP
+    from profiles.whose import asked_system
+
+    asked = asked_system(system)
+    if device is not None:
+        asked.refuse_other(device, "--device")
 
     count = len(logs)
     columns = [
@@ -71,14 +81,12 @@ def import_deepep(
         )
     ]  # fmt: skip
     setups = [Setup(*values) for values in zip(*columns, strict=True)]
-    read = read_exchanges(
-        logs, setups, system=checked_system(system), device=device or UNKNOWN, version=version or UNKNOWN
-    )
+    read = read_exchanges(logs, setups, system=asked.name, device=device or UNKNOWN, version=version or UNKNOWN)
     for one in read.measured:
         if "spread" in one:
             told = f"{one['step']} is the median of {one['ranks']} ranks, which spread by {one['spread']:.1%}"
             echo(f"{one['file']}: {told}", err=True)
-    _write(read.rows, system, DEEPEP, logs, out, as_json, {"left_out": read.left_out, "measured": list(read.measured)})
+    _write(read.rows, asked, DEEPEP, logs, out, as_json, {"left_out": read.left_out, "measured": list(read.measured)})
 
 
 def import_published(
@@ -95,11 +103,12 @@ def import_published(
 ) -> None:
     """Turn published figures of one system's GPU into a profile; every row is imported or left out for a reason."""
     from moesim.errors import BadInput
-    from profiles.importers.gathered import checked_system
     from profiles.importers.published import context_of, read_published, reasons
     from profiles.record import PUBLISHED
+    from profiles.whose import asked_system
 
-    context = context_of(checked_system(system), experts, gpus_per_node)
+    asked = asked_system(system)
+    context = context_of(asked.name, experts, gpus_per_node)
     read = [read_published(path, context) for path in files]
     rows = [row for one in read for row in one.rows]
     told = reasons(read)
@@ -111,7 +120,7 @@ def import_published(
         raise BadInput(
             f"no row is of {context.chip}", where=", ".join(map(str, files)), mend="name the system whose GPU ran"
         )
-    _write(rows, system, PUBLISHED, files, out, as_json, {"source_rows": told})
+    _write(rows, asked, PUBLISHED, files, out, as_json, {"source_rows": told})
 
 
 T = TypeVar("T")
@@ -130,7 +139,7 @@ def _each(values: list[T] | None, name: str, count: int) -> list[T | None]:
 
 
 def _write(
-    rows: Sequence[tuple[str, dict[str, Any]]], system: str, engine: str, files: Sequence[Path], out: Path,
+    rows: Sequence[tuple[str, dict[str, Any]]], system: System, engine: str, files: Sequence[Path], out: Path,
     as_json: bool, told: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the profile whole or not at all, and say what it holds."""
@@ -138,7 +147,7 @@ def _write(
     from profiles.store import write_profile
 
     tables = tables_of_rows(rows)
-    content = description(tables, system.strip(), engine, files, **told)
+    content = description(tables, system, engine, files, **told)
     write_profile(out, tables, content)
     summary = {"out": str(out), "rows": content["rows"], **{name: told[name] for name in told if name != "measured"}}
     if as_json:
@@ -147,14 +156,14 @@ def _write(
     echo(f"wrote {out}: " + ", ".join(f"{count} {name}" for name, count in content["rows"].items()))
     for reason, number in told.get("left_out", {}).items():
         echo(f"left out {number}: {reason}", err=True)
-    echo(how_to_price(out, system.strip()), err=True)
+    echo(how_to_price(out, system), err=True)
 
 
-def how_to_price(out: Path, system: str) -> str:
+def how_to_price(out: Path, system: System) -> str:
     """What to write into a scenario of the system, after an import."""
-    from profiles.store import shipped_systems
+    from profiles.whose import shipped_for
 
-    if system in shipped_systems():
+    if shipped_for(system.gpu):
         return f"price with it: cost: {{profiles: [{out}, default]}}"
-    rest = f"none ships for {system}; name an imported one for what this lacks, or set cost.extrapolate: allow"
+    rest = f"none ships for {system.name}; name an imported one for what this lacks, or set cost.extrapolate: allow"
     return f"price with it: cost: {{profiles: [{out}]}} ({rest})"

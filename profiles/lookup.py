@@ -56,7 +56,8 @@ SIZES: dict[type, tuple[str, ...]] = {
 class Priced:
     """What one version of a table says of an operation.
 
-    price: operation -> seconds and tags. hull: the measured range, for people. clamp: the operation moved to the edge
+    price: operation -> seconds and tags. hull: the measured range, for people; reach: what of it holds for the first of
+    the operation's refused points, where the range is no box. clamp: the operation moved to the edge
     of the hull; None where `price` carries on by a model of its own. under: operation -> true where a size lies below
     the smallest measured one, at which `price` holds it. profile: the place of its profile in the scenario's list.
     stand_in: priced between measured shapes.
@@ -70,6 +71,7 @@ class Priced:
     under: Callable[[Any], NDArray[np.bool_]] | None = None
     profile: int = 0
     stand_in: bool = False
+    reach: Callable[[Any, NDArray[np.bool_]], str] | None = None
 
 
 @functools.cache
@@ -279,14 +281,24 @@ def on_grid(
     grid = refined(grid, rule_of(size))
     most_batch, most_length = float(grid.axis_a[-1]), float(grid.axis_b[-1])
     hull = f"batch up to {most_batch:g}, {size} up to {most_length:g}, long ones in small batches"
+
+    def at(op: Any) -> tuple[Floats, Floats]:
+        """Batch and length as the grid counts them."""
+        batch = np.asarray(op.batch, dtype=np.float64)
+        if size == "new_tokens":
+            return batch, causal_length(op)
+        return batch * np.asarray(op.new_tokens, dtype=np.float64), np.asarray(op.prefix_tokens, dtype=np.float64) + 1.0
+
+    def reach(op: Any, outside: NDArray[np.bool_]) -> str:
+        batch, length = (float(np.broadcast_to(sizes, outside.shape)[outside][0]) for sizes in at(op))
+        longest = longest_at(grid, batch)
+        told = f"up to {longest:g}" if longest else "not at all"
+        return f"asked {size} {length:g} at batch {batch:g}, measured there {told}; {hull}"
+
     least_batch, least_length = float(grid.axis_a[0]), float(grid.axis_b[0])
 
     def under(op: Any) -> NDArray[np.bool_]:
-        if size == "new_tokens":
-            batch, length = np.asarray(op.batch, dtype=np.float64), causal_length(op)
-        else:
-            batch = np.asarray(op.batch, dtype=np.float64) * np.asarray(op.new_tokens, dtype=np.float64)
-            length = np.asarray(op.prefix_tokens, dtype=np.float64) + 1.0
+        batch, length = at(op)
         small = (batch < least_batch * (1.0 - SAME)) | (length < least_length * (1.0 - SAME))
         return np.asarray(small & (batch > 0) & (length > 0))
 
@@ -297,7 +309,9 @@ def on_grid(
             batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
             return dataclasses.replace(op, batch=batch, new_tokens=length, prefix_tokens=np.zeros_like(length))
 
-        return Priced(functools.partial(_prefill, grid), source, sigma, hull, clamp_prefill, under, place_of(rows))
+        return Priced(
+            functools.partial(_prefill, grid), source, sigma, hull, clamp_prefill, under, place_of(rows), reach=reach
+        )
 
     def clamp_decode(op: Any) -> Any:
         length = np.minimum(np.asarray(op.prefix_tokens) + np.asarray(op.new_tokens), most_length)
@@ -305,7 +319,19 @@ def on_grid(
         batch = np.minimum(np.asarray(op.batch, dtype=np.float64), most_batch)
         return dataclasses.replace(op, batch=batch, new_tokens=new, prefix_tokens=length - new)
 
-    return Priced(functools.partial(_decode, grid), source, sigma, hull, clamp_decode, under, place_of(rows))
+    return Priced(
+        functools.partial(_decode, grid), source, sigma, hull, clamp_decode, under, place_of(rows), reach=reach
+    )
+
+
+def longest_at(grid: Surface, batch: float) -> float:
+    """The longest length that the grid prices at this batch: known at both measured batches around it; 0 for none."""
+    if batch > grid.axis_a[-1] * (1.0 + SAME):
+        return 0.0
+    above = min(int(np.searchsorted(grid.axis_a, batch * (1.0 - SAME))), len(grid.axis_a) - 1)
+    exact = abs(grid.axis_a[above] - batch) <= SAME * batch or above == 0
+    known = (grid.known[above if exact else above - 1] != OUTSIDE) & (grid.known[above] != OUTSIDE)
+    return float(grid.axis_b[known].max(initial=0.0))
 
 
 def causal_length(op: Attention | MlaAttention) -> Floats:

@@ -29,7 +29,7 @@ def fit_network(
     from moesim.files import write_text
     from moesim.spec.presets import load_cluster
     from moesim.spec.scenario import ClusterChoice
-    from profiles.alpha_beta import fit_levels, groups_of, measured_cluster
+    from profiles.alpha_beta import FIGURES, fit_levels, groups_of, measured_cluster
     from profiles.importers.gathered import UNKNOWN
     from profiles.store import open_profile
 
@@ -50,6 +50,14 @@ def fit_network(
         content = measured_cluster(base, fitted, f"{source} (versions {', '.join(versions)})").model_dump(mode="json")
         if not any(content["node"].values()):
             del content["node"]
+        for level in (one for one in fitted if one.level in FIGURES and not one.apart):
+            name = FIGURES[level.level][0]
+            echo(
+                f"note: {level.level}: the latency holds the library's launch and is no link's, so {name} stays "
+                f"{content[name]:.4g} s; measure all_gather or all_reduce over other numbers of "
+                f"{'nodes' if level.level == 'nic' else 'GPUs'} to tell them apart",
+                err=True,
+            )
         write_text(out, yaml.safe_dump(content, sort_keys=False, width=120))
     if as_json:
         echo(json.dumps({"profile": str(opened.folder), "cluster": base.name, "path": path, "levels": found}))

@@ -53,9 +53,18 @@ OUT = "--out measured.jsonl"
 def mend(op: Operation, outside: NDArray[np.bool_] | None = None, *, gpus_per_node: int = 8) -> str:
     """What the user can do about a point that is not measured: a command that measures it, or tables that may hold it.
 
-    outside: which of the operation's points are refused; the first one's sizes go into the command.
+    outside: which of the operation's points are refused; the first one's sizes go into the command. None: the whole
+    shape is not measured, and no smaller batch helps.
     """
-    return f"{_command(op, outside, gpus_per_node)}, or set cost.extrapolate: allow"
+    lower = "" if outside is None else f"{_key_to_lower(op)}, or "
+    return f"{lower}{_command(op, outside, gpus_per_node)}, or set cost.extrapolate: allow"
+
+
+def _key_to_lower(op: Operation) -> str:
+    """The key of a scenario that makes an operation's sizes: batches, and in training the micro-batch."""
+    if isinstance(op, Attention | MlaAttention) and op.phase == "decode":
+        return "lower serving.batching.max_running_requests_per_dp_rank or serving.workload.isl"
+    return "lower serving.batching.max_batch_tokens_per_dp_rank (training: training.micro_batch)"
 
 
 THEN = "then `moesim profile import measured measured.jsonl --system SYSTEM --out DIR` and name DIR in cost.profiles"

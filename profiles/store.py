@@ -78,6 +78,16 @@ class Profile:
         return checked(read_parquet(path), family, where=path)
 
     @cached_property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that its rows name, in order of name; a broken table is refused where it is asked."""
+        found: set[str] = set()
+        for name in self.families():
+            with contextlib.suppress(BadInput):
+                table = read_parquet(self.folder / f"{name}.parquet", columns=["device"])
+                found |= {str(device) for device in table["device"].unique() if device is not None}
+        return tuple(sorted(found))
+
+    @cached_property
     def products(self) -> dict[str, Product]:
         """What was found of each kernel of dense products, by `lookup.product_name`. Raises BadInput."""
         from profiles.products import Product  # compiled code: only where prices are asked
@@ -192,13 +202,13 @@ def _panics_unheard() -> Iterator[None]:
             os.close(kept)
 
 
-def read_parquet(path: Path) -> pl.DataFrame:
-    """Read a Parquet file; what is broken in it becomes one BadInput."""
+def read_parquet(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+    """Read a Parquet file, whole or these columns of it; what is broken in it becomes one BadInput."""
     import polars as pl
 
     try:
         with _panics_unheard():
-            return pl.read_parquet(path, use_statistics=False)
+            return pl.read_parquet(path, columns=columns, use_statistics=False)
     except BaseException as error:
         # Polars raises its PanicException, a BaseException, on some damaged files.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,4 +66,26 @@ class CostModel(Protocol):
 
     def estimate(self, operation: Operation) -> Estimate:
         """Price one operation, vectorised over its sizes."""
+        ...
+
+
+@dataclass(frozen=True)
+class PricedBy:
+    """One of the profiles that a scenario names: where its rows come from, and whether it answered any price.
+
+    name: as the scenario names it. gpus: what its rows say that they were measured on.
+    """
+
+    name: str
+    system: str
+    gpus: tuple[str, ...]
+    answered: bool
+
+
+@runtime_checkable
+class TellsProfiles(Protocol):
+    """A cost model that can tell which profiles its prices came from, and what to know of them."""
+
+    def profiles_told(self) -> tuple[tuple[PricedBy, ...], tuple[str, ...]]:
+        """The profiles in the order they are asked, as of the prices so far, and notes, a sentence each."""
         ...

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from moesim.output.priced import priced_lines
 from moesim.output.stage_words import stages_line
 from moesim.units import human_bytes, human_seconds
 
@@ -124,6 +125,8 @@ def print_simulation(result: dict[str, Any]) -> None:
         out.print(f"Prefix cache: {serving['prefix_hit_rate']:.1%} of prompt tokens found.")
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the step times come from: {shares}.")
+    for line in priced_lines(result):
+        out.print(line)
     load = result["load"]
     if load["offered_output_tokens_per_s_per_gpu"] is not None:
         out.print(

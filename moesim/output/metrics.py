@@ -18,6 +18,7 @@ from moesim.graph.batch import step_batch
 from moesim.graph.pricing import LayerSetup, Part, PricedStep
 from moesim.output.dispersion_report import dispersion_json
 from moesim.output.network import of_simulation
+from moesim.output.priced import priced_json
 from moesim.output.routing_report import routing_json
 from moesim.output.serving_report import serving_report
 from moesim.output.steady import steadiness
@@ -232,6 +233,7 @@ def simulation_json(simulation: Simulation) -> dict[str, Any]:
         "load": steadiness(simulation).to_json(),
         "serving": serving_report(simulation),
         "provenance": provenance(simulation),
+        "priced_by": priced_json(deployment.ground.costs, deployment.scenario.cost.source, outside_share(simulation)),
         "overheads": overheads_json(deployment.rules),
         "plan": {
             "parallel": deployment.parallel.model_dump(mode="json"),

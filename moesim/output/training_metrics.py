@@ -12,6 +12,7 @@ from moesim.engine.training import TrainingRun
 from moesim.engine.training_overlap import pair_share
 from moesim.graph.training_passes import chunk_estimates, passes_of
 from moesim.output.metrics import SCHEMA_VERSION, generated, intervals
+from moesim.output.priced import priced_json
 from moesim.output.routing_report import flow_figures
 from moesim.routing.gates.choice import gate_spec
 from moesim.routing.spread import UTILISATION_EDGES
@@ -25,7 +26,7 @@ def training_json(run: TrainingRun) -> dict[str, Any]:
     """Everything that `simulate --json` prints of a training run; what depends on the clock is under `run`."""
     model, setup = run.model, run.model.setup
     metrics = run.rates((run.faulted or run.step).step_s)
-    memory = model.memory
+    memory, shares = model.memory, training_provenance(run)
     return {
         "schema_version": SCHEMA_VERSION,
         "metrics": metrics,
@@ -40,7 +41,10 @@ def training_json(run: TrainingRun) -> dict[str, Any]:
             "by_stage": list(memory.stages),
             "assumed": memory.assumed,
         },
-        "provenance": training_provenance(run),
+        "provenance": shares,
+        "priced_by": priced_json(
+            model.ground.costs, model.ground.scenario.cost.source, shares.get(Tag.EXTRAPOLATED.label, 0.0)
+        ),
         "plan": {
             "parallel": setup.parallel.model_dump(mode="json"),
             "instances": setup.grid.instances,

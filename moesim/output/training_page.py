@@ -12,6 +12,7 @@ from moesim.files import write_text
 from moesim.output import page, tables
 from moesim.output.console import capacity_line, console, generated_line, shown, with_interval
 from moesim.output.page import exact, number, percent, section, table
+from moesim.output.priced import priced_lines
 from moesim.output.training_explain import training_explanation_page
 from moesim.spec.scenario import Scenario
 from moesim.units import human_bytes, human_seconds
@@ -57,6 +58,8 @@ def print_training(result: dict[str, Any]) -> None:
             out.print(told)
     shares = ", ".join(f"{share:.0%} {tag}" for tag, share in sorted(result["provenance"].items(), key=lambda x: -x[1]))
     out.print(f"Where the working time comes from: {shares}.")
+    for line in priced_lines(result):
+        out.print(line)
 
 
 def write_training_report(path: Path, scenario: Scenario, result: Mapping[str, Any]) -> None:

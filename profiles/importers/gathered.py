@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.errors import BadInput
 from profiles.leave_out import errors_of, fit_experts
 from profiles.record import FAMILIES, LATENCY
 from profiles.store import empty, polars_schema
+from profiles.whose import System
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,20 +42,13 @@ def tables_of_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, pl.D
     return tables
 
 
-def checked_system(system: str) -> str:
-    """The system's name. Raises BadInput where it is blank."""
-    if not system.strip():
-        raise BadInput("the system has no name", where="--system", mend="name it as scenarios do: h200_sxm")
-    return system.strip()
-
-
 def description(
-    tables: dict[str, pl.DataFrame], system: str, engine: str, files: Sequence[Path], **told: Any
+    tables: dict[str, pl.DataFrame], system: System, engine: str, files: Sequence[Path], **told: Any
 ) -> dict[str, Any]:
     """`profile.json`: where the rows come from, the leave-out errors that they allow, and what the importer tells."""
     fitted = fit_experts(tables["experts"])
     return {
-        "system": system,
+        **system.told(),
         "engine": engine,
         "files": told_files(files),
         "rows": {name: table.height for name, table in tables.items() if table.height},

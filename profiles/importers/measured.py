@@ -18,9 +18,10 @@ from moesim import __version__
 from moesim.errors import BadInput
 from profiles.capture import Line
 from profiles.groups import PRETEND, PRETENDED
-from profiles.importers.gathered import checked_system, tables_of_rows, told_files
+from profiles.importers.gathered import tables_of_rows, told_files
 from profiles.leave_out import errors_of, fit_experts
 from profiles.record import FAMILIES, LATENCY, MEASURED_ENGINE
+from profiles.whose import System
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 PACKAGE = "moesim"
 
 
-def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
+def tables_of(lines: Sequence[Line], system: System) -> dict[str, pl.DataFrame]:
     """A table for each family, empty where nothing was measured. Raises BadInput.
 
-    Refused: lines of two devices in one family and version, as their points would be taken for one machine's.
+    Refused: lines of two devices in one family and version, as their points would be taken for one machine's, and
+    lines of another GPU than the system's. What ran on a processor is taken at the system's word.
     """
-    system = checked_system(system)
     rows: list[tuple[str, dict[str, Any]]] = []
     devices: dict[tuple[str, str, str], str] = {}
     for line in lines:
@@ -44,6 +45,7 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
                 f"{line.family} was measured on hosts that were pretended", where="profile import measured",
                 mend=f"measure again without {PRETEND}",
             )  # fmt: skip
+        system.refuse_other(line.device, "profile import measured")
         version = _version(line)
         held = devices.setdefault((line.family, str(line.key.get("path", "")), version), line.device)
         if held != line.device:
@@ -52,7 +54,7 @@ def tables_of(lines: Sequence[Line], system: str) -> dict[str, pl.DataFrame]:
                 where="profile import measured",
                 mend="import the files of each machine into a folder of its own",
             )
-        rows.append((line.family, _row(line, version, system)))
+        rows.append((line.family, _row(line, version, system.name)))
     if not rows:
         raise BadInput(
             "no line belongs to a table of the store", where="profile import measured",
@@ -89,7 +91,7 @@ def _row(line: Line, version: str, system: str) -> dict[str, Any]:
 
 
 def describe(
-    lines: Sequence[Line], tables: dict[str, pl.DataFrame], system: str, files: Sequence[Path]
+    lines: Sequence[Line], tables: dict[str, pl.DataFrame], system: System, files: Sequence[Path]
 ) -> dict[str, Any]:
     """`profile.json`: where the rows come from, what stays out, leave-out errors and the experts' physics."""
     fitted = fit_experts(tables["experts"])
@@ -98,7 +100,7 @@ def describe(
         spread.setdefault(line.family, []).append((line.p90_s - line.p10_s) / line.latency_s)
     conditions = sorted({(line.device, line.run["torch"], line.run["date"][:10]) for line in lines})
     return {
-        "system": system,
+        **system.told(),
         "engine": MEASURED_ENGINE,
         "source": {"package": PACKAGE, "version": __version__, "licence": "measured here"},
         "measured": [{"device": device, "torch": torch, "date": date} for device, torch, date in conditions],

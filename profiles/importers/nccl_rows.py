@@ -12,6 +12,7 @@ from moesim.errors import BadInput
 from profiles.importers.gathered import UNKNOWN
 from profiles.importers.nccl_tests import KINDS, NcclRun, kind_meant, read_nccl_log
 from profiles.record import LATENCY
+from profiles.whose import System
 
 PATH = "nccl"  # RCCL has NCCL's interface and stands in its place
 KERNELS = {"nccl": "NCCL", "rccl": "RCCL"}
@@ -40,15 +41,16 @@ class CollectiveRows:
         return " and ".join(sorted({str(row["engine"]) for _, row in self.rows}))
 
 
-def read_collectives(paths: Sequence[Path], system: str, given: Given) -> CollectiveRows:
+def read_collectives(paths: Sequence[Path], system: System, given: Given) -> CollectiveRows:
     """The rows of all logs at these paths, as `collectives_of`."""
     return collectives_of([(str(path), read_nccl_log(path)) for path in paths], system, given)
 
 
-def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: str, given: Given) -> CollectiveRows:
+def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: System, given: Given) -> CollectiveRows:
     """The rows of all logs, each with its path. Raises BadInput that names the file and, where there is one, the line.
 
-    Refused: what neither the log nor an option tells, an option that the log contradicts, GPUs of several kinds.
+    Refused: what neither the log nor an option tells, an option that the log contradicts, GPUs of several kinds or of
+    another kind than the system's.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
     left_out: Counter[str] = Counter()
@@ -73,7 +75,8 @@ def collectives_of(logs: Sequence[tuple[str, Sequence[NcclRun]]], system: str, g
                     f"the logs are of {' and of '.join(sorted(devices - {UNKNOWN}))}", where=place,
                     mend="import the logs of each kind of GPU into a folder of its own",
                 )  # fmt: skip
-            row = _provenance(run, system)
+            system.refuse_other(run.device, place)
+            row = _provenance(run, system.name)
             key = {"kind": kind, "path": PATH, "gpus": gpus, "nodes": nodes}
             rows += [("collective", {**key, "bytes": size, LATENCY: seconds, **row}) for size, seconds in run.points]
             measured.append({"file": Path(path).name, **key, **_conditions(run)})

@@ -272,4 +272,6 @@ def test_scenarios_alike_share_one_model_and_answer_alike() -> None:
     assert isinstance(model(), StoreCosts)
     op = experts(np.full((2, 8), 11.0))
     assert (model().estimate(op).seconds == model().estimate(op).seconds).all()
-    assert model.__wrapped__() is model()
+    other = model.__wrapped__()
+    assert other._tables is model()._tables and other._prepared is model()._prepared
+    assert other.answered is not model().answered  # which profiles answered is a run's own

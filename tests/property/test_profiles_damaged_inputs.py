@@ -31,6 +31,7 @@ from profiles.importers.topo import read_topology
 from profiles.importers.topo_cluster import in_words
 from profiles.record import COUNT, FAMILIES, NUMBER
 from profiles.store import Profile
+from profiles.whose import System
 from tests import printed_samples as samples
 from tests.damaged import damaged, fingerprint
 
@@ -92,7 +93,7 @@ def text_of(data: bytes) -> str:
 def test_logs_of_nccl_tests() -> None:
     def read(data: bytes) -> Iterable[float]:
         runs = read_nccl_text(text_of(data), PATH)
-        return figures_of(collectives_of([(PATH, runs)], "h100_sxm", Given()).rows)
+        return figures_of(collectives_of([(PATH, runs)], System("h100_sxm"), Given()).rows)
 
     whole = [samples.nccl_log(), samples.nccl_log("all_reduce", ("one",)) + samples.nccl_log("all_gather", ("one",))]
     found = run(read, [one.encode() for one in whole], 1)
@@ -186,7 +187,7 @@ def test_measured_lines_that_are_read_become_tables_or_one_line(tmp_path: Path) 
     for _ in range(200):
         put(path, damaged(measured_lines(), rng))
         try:
-            tables = tables_of(read_lines([path]), "mybox")
+            tables = tables_of(read_lines([path]), System("mybox"))
         except MoesimError as error:
             assert error.exit_code == 2
             assert "\n" not in error.line()
@@ -276,7 +277,8 @@ COMMANDS: dict[str, tuple[str, list[str], Callable[[], str]]] = {
 def test_the_store_stays_as_it_was(name: str, tmp_path: Path) -> None:
     file, options, sample = COMMANDS[name]
     path, out = tmp_path / file, tmp_path / "profile"
-    arguments = ["import", name, str(path), "--system", "h800", "--out", str(out), *options]
+    system = "h100_sxm" if name == "nccl-tests" else "h800"  # the log names its GPU
+    arguments = ["import", name, str(path), "--system", system, "--out", str(out), *options]
     path.write_text(sample())
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     first = fingerprint(out)

@@ -103,6 +103,28 @@ def test_what_was_fitted_is_marked_as_measured() -> None:
     assert prepare(base, "flat").time(pairs).tag == Tag.ASSUMED
 
 
+def test_a_latency_that_holds_the_launch_is_no_figure_of_the_cluster() -> None:
+    """DeepEP launches otherwise than NCCL: its formula on such a latency would be surer and wrong."""
+    base = h200(2)
+    groups = [one for one in across() if one.kind == "all_to_all"]
+    (found,) = fit_levels(groups, base)
+    assert not found.apart and found.latency_s > 2 * base.nic_latency_s
+    cluster = measured_cluster(base, [found], "here")
+    assert cluster.nic_latency_s == base.nic_latency_s
+    assert set(cluster.measured) == {"nic_bytes_per_s"}
+    pairs = np.zeros((16, 16))
+    pairs[0, 8] = 1e6
+    assert prepare(cluster, "flat").time(pairs).tag == Tag.ASSUMED
+
+
+def test_the_command_says_which_latency_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = profile_of(tmp_path / "p", [one for one in across() if one.kind == "all_to_all"])
+    out = tmp_path / "ours.yaml"
+    assert run(["profile", "fit-network", str(folder), "--nodes", "2", "--out", str(out)]) == 0
+    assert "is no link's, so nic_latency_s stays 5e-06 s" in capsys.readouterr().err
+    assert load_cluster(out).nic_latency_s == 5e-6
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(BadInput, match="only 0 points"):
         fit_levels([], h200(1))

@@ -14,6 +14,7 @@ from profiles.costs import LEAST_ERRORS, UNKNOWN_SIGMA, StoreCosts
 from profiles.importers.gathered import description, tables_of_rows
 from profiles.record import LATENCY, PUBLISHED
 from profiles.store import DESCRIPTION, open_profile, write_profile
+from profiles.whose import asked_system
 from tests.costs_cluster import h200
 
 PROVENANCE = {
@@ -35,7 +36,7 @@ def folder(path: Path, sizes: int) -> str:
         for power in range(4, 4 + sizes)
     ]
     tables = tables_of_rows(rows)
-    write_profile(path, tables, description(tables, "h200_sxm", "nccl", []))
+    write_profile(path, tables, description(tables, asked_system("h200_sxm"), "nccl", []))
     return str(path)
 
 
@@ -66,6 +67,6 @@ def test_each_price_has_the_error_of_its_own_profile(tmp_path: Path) -> None:
 def test_published_figures_price_for_every_engine(tmp_path: Path) -> None:
     key = {"dtype": "fp8_block", "n": 100, "k": 200, "engine": PUBLISHED}
     tables = tables_of_rows([("gemm", {**key, "m": m, LATENCY: m * 1e-6, **PROVENANCE}) for m in (64.0, 128.0)])
-    write_profile(tmp_path / "p", tables, description(tables, "h200_sxm", PUBLISHED, []))
+    write_profile(tmp_path / "p", tables, description(tables, asked_system("h200_sxm"), PUBLISHED, []))
     found = model(str(tmp_path / "p")).estimate(Gemm(np.array([64.0]), 100, 200, "fp8_block"))
     assert found.seconds[0] == pytest.approx(64e-6) and "published 1 k" in found.source

@@ -10,6 +10,7 @@ import pytest
 
 from moesim.cli import run
 from profiles.import_commands import how_to_price
+from profiles.whose import asked_system
 from tests import printed_samples as samples
 
 PAGE = "docs/how-to/profile.md"
@@ -48,6 +49,6 @@ def test_the_page_shows_what_its_commands_print(
 
 
 def test_an_import_says_how_to_price_with_it() -> None:
-    assert how_to_price(Path("mine"), "h200_sxm") == "price with it: cost: {profiles: [mine, default]}"
-    other = how_to_price(Path("mine"), "h100_sxm")  # `default` would be refused there
+    assert how_to_price(Path("mine"), asked_system("h200_sxm")) == "price with it: cost: {profiles: [mine, default]}"
+    other = how_to_price(Path("mine"), asked_system("h100_sxm"))  # `default` would be refused there
     assert other.startswith("price with it: cost: {profiles: [mine]} (none ships for h100_sxm;")

@@ -18,6 +18,7 @@ from profiles.costs import StoreCosts
 from profiles.importers.nccl_rows import Given, collectives_of
 from profiles.importers.nccl_tests import NcclRun, read_nccl_text
 from profiles.store import open_profile
+from profiles.whose import System
 from tests.costs_cluster import h200
 from tests.printed_samples import GPU, nccl_line, nccl_log
 
@@ -40,13 +41,13 @@ def only(text: str) -> NcclRun:
     return run
 
 
-def imported(folder: Path, *logs: str, options: tuple[str, ...] = ()) -> Path:
+def imported(folder: Path, *logs: str, options: tuple[str, ...] = (), system: str = "h100_sxm") -> Path:
     paths = []
     for number, text in enumerate(logs):
         paths.append(folder / f"{number}.log")
         paths[-1].write_text(text)
     out = folder / "profile"
-    arguments = ["import", "nccl-tests", *map(str, paths), "--system", "h100_sxm", "--out", str(out), *options]
+    arguments = ["import", "nccl-tests", *map(str, paths), "--system", system, "--out", str(out), *options]
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     return out
 
@@ -156,7 +157,7 @@ def test_a_rank_whose_line_is_missing_is_named() -> None:
 
 
 def rows(text: str, **given: object) -> list[dict[str, object]]:
-    found = collectives_of([("run.log", read_nccl_text(text, "run.log"))], "s", Given(**given))  # type: ignore[arg-type]
+    found = collectives_of([("run.log", read_nccl_text(text, "run.log"))], System("s"), Given(**given))  # type: ignore[arg-type]
     return [row for _, row in found.rows]
 
 
@@ -212,7 +213,7 @@ def test_collectives_across_nodes_are_priced_from_a_log(tmp_path: Path) -> None:
 
 
 def test_rccls_rows_are_priced_too(tmp_path: Path) -> None:
-    out = imported(tmp_path, TWO_NODES.replace(GPU, "AMD Instinct MI300X"))
+    out = imported(tmp_path, TWO_NODES.replace(GPU, "AMD Instinct MI300X"), system="mi300x")
     costs = StoreCosts((open_profile(str(out), "mi300x"),), "vllm", False, Roofline(h200(2)))
     assert costs.estimate(Collective("all_to_all", np.array([1048576.0]), 16, 2)).source.startswith("rccl 2.27.4 RCCL")
 

@@ -58,6 +58,8 @@ def test_a_yardstick_beyond_the_profile_is_none() -> None:
     found = judged(finalist(110.0, 0.01), guess)
     assert found["code"] == "withheld"
     assert "60% of the baseline's step time lies outside the profile" in found["text"]
+    assert "measure or import the kernels that `moesim doctor` lists" in found["text"]
+    assert found["text"].endswith("parallel: {attention_dp: 8, ep: 8}, policies: {dispatch: {backend: deepep}}.")
     little = finalist(100.0, 0.02, solver="contiguous", outside=0.05)
     assert judged(finalist(110.0, 0.01), little)["code"] == "gain"
 

@@ -230,8 +230,9 @@ def _sizes(low: float, high: float, points: int) -> tuple[int, ...]:
 def tables(lines: Sequence[Line]) -> dict[str, pl.DataFrame]:
     """The lines as the tables of a profile."""
     from profiles.importers.measured import tables_of
+    from profiles.whose import System
 
-    return tables_of(lines, "this machine")
+    return tables_of(lines, System("this machine"))
 
 
 def refuse_known(lines: Sequence[Line], job: ExchangeJob, counts: Sequence[Ints], hosts: Sequence[int]) -> None:
