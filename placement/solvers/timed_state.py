@@ -29,7 +29,8 @@ class Terms(NamedTuple):
 
     odds: [scenarios, groups], chance that a token opens a group; picks: of a token in an open group. copy, node:
     seconds of all tokens of a step if each visited a GPU or node; without by_visit both are 0, and token holds copies.
-    read_doublings and doublings: of the exponents of the sum over ranks' reading, and of the other two.
+    read_doublings and doublings: of the exponents of the sum over ranks' reading, and of the other two. A sum whose
+    power is less than a double holds vanishes: with 64 as exponent, one of less than 2e-5 units.
     """
 
     expert: float

@@ -23,6 +23,7 @@ def scenario(folder: Path, shared_data: Path, **changes: Any) -> Path:
         "routing": {"loads": [{"file": str(file), "phase": "decode"} for file in files]},
         "parallel": {"attention_dp": 32, "ep": 32},
         "placement": {"solver": "greedy", "redundant_experts": 32},
+        "cost": {"extrapolate": "allow"},  # contiguous placement leaves the low-latency tables
         "serving": {"workload": {"isl": 2000, "osl": 256, "requests": 10, "arrivals": {"concurrency": 1}}},
     }
     data.update(changes)
@@ -47,8 +48,10 @@ def test_every_size_has_its_interval(tmp_path: Path, shared_data: Path, capsys: 
             time = row["step_s"][name]
             assert 0 < time["low"] < time["value"] < time["high"]
         assert row["gain"]["low"] <= row["gain"]["value"] <= row["gain"]["high"]
+    # 512 requests of a rank are more than the engine takes, and are priced in another dispatch mode.
+    assert [size for size in SIZES if rows[size]["runs"]] == SIZES[:3]
     # Contiguous placement of these counts loads its fullest rank 2.7 times the mean: the more tokens, the dearer.
-    gains = [rows[size]["gain"]["value"] for size in SIZES]
+    gains = [rows[size]["gain"]["value"] for size in SIZES[:3]]
     assert gains == sorted(gains)
     assert gains[-1] > 0.2
     assert "replicas" in result["verdict"]["text"]
