@@ -308,3 +308,16 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts() -> None:
     memory.check_memory(job, predict.Machine("H100", needed, (0, 0)), gpu)
     with pytest.raises(Infeasible, match=r"2 layouts of 2 ranks need .* memory are there"):
         memory.check_memory(job, predict.Machine("H100", needed - 1, (0, 0)), gpu)
+
+
+@pytest.mark.parametrize("last_s", [3e-3, 1e-3, 0.8e-3])
+def test_a_large_send_that_took_no_longer_has_a_rate_that_a_cluster_file_takes(last_s: float) -> None:
+    """On 3 and 4 ranks of two cores a send of 260 kB came as fast as one of 1 kB: its rate was 2.6e14 bytes/s."""
+    sizes, seconds = (1e3, 2.6e5), (1e-3, last_s)
+    sends = [
+        predict.Measured(predict.Asked("send", (), size), np.asarray([each] * 3))
+        for size, each in zip(sizes, seconds, strict=True)
+    ]
+    found = predict._link(sends)
+    assert found.latency_s + (sizes[1] - sizes[0]) / found.bytes_per_s == pytest.approx(last_s)
+    assert found.latency_s == pytest.approx(min(1e-3, 0.99 * last_s)) and found.bytes_per_s < 1e11
