@@ -234,7 +234,7 @@ def measured_yardstick(plan: Plan) -> str:
     told = "For a verdict, measure or import the kernels that `moesim doctor` lists as extrapolated"
     if plan.roles is not None:
         return f"{told}."
-    sizes = ("tp", "pp", "cp", "attention_dp", "ep", "expert_tp")
+    sizes = ("tp", "pp", "cp", "decode_cp", "attention_dp", "ep", "expert_tp")
     own = ", ".join(f"{name}: {size}" for name in sizes if (size := getattr(plan.parallel, name)) > 1)
     return (
         f"{told}, or make a layout that is measured the scenario's own, such as this plan's: "

@@ -91,12 +91,11 @@ class Surrogate:
         near = self._beside_best(told, candidates) if "near" in turns else np.zeros(len(candidates), bool)
         found: list[Plan] = []
         open_ = np.ones(len(candidates), bool)
-        runs = self.outlay.runs(candidates, seen) if space.estimated else open_
+        runs = self.outlay.runs(candidates, seen) if space.estimated else np.ones(len(candidates))
         while len(found) < room and open_.any():
             turn = turns[len(found) % len(turns)]
             value = known.volume(believed, rng) if turn == "front" else known.improvement(believed)
-            if space.estimated:
-                value = value / runs
+            value = value / runs
             # Rounded, so that the last bits of a linear algebra library decide nothing.
             value = np.round(value / max(float(value[open_].max()), 1e-300), 6)
             first = near if turn == "near" else open_

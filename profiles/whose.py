@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesim.errors import BadInput
 from moesim.spec.cluster import ClusterSpec
-from moesim.spec.presets import load_cluster, presets
+from moesim.spec.presets import load_cluster, near_preset, presets
 from moesim.spec.scenario import ClusterChoice
 from profiles.store import Profile, open_profile, shipped_systems
 
@@ -87,14 +86,12 @@ def asked_system(text: str) -> System:
     preset = preset_of(name)
     if preset is not None:
         return System(name, preset.gpu.name)
-    low = name.lower()
-    starts = [one for one in presets() if one == low or one.startswith(f"{low}_")]
-    near = starts or difflib.get_close_matches(low, presets(), n=1, cutoff=NEAR)
+    near = near_preset(name, NEAR)
     if near:
         raise BadInput(
             f"unknown system {name!r}",
             where="--system",
-            mend=f"did you mean {near[0]}? For a system of your own give the path of its cluster file",
+            mend=f"did you mean {near}? For a system of your own give the path of its cluster file",
         )
     return System(name)
 

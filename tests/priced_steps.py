@@ -10,7 +10,7 @@ import numpy as np
 from moesim.cost.estimate import Estimate, Tag, estimate
 from moesim.cost.host import HostTime
 from moesim.graph.batch import step_batch
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 from moesim.graph.storage import ExpertStorage
 from moesim.spec.hf import load_model
 from moesim.spec.model import ModelSpec

@@ -8,7 +8,7 @@ from moesim.engine.graphs import CapturedGraphs, captured_graphs
 from moesim.engine.in_flight import Flow
 from moesim.engine.rules import low_latency_tokens
 from moesim.engine.speculative import draft_tokens
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 
 
 def stage_count(setup: LayerSetup) -> int:

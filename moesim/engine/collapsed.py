@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.graph.layer import build_lists, schedule_lists
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

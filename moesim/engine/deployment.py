@@ -25,7 +25,7 @@ from moesim.engine.stream_overlap import stream_overlap
 from moesim.engine.workload import lengths
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.decode_context import BY_ALL_TO_ALL
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 from moesim.network.instance import instance_network
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.routing.drift import cut_in_blocks

@@ -20,7 +20,8 @@ from moesim.engine.stepbytes import StepBytes, step_bytes
 from moesim.engine.stepmodel import ExactModel
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
-from moesim.graph.pricing import PricedStep, Pricer
+from moesim.graph.priced_step import PricedStep
+from moesim.graph.pricing import Pricer
 from moesim.graph.task import StepTimes, TaskGraph
 
 Floats = NDArray[np.float64]

@@ -25,7 +25,7 @@ from moesim.engine.stepmodel import StepModel, TimedModel
 from moesim.engine.steptable import StepTable, time_grid
 from moesim.engine.whatif import HOST_OPERATIONS
 from moesim.errors import BadInput
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 from moesim.graph.task import Link, Stream, Task, TaskGraph
 from moesim.network.choice import CHOICES
 from moesim.spec.faults import FaultSpec

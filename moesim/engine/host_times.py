@@ -8,7 +8,7 @@ from moesim.engine.rules import EngineRules
 from moesim.engine.stepmodel import StepModel, TimedModel
 from moesim.engine.steptable import PricedGrid
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.priced_step import Part, PricedStep
 
 
 def with_host_times(model: StepModel, rules: EngineRules) -> StepModel:

@@ -14,7 +14,7 @@ from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.step_graph import step_seconds
 from moesim.engine.steptime import STEPS_PER_LOAD, price_steps, step_counts, variant_for
 from moesim.errors import Infeasible, OutsideProfile
-from moesim.graph.pricing import PricedStep
+from moesim.graph.priced_step import PricedStep
 from moesim.routing.trace import RoutingCounts, stack_profiles
 from moesim.spec.layer_cost import LayerCost
 from moesim.spec.parallel import ParallelSpec

@@ -19,7 +19,7 @@ from moesim.engine.faults import FaultedTable, FaultState, jitter_factors, model
 from moesim.engine.losses import Strike
 from moesim.engine.step_graph import best_step
 from moesim.engine.stepmodel import ExactModel, Fidelity, StepModel
-from moesim.graph.pricing import PricedStep
+from moesim.graph.priced_step import PricedStep
 from moesim.graph.task import TaskGraph
 from moesim.spec.faults import FaultSpec
 

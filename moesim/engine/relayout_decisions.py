@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moesim.engine.deployment import Deployment
 from moesim.engine.deployment import solve as solve_for
 from moesim.engine.relayout_moves import match_ranks
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean
 from moesim.spec.rebalance import RebalanceSpec

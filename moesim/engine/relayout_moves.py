@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moesim.cost.estimate import Tag
 from moesim.engine.memory import WEIGHT_BYTES_PER_ELEMENT
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 from moesim.network.instance import InstanceNetwork
 from moesim.spec.plan import ExpertPlacement
 

@@ -16,7 +16,7 @@ from moesim.cost.estimate import CostModel
 from moesim.cost.ops import Gemm
 from moesim.engine.batch_state import Plan
 from moesim.errors import BadInput
-from moesim.graph.pricing import LayerSetup, Part
+from moesim.graph.priced_step import LayerSetup, Part
 from moesim.spec.model import ModelSpec
 from moesim.spec.workload import ServingSpec
 

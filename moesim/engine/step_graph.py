@@ -11,7 +11,7 @@ from moesim.engine import maxplus
 from moesim.engine.collapsed import collapsed_seconds
 from moesim.engine.stretch import stretched
 from moesim.graph.layer import build_step
-from moesim.graph.pricing import LayerSetup, PricedStep
+from moesim.graph.priced_step import LayerSetup, PricedStep
 from moesim.graph.task import TaskGraph
 
 Change = Callable[[TaskGraph], TaskGraph]

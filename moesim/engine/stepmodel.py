@@ -27,7 +27,7 @@ from moesim.engine.workload import lengths
 from moesim.errors import BadInput
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.priced_step import Part, PricedStep
 from moesim.graph.stages import joined
 from moesim.graph.task import StepTimes, TaskGraph
 from moesim.network.instance import at_reached_rates

@@ -20,7 +20,8 @@ from moesim.engine.routing_draws import RoutingDraws
 from moesim.engine.step_graph import step_seconds
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch, step_batch
-from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.graph.priced_step import Part, PricedStep
+from moesim.graph.pricing import Pricer
 
 Floats = NDArray[np.float64]
 

@@ -20,7 +20,8 @@ from moesim.engine.workload import lengths
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import step_batch
 from moesim.graph.plan_pricer import PlanPricer
-from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.graph.priced_step import Part, PricedStep
+from moesim.graph.pricing import Pricer
 from moesim.network.choice import CHOICES, STALE, following
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, max_over_mean

@@ -20,7 +20,7 @@ from moesim.engine.training_plan import SharedTraining, checked_training
 from moesim.engine.training_routing import RoutingPool
 from moesim.engine.training_sync import StageSync, stage_sync, stage_transfer
 from moesim.graph.pipeline import Pass, PipelineProgram
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 from moesim.graph.task import StepTimes
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.graph.training_layer import TrainingSetup

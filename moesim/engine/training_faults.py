@@ -19,7 +19,7 @@ from moesim.engine.faults import REROUTED_FACTOR, jitter_factors
 from moesim.engine.training_sync import StageSync
 from moesim.errors import BadInput
 from moesim.graph.pipeline import PipelineProgram
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 from moesim.graph.task import TaskGraph
 from moesim.graph.training_layer import TrainingSetup
 from moesim.graph.training_passes import PricedLayers, chunk_graph, passes_of

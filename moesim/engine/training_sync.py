@@ -12,7 +12,7 @@ from moesim.cost.estimate import CostModel, Tag, estimate
 from moesim.cost.ops import Collective, MemoryBound
 from moesim.cost.roofline import REACHED, REL_SIGMA
 from moesim.engine.training_memory import optimizer_bytes, stage_parameters
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 from moesim.graph.training_layer import TrainingSetup
 from moesim.network.instance import at_reached_rates
 from moesim.network.rank_groups import Group

@@ -25,7 +25,7 @@ from moesim.cost.ops import (
     Operation,
 )
 from moesim.errors import BadInput
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 
 Floats = NDArray[np.float64]
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from moesim.graph.batch import Floats, StepBatch
+from moesim.graph.priced_step import LayerSetup
 from moesim.units import BYTES_PER_ELEMENT
-
-if TYPE_CHECKING:
-    from moesim.graph.pricing import LayerSetup
 
 Kind = Literal["all_gather", "reduce_scatter", "all_to_all"]
 # Engines that merge by an all-gather of log-sum-exps and a reduce-scatter of outputs (vLLM's default,

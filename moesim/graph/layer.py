@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moesim.errors import BadInput
 from moesim.graph.moe_layer import LAYERS
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 from moesim.graph.schedules import sequential, two_batch
 from moesim.graph.stages import TRANSFER
 from moesim.graph.step_builder import StepBuilder

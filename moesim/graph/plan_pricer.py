@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import StepBatch
-from moesim.graph.pricing import Part, PricedStep, Pricer
+from moesim.graph.priced_step import Part, PricedStep
+from moesim.graph.pricing import Pricer
 
 # Numbers of chunks that an adaptive pipeline chooses from, as Tutel's search does (arXiv:2206.03382, adaptive
 # pipelining). The first is the layer in one piece.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.graph.batch import Floats
 from moesim.graph.decode_context import CONTEXT
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 from moesim.graph.storage import Fetches
 from moesim.graph.task import Link, Stream, Task
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
 from moesim.graph.backward import Costed, priced
 from moesim.graph.pipeline import Pass
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 from moesim.graph.task import Link, Stream, Task, TaskGraph
 from moesim.graph.training_layer import LayerPieces, Piece, TrainingSetup
 

@@ -15,7 +15,7 @@ from moesim.engine.overheads import overheads_json
 from moesim.engine.serving import Served
 from moesim.engine.simulate import Simulation, typical_decode, weighted_mean
 from moesim.graph.batch import step_batch
-from moesim.graph.pricing import LayerSetup, Part, PricedStep
+from moesim.graph.priced_step import LayerSetup, Part, PricedStep
 from moesim.output.dispersion_report import dispersion_json
 from moesim.output.network import of_simulation
 from moesim.output.priced import priced_json

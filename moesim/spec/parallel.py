@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from moesim.spec.base import Spec
 
@@ -20,9 +20,11 @@ class ParallelSpec(Spec):
     attention_dp: int = Field(default=1, gt=0, description="data-parallel attention ranks in lockstep")
     ep: int = Field(default=1, gt=0, description="expert parallelism")
     expert_tp: int = Field(default=1, gt=0, description="tensor parallelism inside an expert")
+    # Left out where it splits nothing: plans are written as before there was the key, and recorded ones stay equal.
     decode_cp: int = Field(
         default=1,
         gt=0,
+        exclude_if=lambda parts: parts == 1,
         description="serving: GPUs of a TP group that split a context's KV cache by its tokens; takes no GPUs more",
     )
     rank_order: tuple[Axis, ...] = Field(default=("tp", "cp", "dp", "pp"), description="fastest-varying axis first")
@@ -44,14 +46,6 @@ class ParallelSpec(Spec):
                 "divide by it"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan whose cache is not split is written as it was before there was the key: recorded plans stay equal."""
-        found: dict[str, Any] = write(self)
-        if self.decode_cp == 1:
-            found.pop("decode_cp", None)
-        return found
 
     @property
     def gpus(self) -> int:

@@ -31,6 +31,13 @@ def presets() -> list[str]:
     return sorted(_shelf())
 
 
+def near_preset(name: str, likeness: float = 0.5) -> str:
+    """The preset that a name may have meant: one that begins with it, else one so much like it; empty where none is."""
+    low = name.strip().lower()
+    starts = [preset for preset in presets() if preset == low or preset.startswith(f"{low}_")]
+    return next(iter(starts or difflib.get_close_matches(low, presets(), n=1, cutoff=likeness)), "")
+
+
 def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
     """The cluster that a scenario chooses: a preset at the chosen size, or a cluster file.
 
@@ -41,9 +48,8 @@ def load_cluster(choice: ClusterChoice | Path) -> ClusterSpec:
         return _load_file(choice)
     name = choice.system.strip().lower()
     if name not in _shelf():
-        starts = [preset for preset in presets() if preset.startswith(f"{name}_")]
-        near = starts or difflib.get_close_matches(name, presets(), n=1, cutoff=0.5)
-        guess = f"did you mean {near[0]}? " if near else ""
+        near = near_preset(name)
+        guess = f"did you mean {near}? " if near else ""
         raise BadInput(
             f"unknown cluster preset {choice.system!r}",
             where="cluster.system",

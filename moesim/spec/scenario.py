@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesim.errors import BadInput
 from moesim.spec.base import Spec
@@ -263,6 +263,7 @@ class SearchSpec(Spec):
     )
     decode_cp: Literal["off", "auto"] | tuple[Annotated[int, Field(gt=0)], ...] = Field(
         default="off",
+        exclude_if=lambda asked: asked == "off",  # as in a plan: searches recorded before stay equal
         description="serving: off = whole contexts beside the scenario's own plan; auto = split over every divisor of "
         "the copies that TP keeps; or a list",
     )
@@ -284,14 +285,6 @@ class SearchSpec(Spec):
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads `off` as false
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A search that splits no contexts is written as before there was the key: recorded runs stay equal."""
-        found: dict[str, Any] = write(self)
-        if self.decode_cp == "off":
-            found.pop("decode_cp", None)
-        return found
 
     @model_validator(mode="after")
     def _rising(self) -> SearchSpec:

@@ -91,8 +91,8 @@ def prices_of(scenario: Scenario, request: PlacementRequest, counts: Floats, sta
     tokens = max(round(picks / ground.model.moe.top_k / request.ranks), 1)
     loads = [replace(load, phase="decode") for load in asked_loads(counts, request)]
     (timed,) = timed_placements(ground, {"start": plain, "even": even}, loads, [tokens], 0, request.seed)
-    for why in timed.left_out.values():  # the line takes both prices
-        raise OutsideProfile(why)
+    if timed.left_out:  # the line takes both prices
+        raise OutsideProfile(next(iter(timed.left_out.values())))
     spot = Prices(1.0, 0.0, 0.0, travel.domain)
     mean = counts.mean(axis=0, keepdims=True)
     hot = {name: spot.steps_s(one.physical_to_logical, mean).sum() for name, one in (("start", plain), ("even", even))}

@@ -10,7 +10,7 @@ import pytest
 
 from moesim.engine import des, maxplus
 from moesim.graph.layer import build_step
-from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.priced_step import Part, PricedStep
 from moesim.graph.storage import ExpertStorage
 from moesim.graph.task import TaskGraph
 from tests.bench.test_bench_executors import LAYERS, RANKS, gate

@@ -10,7 +10,7 @@ import pytest
 
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.relayout_moves import match_ranks, move_time, pair_bytes, plan_moves
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 from moesim.network.instance import InstanceNetwork
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.plan import ExpertPlacement

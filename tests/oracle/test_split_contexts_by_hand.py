@@ -11,7 +11,8 @@ import pytest
 from moesim.cost.roofline import ATTENTION_FRACTION, LAUNCH_S, Roofline
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.decode_context import exchanged
-from moesim.graph.pricing import LayerSetup, Pricer
+from moesim.graph.priced_step import LayerSetup
+from moesim.graph.pricing import Pricer
 from moesim.spec.hf import load_model
 from moesim.spec.parallel import ParallelSpec
 from tests.costs_cluster import h200

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moesim.graph.batch import step_batch
 from moesim.graph.decode_context import exchanged
-from moesim.graph.pricing import LayerSetup
+from moesim.graph.priced_step import LayerSetup
 from moesim.spec.model import AttentionSpec
 from moesim.spec.parallel import ParallelSpec
 from tests.priced_steps import setup

@@ -17,7 +17,8 @@ from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import StepModel
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.flows import phase_bytes
-from moesim.graph.pricing import LayerSetup, PricedStep, Pricer
+from moesim.graph.priced_step import LayerSetup, PricedStep
+from moesim.graph.pricing import Pricer
 from moesim.spec.hf import load_model
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec

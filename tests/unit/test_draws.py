@@ -8,7 +8,7 @@ import pytest
 from moesim.cost.estimate import Tag, estimate
 from moesim.engine import draws
 from moesim.engine.draws import joint_draws
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 
 
 def test_drawn_weights_have_the_loads_own_weights_as_their_mean() -> None:

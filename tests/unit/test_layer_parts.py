@@ -9,7 +9,7 @@ import pytest
 
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import price_light_steps
-from moesim.graph.pricing import PricedStep
+from moesim.graph.priced_step import PricedStep
 from moesim.spec.scenario import load_scenario
 from tests.scenarios import small, write
 

@@ -18,7 +18,7 @@ from moesim.engine.stepmodel import ExactModel, StepModel
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.layer import build_step
 from moesim.graph.plan_pricer import CHOICES, PlanPricer
-from moesim.graph.pricing import PricedStep
+from moesim.graph.priced_step import PricedStep
 from moesim.spec.scenario import load_scenario
 from tests.scenarios import small, write
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from moesim.spec.parallel import ParallelSpec
 from moesim.spec.scenario import Scenario
 from placement.objective import Outcome
 from placement.plans import Plan
-from placement.ranking import LATENCY, Finalist, paired_gain, sure_of_levels, tied, verdict
+from placement.ranking import LATENCY, Finalist, measured_yardstick, paired_gain, sure_of_levels, tied, verdict
 from placement.tuner import Trial
 from tests.scenarios import small
 
@@ -101,3 +102,9 @@ def test_draws_are_never_paired_with_a_best_known_value() -> None:
 def test_a_baseline_that_leaves_the_profile_withholds_the_verdict() -> None:
     assert judged(finalist(110.0, 0.01), None, "outside_profile")["code"] == "withheld"
     assert judged(finalist(110.0, 0.01), None, "slo")["code"] == "baseline_fails"
+
+
+def test_the_layout_that_a_withheld_verdict_names_is_the_whole_layout() -> None:
+    whole = ParallelSpec(tp=8, pp=2, expert_tp=8, decode_cp=4)
+    told = measured_yardstick(Plan(whole, "allreduce", "greedy", 0, "sequential"))
+    assert ParallelSpec(**yaml.safe_load(told.split("parallel: ")[1].split(", policies")[0])) == whole

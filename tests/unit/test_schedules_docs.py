@@ -11,7 +11,7 @@ import pytest
 
 from moesim.engine import maxplus
 from moesim.graph.layer import build_step
-from moesim.graph.pricing import Part, PricedStep
+from moesim.graph.priced_step import Part, PricedStep
 from moesim.graph.schedules import forward_backward
 from moesim.graph.storage import PCIE_FRACTION, ExpertStorage
 from moesim.graph.task import Stream, Task, TaskGraph

@@ -17,7 +17,7 @@ from moesim.engine import critical, maxplus
 from moesim.engine.training import simulate_training
 from moesim.engine.training_explain import ExplainedTraining, explain_training
 from moesim.engine.training_pass import pass_parts
-from moesim.graph.pricing import Part
+from moesim.graph.priced_step import Part
 from moesim.graph.task import Stream, Task, TaskGraph
 from moesim.graph.training_passes import chunk_graph, passes_of
 from tests.scenarios import write

@@ -28,6 +28,8 @@ from validate.hardware.rig import device_of
 PATIENCE_S = 30.0
 LOOK_S = 0.5
 NEVER = timedelta(days=7)
+# What a store raises that went with its host (torch.distributed.DistError is a RuntimeError), or a socket.
+STORE_GONE = (RuntimeError, OSError)
 
 
 class Asked(Protocol):
@@ -123,19 +125,19 @@ class Roll:
         """This rank is done: nobody need wait for it."""
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*STORE_GONE):
             self._store.set(f"status{self._rank}", b"{}")
 
     def leave(self, error: MoesimError) -> None:
         """Leave word of why this rank fails."""
-        with contextlib.suppress(Exception), self._lock:
+        with contextlib.suppress(*STORE_GONE), self._lock:
             self._store.set("failed", json.dumps([error.what, error.mend]))
 
     def cause(self, wait_s: float = GRACE_S) -> CheckFailed | None:
         """What a rank left that failed by itself, if one does within a moment."""
         until = time.monotonic() + wait_s
         while True:
-            with contextlib.suppress(Exception), self._lock:
+            with contextlib.suppress(*STORE_GONE), self._lock:
                 if self._store.check(["failed"]):
                     what, mend = json.loads(self._store.get("failed"))
                     return CheckFailed(what, where=self._told.where, mend=mend)
@@ -150,7 +152,7 @@ class Roll:
                 with self._lock:
                     self._store.set(f"status{self._rank}", self._beat.line())
                 seen = {rank: self._status(rank) for rank in self._watched}
-            except Exception:  # the store went with its host; whoever waits for that rank will say so
+            except STORE_GONE:  # the store went with its host; whoever waits for that rank will say so
                 return
             now = time.monotonic()
             alive = {rank: status for rank, (raw, status) in seen.items() if raw != b"{}"}
@@ -181,7 +183,7 @@ class Roll:
     def _end(self, error: CheckFailed) -> None:
         kept = self._ending(error.what) if self._rank == 0 else None
         first = True
-        with contextlib.suppress(Exception), self._lock:
+        with contextlib.suppress(*STORE_GONE), self._lock:
             first = int(self._store.add("ended", 1)) == 1
         if first:
             line = CheckFailed(error.what, where=error.where, mend="; ".join(filter(None, [error.mend, kept]))).line()

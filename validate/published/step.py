@@ -14,7 +14,7 @@ from moesim.engine.draws import joint_draws
 from moesim.engine.speculative import verified
 from moesim.engine.step_graph import step_graph
 from moesim.engine.stepmodel import ExactModel, StepModel, batch_of_plan
-from moesim.graph.pricing import PricedStep
+from moesim.graph.priced_step import PricedStep
 from moesim.graph.task import TaskGraph
 from moesim.spec.base import Spec
 from moesim.spec.scenario import Scenario
