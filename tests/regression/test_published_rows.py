@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from scipy.optimize import brentq
 
 from moesim.engine.training import simulate_training
 from moesim.graph.training_flops import training_flops_per_token
@@ -68,6 +69,15 @@ def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path
     assert f"({1e3 * one.step_s / 128:.0f} and {1e3 * four.step_s / 32:.0f} ms in T15 and T12)" in text
     for name, machine in (("T07", "p6-b300"), ("T15", "p5")):
         assert f"{1e3 * trained(by_id[name].row).host.layer_s:.3g} ms on {machine} ({name})" in text
+    for name, said in (("T08", "0.50 ms for UCCL"), ("T16", "1.56 ms"), ("T17", "0.27 ms for NVSHMEM")):
+        assert f"{1e3 * trained(by_id[name].row).host.exchange_s:.2f} ms" in said and said in text
+    held = [f"{100 * abs(by_id[name].error or 0.0):.0f}" for name in ("T05", "T10", "T13", "T14")]
+    assert f"to {', '.join(held[:3])} and {held[3]} %." in text
+    assert f"{held[2]} % too quick at micro-batch 4** (T13)" in text and f"(T10) is {held[1]} % too quick" in text
+    nccl, nvshmem, uccl = (by_id[name].row.step_s or 0.0 for name in ("T12", "T14", "T13"))
+    assert f"{1e3 * (uccl - nccl) / (32 + 3) / (48 / 4):.1f} ms longer a layer" in text
+    late = [100 * ((by_id[name].step_s or 0.0) / own - 1) for name, own in (("T12", nccl), ("T14", nvshmem))]
+    assert f"NCCL's step comes out {late[0]:.0f} % too long, NVSHMEM's {-late[1]:.0f} % too short" in text
     errors = [abs(by_id[name].error or 0.0) for name in ("T01", "T02", "T03")]
     assert min(errors) > 0.25 and max(errors) < 0.45  # "30 to 40 % too quick"
     assert f"predicted is {1 + (by_id['S01'].error or 0.0):.1f}." in text
@@ -112,15 +122,11 @@ def test_what_is_said_of_wrong_signs(rows: Manifest) -> None:
         assert f"{rate:,.0f}" in why["S03/S09"]
     assert rates[1] > rates[3]  # the sign is right then
     # Passes of a pipeline of 4 stages under 1F1B: micro-batches and 3 more. Were the host all, this alone would count.
-    for large, small, layers in (("T04", "T07", 94), ("T12", "T15", 48)):
+    for large, small in (("T04", "T07"), ("T12", "T15")):
         four, one = by_id[large].step_s, by_id[small].step_s
         assert four and one
         too_quick = four / (one * (32 + 3) / (128 + 3)) - 1
-        assert f"{100 * too_quick:.0f} %" in why["T13/T12"]
-        if layers == 48:
-            uccl = by_id["T13"].step_s
-            assert uccl
-            assert f"{1e3 * (uccl - four) / (32 + 3) / (layers / 4):.1f} ms longer a layer" in why["T13/T12"]
+        assert f"{100 * too_quick:.0f} %" in why["T14/T12"]
 
 
 def test_every_row_is_there_and_every_wrong_sign_is_explained(rows: Manifest, found: list[Predicted]) -> None:
@@ -130,16 +136,46 @@ def test_every_row_is_there_and_every_wrong_sign_is_explained(rows: Manifest, fo
     # Recorded in November 2026; a change of the model that makes them worse should be seen.
     total = summary(found, set_beside(rows, found))
     assert total["errors"]["serving"]["median"] <= 0.25
-    assert total["errors"]["training"]["median"] <= 0.17
-    assert total["sizes"]["median"] <= 0.17
-    assert total["signs"]["right"] >= 20
-    assert total["signs"]["wrong"] <= 6
+    assert total["errors"]["training"]["median"] <= 0.10
+    assert total["sizes"]["median"] <= 0.10
+    assert total["signs"]["right"] >= 24
+    assert total["signs"]["wrong"] <= 2
 
 
 def test_calibrated_rows_give_back_their_figure(found: list[Predicted]) -> None:
     known = [one for one in found if one.row.calibrated]
-    assert [one.row.id for one in known] == ["T07", "T15"]
-    assert all(abs(one.error or 0.0) < 5e-3 for one in known)
+    assert [one.row.id for one in known] == ["T07", "T08", "T15", "T16", "T17"]
+    assert all(abs(one.error or 0.0) < 1e-2 for one in known)
+
+
+@pytest.mark.parametrize(("row", "held_out"), [("T08", ("T05", "T10")), ("T16", ("T13",)), ("T17", ("T14",))])
+def test_the_time_of_an_exchange_is_what_its_row_of_one_sequence_gives(
+    rows: Manifest, row: str, held_out: tuple[str, ...]
+) -> None:
+    """Two digits of the value that brings the reported step; with it the rows of four come nearer than without."""
+    by_id = {one.id: one for one in rows.rows}
+
+    def step_s(name: str, exchange_s: float) -> float:
+        asked = by_id[name]
+        assert asked.file is not None
+        host = trained(asked).host.model_copy(update={"exchange_s": exchange_s})
+        scenario = load_scenario(asked.file)
+        training = trained(asked).model_copy(update={"host": host})
+        return simulate_training(scenario.model_copy(update={"training": training}), draws=0).step.step_s
+
+    reported = by_id[row].step_s
+    assert reported
+    stored = trained(by_id[row]).host.exchange_s
+    fitted = brentq(lambda value: step_s(row, value) - reported, 0.0, 0.01)
+    print(f"{row}: {1e3 * fitted:.3f} ms an exchange, stored {1e3 * stored:.3g}")
+    assert stored == pytest.approx(fitted, rel=0.01)
+    from_benchmarks = 1.4e-4 if "NVSHMEM" in by_id[row].what else 9.0e-5
+    before, after = (
+        [abs((by_id[name].step_s or 0.0) / step_s(name, value) - 1) for name in held_out]
+        for value in (from_benchmarks, stored)
+    )
+    print(f"{', '.join(held_out)}: off by {before} with the benchmark's figure, {after} with it")
+    assert sum(after) < sum(before)
 
 
 def test_rows_of_one_machine_share_the_host_s_time(rows: Manifest) -> None:

@@ -136,7 +136,8 @@ def test_ratios_are_of_one_gpu_each() -> None:
 def test_rows_that_gave_a_figure_are_shown_and_not_counted() -> None:
     known, blind, left = row(calibrated=True), row(id="B"), row(id="C", file=None, refused="cannot be said")
     found = [Predicted(known, 100.0), Predicted(blind, 150.0), Predicted(left, None, reason=left.refused)]
-    total = summary(found, [beside(1.2, 0.9)])
+    total = summary(found, [beside(1.2, 0.9), beside(1.2, 1.1, calibrated=True), beside(1.2, 1.1)])
+    assert (total["signs"]["right"], total["signs_calibrated"]) == (2, 1)
     assert (total["rows"], total["priced"], total["calibrated"], total["unexplained"]) == (3, 2, 1, 1)
     assert total["errors"]["training"]["n"] == 1 and total["errors"]["training"]["mape"] == pytest.approx(0.5)
     for shown in (text(found, [beside(1.2, 0.9)], total), markdown(found, [beside(1.2, 0.9)], total)):

@@ -178,6 +178,7 @@ def summary(found: Sequence[Predicted], ratios: Sequence[SetBeside]) -> dict[str
             ).as_dict()
             for name, part in parts.items()
         },
+        "signs_calibrated": sum(one.sign == "right" and one.calibrated for one in ratios),
         "signs": {sign: sum(one.sign == sign for one in ratios) for sign in ("right", "wrong", "open", "not priced")},
         "sizes": errors(
             np.asarray([one.predicted for one in sized], dtype=np.float64),

@@ -82,7 +82,8 @@ def summary_lines(total: dict[str, Any]) -> list[str]:
     signs = total["signs"]
     if sum(signs.values()):
         lines.append(
-            f"ratios: {signs['right']} with the right sign, {signs['wrong']} with the wrong one "
+            f"ratios: {signs['right']} with the right sign ({total['signs_calibrated']} rest on a calibrated row), "
+            f"{signs['wrong']} with the wrong one "
             f"({total['unexplained']} of them unexplained), {signs['open']} within their source's scatter, "
             f"{signs['not priced']} not priced."
         )
