@@ -157,6 +157,10 @@ class StoreCosts:
         """Price one operation, vectorised over its sizes. Raises OutsideProfile, BadInput."""
         if isinstance(operation, MemoryBound):
             return self._memory_bound(operation)
+        if (
+            isinstance(operation, ExpertGemm) and operation.grouping == "grouped"
+        ):  # engines' contiguous kernel is nearest
+            operation = dataclasses.replace(operation, grouping="deepep_normal")
         key = key_of(operation)
         found = self._prepared.get(key)
         if found is None:

@@ -98,8 +98,11 @@ def _watch(
 
 
 def _cause(codes: Sequence[int | None], folder: Path, where: str) -> MoesimError:
-    """The error that explains why ranks ended: one was killed, one told an error, or one only lost the others."""
-    for rank, code in enumerate(codes):
+    """The error that explains why ranks ended: one was killed, one told an error, or one only lost the others.
+
+    A rank that ended itself (SIGABRT) may have done so for want of one that was killed.
+    """
+    for rank, code in sorted(enumerate(codes), key=lambda item: item[1] == -signal.SIGABRT):
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 name = signal.Signals(-code).name

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+# The same examples in every run, so that a change is to blame where a property fails; others under MOESIM_WHOLE, which
+# is where they are looked for.
+settings.register_profile("moesim", derandomize=not os.environ.get("MOESIM_WHOLE"))
+settings.load_profile("moesim")
 
 REPO = Path(__file__).resolve().parent.parent
 # Folders whose tests walk the same lines many times: coverage's tracer costs them a third of their time and finds next

@@ -32,7 +32,8 @@ class ExpertGemm:
 
     tokens: [..., local slots], tokens that each local expert gets: the price has shape [...]. `intermediate` is already
     divided by expert-TP. `grouping`: "deepep_low_latency" (masked), "deepep_normal" (contiguous) or "fused" (one fused
-    kernel over all local experts, as under tensor parallelism or all-gather dispatch). `experts` and `top_k` are the
+    kernel over all local experts, as under tensor parallelism or all-gather dispatch), as serving engines run them, or
+    "grouped" (grouped products alone, as training runs them). `experts` and `top_k` are the
     model's. No tokens at all: 0 seconds.
     """
 
@@ -42,7 +43,7 @@ class ExpertGemm:
     experts: int
     top_k: int
     dtype: str
-    grouping: Literal["deepep_low_latency", "deepep_normal", "fused"]
+    grouping: Literal["deepep_low_latency", "deepep_normal", "fused", "grouped"]
 
 
 @dataclass(frozen=True)

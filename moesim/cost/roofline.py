@@ -1,12 +1,13 @@
-"""Costs by formula: the larger of compute and memory time at documented fractions of the datasheet's peaks.
+"""Costs by formula: the time of a small call, and the larger of compute and memory time at shares of the datasheet.
 
-It needs no measurement and is unsure by a wide margin, which `rel_sigma` says. The measured store (package `profiles`)
-uses the same formulas where a scenario allows it to go on beyond what was measured.
+It needs no measurement of the GPU. What kernels reach of a datasheet is fitted to tables of other GPUs
+(`moesim.cost.reach`), and `rel_sigma` says how far that is off on GPUs that the fit did not see. The measured store
+(package `profiles`) uses the same formulas where a scenario allows it to go on beyond what was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +25,14 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
+from moesim.cost.reach import Reach, reach
 from moesim.spec.cluster import ClusterSpec, LinkFigure
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
 from moesim.units import BYTES_PER_ELEMENT
 
-# Fractions of the datasheet's peak that the best measured kernels reach: "maximum achievable matmul" and STREAM triad
-# on H200 SXM in stas00/ml-engineering, compute/accelerator: fp8 1453.4 of 1979 TFLOP/s; triad 4.15 of 4.8 TB/s; bf16
-# the H100 SXM figure, 794.5 of 989 TFLOP/s (same multiprocessors; H200's is not listed there).
-COMPUTE_FRACTION = {"fp8": 1453.4 / 1979.0, "bf16": 794.5 / 989.0}
+# STREAM triad on H200 SXM in stas00/ml-engineering, compute/accelerator: 4.15 of 4.8 TB/s. Of what only moves bytes.
 HBM_FRACTION = 4.15 / 4.8
-# Attention reaches less than a plain matrix product: FlashAttention-3 (arXiv:2407.08608, figure 5) reports up to
-# 740 of 989 TFLOP/s in bf16 on H100, forward, head size 128, causal below that.
-ATTENTION_FRACTION = 0.6
 # NVLink: all-to-all reaches about 370 of 450 GB/s per GPU and direction on H100 (NVIDIA/nccl-tests issue 212).
 NVLINK_FRACTION = 370.0 / 450.0
 # A NIC: DeepEP's README reports 43 to 47 GB/s of the 50 GB/s of ConnectX-7 in normal mode, EP16 to EP64.
@@ -50,12 +46,45 @@ REACHED: dict[LinkFigure, float] = {
 # A kernel that does nothing takes this long inside a captured graph: `mem_empirical_constant_latency` in
 # aiconfigurator-core 0.12.0, systems/h200_sxm.yaml (a correction by its authors, "from observations").
 LAUNCH_S = 3e-6
-# Launches of one operation: the grouped SwiGLU runs two products and an activation.
-EXPERT_LAUNCHES = 3
-# Assumed, not measured: how far a roofline is off for kernels in general (one standard deviation of ln).
+# Kernels of grouped products that no table has: two products and an activation, as one plain product each.
+EXPERT_CALLS = 3
+# Assumed, not measured: how far a formula is off for what `reach` has no measurement of (one standard deviation of ln).
 REL_SIGMA = 0.35
 
 Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel has to do. kind, dtype: as `reach` names them. compute_s, hbm_s: at the datasheet's peaks.
+
+    calls: kernels that share the work, each with its own time of a small call. stands_in: whether the figures are of
+    another kind of kernel, as this one is in no table.
+    """
+
+    kind: str
+    dtype: str
+    compute_s: Seconds
+    hbm_s: Seconds
+    calls: int = 1
+    stands_in: bool = False
+
+    @property
+    def reach(self) -> Reach:
+        """The figures of its kind of kernel."""
+        return reach(self.kind, self.dtype)
+
+    @property
+    def rel_sigma(self) -> float:
+        """One standard deviation of ln(true / predicted)."""
+        other = self.stands_in or self.reach.dtype != self.dtype
+        return max(self.reach.rel_sigma, REL_SIGMA) if other else self.reach.rel_sigma
+
+    def seconds(self) -> Seconds:
+        """A small call's time and the larger of compute and memory time; no work takes no time."""
+        reached = self.reach
+        busy = np.maximum(self.compute_s / reached.compute, self.hbm_s / reached.hbm)
+        return np.where(busy > 0, busy + self.calls * reached.floor_s, 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,16 +95,31 @@ class Roofline:
 
     def estimate(self, operation: Operation) -> Estimate:
         """Price one operation by formula; never refuses."""
+        work = self.work(operation)
         return estimate(
-            self.seconds(operation),
+            self.seconds(operation) if work is None else work.seconds(),
             Tag.FORMULA,
             family_of(operation),
-            REL_SIGMA,
+            REL_SIGMA if work is None else work.rel_sigma,
             f"roofline of {self.cluster.gpu.name}",
         )
 
     def seconds(self, operation: Operation) -> Seconds:
         """Seconds of the operation, in the broadcast shape of its sizes."""
+        match operation:
+            case MemoryBound():
+                return self.memory_bound(operation.bytes)
+            case Collective():
+                return self.collective(operation)
+            case MoeExchange():
+                return self.exchange(operation)
+            case _:
+                work = self.work(operation)
+                assert work is not None
+                return work.seconds()
+
+    def work(self, operation: Operation) -> Work | None:
+        """What a kernel has to compute and to move; None of what `reach` has no figures of."""
         match operation:
             case Gemm():
                 return self.gemm(operation)
@@ -85,36 +129,28 @@ class Roofline:
                 return self.attention(operation)
             case MlaAbsorb():
                 return self.absorb(operation)
-            case MemoryBound():
-                return self.memory_bound(operation.bytes)
-            case Collective():
-                return self.collective(operation)
-            case MoeExchange():
-                return self.exchange(operation)
+            case _:
+                return None
 
-    def compute_s(self, flops: Floats, dtype: str) -> Seconds:
-        """Seconds of `flops` on the units that compute `dtype`."""
-        fraction = COMPUTE_FRACTION["fp8" if self.cluster.gpu.peak(dtype) > self.cluster.gpu.peak("bf16") else "bf16"]
-        return np.asarray(flops, dtype=np.float64) / (fraction * self.cluster.gpu.peak(dtype))
-
-    def hbm_s(self, moved: Floats) -> Seconds:
-        """Seconds to move bytes over HBM."""
-        return np.asarray(moved, dtype=np.float64) / (HBM_FRACTION * self.cluster.gpu.hbm_bytes_per_s)
+    def _work(self, kind: str, dtype: str, flops: Floats, moved: Floats) -> Work:
+        """flops and moved: of the operation, both 0 where it has nothing to do."""
+        peak = self.cluster.gpu.peak(dtype.split("/", maxsplit=1)[0])
+        some = np.asarray(flops, dtype=np.float64) > 0
+        return Work(kind, dtype, flops / peak, np.where(some, moved / self.cluster.gpu.hbm_bytes_per_s, 0.0))
 
     def memory_bound(self, moved: Floats) -> Seconds:
         """bytes / (fraction x peak) and one launch; 0 bytes cost 0."""
         size = np.asarray(moved, dtype=np.float64)
-        return np.where(size > 0, self.hbm_s(size) + LAUNCH_S, 0.0)
+        return np.where(size > 0, size / (HBM_FRACTION * self.cluster.gpu.hbm_bytes_per_s) + LAUNCH_S, 0.0)
 
-    def gemm(self, op: Gemm) -> Seconds:
+    def gemm(self, op: Gemm) -> Work:
         """2 m n k FLOP against weights, input and output through HBM."""
         m = np.asarray(op.m, dtype=np.float64)
         weights = op.n * op.k * _bytes(op.dtype)
         moved = weights + m * (op.k * _activation_bytes(op.dtype) + op.n * 2.0)
-        busy = np.maximum(self.compute_s(2.0 * m * op.n * op.k, op.dtype), self.hbm_s(moved))
-        return np.where(m > 0, busy + LAUNCH_S, 0.0)
+        return self._work("gemm", op.dtype, 2.0 * m * op.n * op.k, moved)
 
-    def experts(self, op: ExpertGemm) -> Seconds:
+    def experts(self, op: ExpertGemm) -> Work:
         """All tokens' FLOP against the weights of the touched experts and the activations."""
         tokens = np.asarray(op.tokens, dtype=np.float64)
         total = tokens.sum(axis=-1)
@@ -122,10 +158,11 @@ class Roofline:
         touched = np.minimum(tokens, 1.0).sum(axis=-1)
         moved = touched * weights + total * activation_bytes_per_pair(op.hidden, op.intermediate, op.dtype)
         flops = 6.0 * total * op.hidden * op.intermediate
-        busy = np.maximum(self.compute_s(flops, op.dtype), self.hbm_s(moved))
-        return np.where(total > 0, busy + EXPERT_LAUNCHES * LAUNCH_S, 0.0)
+        if op.grouping == "grouped":
+            return replace(self._work("gemm", op.dtype, flops, moved), calls=EXPERT_CALLS, stands_in=True)
+        return self._work(f"experts {op.grouping}", op.dtype, flops, moved)
 
-    def attention(self, op: Attention | MlaAttention) -> Seconds:
+    def attention(self, op: Attention | MlaAttention) -> Work:
         """Scores and values over the causal pairs of query and key, against reading the KV cache once."""
         batch, new, prefix = np.broadcast_arrays(
             np.asarray(op.batch, dtype=np.float64),
@@ -139,10 +176,12 @@ class Roofline:
             widths = latent + op.kv_lora_rank if decode else expanded + op.value_head_dim
             cached = latent if decode else op.heads * (expanded + op.value_head_dim)
             window = 0
+            kind = f"mla {op.phase}"
         else:
             widths = 2 * op.head_dim
             cached = 2 * op.kv_heads * op.head_dim
             window = op.window
+            kind = f"attention {op.phase}{' window' if window else ''}"
         pairs = new * (prefix + 0.5 * (new + 1.0))
         length = prefix + new
         if window:
@@ -150,17 +189,14 @@ class Roofline:
             length = np.minimum(length, window + new)
         flops = 2.0 * batch * op.heads * widths * pairs
         moved = batch * (length * cached * _bytes(op.kv_dtype) + new * op.heads * widths * 2.0)
-        peak = ATTENTION_FRACTION * self.cluster.gpu.peak(op.dtype)
-        busy = np.maximum(flops / peak, self.hbm_s(moved))
-        return np.where((batch > 0) & (new > 0), busy + LAUNCH_S, 0.0)
+        return self._work(kind, f"{op.dtype}/{op.kv_dtype}", flops, moved)
 
-    def absorb(self, op: MlaAbsorb) -> Seconds:
+    def absorb(self, op: MlaAbsorb) -> Work:
         """A batched product over the heads between head and latent space."""
         tokens = np.asarray(op.tokens, dtype=np.float64)
         weights = op.heads * op.kv_lora_rank * op.head_dim
         moved = weights * _bytes(op.dtype) + tokens * op.heads * (op.kv_lora_rank + op.head_dim) * 2.0
-        busy = np.maximum(self.compute_s(2.0 * tokens * weights, op.dtype), self.hbm_s(moved))
-        return np.where(tokens > 0, busy + LAUNCH_S, 0.0)
+        return self._work("mla absorb", op.dtype, 2.0 * tokens * weights, moved)
 
     def collective(self, op: Collective) -> Seconds:
         """Latency and bandwidth terms of ring algorithms; across nodes the NIC is the bottleneck.

@@ -84,8 +84,8 @@ def preempt(requests: Requests, ranks: Ranks, rank: int, request: int, first: bo
     ranks.preemptions[rank] += 1
     requests.preempted[request] += 1
     generated = requests.generated[request]
-    stored = requests.isl[request] + generated - 1 if generated > 0 else requests.read[request]
-    ranks.recomputed_tokens[rank] += max(stored, requests.read[request])
+    whole = generated > 0 and requests.read[request] >= requests.target[request]  # else it reads, perhaps once again
+    ranks.recomputed_tokens[rank] += requests.isl[request] + generated - 1 if whole else requests.read[request]
     give_back(requests, ranks, rank, request)
     requests.read[request] = 0
     requests.target[request] = requests.isl[request] + generated

@@ -313,7 +313,7 @@ class LayerPieces:
             top_k=moe.top_k,
             dtype=setup.precision.experts,
             # Grouped products over the rows that came; the fused kernel is measured with all ranks' tokens gathered.
-            grouping="fused" if gathered else "deepep_normal",
+            grouping="fused" if gathered else "grouped",
         )
         rows = loads.sum(axis=-1)
         permute = MemoryBound(bytes=rows * setup.model.hidden * self.size * 4, name="permute")

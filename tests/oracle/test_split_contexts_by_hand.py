@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.cost.roofline import ATTENTION_FRACTION, LAUNCH_S, Roofline
+from moesim.cost.reach import reach
+from moesim.cost.roofline import LAUNCH_S, Roofline
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.decode_context import exchanged
 from moesim.graph.priced_step import LayerSetup
@@ -87,8 +88,10 @@ def test_a_gpu_reads_its_share_and_computes_for_all_heads_of_the_group(parts: in
     heads, length = 16 * parts, CONTEXT / parts
     flops = 2 * SEQS * heads * (576 + 512) * (length + 1)
     moved = SEQS * ((length + 1) * 576 * 2 + heads * (576 + 512) * 2)
-    rate = cluster.gpu.hbm_bytes_per_s * 4.15 / 4.8
-    kernel = max(flops / (ATTENTION_FRACTION * cluster.gpu.peak("bf16")), moved / rate) + LAUNCH_S
+    reached = reach("mla decode", "bf16/bf16")
+    hbm = cluster.gpu.hbm_bytes_per_s
+    busy = max(flops / (reached.compute * cluster.gpu.peak("bf16")), moved / (reached.hbm * hbm))
+    kernel, rate = busy + reached.floor_s, hbm * 4.15 / 4.8
     passes = 0.0 if parts == 1 else SEQS * heads * 512 * 2 * 2 / rate + LAUNCH_S
     assert pricer.attention(DECODE).seconds()[0, 0] == pytest.approx(kernel + passes)
 

@@ -114,7 +114,7 @@ def test_a_long_run_agrees_and_is_compiled(
 ) -> None:
     """So long that the log and the table of prompts grow; the compiled run must not fall back to SimPy."""
     rng = np.random.default_rng(3)
-    count = 2500
+    count = 3500
     arrival_s = np.cumsum(rng.exponential(4e-3, count)) if open_loop else None
     load = Load(
         rng.integers(1, 900, count), rng.integers(1, 60, count), arrival_s, None if open_loop else 8, front_end_s=1e-3

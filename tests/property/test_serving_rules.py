@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim.engine.balance import BALANCERS, CENTRAL_QUEUE
@@ -13,6 +13,7 @@ from moesim.engine.serving import Load, PromptBlocks, serve
 
 
 @settings(max_examples=150, deadline=None)
+@example(81, VLLM, True, True, False, False, 0, 80, "shortest_queue")  # preempted while it reads again, in chunks
 @given(
     seed=st.integers(0, 10**6),
     rule=st.sampled_from([RESERVE, SGLANG, SGLANG._replace(first_ratio=0.0, last_ratio=0.0), VLLM]),

@@ -69,7 +69,7 @@ def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path
     assert f"({1e3 * one.step_s / 128:.0f} and {1e3 * four.step_s / 32:.0f} ms in T15 and T12)" in text
     for name, machine in (("T07", "p6-b300"), ("T15", "p5")):
         assert f"{1e3 * trained(by_id[name].row).host.layer_s:.3g} ms on {machine} ({name})" in text
-    for name, said in (("T08", "0.50 ms for UCCL"), ("T16", "1.56 ms"), ("T17", "0.27 ms for NVSHMEM")):
+    for name, said in (("T08", "0.51 ms for UCCL"), ("T16", "1.60 ms"), ("T17", "0.31 ms for NVSHMEM")):
         assert f"{1e3 * trained(by_id[name].row).host.exchange_s:.2f} ms" in said and said in text
     held = [f"{100 * abs(by_id[name].error or 0.0):.0f}" for name in ("T05", "T10", "T13", "T14")]
     assert f"to {', '.join(held[:3])} and {held[3]} %." in text
@@ -79,7 +79,9 @@ def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path
     late = [100 * ((by_id[name].step_s or 0.0) / own - 1) for name, own in (("T12", nccl), ("T14", nvshmem))]
     assert f"NCCL's step comes out {late[0]:.0f} % too long, NVSHMEM's {-late[1]:.0f} % too short" in text
     errors = [abs(by_id[name].error or 0.0) for name in ("T01", "T02", "T03")]
-    assert min(errors) > 0.25 and max(errors) < 0.45  # "30 to 40 % too quick"
+    assert min(errors) > 0.22 and max(errors) < 0.36  # "24 to 34 % too quick"
+    too_quick = [f"{100 * (by_id[name].error or 0.0):.0f}" for name in ("S03", "S04")]
+    assert f"Prefill comes out {too_quick[0]} and {too_quick[1]} % too quick** (S03, S04)" in text
     assert f"predicted is {1 + (by_id['S01'].error or 0.0):.1f}." in text
 
 
@@ -135,11 +137,12 @@ def test_every_row_is_there_and_every_wrong_sign_is_explained(rows: Manifest, fo
     assert not [one for one in set_beside(rows, found) if one.unexplained]
     # Recorded in November 2026; a change of the model that makes them worse should be seen.
     total = summary(found, set_beside(rows, found))
-    assert total["errors"]["serving"]["median"] <= 0.25
+    assert total["errors"]["serving"]["median"] <= 0.12
+    assert total["errors"]["serving"]["mape"] <= 0.21
     assert total["errors"]["training"]["median"] <= 0.10
     assert total["sizes"]["median"] <= 0.10
-    assert total["signs"]["right"] >= 24
-    assert total["signs"]["wrong"] <= 2
+    assert total["signs"]["right"] >= 23
+    assert total["signs"]["wrong"] <= 3
 
 
 def test_calibrated_rows_give_back_their_figure(found: list[Predicted]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesim.errors import MissingPart
-from profiles.launch import LocalRank, serve
+from profiles.launch import LocalRank, _cause, serve
 
 
 @pytest.fixture
@@ -48,3 +48,8 @@ def test_an_error_is_left_for_the_parent(folder: Path) -> None:
         "kind": "MissingPart", "what": "no torch", "where": "--device", "mend": "install it",
     }  # fmt: skip
     assert not (folder / "result").exists()
+
+
+def test_a_rank_that_something_killed_comes_before_one_that_ended_itself_for_want_of_it(tmp_path: Path) -> None:
+    assert "rank 1 was killed by SIGKILL" in _cause([-6, -9], tmp_path, "x").line()
+    assert "rank 0 was killed by SIGABRT" in _cause([-6, 1], tmp_path, "x").line()

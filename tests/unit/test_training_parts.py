@@ -277,13 +277,12 @@ def test_experts_of_the_shipped_profile_as_the_docs_say(repo: Path) -> None:
         scenario = asked(model=name, cost={"source": "store", "extrapolate": "allow"}, parallel=None)
         operation = ExpertGemm(
             tokens=np.full((1, 1, 1, 8), 1024.0), hidden=model.hidden, intermediate=model.moe.intermediate,
-            experts=model.moe.experts, top_k=8, dtype=dtype, grouping="deepep_normal",
+            experts=model.moe.experts, top_k=8, dtype=dtype, grouping="grouped",
         )  # fmt: skip
         store = plugins.load(plugins.COSTS, "store", where="cost")(scenario, model, h200(2)).estimate(operation)
         pair = [float(one.seconds.max()) * 1e3 for one in (store, Roofline(h200(2)).estimate(operation))]
         ratios.append(pair[0] / pair[1])
         if dtype == "bf16":
             assert f"({pair[0]:.3f} against {pair[1]:.3f} ms" in text
-    assert round(ratios[0]) == 8
-    assert "eight times slower than the roofline" in text
+    assert f"{ratios[0]:.0f} times slower than the roofline" in text
     assert f"it is {ratios[1]:.1f} times" in text

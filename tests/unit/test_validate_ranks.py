@@ -82,6 +82,11 @@ def test_a_killed_rank_comes_before_those_that_lost_it(tmp_path: Path) -> None:
     assert isinstance(found, CheckFailed) and "rank 1 was killed by SIGKILL" in found.line()
 
 
+def test_a_rank_that_something_killed_comes_before_one_that_ended_itself_for_want_of_it(tmp_path: Path) -> None:
+    assert "rank 1 was killed by SIGKILL" in cause([-6, -9], tmp_path).line()
+    assert "rank 1 was killed by SIGABRT" in cause([1, -6], tmp_path).line()
+
+
 def test_an_error_of_its_own_keeps_its_kind(tmp_path: Path) -> None:
     (tmp_path / "rank1.error").write_text(
         '{"kind": "BadInput", "what": "no such thing", "where": "here", "mend": "mend", "label": "x", "waiting": false}'

@@ -265,8 +265,10 @@ class Watch:
         )  # fmt: skip
 
     def cause(self) -> CheckFailed:
-        """The error of a run in which a rank failed: a killed one first, then one that said why."""
-        for rank, code in sorted(self.codes.items(), key=lambda item: (item[1] > 0, item[0])):
+        """The error of a run in which a rank failed: a killed one, then one that ended itself, then one that said why."""
+        for rank, code in sorted(
+            self.codes.items(), key=lambda item: (item[1] > 0, item[1] == -signal.SIGABRT, item[0])
+        ):
             if code == 0:
                 continue
             who = f"rank {rank} (node {rank // self.lab.ranks_per_node})"

@@ -204,7 +204,8 @@ def cause(
 ) -> MoesimError:
     """The error that explains why ranks ended with `codes` (None: still running, negative: killed by a signal).
 
-    A rank whose allocation failed comes first, then a killed one, then one that reported an error of its own, then one
+    A rank whose allocation failed comes first, then a killed one (one that ended itself, by SIGABRT, only after one that
+    something else killed: gloo may do so for want of it), then one that reported an error of its own, then one
     that only lost the others. short_of_memory: the kernel ended some process for want of memory meanwhile.
     """
     words = {rank: _word(folder / f"rank{rank}.error") for rank, code in enumerate(codes) if code}
@@ -215,7 +216,7 @@ def cause(
                 where=told.where,
                 mend=told.smaller,
             )
-    for rank, code in enumerate(codes):
+    for rank, code in sorted(enumerate(codes), key=lambda item: item[1] == -signal.SIGABRT):
         if code is not None and code < 0:
             return _killed(rank, -code, folder, short_of_memory, told)
     for word in words.values():

@@ -1,0 +1,84 @@
+"""What kernels reach of a GPU's datasheet: the time of a small one, and shares of the peaks, by kind of kernel.
+
+The figures are fitted to measured tables of seven GPUs (`python -m profiles.reach_fit`), a row of `reach.yaml` for each
+kind and type of data, with how far they are off on GPUs of an architecture that the fit did not see.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from pathlib import Path
+
+from pydantic import Field
+
+from moesim.spec.base import Spec
+from moesim.spec.yaml_text import read_yaml
+
+FILE = "reach.yaml"
+# Types of data by the width of their weights; where a kind was measured in one of them only, it stands for the others.
+WIDTHS: tuple[tuple[str, ...], ...] = (
+    ("bf16", "fp16", "fp32"),
+    ("fp8_block", "fp8", "int8"),
+    ("nvfp4", "w4a8_mxfp4_mxfp8", "mxfp4", "int4"),
+)
+
+
+class Reach(Spec):
+    """One kind of kernel at one type of data.
+
+    floor_s: seconds of a call that has next to nothing to do, inside a captured graph. compute: share of the peak
+    FLOP/s of the units that compute the type. hbm: share of the datasheet's HBM rate; above 1 where what the formula
+    counts stays in the cache. rel_sigma: one standard deviation of ln(true / predicted). points: rows fitted.
+    """
+
+    kind: str
+    dtype: str
+    floor_s: float = Field(gt=0)
+    compute: float = Field(gt=0)
+    hbm: float = Field(gt=0)
+    rel_sigma: float = Field(gt=0)
+    median: float = Field(ge=0, description="median of |ln(true / predicted)| on architectures left out")
+    points: int = Field(gt=0)
+    systems: tuple[str, ...]
+
+
+class ReachFile(Spec):
+    """`reach.yaml`: where the rows are from, and the rows."""
+
+    source: str
+    kernels: tuple[Reach, ...]
+
+
+@functools.cache
+def bundled() -> ReachFile:
+    """The figures that ship."""
+    path = Path(str(resources.files("moesim") / "cost" / FILE))
+    return ReachFile.read(read_yaml(path, what="file of what kernels reach"), where=path)
+
+
+@functools.cache
+def reach(kind: str, dtype: str) -> Reach:
+    """The figures of a kind at a type; at the nearest type that was measured where it was not at this one.
+
+    dtype: of attention "queries/cache" (`bf16/fp8`). The nearest type has as wide weights (for attention: as wide a
+    cache, then queries as wide), else the next wider one, else any.
+    """
+    found = [row for row in bundled().kernels if row.kind == kind]
+    return min(found, key=lambda row: _apart(row.dtype, dtype))
+
+
+def _apart(measured: str, asked: str) -> tuple[int, int]:
+    """How far two types are from each other: (widths, then the order in which a width lists them)."""
+    one, other = measured.split("/"), asked.split("/")
+    widths = [abs(_width(mine) - _width(theirs)) for mine, theirs in zip(reversed(one), reversed(other), strict=True)]
+    return 10 * widths[0] + (widths[1] if len(widths) > 1 else 0), 0 if measured == asked else 1 + _place(measured)
+
+
+def _width(dtype: str) -> int:
+    return next((index for index, names in enumerate(WIDTHS) if dtype in names), 0)
+
+
+def _place(dtype: str) -> int:
+    last = dtype.rsplit("/", maxsplit=1)[-1]
+    return next((names.index(last) for names in WIDTHS if last in names), 0)

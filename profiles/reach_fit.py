@@ -1,0 +1,386 @@
+"""Fit what kernels reach of a datasheet to imported tables: `python -m profiles.reach_fit PROFILE... [--out FILE]`.
+
+A profile is a folder that `moesim profile import aiconfigurator --engine all --priced` wrote. Each kind of kernel at
+each type of data gets three figures (`moesim.cost.reach`), fitted to all systems; how far they are off is told on the
+systems of an architecture that was left out, each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost.ops import Attention, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, Operation
+from moesim.cost.reach import WIDTHS, Reach, ReachFile
+from moesim.cost.roofline import REL_SIGMA, Roofline
+from moesim.files import write_text
+from moesim.spec.presets import load_cluster
+from moesim.spec.scenario import ClusterChoice
+from profiles.error_law import NINETY
+from profiles.store import Profile
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = NDArray[np.float64]
+
+PRESETS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
+ARCHITECTURES = {"A": "Ampere", "H": "Hopper", "B": "Blackwell", "G": "Blackwell"}
+"""By the first letter of the GPU's name without NVIDIA."""
+
+LEAST = {
+    "n": 512,
+    "k": 512,
+    "hidden": 1024,
+    "intermediate": 256,
+    "heads": 2,
+    "head_dim": 64,
+    "new_tokens": 16,
+    "kv_tokens": 64,
+}
+"""Shapes below these are no model's; tables have them."""
+
+MOST = {"head_dim": 128}
+"""Above it are models without experts; engines run them with kernels of their own."""
+
+BALANCED = ("balanced", "uniform")
+DECADE = 2
+"""Bins of a decade of measured time; rows of every bin and system weigh alike, so small and large ones do."""
+
+MOST_ROWS = 300
+"""Rows of a bin that are looked at, drawn at random."""
+
+WINDOW = " window"
+
+FULL = 100
+"""Rows with which a bin weighs in full: what few calls took as long is odd."""
+
+MANY_ROWS = 1000
+"""Fewer rows of a kind are of one model's shapes."""
+
+LEAST_ROWS = 100
+"""Of a kind at a type, else it has no figures."""
+
+SOFT = 0.2
+"""Residuals of ln beyond this count less than their square."""
+
+LOWEST, HIGHEST = (1e-7, 0.005, 0.02), (1e-3, 1.0, 1.5)
+STARTS = ((5e-6, 0.5, 0.7), (3e-5, 0.3, 0.7))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Measured calls of one kind at one type: [rows] each; system by name; group: system and bin."""
+
+    kind: str
+    dtype: str
+    compute_s: Floats
+    hbm_s: Floats
+    seconds: Floats
+    group: NDArray[np.int64]
+    system: NDArray[np.str_]
+
+    def of(self, chosen: NDArray[np.bool_]) -> Rows:
+        """Some of the rows."""
+        return Rows(
+            self.kind,
+            self.dtype,
+            self.compute_s[chosen],
+            self.hbm_s[chosen],
+            self.seconds[chosen],
+            self.group[chosen],
+            self.system[chosen],
+        )
+
+
+def architecture(system: str) -> str:
+    """Ampere, Hopper or Blackwell."""
+    return ARCHITECTURES[system[0].upper()]
+
+
+def read(folder: Path) -> tuple[str, pl.DataFrame]:
+    """A profile's system and its calls: kind, dtype, compute_s, hbm_s, seconds.
+
+    Of engines, kernels and versions that measured the same work, the quickest: tables have kernels that no engine
+    picks.
+    """
+    import polars as pl
+
+    profile = Profile(folder)
+    system = str(profile.description["system"])
+    roofline = Roofline(load_cluster(ClusterChoice(system=PRESETS.get(system, system))))
+    parts = []
+    for family, make in MAKERS.items():
+        table = profile.table(family)
+        least = [pl.col(name) >= value for name, value in LEAST.items() if name in table.columns]
+        most = [pl.col(name) <= value for name, value in MOST.items() if name in table.columns]
+        table = table.filter(*least, *most) if least or most else table
+        keys = [name for name in table.columns if name not in (*SIZES[family], "latency_s", *AFTER)]
+        for key, rows in table.group_by(keys, maintain_order=True):
+            named = dict(zip(keys, key, strict=True))
+            if not all(_known(str(named.get(name, "bf16"))) for name in ("dtype", "kv_dtype")):
+                continue
+            operation = make(named, rows)
+            work = None if operation is None else roofline.work(operation)
+            if work is None:
+                continue
+            parts.append(
+                pl.DataFrame(
+                    {
+                        "kind": work.kind,
+                        "dtype": work.dtype,
+                        "compute_s": work.compute_s,
+                        "hbm_s": work.hbm_s,
+                        "seconds": rows["latency_s"],
+                    }
+                )
+            )
+    calls = pl.concat(parts).filter(pl.col("compute_s") > 0, pl.col("seconds") > 0)
+    same = ["kind", "dtype", "compute_s", "hbm_s"]
+    return system, calls.group_by(same).agg(pl.col("seconds").min()).sort(same)
+
+
+AFTER = ("version", "package", "package_version", "device", "tag", "system")
+SIZES = {
+    "gemm": ("m",),
+    "experts": ("routed",),
+    "attention_prefill": ("batch", "new_tokens"),
+    "attention_decode": ("batch", "kv_tokens"),
+    "mla_prefill": ("batch", "new_tokens"),
+    "mla_decode": ("batch", "kv_tokens"),
+    "mla_absorb": ("tokens",),
+}
+
+
+def _known(dtype: str) -> bool:
+    return any(dtype in names for names in WIDTHS)
+
+
+def _numbers(rows: pl.DataFrame, name: str) -> Floats:
+    return rows[name].to_numpy().astype(np.float64)
+
+
+def _gemm(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
+    return Gemm(_numbers(rows, "m"), key["n"], key["k"], key["dtype"])
+
+
+def _experts(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
+    if key["distribution"] not in BALANCED:
+        return None
+    local = key["local_experts"]
+    each, more = np.divmod(np.round(_numbers(rows, "routed")), local)
+    tokens = each[:, None] + (np.arange(local)[None, :] < more[:, None])
+    names = ("hidden", "intermediate", "experts", "top_k", "dtype", "grouping")
+    return ExpertGemm(tokens, *(key[name] for name in names))
+
+
+def _attention(phase: str) -> Callable[[dict[str, Any], pl.DataFrame], Operation | None]:
+    def make(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
+        names = ("heads", "kv_heads", "head_dim", "dtype", "kv_dtype", "window")
+        return Attention(phase, *_sequences(phase, rows), *(key[name] for name in names))  # type: ignore[arg-type]
+
+    return make
+
+
+def _mla(phase: str) -> Callable[[dict[str, Any], pl.DataFrame], Operation | None]:
+    def make(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
+        if key["form"] != ("expanded" if phase == "prefill" else "absorbed"):
+            return None
+        names = ("heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "value_head_dim", "dtype", "kv_dtype")
+        return MlaAttention(phase, *_sequences(phase, rows), *(key[name] for name in names))  # type: ignore[arg-type]
+
+    return make
+
+
+def _sequences(phase: str, rows: pl.DataFrame) -> tuple[Floats, Floats, Floats]:
+    """Sequences, new tokens and tokens before them."""
+    batch = _numbers(rows, "batch")
+    if phase == "prefill":
+        return batch, _numbers(rows, "new_tokens"), np.zeros(len(batch))
+    return batch, np.ones(len(batch)), _numbers(rows, "kv_tokens")
+
+
+def _absorb(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
+    names = ("heads", "kv_lora_rank", "head_dim", "dtype")
+    return MlaAbsorb(key["side"], _numbers(rows, "tokens"), *(key[name] for name in names))
+
+
+MAKERS: dict[str, Callable[[dict[str, Any], Any], Operation | None]] = {
+    "gemm": _gemm,
+    "experts": _experts,
+    "attention_prefill": _attention("prefill"),
+    "attention_decode": _attention("decode"),
+    "mla_prefill": _mla("prefill"),
+    "mla_decode": _mla("decode"),
+    "mla_absorb": _absorb,
+}
+
+
+def gather(folders: list[Path], seed: int = 0) -> Iterator[Rows]:
+    """Calls of all profiles by kind and type, at most MOST_ROWS of a bin and a system."""
+    import polars as pl
+
+    calls = pl.concat([found.with_columns(system=pl.lit(system)) for system, found in map(read, folders)])
+    binned = calls.with_columns(
+        bin=(DECADE * pl.col("seconds").log10()).floor(),
+        drawn=pl.Series(np.random.default_rng(seed).random(len(calls))),
+    ).sort("drawn")
+    group = ["kind", "dtype", "system", "bin"]
+    kept = binned.filter(pl.int_range(pl.len()).over(group) < MOST_ROWS).sort(*group, "drawn")
+    for (kind, dtype), rows in kept.group_by(["kind", "dtype"], maintain_order=True):
+        if len(rows) >= LEAST_ROWS:
+            yield Rows(
+                str(kind),
+                str(dtype),
+                _numbers(rows, "compute_s"),
+                _numbers(rows, "hbm_s"),
+                _numbers(rows, "seconds"),
+                rows.select(pl.struct(group[2:]).rank("dense")).to_series().to_numpy().astype(np.int64),
+                rows["system"].to_numpy().astype(np.str_),
+            )
+
+
+def weights(rows: Rows) -> Floats:
+    """Of each row: groups weigh alike, those of fewer than FULL rows by their number."""
+    _, where, sizes = np.unique(rows.group, return_inverse=True, return_counts=True)
+    return np.asarray(1.0 / np.maximum(sizes, FULL)[where])
+
+
+def seconds_of(figures: Floats, rows: Rows) -> Floats:
+    """By the formula: figures are floor_s, compute and hbm."""
+    floor_s, compute, hbm = figures
+    return np.asarray(floor_s + np.maximum(rows.compute_s / compute, rows.hbm_s / hbm))
+
+
+def fitted(rows: Rows) -> Floats:
+    """floor_s, compute and hbm, by least squares of ln with long tails counted less; every group weighs alike."""
+    from scipy.optimize import least_squares
+
+    weight = np.sqrt(weights(rows))
+    best = None
+    for start in STARTS:
+        found = least_squares(
+            lambda logs: weight * _softened(np.log(seconds_of(np.exp(logs), rows) / rows.seconds)),
+            np.log(start),
+            bounds=(np.log(LOWEST), np.log(HIGHEST)),
+        )
+        if best is None or found.cost < best.cost:
+            best = found
+    assert best is not None
+    return np.asarray(np.exp(best.x))
+
+
+def _softened(off: Floats) -> Floats:
+    """Whose square grows as the residual does beyond SOFT (soft l1)."""
+    return np.asarray(np.sign(off) * np.sqrt(2.0 * SOFT**2 * (np.sqrt(1.0 + (off / SOFT) ** 2) - 1.0)))
+
+
+def left_out(rows: Rows, base: Rows) -> Floats:
+    """ln(measured / predicted) of each row by the fit to the other architectures; to other systems where one has all.
+
+    base: rows of the kind that is fitted, `rows` themselves but for windowed attention.
+    """
+    sources = np.asarray([architecture(name) for name in base.system])
+    parts = np.asarray([architecture(name) for name in rows.system])
+    if len(set(parts)) < 2:
+        parts, sources = rows.system, base.system
+    off = np.zeros(len(rows.seconds))
+    for part in sorted(set(parts)):
+        own = parts == part
+        others = sources != part
+        figures = fitted(base.of(others) if others.any() else base)
+        off[own] = np.log(rows.seconds[own] / seconds_of(figures, rows.of(own)))
+    return off
+
+
+def quantile(off: Floats, rows: Rows, share: float) -> float:
+    """Of |off|, every group weighing alike."""
+    order = np.argsort(np.abs(off))
+    weight = np.cumsum(weights(rows)[order])
+    return float(np.abs(off)[order][np.searchsorted(weight, share * weight[-1])])
+
+
+def surest(rows: Rows) -> float:
+    """What no figure is surer than: few rows are of few shapes, and say little of others."""
+    return REL_SIGMA if len(rows.seconds) < MANY_ROWS else 0.0
+
+
+def fit(folders: list[Path]) -> ReachFile:
+    """The whole file."""
+    kernels, packages = [], set()
+    for folder in folders:
+        packages.add(f"aiconfigurator-core {Profile(folder).table('gemm')['package_version'][0]}")
+    found = {(rows.kind, rows.dtype): rows for rows in gather(folders)}
+    for rows in found.values():
+        # What windowed kernels read of a cache beyond the window differs too much for figures of their own.
+        base = found[rows.kind.removesuffix(WINDOW), rows.dtype]
+        floor_s, compute, hbm = fitted(base)
+        off = left_out(rows, base)
+        kernels.append(
+            Reach(
+                kind=rows.kind,
+                dtype=rows.dtype,
+                floor_s=float(f"{floor_s:.3g}"),
+                compute=float(f"{compute:.3g}"),
+                hbm=float(f"{hbm:.3g}"),
+                rel_sigma=float(f"{max(quantile(off, rows, 0.9) / NINETY, surest(rows)):.2g}"),
+                median=float(f"{quantile(off, rows, 0.5):.2g}"),
+                points=len(rows.seconds),
+                systems=tuple(sorted(set(rows.system.tolist()))),
+            )
+        )
+    return ReachFile(source=f"tables of {', '.join(sorted(packages))}", kernels=tuple(kernels))
+
+
+def written(found: ReachFile) -> str:
+    """The file's text: a line for each kind and type."""
+    import yaml
+
+    lines = [
+        "# What kernels reach of a datasheet (moesim/cost/reach.py says what each figure is).",
+        "# Made by `python -m profiles.reach_fit PROFILE... --out moesim/cost/reach.yaml`.",
+        f"source: {found.source}",
+        "kernels:",
+    ]
+    for row in found.kernels:
+        text = yaml.safe_dump(row.model_dump(mode="json"), default_flow_style=True, width=10_000, sort_keys=False)
+        lines.append(f"- {text.strip()}")
+    return "\n".join(lines) + "\n"
+
+
+def markdown(found: ReachFile) -> str:
+    """The table of the page on costs."""
+    lines = [
+        "| kernel | type | a small call | of peak FLOP/s | of HBM | off on GPUs not seen, median | sigma | rows |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row.kind} | {row.dtype} | {1e6 * row.floor_s:.1f} µs | {row.compute:.2f} | {row.hbm:.2f} "
+        f"| {np.expm1(row.median):.0%} | {row.rel_sigma:.2f} | {row.points:,} |".replace("%", " %")
+        for row in found.kernels
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the figures; with --out write them."""
+    parser = argparse.ArgumentParser(prog="python -m profiles.reach_fit", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("profiles", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args(arguments)
+    text = written(fit(asked.profiles))
+    if asked.out is not None:
+        write_text(asked.out, text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
