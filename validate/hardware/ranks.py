@@ -204,9 +204,9 @@ def cause(
 ) -> MoesimError:
     """The error that explains why ranks ended with `codes` (None: still running, negative: killed by a signal).
 
-    A rank whose allocation failed comes first, then a killed one (one that ended itself, by SIGABRT, only after one that
-    something else killed: gloo may do so for want of it), then one that reported an error of its own, then one
-    that only lost the others. short_of_memory: the kernel ended some process for want of memory meanwhile.
+    A rank whose allocation failed comes first, then a killed one (by SIGABRT, its own doing, only after others: gloo
+    may end a rank for want of one that was killed), then one that reported an error of its own, then one that only
+    lost the others. short_of_memory: the kernel ended some process for want of memory meanwhile.
     """
     words = {rank: _word(folder / f"rank{rank}.error") for rank, code in enumerate(codes) if code}
     for rank, word in words.items():
