@@ -265,7 +265,7 @@ class Watch:
         )  # fmt: skip
 
     def cause(self) -> CheckFailed:
-        """The error of a run in which a rank failed: a killed one, one that ended itself (SIGABRT), one that said why."""
+        """Why a run ended in which a rank failed: a killed one, one that ended itself (SIGABRT), one that said why."""
         for rank, code in sorted(
             self.codes.items(), key=lambda item: (item[1] > 0, item[1] == -signal.SIGABRT, item[0])
         ):
