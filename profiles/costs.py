@@ -157,9 +157,8 @@ class StoreCosts:
         """Price one operation, vectorised over its sizes. Raises OutsideProfile, BadInput."""
         if isinstance(operation, MemoryBound):
             return self._memory_bound(operation)
-        if (
-            isinstance(operation, ExpertGemm) and operation.grouping == "grouped"
-        ):  # engines' contiguous kernel is nearest
+        # No table has training's grouped products; the contiguous kernel of serving engines is nearest to them.
+        if isinstance(operation, ExpertGemm) and operation.grouping == "grouped":
             operation = dataclasses.replace(operation, grouping="deepep_normal")
         key = key_of(operation)
         found = self._prepared.get(key)

@@ -8,6 +8,7 @@ systems of an architecture that was left out, each in turn.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.ops import Attention, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, Operation
-from moesim.cost.reach import WIDTHS, Reach, ReachFile
+from moesim.cost.reach import PLACES, Reach, ReachFile
 from moesim.cost.roofline import REL_SIGMA, Roofline
+from moesim.errors import BadInput, MoesimError
 from moesim.files import write_text
-from moesim.spec.presets import load_cluster
+from moesim.spec.cluster import ClusterSpec
+from moesim.spec.presets import load_cluster, near_preset
 from moesim.spec.scenario import ClusterChoice
 from profiles.error_law import NINETY
 from profiles.store import Profile
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-PRESETS = {"gb200": "gb200_nvl72", "gb300": "gb300_nvl72"}
 ARCHITECTURES = {"A": "Ampere", "H": "Hopper", "B": "Blackwell", "G": "Blackwell"}
 """By the first letter of the GPU's name without NVIDIA."""
 
@@ -100,22 +102,28 @@ class Rows:
         )
 
 
+@functools.cache
+def cluster_of(system: str) -> ClusterSpec:
+    """The preset of a system, as moesim or aiconfigurator names it. Raises BadInput."""
+    return load_cluster(ClusterChoice(system=near_preset(system, likeness=1.0) or system))
+
+
 def architecture(system: str) -> str:
-    """Ampere, Hopper or Blackwell."""
-    return ARCHITECTURES[system[0].upper()]
+    """Ampere, Hopper or Blackwell, of a system that has a preset."""
+    return ARCHITECTURES[cluster_of(system).gpu.name.removeprefix("NVIDIA ")[0]]
 
 
 def read(folder: Path) -> tuple[str, pl.DataFrame]:
     """A profile's system and its calls: kind, dtype, compute_s, hbm_s, seconds.
 
     Of engines, kernels and versions that measured the same work, the quickest: tables have kernels that no engine
-    picks.
+    picks. Raises BadInput where there is no profile, no call of a kernel in it, or no preset of its GPU.
     """
     import polars as pl
 
     profile = Profile(folder)
-    system = str(profile.description["system"])
-    roofline = Roofline(load_cluster(ClusterChoice(system=PRESETS.get(system, system))))
+    system = str(profile.description.get("system", ""))
+    roofline = Roofline(cluster_of(system))
     parts = []
     for family, make in MAKERS.items():
         table = profile.table(family)
@@ -125,7 +133,7 @@ def read(folder: Path) -> tuple[str, pl.DataFrame]:
         keys = [name for name in table.columns if name not in (*SIZES[family], "latency_s", *AFTER)]
         for key, rows in table.group_by(keys, maintain_order=True):
             named = dict(zip(keys, key, strict=True))
-            if not all(_known(str(named.get(name, "bf16"))) for name in ("dtype", "kv_dtype")):
+            if any(named[name] not in PLACES for name in ("dtype", "kv_dtype") if name in named):
                 continue
             operation = make(named, rows)
             work = None if operation is None else roofline.work(operation)
@@ -142,6 +150,8 @@ def read(folder: Path) -> tuple[str, pl.DataFrame]:
                     }
                 )
             )
+    if not parts:
+        raise BadInput("no call of a kernel is in this profile", where=str(folder), mend="import it with --engine all")
     calls = pl.concat(parts).filter(pl.col("compute_s") > 0, pl.col("seconds") > 0)
     same = ["kind", "dtype", "compute_s", "hbm_s"]
     return system, calls.group_by(same).agg(pl.col("seconds").min()).sort(same)
@@ -157,10 +167,6 @@ SIZES = {
     "mla_decode": ("batch", "kv_tokens"),
     "mla_absorb": ("tokens",),
 }
-
-
-def _known(dtype: str) -> bool:
-    return any(dtype in names for names in WIDTHS)
 
 
 def _numbers(rows: pl.DataFrame, name: str) -> Floats:
@@ -278,7 +284,7 @@ def fitted(rows: Rows) -> Floats:
 
 
 def _softened(off: Floats) -> Floats:
-    """Whose square grows as the residual does beyond SOFT (soft l1)."""
+    """Whose square grows as the residual does beyond SOFT: soft l1, by hand as scipy's knows no weights beside it."""
     return np.asarray(np.sign(off) * np.sqrt(2.0 * SOFT**2 * (np.sqrt(1.0 + (off / SOFT) ** 2) - 1.0)))
 
 
@@ -314,13 +320,13 @@ def surest(rows: Rows) -> float:
 
 def fit(folders: list[Path]) -> ReachFile:
     """The whole file."""
-    kernels, packages = [], set()
-    for folder in folders:
-        packages.add(f"aiconfigurator-core {Profile(folder).table('gemm')['package_version'][0]}")
+    kernels = []
     found = {(rows.kind, rows.dtype): rows for rows in gather(folders)}
     for rows in found.values():
         # What windowed kernels read of a cache beyond the window differs too much for figures of their own.
-        base = found[rows.kind.removesuffix(WINDOW), rows.dtype]
+        base = found.get((rows.kind.removesuffix(WINDOW), rows.dtype))
+        if base is None:
+            continue
         floor_s, compute, hbm = fitted(base)
         off = left_out(rows, base)
         kernels.append(
@@ -336,7 +342,16 @@ def fit(folders: list[Path]) -> ReachFile:
                 systems=tuple(sorted(set(rows.system.tolist()))),
             )
         )
-    return ReachFile(source=f"tables of {', '.join(sorted(packages))}", kernels=tuple(kernels))
+    return ReachFile(
+        source=f"tables of {', '.join(sorted(set().union(*map(packages, folders))))}", kernels=tuple(kernels)
+    )
+
+
+def packages(folder: Path) -> set[str]:
+    """Where a profile's rows of the fitted families were published, with the version."""
+    profile = Profile(folder)
+    names = [profile.table(family).select("package", "package_version").unique() for family in MAKERS]
+    return {f"{package} {version}" for table in names for package, version in table.iter_rows()}
 
 
 def written(found: ReachFile) -> str:
@@ -375,9 +390,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("profiles", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
-    text = written(fit(asked.profiles))
-    if asked.out is not None:
-        write_text(asked.out, text)
+    try:
+        text = written(fit(asked.profiles))
+        if asked.out is not None:
+            write_text(asked.out, text)
+    except MoesimError as error:
+        sys.stderr.write(f"error: {error.line()}\n")
+        return error.exit_code
     sys.stdout.write(text)
     return 0
 

@@ -22,6 +22,7 @@ WIDTHS: tuple[tuple[str, ...], ...] = (
     ("fp8_block", "fp8", "int8"),
     ("nvfp4", "w4a8_mxfp4_mxfp8", "mxfp4", "int4"),
 )
+PLACES = {name: (width, place) for width, names in enumerate(WIDTHS) for place, name in enumerate(names)}
 
 
 class Reach(Spec):
@@ -62,23 +63,14 @@ def reach(kind: str, dtype: str) -> Reach:
     """The figures of a kind at a type; at the nearest type that was measured where it was not at this one.
 
     dtype: of attention "queries/cache" (`bf16/fp8`). The nearest type has as wide weights (for attention: as wide a
-    cache, then queries as wide), else the next wider one, else any.
+    cache, then queries as wide), else the nearest width. Raises KeyError for a type that has no width.
     """
     found = [row for row in bundled().kernels if row.kind == kind]
     return min(found, key=lambda row: _apart(row.dtype, dtype))
 
 
-def _apart(measured: str, asked: str) -> tuple[int, int]:
-    """How far two types are from each other: (widths, then the order in which a width lists them)."""
-    one, other = measured.split("/"), asked.split("/")
-    widths = [abs(_width(mine) - _width(theirs)) for mine, theirs in zip(reversed(one), reversed(other), strict=True)]
-    return 10 * widths[0] + (widths[1] if len(widths) > 1 else 0), 0 if measured == asked else 1 + _place(measured)
-
-
-def _width(dtype: str) -> int:
-    return next((index for index, names in enumerate(WIDTHS) if dtype in names), 0)
-
-
-def _place(dtype: str) -> int:
-    last = dtype.rsplit("/", maxsplit=1)[-1]
-    return next((names.index(last) for names in WIDTHS if last in names), 0)
+def _apart(measured: str, asked: str) -> tuple[list[int], bool, list[int]]:
+    """How far two types are from each other: in width (of the cache first), else another one, then as listed."""
+    pairs = [(PLACES[mine], PLACES[theirs]) for mine, theirs in zip(measured.split("/"), asked.split("/"), strict=True)]
+    widths = [abs(mine[0] - theirs[0]) for mine, theirs in reversed(pairs)]
+    return widths, measured != asked, [mine[1] for mine, _ in reversed(pairs)]

@@ -17,8 +17,9 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
-from moesim.cost.reach import bundled, reach
+from moesim.cost.reach import PLACES, bundled, reach
 from moesim.cost.roofline import REL_SIGMA, Roofline
+from moesim.units import BYTES_PER_ELEMENT
 from tests.costs_cluster import h200
 
 ONE = np.ones(1)
@@ -127,6 +128,10 @@ def test_another_type_stands_in_where_one_was_not_measured() -> None:
     assert reach("attention prefill", "fp8/bf16").dtype == "bf16/bf16"  # as wide a cache before queries as wide
     assert reach("attention decode", "fp8/fp8").dtype == "bf16/fp8"
     assert reach("experts deepep_normal", "bf16").dtype == "fp8_block"
+
+
+def test_every_type_that_weights_may_have_has_a_width() -> None:
+    assert set(PLACES) == set(BYTES_PER_ELEMENT)
 
 
 def test_a_type_that_stands_in_is_no_surer_than_the_formula(costs: Roofline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from moesim.cost.reach import bundled, reach
 from moesim.files import write_text
+from moesim.spec.presets import presets
 from profiles import reach_fit
 from profiles.reach_fit import Rows, fit, fitted, gather, left_out, main, markdown, quantile, seconds_of, written
 from profiles.store import DATA
@@ -73,6 +75,12 @@ def test_a_bin_of_few_rows_weighs_by_their_number() -> None:
     assert weight[-1] == 1.0 / reach_fit.FULL
 
 
+def test_every_preset_has_an_architecture() -> None:
+    found = {name: reach_fit.architecture(name) for name in (*presets(), "gb200")}
+    assert set(found.values()) == {"Ampere", "Hopper", "Blackwell"}
+    assert (found["p5_48xlarge"], found["gb200"], found["h20"]) == ("Hopper", "Blackwell", "Hopper")
+
+
 @pytest.fixture(scope="module")
 def shipped() -> dict[tuple[str, str], Rows]:
     return {(rows.kind, rows.dtype): rows for rows in gather([DATA / "h200_sxm"])}
@@ -112,10 +120,30 @@ def test_the_command_writes_a_file_that_reads_back(tmp_path: Path, capsys: pytes
     assert main([str(DATA / "h200_sxm"), "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
+    assert "source: tables of aiconfigurator-core 0.12.0\n" in text
     assert "systems: [h200_sxm]" in text and "kind: gemm, dtype: bf16" in text
     write_text(out, written(bundled()))
     repo_file = Path(reach_fit.__file__).parents[1] / "moesim" / "cost" / "reach.yaml"
     assert out.read_text(encoding="utf-8") == repo_file.read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_fitted_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No profile, a profile of a GPU that has no preset, and one without a call of a kernel; nothing is written."""
+    out = tmp_path / "reach.yaml"
+    for name, told in (
+        ("none", "no profile here"),
+        ("l40s", "unknown cluster preset 'l40s'"),
+        ("h200_sxm", "no call of a kernel"),
+    ):
+        folder = tmp_path / name
+        if name != "none":
+            folder.mkdir()
+            about = {"format": "moesim-profile", "schema_version": 1, "system": name}
+            (folder / "profile.json").write_text(json.dumps(about))
+        assert main([str(folder), "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and told in said.err, said.err
+        assert not out.exists()
 
 
 @pytest.mark.slow
