@@ -69,9 +69,9 @@ def tuned(path: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str)
 
 
 def test_drops_against_step_time_on_the_counts_of_olmoe(
-    olmoe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    olmoe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], repo: Path
 ) -> None:
-    """The front falls all along; a dropless step is at its far end."""
+    """The front falls all along, as the page on tuning has it; a dropless step is at its far end."""
     result = tuned(olmoe, tmp_path / "run", capsys)
     front = [(plan["metrics"]["step_s"], plan["metrics"]["dropped_fraction"]) for plan in result["pareto"]]
     factors = [plan["options"]["policies.capacity.factor"] for plan in result["pareto"]]
@@ -82,7 +82,10 @@ def test_drops_against_step_time_on_the_counts_of_olmoe(
     assert (np.diff([dropped for _, dropped in front]) < 0).all()
     assert front[-1][0] < dropless["metrics"]["step_s"]
     few = tuned(olmoe, tmp_path / "few", capsys, "--set", "objective.limits.dropped_fraction=0.15")
+    page = (repo / "docs" / "how-to" / "tune.md").read_text(encoding="utf-8")
+    assert f"| dropless | {dropless['metrics']['step_s']:.2f} s | 0 |" in page
     for factor, (step_s, dropped) in zip(factors, front, strict=True):
+        assert f"| {factor} | {step_s:.2f} s | {dropped:.1%} |".replace("%", " %") in page
         print(f"factor {factor}: step {step_s * 1e3:.1f} ms, dropped {dropped:.1%}")
     print(f"dropless: step {dropless['metrics']['step_s'] * 1e3:.1f} ms")
     print(f"at most 15 % dropped: factor {few['best']['options']['policies.capacity.factor']}")
