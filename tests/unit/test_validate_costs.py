@@ -14,6 +14,7 @@ from validate.hardware.costs import fit_grouped, fit_loop, in_company, rising
 from validate.hardware.job import Job, LayerShape, PlacedCase
 from validate.hardware.layer import OPERATIONS, replica_routes
 from validate.hardware.predict import execute, layer_graph
+from validate.hardware.probe import around, with_fewer
 from validate.hardware.record import layer_samples
 from validate.hardware.sampling import intervals, probe_sizes
 
@@ -33,6 +34,31 @@ def test_loop_cost_adds_experts_and_skips_idle_ones() -> None:
     seconds, tags = cost.at(np.array([[10.0, 1.0], [0.0, 1.0], [0.0, 0.0], [20.0, 0.0]]))
     assert seconds.tolist() == pytest.approx([1.1, 0.1, 0.0, 2.0])
     assert tags.tolist() == [Tag.INTERPOLATED] * 3 + [Tag.EXTRAPOLATED]
+
+
+def test_loop_cost_tells_what_the_first_expert_takes_longer() -> None:
+    """Samples of fewer experts at the same mean rows; start and curve are found as they were put in."""
+    wide = [around(size, reach, 16) for size, reach in ((1, 0), (2, 0), (5, 0), (20, 4), (60, 10))]
+    shapes = [*wide, *with_fewer(wide)]
+    assert len(shapes) == 10
+    seconds = [3e-4 + sum(4e-4 + 3e-5 * rows for rows in one.tolist()) for one in shapes]
+    cost = fit_loop(shapes, seconds)
+    assert cost.start_s == pytest.approx(3e-4)
+    assert cost.curve.seconds.tolist() == pytest.approx([4e-4 + 3e-5 * size for size in (1, 2, 5, 20, 60)])
+    assert cost.at(np.array([[0.0, 0.0], [2.0, 20.0]]))[0].tolist() == pytest.approx([0.0, 3e-4 + 8e-4 + 22 * 3e-5])
+
+
+@given(st.integers(1, 500), st.integers(0, 100), st.integers(1, 32))
+def test_sizes_around_a_point_have_it_as_their_mean(size: int, reach: int, count: int) -> None:
+    found = around(size, min(reach, size - 1), count)
+    assert found.sum() == size * count
+    assert found.min() >= 1
+    assert len(found) == count
+
+
+def test_few_experts_tell_no_start() -> None:
+    assert with_fewer([np.array([4, 4])]) == []
+    assert fit_loop([np.array([4, 4])], [0.2]).start_s == 0.0
 
 
 def test_grouped_cost_finds_the_parts_it_was_made_of() -> None:

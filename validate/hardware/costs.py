@@ -50,16 +50,20 @@ class ExpertCost(Protocol):
 
 @dataclass(frozen=True)
 class LoopCost:
-    """Experts one after another: the sum of a curve over the tokens of each; an expert without tokens costs nothing."""
+    """Experts one after another: the sum of a curve over the tokens of each; an expert without tokens costs nothing.
+
+    start_s: what the first of them takes longer, as caches hold what ran before.
+    """
 
     curve: Curve
+    start_s: float = 0.0
 
     def at(self, counts: Floats) -> tuple[Floats, Tags]:
         """Seconds and tags [...] for counts [..., local slots]."""
         seconds, tags = self.curve.at(counts)
         busy = counts > 0
         worst = np.where(busy, tags, np.int8(Tag.INTERPOLATED)).max(axis=-1)
-        return np.where(busy, seconds, 0.0).sum(axis=-1), worst
+        return np.where(busy, seconds, 0.0).sum(axis=-1) + self.start_s * busy.any(axis=-1), worst
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,26 @@ class GroupedCost:
 
 
 def fit_loop(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> LoopCost:
-    """The curve of one expert, from balanced histograms ([local slots]; zero = not used) and their seconds.
+    """The curve of one expert over its rows, from histograms ([experts]; zero = not used) of like rows, and seconds.
 
-    The curve may fall: a library's product of a few more rows can take a quicker path.
+    Histograms of the same mean rows but of fewer experts tell what the start takes: the median of what is left of them
+    by the slope from few experts to many. Without any it is 0. The curve may fall: a library's product of a few more
+    rows can take a quicker path.
     """
-    each = [value / int((histogram > 0).sum()) for histogram, value in zip(histograms, seconds, strict=True)]
-    sizes = [float(histogram.max()) for histogram in histograms]
-    return LoopCost(Curve(np.asarray(sizes), np.asarray(each, dtype=np.float64)))
+    by_rows: dict[float, list[tuple[int, float]]] = {}
+    for histogram, value in zip(histograms, seconds, strict=True):
+        used = int((histogram > 0).sum())
+        by_rows.setdefault(float(histogram.sum() / used), []).append((used, value))
+    started = []
+    for found in by_rows.values():
+        (few, few_s), (many, many_s) = min(found), max(found)
+        if many > few:
+            started.append(few_s - few * (many_s - few_s) / (many - few))
+    start_s = max(float(np.median(started)), 0.0) if started else 0.0
+    sizes = sorted(by_rows)
+    most = [max(by_rows[size]) for size in sizes]
+    each = [(value - start_s) / used for used, value in most]
+    return LoopCost(Curve(np.asarray(sizes), np.asarray(each, dtype=np.float64)), start_s)
 
 
 def fit_grouped(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) -> GroupedCost:

@@ -20,6 +20,7 @@ from validate.hardware.layer import (
     Mark,
     Permuted,
     RankLayer,
+    Weights,
     combine,
     dispatch,
     draw_tokens,
@@ -44,8 +45,10 @@ EVERY_ROW = 18
 GROUPED_POINTS = 24
 # Rows in one experts sample: many experts at small sizes (so that their weights do not stay in the near caches), few
 # at large ones (so that a sample stays short).
-SAMPLE_ROWS = 1024
+SAMPLE_ROWS = 2048
 SAMPLE_EXPERTS = 32
+# So many sizes are sampled a second time with a part of the experts, to tell what the first of them takes longer.
+START_POINTS, START_PART = 6, 8
 # Rows of each expert when experts run only for what they do to the operation after them.
 BETWEEN_ROWS = 4
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
@@ -88,13 +91,14 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
     token_sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
     away_sizes, home_sizes = _exchange_sizes(rig, counts)
     histograms = random_histograms(rig, counts) if rig.grouped else even_histograms(rig, counts)
+    expert_shapes = [*histograms, *(() if rig.grouped else with_fewer(histograms))]
     one_way_sizes = away_sizes[-ONE_WAY_POINTS:] if rig.job.ranks > 1 else []
     shapes = (
         [local_point(rig, size) for size in token_sizes],
         [_exchange_point(rig, away=size, home=0) for size in away_sizes],
         [_exchange_point(rig, away=0, home=size) for size in home_sizes],
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
-        [expert_point(rig, histogram) for histogram in histograms],
+        [expert_point(rig, histogram) for histogram in expert_shapes],
         [expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
     )
     found, core_share = sample(rig, [point for group in shapes for point in group])
@@ -126,7 +130,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
     combine_curve = rising(sent, combine_s)
     expert_s = [
         note(points, "experts", {"histogram": histogram.tolist()}, spent[..., 0])
-        for histogram, spent in zip(histograms, experts, strict=True)
+        for histogram, spent in zip(expert_shapes, experts, strict=True)
     ]
     return Profile(
         gate=rising(token_sizes, gate_s),
@@ -137,7 +141,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         keep=rising([0, *kept], [0.0, *(max(value - combine_s[0], 0.0) for value in stay_s)]),
         both_ways=shared_with(combine_curve.sizes, combine_curve.seconds, single, single_s),
         alone=_ratio(points, histograms, _alone(rig, len(histograms)), experts, lonely),
-        experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
+        experts=(fit_grouped if rig.grouped else fit_loop)(expert_shapes, expert_s),
         core_share=core_share,
         scatter={
             **{
@@ -257,7 +261,7 @@ def _experts_between(rig: Rig) -> Callable[[], None]:
     used = min(local, SAMPLE_EXPERTS)
     counts = [[BETWEEN_ROWS] * used + [0] * (local - used), *([[0] * local] * (rig.job.ranks - 1))]
     rows = torch.randn(BETWEEN_ROWS * used, rig.job.shape.hidden).to(like.device, like.dtype)
-    some = _some_experts(rig)
+    some = _some_experts(rig, local)
 
     def call() -> None:
         run_experts(rows, counts, some())
@@ -265,21 +269,23 @@ def _experts_between(rig: Rig) -> Callable[[], None]:
     return call
 
 
-def _some_experts(rig: Rig) -> Callable[[], RankLayer]:
-    """A layer of as many experts as the first placement puts here, drawn from all that this rank holds, anew each time.
+def _some_experts(rig: Rig, count: int) -> Callable[[], RankLayer]:
+    """A layer of `count` experts, drawn from all that this rank holds, anew each time.
 
     Repeating one placement's experts would leave their weights in a shared last-level cache; the test cases, which
     take turns, find them as cold as a rank's whole set of weights makes them. (The grouped kernel has its weights in
     one tensor and keeps the first placement's.)
     """
-    layer = rig.layers[0]
-    pool = list({id(pair[0]): pair for each in rig.layers for pair in each.weights}.values())
+    layer, pool = rig.layers[0], _held(rig)
     rng = generator(rig.job, 12, rig.group.rank)
     if layer.stacked is not None:
         return lambda: layer
-    return lambda: replace(
-        layer, weights=tuple(pool[index] for index in rng.choice(len(pool), len(layer.weights), replace=False))
-    )
+    return lambda: replace(layer, weights=tuple(pool[index] for index in rng.choice(len(pool), count, replace=False)))
+
+
+def _held(rig: Rig) -> list[Weights]:
+    """The weights of every copy of an expert that this rank holds under any placement."""
+    return list({id(pair[0]): pair for each in rig.layers for pair in each.weights}.values())
 
 
 def _alone(rig: Rig, count: int) -> list[tuple[int, int]]:
@@ -305,19 +311,20 @@ def _ratio(
 
 
 def expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = None) -> Point:
-    """The local experts with `histogram` [local slots] rows each, spread over all source ranks.
+    """Experts with `histogram` [experts] rows each, from source ranks drawn anew each time; rows just written.
 
     only: the one rank that runs them, while the others wait in a collective.
     """
     torch = need_torch()
-    like = rig.tokens[rig.job.tokens[0]]
-    share, odd = np.divmod(histogram, rig.job.ranks)
-    counts = [(share + (odd > source)).tolist() for source in range(rig.job.ranks)]
-    rows = torch.randn(int(histogram.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
-    some = _some_experts(rig)
+    like, ranks = rig.tokens[rig.job.tokens[0]], rig.job.ranks
+    source = torch.randn(int(histogram.sum()), rig.job.shape.hidden).to(like.device, like.dtype)
+    some = _some_experts(rig, len(histogram))
+    rng = generator(rig.job, 15, rig.group.rank, int(histogram.sum()), len(histogram))
 
     def call(mark: Mark) -> None:
         layer = some()
+        counts = rng.multinomial(histogram, np.full(ranks, 1.0 / ranks)).T.tolist()
+        rows = source.clone()  # as dispatch leaves them
         mark()
         if only in (None, rig.group.rank):
             run_experts(rows, counts, layer)
@@ -326,15 +333,39 @@ def expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = N
             rig.group.gather(np.zeros(1))
 
     lonely = "" if only is None else f", rank {only} alone"
-    return Point(f"experts at {int(histogram.max())} tokens each{lonely}", call, (False,))
+    return Point(f"{len(histogram)} experts at up to {int(histogram.max())} tokens each{lonely}", call, (False,))
 
 
 def even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """The same number of rows for each used expert, from 1 to beyond the most that one gets in a test case."""
-    local = rig.local_slots[0]
+    """About the same number of rows for each expert, [experts], from 1 to beyond the most that one gets in a test case.
+
+    Up to EVERY_ROW exactly the same; beyond, spread evenly to half of the way to the next points, as products of a few
+    rows more or less differ by more than a line between points tells. Their mean is the point.
+    """
+    held = min(len(_held(rig)), SAMPLE_EXPERTS)
     most = max(int(case.sum(axis=0).max()) for case in counts)
     sizes = sorted({*range(1, EVERY_ROW + 1), *probe_sizes(EVERY_ROW, 1.2 * most, EXPERT_POINTS, set())})
-    return [np.where(np.arange(local) < min(max(1, SAMPLE_ROWS // size), SAMPLE_EXPERTS), size, 0) for size in sizes]
+    reach = np.minimum(np.diff(sizes, prepend=sizes[0]), np.diff(sizes, append=sizes[-1] + 1)) // 2
+    used = [min(max(1, SAMPLE_ROWS // size), held) for size in sizes]
+    return [around(size, by, count) for size, by, count in zip(sizes, reach.tolist(), used, strict=True)]
+
+
+def around(size: int, reach: int, count: int) -> NDArray[np.int64]:
+    """Sizes [count], evenly from `size` - `reach` to `size` + `reach`; their mean is `size`."""
+    steps = np.linspace(-reach, reach, count) if count > 1 else np.zeros(1)
+    return np.asarray(size + np.rint(steps), dtype=np.int64)
+
+
+def with_fewer(histograms: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """START_POINTS of the histograms with a START_PARTth of their experts, at the same mean rows."""
+    wide = [one for one in histograms if len(one) >= START_PART]
+    if not wide:
+        return []
+    picked = np.unique(np.linspace(0, len(wide) - 1, START_POINTS).round().astype(int)).tolist()
+    return [
+        around(round(float(one.mean())), int(np.ptp(one)) // 2, len(one) // START_PART)
+        for one in (wide[index] for index in picked)
+    ]
 
 
 def random_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

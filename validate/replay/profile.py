@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from validate.hardware.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
 from validate.hardware.group import need_torch
 from validate.hardware.layer import Mark, run_experts
-from validate.hardware.probe import TOKEN_POINTS, even_histograms, expert_point, local_point, note, random_histograms
+from validate.hardware.probe import (
+    TOKEN_POINTS,
+    even_histograms,
+    expert_point,
+    local_point,
+    note,
+    random_histograms,
+    with_fewer,
+)
 from validate.hardware.rig import Rig
 from validate.hardware.sampling import Point, probe_sizes, sample
 
@@ -40,13 +48,15 @@ class LocalProfile:
 
 
 def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], None]) -> LocalProfile:
-    """Profile the local operations: token counts between those of the test, experts with even (grouped: random) rows.
+    """Profile the local operations: token counts between those of the test, about even (grouped: random) rows.
 
     rig: of a process that is alone. counts: rows of the test cases, [source ranks, slots] each; they only say how far
     the points must reach. between: run after each sample, unmeasured: it leaves caches and memory as played ranks do.
     """
     sizes = probe_sizes(0.6 * min(rig.job.tokens), 1.5 * max(rig.job.tokens), TOKEN_POINTS, set(rig.job.tokens))
     histograms = random_histograms(rig, counts) if rig.grouped else even_histograms(rig, counts)
+    if not rig.grouped:
+        histograms += with_fewer(histograms)
     shapes = [*(local_point(rig, size) for size in sizes), *(expert_point(rig, one) for one in histograms)]
     slots = sorted(set(rig.local_slots))[:: max(len(set(rig.local_slots)) - 1, 1)]
     shapes += [_idle_point(rig, rig.local_slots.index(one)) for one in slots]
@@ -65,10 +75,10 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
         0.0 if rig.grouped else note(points, "experts without rows", {"slots": one}, spent[..., 0])
         for one, spent in zip(slots, idle, strict=True)
     ]
-    unused = rising(slots, idle_s)
+    unused = rising([0, *slots], [0.0, *idle_s])
     if not rig.grouped:
-        here = float(unused.at(np.asarray(float(rig.local_slots[0])))[0])
-        expert_s = [max(value - here, 0.0) for value in expert_s]
+        looked_s = unused.at(np.asarray([float(len(one)) for one in histograms]))[0]
+        expert_s = [max(value - looked, 0.0) for value, looked in zip(expert_s, looked_s.tolist(), strict=True)]
     return LocalProfile(
         idle=unused,
         gate=rising(sizes, gate_s),
