@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from moesim.spec.overheads import FORMAT, NAMES, CalibrationSpec
 from moesim.spec.scenario import Scenario
 from validate.calibrate.bench_files import read_runs, sha256_of
 from validate.calibrate.bench_run import BenchRun
-from validate.calibrate.fit import QUANTILES, RESAMPLES, Fit, blocks, fit
+from validate.calibrate.fit import RESAMPLES, Fit, blocks, fit
+from validate.calibrate.rows import QUANTILES, sizes_of
 from validate.calibrate.sim import Seen, Simulated, deployment_for
 
 Floats = NDArray[np.float64]
@@ -28,6 +29,9 @@ Flags = NDArray[np.bool_]
 
 # One run is cut into so many blocks of requests, every second of which is held out.
 TIME_BLOCKS = 8
+# Host times are judged by so many simulations around them, so far away over the sizes that matter: requests meet other
+# batches where chance decides which, and the same where they follow from the host times.
+JUDGED, HAIR = 8, 1e-3
 USE, DONT = "use", "dont"
 # Backends of sglang.bench_serving that speak SGLang's own protocol: no other engine answers it.
 _NATIVE = ("sglang", "sglang-native")
@@ -80,7 +84,7 @@ def calibrate(
             f"{name} cannot be fitted: {reason}", where="--fit", mend="leave it out, or give runs at other loads"
         )
     others, judged = _some(runs, held)
-    seen = [simulated.see(others, values) for values in (start, part.values)]
+    seen = [_seen(simulated, others, values, seed) for values in (start, part.values)]
     say("fitting to all requests")
     everything = [np.ones(run.requests, dtype=bool) for run in runs]
     asked = [name for name in NAMES if name in part.low]
@@ -89,15 +93,32 @@ def calibrate(
         runs=runs,
         start=start,
         part=part,
-        whole=Fit(whole.values, whole.low, whole.high, {**part.kept, **whole.kept}, whole.index),
+        whole=replace(whole, kept={**part.kept, **whole.kept}),
         held_by=held_by,
         held_requests=sum(int(one.sum()) for one in judged),
         before=errors_of(others, seen[0], judged),
         after=errors_of(others, seen[1], judged),
         gain=_gain(others, seen, judged, seed),
-        notes=_notes(scenario, runs),
+        notes=_notes(scenario, runs) + _path_note(whole),
         simulations=simulated.count,
     )
+
+
+def _seen(simulated: Simulated, runs: Sequence[BenchRun], values: dict[str, float], seed: int) -> list[Seen]:
+    """What clients would see of each run at values a hair around the given ones, as draws.
+
+    At the values alone the batches that happen to form, and requests that come in the very moment in which a step ends,
+    would decide how good they are.
+    """
+    size, rng = sizes_of(simulated, runs), np.random.default_rng([seed, 53])
+    every = []
+    for away in rng.uniform(-1.0, 1.0, size=(JUDGED, len(NAMES))):
+        moved = {name: values[name] + HAIR * size[name] * by for name, by in zip(NAMES, away.tolist(), strict=True)}
+        every.append(simulated.see(runs, {name: max(0.0, value) for name, value in moved.items()}))
+    return [
+        Seen(np.concatenate([one.ttft_s for one in alike]), np.concatenate([one.tpot_s for one in alike]))
+        for alike in zip(*every, strict=True)
+    ]
 
 
 def parts(runs: Sequence[BenchRun]) -> tuple[list[Flags], list[Flags], str]:
@@ -122,13 +143,13 @@ def errors_of(runs: Sequence[BenchRun], seen: Sequence[Seen], use: Sequence[Flag
 
 
 def _errors(run: BenchRun, seen: Seen, use: Flags, metric: str, at: NDArray[np.int64] | None = None) -> Floats:
-    """Relative errors, by request or by quantile; at: a resample of the measured requests."""
+    """Relative errors, by draw and request or by quantile; at: a resample of the measured requests."""
     measured, simulated = getattr(run, metric)[use], getattr(seen, metric)[:, use]
     there = np.isfinite(measured)
     measured, simulated = measured[there], simulated[:, there]
     if run.paired:
-        error = simulated[0] / np.maximum(measured, 1e-9) - 1.0
-        return np.asarray(error if at is None else error[at])
+        error = simulated / np.maximum(measured, 1e-9) - 1.0
+        return np.asarray((error if at is None else error[:, at]).ravel())
     measured = measured if at is None else measured[at]
     return np.asarray(
         np.quantile(simulated, QUANTILES, axis=1).mean(axis=1) / np.maximum(np.quantile(measured, QUANTILES), 1e-9) - 1
@@ -143,21 +164,33 @@ def _means(run: BenchRun, seen: Seen, use: Flags, metric: str) -> tuple[float, f
 def _gain(
     runs: Sequence[BenchRun], seen: Sequence[Sequence[Seen]], use: Sequence[Flags], seed: int
 ) -> tuple[float, float, float]:
-    """What the mean absolute error of both metrics falls by, with its interval over resampled blocks of requests."""
+    """What the mean absolute error of both metrics falls by, with its interval over resampled blocks of requests.
+
+    seen: before and after, by run, the same draws each; they are resampled, too.
+    """
     rng = np.random.default_rng([seed, 41])
 
     def falls(resample: bool) -> float:
         found = []
+        draws = rng.integers(JUDGED, size=JUDGED) if resample else np.arange(JUDGED)
         for index, (run, chosen) in enumerate(zip(runs, use, strict=True)):
+            drawn = [_drawn(one[index], draws) for one in seen]
             for metric in METRICS:
                 count = int(np.isfinite(getattr(run, metric)[chosen]).sum())
                 at = blocks(count, run.in_flight, rng) if resample else None
-                before, after = (np.abs(_errors(run, one[index], chosen, metric, at)).mean() for one in seen)
+                before, after = (np.abs(_errors(run, one, chosen, metric, at)).mean() for one in drawn)
                 found.append(before - after)
         return float(np.mean(found))
 
     low, high = interval(np.asarray([falls(True) for _ in range(RESAMPLES)]))
     return falls(False), low, high
+
+
+def _drawn(seen: Seen, draws: NDArray[np.int64]) -> Seen:
+    """Some of JUDGED equal parts of the draws."""
+    part = seen.ttft_s.shape[0] // JUDGED
+    rows = (draws[:, None] * part + np.arange(part)).ravel()
+    return Seen(seen.ttft_s[rows], seen.tpot_s[rows])
 
 
 def _some(runs: Sequence[BenchRun], use: Sequence[Flags]) -> tuple[list[BenchRun], list[Flags]]:
@@ -196,6 +229,12 @@ def _notes(scenario: Scenario, runs: Sequence[BenchRun]) -> list[str]:
     return found
 
 
+def _path_note(whole: Fit) -> list[str]:
+    if not whole.on_path:
+        return []
+    return ["the simulation forms the batches that the runs did: host times are told by single requests"]
+
+
 def as_json(found: Calibrated) -> dict[str, Any]:
     """The outcome, JSON-ready."""
     names = [name for name in NAMES if name in found.whole.low]
@@ -213,6 +252,7 @@ def as_json(found: Calibrated) -> dict[str, Any]:
         "not_fitted": {name: {"value_s": found.start[name], "reason": why} for name, why in found.whole.kept.items()},
         "level": LEVEL,
         "condition_index": found.whole.index,
+        "on_path": {"part": found.part.on_path, "whole": found.whole.on_path},
         "held_out": {
             "by": found.held_by,
             "requests": found.held_requests,
