@@ -141,6 +141,10 @@ def test_replay_covers_what_its_device_computes_and_no_exchange() -> None:
     assert (cpu.claim, cpu.traits["gpu"], gpu.traits["gpu"]) == ("expert_time", "CPU", "H200")
     assert cpu.traits["tokens_per_rank"] == (8, 32) and cpu.traits["experts_dtype"] == "bf16"
     assert cpu.missed == ("one.json: regret: 9% (at most 2%)",)
+    without, told = (
+        markdown([store.compact(replay() | more)]) for more in ({}, {"pace_s": {"profile": 4e-3, "measured": 3.9e-3}})
+    )
+    assert "pace -2.5%" in told and "pace" not in without
 
 
 def test_an_exchange_covers_its_hosts_unless_they_were_pretended() -> None:

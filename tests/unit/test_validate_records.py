@@ -60,6 +60,7 @@ def record_of(predicted: list[float], measured: list[float]) -> dict[str, Any]:
         "hardware": {"cpu": "a processor", "cpus": 2, "memory_bytes": 2**34, "threads_per_rank": 1},
         "versions": {"torch": "2.13.0"}, "job": one.model_dump(mode="json", exclude={"out"}), "dtype": "float32",
         "clock": "shared", "core_share": {"profile": 1.0, "measured": 0.9},
+        "pace_s": {"profile": 4e-3, "measured": 4.1e-3},
         "predictions": {"file": "predictions.json", "written": "2026-11-26T04:00:00.1+00:00", "sha256": "ab"},
         "measured_from": "2026-11-26T04:00:00.2+00:00", "output_error": 1e-7, "predicted": foretold, "measured": found,
         "comparison": comparison_json(one, foretold, found, np.random.default_rng(0)),
@@ -108,6 +109,10 @@ def test_many_placements_stand_below_each_other_the_quickest_first() -> None:
     assert [line.split()[0] for line in lines[first + 1 : first + 6]] == ["a", "b", "c", "d", "e"]
     assert "1100 / " in lines[first + 1] and lines[first + 1].split()[7].endswith("%")
     assert "split-half reliability" in table(record) and "other work disturbed the run" in table(record)
+    assert (
+        lines[-1].startswith("the machine's pace: ")
+        and "4 ms while profiled, 4.1 ms while measured (+2.5%)" in lines[-1]
+    )
 
 
 def test_a_record_is_kept_compact_and_read_back(tmp_path: Path) -> None:

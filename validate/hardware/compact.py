@@ -41,6 +41,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
         "repeats": job["repeats"],
         "reliability": record["comparison"]["split_half"]["reliability"],
         "core_share": record["core_share"],
+        "pace_s": record.get("pace_s", {}),
         "covers": [
             {
                 "name": COVERS,

@@ -150,6 +150,7 @@ def predictions_json(cases: list[dict[str, Any]], profile: Profile) -> dict[str,
             "both_ways": profile.both_ways,
             "alone": profile.alone,
             "core_share": profile.core_share,
+            "pace_s": profile.pace_s,
             "points": profile.points,
         },
     }

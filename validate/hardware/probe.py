@@ -49,6 +49,8 @@ SAMPLE_ROWS = 2048
 SAMPLE_EXPERTS = 32
 # So many sizes are sampled a second time with a part of the experts, to tell what the first of them takes longer.
 START_POINTS, START_PART = 6, 8
+# The machine's pace: a sample of so many experts of so many rows, so many times in each turn of profile and test.
+PACE_EXPERTS, PACE_ROWS, PACE_TIMES = 4, 16, 6
 # Rows of each expert when experts run only for what they do to the operation after them.
 BETWEEN_ROWS = 4
 # Ranks come to an exchange up to this late, each at random; in a skewed layer they do so by milliseconds.
@@ -65,8 +67,9 @@ class Profile:
     rank sends and receives. keep: extra seconds over the bytes that stay on a rank (copied, not sent). both_ways: how
     much of a rank's less busy direction adds to its time (0 to 1). alone: time of a rank's experts while the other
     ranks wait, over their time while all compute (at most 1). core_share: how much of a processor the ranks had while
-    they computed (None: a device computes). scatter: how the runs of each operation lie around their median, by the
-    size that its curve takes (experts: by the seconds). points: every measured median with its p10 and p90.
+    they computed (None: a device computes). pace_s: median of the sample that the test runs, too. scatter: how the
+    runs of each operation lie around their median, by the size that its curve takes (experts: by the seconds). points:
+    every measured median with its p10 and p90.
     """
 
     gate: Curve
@@ -79,6 +82,7 @@ class Profile:
     experts: ExpertCost
     alone: float
     core_share: float | None
+    pace_s: float
     scatter: dict[str, Scatter]
     points: list[dict[str, Any]]
 
@@ -100,10 +104,11 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         [_exchange_point(rig, away=size, home=0, one_way=True) for size in one_way_sizes],
         [expert_point(rig, histogram) for histogram in expert_shapes],
         [expert_point(rig, histograms[index], only=rank) for index, rank in _alone(rig, len(histograms))],
+        pace_points(rig),
     )
     found, core_share = sample(rig, [point for group in shapes for point in group])
     ends = np.cumsum([len(group) for group in shapes])
-    local, away, home, one_way, experts, lonely = (
+    local, away, home, one_way, experts, lonely, pace = (
         found[end - len(group) : end] for end, group in zip(ends, shapes, strict=True)
     )
 
@@ -143,6 +148,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]]) -> Profile:
         alone=_ratio(points, histograms, _alone(rig, len(histograms)), experts, lonely),
         experts=(fit_grouped if rig.grouped else fit_loop)(expert_shapes, expert_s),
         core_share=core_share,
+        pace_s=note(points, "pace", {"rows": PACE_ROWS}, np.concatenate(pace, axis=1)[..., 0]),
         scatter={
             **{
                 name: scatter(token_sizes, [spent[..., column] for spent in local], relative=True)
@@ -334,6 +340,12 @@ def expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = N
 
     lonely = "" if only is None else f", rank {only} alone"
     return Point(f"{len(histogram)} experts at up to {int(histogram.max())} tokens each{lonely}", call, (False,))
+
+
+def pace_points(rig: Rig) -> list[Point]:
+    """The sample that profile and test both run: what its time does says how fast the machine was in either."""
+    count = rig.local_slots[0] if rig.grouped else min(len(_held(rig)), PACE_EXPERTS)
+    return [expert_point(rig, np.full(count, PACE_ROWS))] * PACE_TIMES
 
 
 def even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from validate.hardware.costs import Floats
-from validate.hardware.group import CoreShare
+from validate.hardware.group import CoreShare, Marks
 from validate.hardware.layer import Mark
 from validate.hardware.rig import Rig, generator
 
@@ -39,10 +39,7 @@ def sample(rig: Rig, points: Sequence[Point]) -> tuple[list[Floats], float | Non
     for turn in range(WARMUP + min(max(rig.job.repeats, LEAST_REPEATS), MOST_REPEATS)):
         for index in rng.permutation(len(points)).tolist():
             rig.group.beat.at(f"profiling {points[index].label}")
-            rig.flush()
-            marks = rig.group.marks()
-            rig.group.start_together()
-            points[index].call(marks.mark)
+            marks = run_point(rig, points[index])
             if turn >= WARMUP:
                 moments[index].append(marks.read())
                 share.add(marks, points[index].collective)
@@ -51,6 +48,15 @@ def sample(rig: Rig, points: Sequence[Point]) -> tuple[list[Floats], float | Non
         for point, rows in zip(points, moments, strict=True)
     ]
     return spent, rig.group.core_share(share)
+
+
+def run_point(rig: Rig, point: Point) -> Marks:
+    """Run a point once, from cold near caches and a common start; its marks."""
+    rig.flush()
+    marks = rig.group.marks()
+    rig.group.start_together()
+    point.call(marks.mark)
+    return marks
 
 
 def intervals(moments: Floats, collective: Sequence[bool]) -> tuple[Floats, Floats]:

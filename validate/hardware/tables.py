@@ -38,7 +38,9 @@ def table(record: dict[str, Any]) -> str:
             if predicted["tokens_per_rank"] == tokens
         ]
         lines += ["", *block(tokens, pairs)]
-    return "\n".join([*lines, "", *_summary(record["comparison"]), *_machine(record["core_share"])])
+    return "\n".join(
+        [*lines, "", *_summary(record["comparison"]), *_machine(record["core_share"]), pace_line(record["pace_s"])]
+    )
 
 
 def _beside(tokens: int, pairs: Pairs) -> list[str]:
@@ -91,6 +93,15 @@ def _machine(core_share: dict[str, float | None]) -> list[str]:
         f"the machine: computing ranks had {profiled:.0%} of their cores while profiled, {measured:.0%} while measured"
         + disturbed
     ]
+
+
+def pace_line(pace_s: dict[str, float]) -> str:
+    """How fast the machine was while profiled and while measured, by one sample of experts that stays the same."""
+    profiled, measured = pace_s["profile"], pace_s["measured"]
+    return (
+        f"the machine's pace: experts that stay the same took {profiled / MILLI:.3g} ms while profiled, "
+        f"{measured / MILLI:.3g} ms while measured ({measured / profiled - 1.0:+.1%}); nothing is corrected for it"
+    )
 
 
 def verdict(record: dict[str, Any]) -> str:

@@ -20,8 +20,10 @@ from validate.hardware.job import Job
 from validate.hardware.join import join, joined
 from validate.hardware.layer import COLLECTIVES, OPERATIONS, forward
 from validate.hardware.predict import predict, prediction_json, predictions_json
+from validate.hardware.probe import pace_points
 from validate.hardware.process import Seat, serve
 from validate.hardware.rig import Rig, build, check_outputs, generator, routed_counts
+from validate.hardware.sampling import run_point
 
 PREDICTIONS_FILE = "predictions.json"
 RECORD_FILE = record.RECORD_FILE
@@ -50,7 +52,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         output_error = check(rig, counts)
         hosts = group.hosts()
         started = now()
-        moments, core_share = measure(rig, started)
+        moments, core_share, pace_s = measure(rig, started)
     if group.rank != 0:
         return None
     beat.at("comparing")
@@ -62,6 +64,7 @@ def session(job: Job, group: Group) -> dict[str, Any] | None:
         hosts=hosts,
         clock="shared" if group.shared_clock else "each rank's own",
         core_share={"profile": profile.core_share, "measured": core_share},
+        pace_s={"profile": profile.pace_s, "measured": pace_s},
         prediction_file=written,
         predicted=predicted,
         measured_from=started,
@@ -107,8 +110,9 @@ def check(rig: Rig, counts: list[NDArray[np.int64]]) -> float:
     return check_outputs(rig, outputs)
 
 
-def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None]:
-    """Moments of every timed run, [ranks, cases, repeats, operations + 1], and the share of a core that ranks had.
+def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None, float]:
+    """Moments of every timed run, [ranks, cases, repeats, operations + 1], the share of a core that ranks had, and the
+    median seconds of the profile's pace sample.
 
     Within a repeat the cases come in random turn, the same on every rank; after each, rank 0 keeps what there is.
     """
@@ -117,9 +121,13 @@ def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None]:
     rng = generator(job, 4)
     share = CoreShare()
     rounds: list[NDArray[np.float64]] = []
+    pace, passed_s = pace_points(rig), list[float]()
     for turn in range(-job.warmup, job.repeats):
         moments = np.zeros((len(cases), len(OPERATIONS) + 1))
-        for index in rng.permutation(len(cases)).tolist():
+        for index in rng.permutation(len(cases) + len(pace)).tolist():
+            if index >= len(cases):
+                passed_s.append(float(np.ptp(run_point(rig, pace[index - len(cases)]).read())))
+                continue
             placement, tokens = cases[index]
             group.beat.at(f"measuring {placement.name} at {tokens} tokens, repeat {turn + 1} of {job.repeats}")
             rig.flush()
@@ -133,7 +141,7 @@ def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None]:
             rounds.append(group.gather(moments))
             if group.rank == 0:
                 unfinished.keep(Path(job.out), np.stack(rounds, axis=2), repeats=job.repeats, started=started)
-    return np.stack(rounds, axis=2), group.core_share(share)
+    return np.stack(rounds, axis=2), group.core_share(share), float(np.median(group.gather(np.asarray(passed_s))))
 
 
 def join_torchrun(make_job: Callable[[int], Job]) -> dict[str, Any] | None:

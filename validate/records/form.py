@@ -89,6 +89,7 @@ class ValidationRecord(Spec):
     predictions_sha256: str | None = None
     reliability: float | None = None
     core_share: dict[str, float | None] = Field(default_factory=dict)  # of computing ranks: phase -> share of a core
+    pace_s: dict[str, float] = Field(default_factory=dict)  # phase -> seconds of one sample that stays the same
     covers: tuple[Covers, ...] = ()
     cases: tuple[MeasuredCase, ...] = ()
     counted: tuple[CountedCase, ...] = ()

@@ -81,8 +81,10 @@ def _code(record: ValidationRecord) -> str:
 
 
 def _shares(record: ValidationRecord) -> str:
-    """How much of its core a computing rank had, by phase; less than all where other programs ran, too."""
+    """How much of its core a computing rank had, by phase, and how the machine's pace changed between them."""
     told = [f"{phase} {share:.0%}" for phase, share in record.core_share.items() if share is not None]
+    if record.pace_s:
+        told.append(f"pace {record.pace_s['measured'] / record.pace_s['profile'] - 1.0:+.1%}")
     return ", ".join(told) or "-"
 
 

@@ -13,11 +13,14 @@ from validate.hardware.costs import Curve, ExpertCost, Floats, fit_grouped, fit_
 from validate.hardware.group import need_torch
 from validate.hardware.layer import Mark, run_experts
 from validate.hardware.probe import (
+    PACE_ROWS,
+    PACE_TIMES,
     TOKEN_POINTS,
     even_histograms,
     expert_point,
     local_point,
     note,
+    pace_points,
     random_histograms,
     with_fewer,
 )
@@ -34,8 +37,8 @@ class LocalProfile:
     """Seconds of gate, permute and unpermute over a rank's tokens, and of its experts over their rows.
 
     idle: seconds over the slots of a rank of experts without a row: a loop looks at each slot of each source rank.
-    core_share: how much of a processor the process had (None: a device computes). points: every measured median with
-    its p10 and p90.
+    core_share: how much of a processor the process had (None: a device computes). pace_s: median of the sample that the
+    test runs, too. points: every measured median with its p10 and p90.
     """
 
     gate: Curve
@@ -44,6 +47,7 @@ class LocalProfile:
     experts: ExpertCost
     idle: Curve
     core_share: float | None
+    pace_s: float
     points: list[dict[str, Any]]
 
 
@@ -60,8 +64,10 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
     shapes = [*(local_point(rig, size) for size in sizes), *(expert_point(rig, one) for one in histograms)]
     slots = sorted(set(rig.local_slots))[:: max(len(set(rig.local_slots)) - 1, 1)]
     shapes += [_idle_point(rig, rig.local_slots.index(one)) for one in slots]
+    shapes += pace_points(rig)
     found, core_share = sample(rig, [_followed(shape, between) for shape in shapes])
     points: list[dict[str, Any]] = []
+    found, pace = found[:-PACE_TIMES], found[-PACE_TIMES:]
     local, experts, idle = found[: len(sizes)], found[len(sizes) : -len(slots)], found[-len(slots) :]
     gate_s, permute_s, unpermute_s = (
         [note(points, name, {"tokens": size}, spent[..., column]) for size, spent in zip(sizes, local, strict=True)]
@@ -86,6 +92,7 @@ def measure(rig: Rig, counts: list[NDArray[np.int64]], between: Callable[[], Non
         unpermute=rising(sizes, unpermute_s),
         experts=(fit_grouped if rig.grouped else fit_loop)(histograms, expert_s),
         core_share=core_share,
+        pace_s=note(points, "pace", {"rows": PACE_ROWS}, np.concatenate(pace, axis=1)[..., 0]),
         points=points,
     )
 

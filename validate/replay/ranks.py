@@ -15,8 +15,9 @@ from validate.hardware.group import Beat, CoreShare, need_torch
 from validate.hardware.job import Job, PlacedCase
 from validate.hardware.layer import expert_weights, gate, permute, reference, run_experts, unpermute
 from validate.hardware.placements import scattered
+from validate.hardware.probe import pace_points
 from validate.hardware.rig import OUTPUT_LIMIT, Copies, Rig, build, generator
-from validate.hardware.sampling import probe_sizes
+from validate.hardware.sampling import probe_sizes, run_point
 from validate.replay.alone import Alone
 from validate.replay.profile import LOCAL
 
@@ -140,8 +141,9 @@ def understudies(stage: Stage, device: Any, made: Copies) -> Callable[[], None]:
     return play
 
 
-def measure(stage: Stage, say: Say) -> tuple[Floats, float | None]:
-    """Seconds of every rank's operations, [cases, ranks, repeats, operations] as in LOCAL, and the share of a core.
+def measure(stage: Stage, say: Say) -> tuple[Floats, float | None, float]:
+    """Seconds of every rank's operations, [cases, ranks, repeats, operations] as in LOCAL, the share of a core, and the
+    median seconds of the profile's pace sample.
 
     Within a repeat the cases and their ranks come in random turn; rows are gathered before an operation, unmeasured.
     """
@@ -150,14 +152,18 @@ def measure(stage: Stage, say: Say) -> tuple[Floats, float | None]:
     cases = job.cases()
     found = np.zeros((len(cases), job.ranks, job.repeats, len(LOCAL)))
     share = CoreShare()
+    pace, passed_s = pace_points(stage.rigs[0]), list[float]()
     for turn in range(-job.warmup, job.repeats):
         say("warming up" if turn < 0 else f"measuring, repeat {turn + 1} of {job.repeats}")
-        for place in rng.permutation(len(cases) * job.ranks).tolist():
+        for place in rng.permutation(len(cases) * job.ranks + len(pace)).tolist():
+            if place >= len(cases) * job.ranks:
+                passed_s.append(float(np.ptp(run_point(stage.rigs[0], pace[0]).read())))
+                continue
             index, rank = divmod(place, job.ranks)
             moments = _play(stage, index, rank, share if turn >= 0 else None)
             if turn >= 0:
                 found[index, rank, turn] = moments
-    return found, stage.rigs[0].group.core_share(share)
+    return found, stage.rigs[0].group.core_share(share), float(np.median(passed_s))
 
 
 def _play(stage: Stage, index: int, rank: int, share: CoreShare | None) -> Floats:

@@ -25,6 +25,7 @@ from validate.hardware.job import Job
 from validate.hardware.process import first_line, out_of_memory
 from validate.hardware.record import hardware, versions
 from validate.hardware.rig import Copies, device_of, generator
+from validate.hardware.tables import pace_line
 from validate.replay import profile as replay_profile
 from validate.replay import ranks as replay_ranks
 from validate.replay.profile import LOCAL, layer_s
@@ -89,7 +90,7 @@ def _run(job: Job, say: Say) -> dict[str, Any]:
         predictions = write_predictions(out / PREDICTIONS_FILE, {"cases": cases, "points": profile.points})
         error = replay_ranks.check(stage, say)
         started = now()
-        spent, share = replay_ranks.measure(stage, say)
+        spent, share, pace_s = replay_ranks.measure(stage, say)
     record = {
         "schema_version": 1,
         "kind": "validate-replay",
@@ -102,6 +103,7 @@ def _run(job: Job, say: Say) -> dict[str, Any]:
         "dtype": stage.rigs[0].dtype,
         "communication": COMMUNICATION,
         "core_share": {"profile": profile.core_share, "measured": share},
+        "pace_s": {"profile": profile.pace_s, "measured": pace_s},
         "predictions": predictions,
         "measured_from": started,
         "output_error": error,
@@ -226,6 +228,7 @@ def table(record: dict[str, Any]) -> str:
             f"regret {compared['regret'][tokens]:.1%} (of any placement {compared['regret_of_any'][tokens]:.1%})"
             for tokens, value in compared["rank_correlation"].items()
         ),
+        pace_line(record["pace_s"]),
         *(
             f"{goal['goal']}: {goal['told']} ({goal['limit']}){'' if goal['holds'] else ', missed'}"
             for goal in compared["goals"]
