@@ -29,7 +29,7 @@ def test_a_family_is_compared_and_the_exit_code_is_the_checks(
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "record.json").read_text())
     names = [entry["placement"] for entry in record["measured"]]
-    assert names == ["contiguous", "planned", "hot_first", "all_on_rank_0", "all_everywhere", "twice_on_rank_0"]
+    assert names == ["contiguous", "planned", "hot_first", "all_on_rank_0", "all_everywhere", "thrice_on_rank_0"]
     goals = record["comparison"]["goals"]
     assert code == (0 if all(goal["holds"] for goal in goals) else 1)
     assert all(f"{goal['goal']}: {goal['told']}" in said for goal in goals)

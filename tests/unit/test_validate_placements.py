@@ -50,8 +50,8 @@ def test_the_slowest_rank_of_the_family_spans_the_number_of_ranks(ranks: int) ->
     assert busiest["all_on_rank_0"] > 0.97
     assert busiest["contiguous"] < busiest["packed_half"] < busiest["packed_most"] < busiest["hot_first"]
     assert busiest["planned_no_spare"] == min(busiest[name] for name in busiest if found[name].replicas == 0)
-    twice = found["twice_on_rank_0"].slots[: 2 * 32]
-    assert sorted(twice) == sorted([*range(32), *range(32)])
+    thrice = found["thrice_on_rank_0"].slots[: 3 * 32]
+    assert sorted(thrice) == sorted([*range(32)] * 3)
 
 
 def test_without_a_solver_the_rest_is_there_and_random_ones_fill_up() -> None:

@@ -21,6 +21,8 @@ Ints = NDArray[np.int64]
 BUILT_IN = 3
 # The part of the first rank's slots that the hottest experts take in the packings between.
 PACKED = {"packed_half": 0.5, "packed_most": 0.75}
+# Of each expert on the first rank in `thrice_on_rank_0`.
+COPIES = 3
 
 
 def family(
@@ -31,7 +33,8 @@ def family(
     profile: [experts], sum 1; the ranks divide the experts. slots: of `planned`, over all ranks. planned: False leaves
     out what a solver makes. Among the first five are one that gives a rank nearly all the work (where a replica on the
     spot is preferred) and one that spreads it evenly, so with ranks that work one row after another the slowest rank's
-    work spans about the number of ranks; the sixth reads the weights of most experts twice. Raises Infeasible.
+    work spans about the number of ranks; the sixth reads the weights of most experts three times, so that it spans more
+    where rows and not weights make the time. Raises Infeasible.
     """
     experts = len(profile)
     hottest = np.argsort(-profile, kind="stable").astype(np.int64)
@@ -47,7 +50,7 @@ def family(
         ("hot_first", lambda: hottest),
         ("all_on_rank_0", lambda: on_rank_0(hottest, hottest, ranks)),
         ("all_everywhere", lambda: np.tile(hottest, ranks)),
-        ("twice_on_rank_0", lambda: on_rank_0(hottest, np.repeat(hottest, 2), ranks)),
+        ("thrice_on_rank_0", lambda: on_rank_0(hottest, np.repeat(hottest, COPIES), ranks)),
         ("planned_no_spare", lambda: solved(experts)),
         ("planned_half_spare", lambda: solved(experts + half * ranks)),
         ("packed_half", lambda: packed(hottest, PACKED["packed_half"], ranks)),
