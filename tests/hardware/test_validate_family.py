@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moesim.cli import run
+from validate.hardware.job import Job, copies_held
 
 pytest.importorskip("torch", reason="torch is not installed: pip install '.[hardware]'")
 pytestmark = pytest.mark.hardware
@@ -46,6 +47,15 @@ def test_a_family_is_compared_and_the_exit_code_is_the_checks(
     rows = {entry["placement"]: entry["rows_by_rank"] for entry in record["predicted"]}
     assert rows["all_everywhere"] == [16, 16]
     assert rows["all_on_rank_0"][0] > 28
+
+
+def test_ranks_that_hold_different_numbers_of_experts_run_the_same_samples(tmp_path: Path) -> None:
+    """Of this load one rank holds 8 experts over its placements and the other 7; samples by each would part them."""
+    small = ["--experts", "8", "--hidden", "32", "--intermediate", "32", "--top-k", "2", "--repeats", "5"]
+    line = ["validate", "hardware", *small, "--tokens", "8", "--seed", "2", "--stall-limit", "20"]
+    assert run([*line, "--out", str(tmp_path)]) == 0
+    held = copies_held(Job.read(json.loads((tmp_path / "job.json").read_text()), where="job"))
+    assert sorted(one.total() for one in held) == [7, 8]
 
 
 def whole(out: Path, *more: str) -> None:

@@ -145,6 +145,9 @@ def test_replay_covers_what_its_device_computes_and_no_exchange() -> None:
         markdown([store.compact(replay() | more)]) for more in ({}, {"pace_s": {"profile": 4e-3, "measured": 3.9e-3}})
     )
     assert "pace -2.5%" in told and "pace" not in without
+    for odd in ({"profile": 1e-3}, {"profile": 0.0, "measured": 1.0}):
+        with pytest.raises(BadInput, match="needs profile and measured, both above 0"):
+            store.compact(replay() | {"pace_s": odd})
 
 
 def test_an_exchange_covers_its_hosts_unless_they_were_pretended() -> None:

@@ -56,6 +56,13 @@ def test_sizes_around_a_point_have_it_as_their_mean(size: int, reach: int, count
     assert len(found) == count
 
 
+def test_a_start_takes_no_longer_than_the_shortest_sample() -> None:
+    """Scatter can tell more; the curve of an expert is never below nothing."""
+    cost = fit_loop([np.full(16, 1), np.full(2, 1), np.full(1, 40)], [1.0e-3, 1.2e-3, 0.9e-3])
+    assert cost.start_s == 0.9e-3
+    assert (cost.curve.seconds >= 0.0).all()
+
+
 def test_few_experts_tell_no_start() -> None:
     assert with_fewer([np.array([4, 4])]) == []
     assert fit_loop([np.array([4, 4])], [0.2]).start_s == 0.0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import OptimizeResult, differential_evolution
 
+from moesim.spec.overheads import MOST_S
 from validate.calibrate.bench_run import BenchRun
 from validate.calibrate.rows import Flags, Floats, Rows, cost, made, rows_at, sizes_of
 from validate.calibrate.sim import Simulated
@@ -26,6 +27,8 @@ MEMBERS, GENERATIONS = 12, 40
 EARLY, EARLY_SHARE, SHARE, MEAN_OF = 12, 0.75, 0.5, 16
 # How far the search goes, over the fit's interval; and the spread of a generation's errors at which it is done.
 REACH, DONE = 2.0, 0.02
+# Of fewer, some values make errors that small by chance.
+LEAST_REQUESTS = 100
 # Host times with errors up to so many times the least are on the path, too.
 NEAR = 1.5
 
@@ -44,11 +47,12 @@ def own_path(
     simulated: Simulated, runs: Sequence[BenchRun], use: Sequence[Flags], values: Mapping[str, float],
     low: Mapping[str, float], high: Mapping[str, float], rows: Sequence[Rows], seed: int,
 ) -> OnPath | None:  # fmt: skip
-    """The host times on the path and the rows there; None where there are none, or a run does not tell its times.
+    """The host times on the path and the rows there; None where there are none, a run does not tell its times, or there
+    are too few requests.
 
     values: the fit, in seconds; low, high: its interval, of those that were fitted; rows: at the fit, with answers.
     """
-    if not all(run.paired for run in runs):
+    if not all(run.paired for run in runs) or sum(int(one.sum()) for one in use) < LEAST_REQUESTS:
         return None
     names, size = list(low), sizes_of(simulated, runs)
     middle = np.asarray([values[name] for name in names])
@@ -56,7 +60,7 @@ def own_path(
     rng = np.random.default_rng([seed, 47])
 
     def there(point: Floats) -> dict[str, float]:
-        return {**values, **dict(zip(names, np.maximum(point, 0.0).tolist(), strict=True))}
+        return {**values, **dict(zip(names, np.clip(point, 0.0, MOST_S).tolist(), strict=True))}
 
     tried: list[tuple[float, dict[str, float]]] = []
 
@@ -72,7 +76,7 @@ def own_path(
 
     found = differential_evolution(
         error,
-        list(zip(np.maximum(middle - reach, 0.0), middle + reach, strict=True)),
+        list(zip(np.maximum(middle - reach, 0.0), np.minimum(middle + reach, MOST_S), strict=True)),
         popsize=MEMBERS,
         maxiter=GENERATIONS,
         tol=DONE,

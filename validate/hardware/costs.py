@@ -101,7 +101,7 @@ def fit_loop(histograms: Sequence[NDArray[np.int64]], seconds: Sequence[float]) 
         (few, few_s), (many, many_s) = min(found), max(found)
         if many > few:
             started.append(few_s - few * (many_s - few_s) / (many - few))
-    start_s = max(float(np.median(started)), 0.0) if started else 0.0
+    start_s = min(max(float(np.median(started)), 0.0), *seconds) if started else 0.0  # no sample takes less
     sizes = sorted(by_rows)
     most = [max(by_rows[size]) for size in sizes]
     each = [(value - start_s) / used for used, value in most]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,6 +67,18 @@ class Job(Spec):
     def cases(self) -> list[tuple[PlacedCase, int]]:
         """Every placement at every token count, in the order of the result arrays."""
         return [(placement, tokens) for tokens in self.tokens for placement in self.placements]
+
+
+def copies_held(job: Job) -> list[Counter[int]]:
+    """Copies of each expert that a rank holds for all placements, by rank: the most that any of them asks for."""
+    found = []
+    for rank in range(job.ranks):
+        most: Counter[int] = Counter()
+        for case in job.placements:
+            share = len(case.slots) // job.ranks
+            most |= Counter(case.slots[rank * share : (rank + 1) * share])  # the larger count of each
+        found.append(most)
+    return found
 
 
 def synthetic_profile(experts: int, rng: np.random.Generator) -> NDArray[np.float64]:

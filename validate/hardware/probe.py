@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from profiles.traffic import shared_with, traffic
 from validate.hardware.costs import Curve, ExpertCost, Floats, fit_grouped, fit_loop, rising
 from validate.hardware.group import need_torch
+from validate.hardware.job import copies_held
 from validate.hardware.layer import (
     Mark,
     Permuted,
@@ -294,6 +295,11 @@ def _held(rig: Rig) -> list[Weights]:
     return list({id(pair[0]): pair for each in rig.layers for pair in each.weights}.values())
 
 
+def _held_by_all(rig: Rig) -> int:
+    """How many of them the rank with the fewest has: all ranks run the same samples."""
+    return min(one.total() for one in copies_held(rig.job))
+
+
 def _alone(rig: Rig, count: int) -> list[tuple[int, int]]:
     """Which of `count` expert points which ranks run alone, in turns: none with one rank."""
     picked = np.linspace(0, count - 1, ALONE_POINTS + 2).round().astype(int)[1:-1]
@@ -344,17 +350,18 @@ def expert_point(rig: Rig, histogram: NDArray[np.int64], *, only: int | None = N
 
 def pace_points(rig: Rig) -> list[Point]:
     """The sample that profile and test both run: what its time does says how fast the machine was in either."""
-    count = rig.local_slots[0] if rig.grouped else min(len(_held(rig)), PACE_EXPERTS)
+    count = rig.local_slots[0] if rig.grouped else min(_held_by_all(rig), PACE_EXPERTS)
     return [expert_point(rig, np.full(count, PACE_ROWS))] * PACE_TIMES
 
 
 def even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """About the same number of rows for each expert, [experts], from 1 to beyond the most that one gets in a test case.
 
-    Up to EVERY_ROW exactly the same; beyond, spread evenly to half of the way to the next points, as products of a few
-    rows more or less differ by more than a line between points tells. Their mean is the point.
+    Up to EVERY_ROW exactly the same; beyond, spread evenly over half of the way to the nearer of its neighbours, as
+    products of a few rows more or less differ by more than a line between points tells; the last is not spread. Their
+    mean is the point. Alike on all ranks.
     """
-    held = min(len(_held(rig)), SAMPLE_EXPERTS)
+    held = min(_held_by_all(rig), SAMPLE_EXPERTS)
     most = max(int(case.sum(axis=0).max()) for case in counts)
     sizes = sorted({*range(1, EVERY_ROW + 1), *probe_sizes(EVERY_ROW, 1.2 * most, EXPERT_POINTS, set())})
     reach = np.minimum(np.diff(sizes, prepend=sizes[0]), np.diff(sizes, append=sizes[-1] + 1)) // 2
@@ -364,8 +371,8 @@ def even_histograms(rig: Rig, counts: list[NDArray[np.int64]]) -> list[NDArray[n
 
 def around(size: int, reach: int, count: int) -> NDArray[np.int64]:
     """Sizes [count], evenly from `size` - `reach` to `size` + `reach`; their mean is `size`."""
-    steps = np.linspace(-reach, reach, count) if count > 1 else np.zeros(1)
-    return np.asarray(size + np.rint(steps), dtype=np.int64)
+    upper = np.rint(np.linspace(-reach, reach, count)[count - count // 2 :])
+    return np.asarray(size + np.concatenate([-upper[::-1], np.zeros(count % 2), upper]), dtype=np.int64)
 
 
 def with_fewer(histograms: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

@@ -7,9 +7,10 @@ import json
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from validate.hardware.job import (
     PlacedCase,
     Replica,
     case_of_file,
+    copies_held,
     file_profile,
     synthetic_profile,
 )
@@ -177,27 +179,25 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
-def weight_bytes(job: Job) -> int:
-    """Bytes of the weights that all ranks of a CPU run hold: a float32 copy for each replica that a placement needs."""
-    copies = 0
-    for rank in range(job.ranks):
-        most: Counter[int] = Counter()
-        for case in job.placements:
-            share = len(case.slots) // job.ranks
-            most |= Counter(case.slots[rank * share : (rank + 1) * share])  # the larger count of each
-        copies += most.total()
+def weight_bytes(job: Job, *, shared: bool = False) -> int:
+    """Bytes of the weights that all ranks of a CPU run hold: a float32 copy for each replica that a placement needs.
+
+    shared: ranks take turns in one process and share the copies of an expert.
+    """
+    held = copies_held(job)
+    copies = reduce(or_, held).total() if shared else sum(one.total() for one in held)
     return 3 * job.shape.hidden * job.shape.intermediate * 4 * copies
 
 
-def check_memory(job: Job) -> None:
+def check_memory(job: Job, *, where: str = "validate hardware", shared: bool = False) -> None:
     """Raise Infeasible where the weights alone need more memory than this machine has left (Linux tells how much)."""
     if job.backend != "gloo":
         return
-    left, needed = free_bytes(), weight_bytes(job)
+    left, needed = free_bytes(), weight_bytes(job, shared=shared)
     if left is not None and needed > left:
         raise Infeasible(
             f"the ranks' weights need {human_bytes(needed)}, and {human_bytes(left)} of memory are free",
-            where="validate hardware",
+            where=where,
             mend="use a smaller layer, fewer experts or fewer placements",
             reason="memory",
         )

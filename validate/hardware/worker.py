@@ -126,7 +126,9 @@ def measure(rig: Rig, started: str) -> tuple[NDArray[np.float64], float | None, 
         moments = np.zeros((len(cases), len(OPERATIONS) + 1))
         for index in rng.permutation(len(cases) + len(pace)).tolist():
             if index >= len(cases):
-                passed_s.append(float(np.ptp(run_point(rig, pace[index - len(cases)]).read())))
+                passed = run_point(rig, pace[index - len(cases)])
+                if turn >= 0:
+                    passed_s.append(float(np.ptp(passed.read())))
                 continue
             placement, tokens = cases[index]
             group.beat.at(f"measuring {placement.name} at {tokens} tokens, repeat {turn + 1} of {job.repeats}")

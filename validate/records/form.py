@@ -97,6 +97,8 @@ class ValidationRecord(Spec):
 
     @model_validator(mode="after")
     def _whole(self) -> ValidationRecord:
+        if self.pace_s and (set(self.pace_s) != {"profile", "measured"} or min(self.pace_s.values()) <= 0.0):
+            raise ValueError("`pace_s` needs profile and measured, both above 0")
         if not self.cases and not self.counted:
             raise ValueError("there are no cases")
         if self.cases and (self.written is None or self.measured_from is None or self.predictions_sha256 is None):

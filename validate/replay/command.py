@@ -46,7 +46,7 @@ def replay(
     and outputs are checked against a float32 reference before they are timed.
     """
     from validate.hardware.job import Backend
-    from validate.hardware.run import check_parts, make_job
+    from validate.hardware.run import check_memory, check_parts, make_job
     from validate.replay import run as runner
 
     backend: Backend = "gloo" if device is DeviceName.cpu else "nccl"
@@ -71,6 +71,7 @@ def replay(
         out=out,
         stall_limit_s=60.0,
     )
+    check_memory(job, where="validate replay", shared=True)
     record = runner.run(job, lambda line: typer.echo(line, err=True))
     holds = not check or all(goal["holds"] for goal in record["comparison"]["goals"])
     show(record, runner.table, out / runner.RECORD_FILE, as_json=as_json, holds=holds)

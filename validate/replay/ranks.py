@@ -157,7 +157,9 @@ def measure(stage: Stage, say: Say) -> tuple[Floats, float | None, float]:
         say("warming up" if turn < 0 else f"measuring, repeat {turn + 1} of {job.repeats}")
         for place in rng.permutation(len(cases) * job.ranks + len(pace)).tolist():
             if place >= len(cases) * job.ranks:
-                passed_s.append(float(np.ptp(run_point(stage.rigs[0], pace[0]).read())))
+                passed = run_point(stage.rigs[0], pace[place - len(cases) * job.ranks])
+                if turn >= 0:
+                    passed_s.append(float(np.ptp(passed.read())))
                 continue
             index, rank = divmod(place, job.ranks)
             moments = _play(stage, index, rank, share if turn >= 0 else None)
