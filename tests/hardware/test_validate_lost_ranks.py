@@ -142,6 +142,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(tmp_path: Pa
     job = job_of(tmp_path, shape=LayerShape(hidden=2**20, intermediate=2**20, experts=4, top_k=2))
     # Rank 0 holds experts 0 and 1 once, 2 for `wide`; rank 1 holds 2, 3, 0 and 1.
     assert hardware.weight_bytes(job) == 3 * 2**40 * 4 * 7
+    assert hardware.weight_bytes(job, shared=True) == 3 * 2**40 * 4 * 4  # in one process each of the four is there once
     with pytest.raises(Infeasible, match="memory are free"):
         hardware.run(job)
     assert list(tmp_path.iterdir()) == []

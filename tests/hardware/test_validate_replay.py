@@ -155,6 +155,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         (["--ranks", "3"], 1, "do not divide"),
         (["--tokens", "0"], 2, "tokens"),
         (["--experts", "0"], 2, "0 experts"),
+        (["--hidden", "200000", "--intermediate", "200000"], 1, "memory are free"),
     ],
 )
 def test_refusals(words: list[str], code: int, said: str, capsys: Any, tmp_path: Path) -> None:
