@@ -24,9 +24,10 @@ from tests.scenarios import small
 from tests.scenarios import write as write_scenario
 from validate.calibrate.bench_files import read_runs
 from validate.calibrate.bench_run import BenchRun, closed_loop_starts
+from validate.calibrate.command import told
 from validate.calibrate.fit import fit
 from validate.calibrate.path import own_path
-from validate.calibrate.run import DONT, USE, calibrate, errors_of, parts
+from validate.calibrate.run import DONT, USE, calibrate, errors_of, parts, verdict_text, worse_note
 from validate.calibrate.sim import Simulated, deployment_for
 
 PLANTED = {"request_s": 0.03, "step_s": 1.2e-3, "layer_s": 80e-6}
@@ -283,6 +284,28 @@ def test_other_host_times_share_the_prices(tmp_path: Path) -> None:
         np.testing.assert_array_equal(built.table(kind).seconds, shared.table(kind).seconds)
         assert (built.table(kind).seconds > model.under(None).table(kind).seconds).all()
     assert shared.graphs_taken().eager_layer_s == PLANTED["layer_s"]
+
+
+def test_one_load_and_errors_that_rise_are_said(tmp_path: Path) -> None:
+    """Of one load a note says that it tells little; of another engine's prices, that an error rose."""
+    one = calibrate(load_scenario(scenario(tmp_path, "vllm")), files(tmp_path, "vllm", 40, (8,)), seed=0)
+    assert any("at one load" in note for note in one.notes)
+    alone = calibrate(
+        load_scenario(scenario(tmp_path, "vllm")), files(tmp_path, "vllm", 40, (8,)), names=("step_s",), seed=0
+    )
+    assert not any("at one load" in note for note in alone.notes)
+    two = calibrate(load_scenario(scenario(tmp_path, "vllm")), files(tmp_path, "vllm", 40, (4, 16)), seed=0)
+    assert not any("at one load" in note for note in two.notes)
+    risen = [two.before | {"ttft_s": {"mape": 0.1, "bias": 0.0}}, two.after | {"ttft_s": {"mape": 0.2, "bias": 0.0}}]
+    assert worse_note(*risen) == [
+        "TTFT errors on what was held out rise from 10.0% to 20.0%: something else is off, such as the engine or the "
+        "prices of its kernels"
+    ]
+    assert verdict_text(replace(two, gain=(-0.078, -0.09, -0.02))).startswith(
+        "don't: the error on what was held out rises by 7.8 points (2.0 to 9.0)"
+    )
+    told_of = told(replace(two, whole=replace(two.whole, values={**two.whole.values, "step_s": 1e-14})), tmp_path)
+    assert "e-" not in told_of
 
 
 def test_held_out_parts_and_errors_by_hand(tmp_path: Path) -> None:

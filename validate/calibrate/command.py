@@ -65,6 +65,11 @@ def calibrate(
         typer.echo(told(found, out))
 
 
+def _figure(value: float, unit: str = "") -> str:
+    """Four digits, none of them below a thousandth: that is noise about nothing."""
+    return f"{round(value, 3):.4g} {unit}".strip()
+
+
 def told(found: Calibrated, out: Path) -> str:
     """The outcome for a person."""
     from validate.calibrate.run import USE, verdict_text
@@ -72,15 +77,15 @@ def told(found: Calibrated, out: Path) -> str:
     lines = [f"{run.where}: {run.format}, {run.requests} requests, {run.sent}" for run in found.runs]
     lines += ["", f"{'host time':22}{'now':>10}{'fitted':>10}  90 % interval     without what is held out"]
     for name, (label, scale, unit) in LABELS.items():
-        now = f"{found.start[name] * scale:.4g} {unit}"
+        now = _figure(found.start[name] * scale, unit)
         if name not in found.whole.low:
             lines.append(f"{label:22}{now:>10}{'-':>10}  {found.whole.kept.get(name, 'not asked for')}")
             continue
         value, low, high, part = (
             one[name] * scale for one in (found.whole.values, found.whole.low, found.whole.high, found.part.values)
         )
-        ends = f"{low:.4g} to {high:.4g}"
-        lines.append(f"{label:22}{now:>10}{f'{value:.4g} {unit}':>10}  {ends:18}{f'{part:.4g} {unit}':>10}")
+        ends = f"{_figure(low)} to {_figure(high)}"
+        lines.append(f"{label:22}{now:>10}{_figure(value, unit):>10}  {ends:18}{_figure(part, unit):>10}")
     lines += ["", f"held out by {found.held_by}: {found.held_requests} requests; mean absolute error (of the mean)"]
     for when, errors in (("before", found.before), ("after", found.after)):
         cells = [f"{metric[:4].upper()} {100 * one['mape']:.1f} % ({100 * one['bias']:+.1f} %)"

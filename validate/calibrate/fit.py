@@ -149,7 +149,8 @@ def _indistinct(rows: Sequence[Rows], names: Sequence[str]) -> tuple[str, str] |
     involved = [name for name, part in zip(names, share, strict=True) if part > 0.3]
     lost = max(involved, key=list(NAMES).index)
     others = " and ".join(name for name in involved if name != lost)
-    return lost, f"these runs do not tell it from {others} (condition index {index:.0f}, at most {MOST_INDEX:g})"
+    told = f"these runs do not tell it from {others} (condition index {index:.0f}, at most {MOST_INDEX:g})"
+    return lost, f"{told}; another load may"
 
 
 def _intervals(

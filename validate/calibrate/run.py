@@ -32,6 +32,8 @@ TIME_BLOCKS = 8
 # Host times are judged by so many simulations around them, so far away over the sizes that matter: requests meet other
 # batches where chance decides which, and the same where they follow from the host times.
 JUDGED, HAIR = 8, 1e-3
+# Runs with less than so many times the requests under way are at one load.
+ONE_LOAD = 1.5
 USE, DONT = "use", "dont"
 # Backends of sglang.bench_serving that speak SGLang's own protocol: no other engine answers it.
 _NATIVE = ("sglang", "sglang-native")
@@ -86,6 +88,7 @@ def calibrate(
     others, judged = _some(runs, held)
     seen = [_seen(simulated, others, values, seed) for values in (start, part.values)]
     say("fitting to all requests")
+    before, after = (errors_of(others, one, judged) for one in seen)
     everything = [np.ones(run.requests, dtype=bool) for run in runs]
     asked = [name for name in NAMES if name in part.low]
     whole = fit(simulated, runs, everything, names=asked, start=start, seed=seed) if asked else part
@@ -96,10 +99,10 @@ def calibrate(
         whole=replace(whole, kept={**part.kept, **whole.kept}),
         held_by=held_by,
         held_requests=sum(int(one.sum()) for one in judged),
-        before=errors_of(others, seen[0], judged),
-        after=errors_of(others, seen[1], judged),
+        before=before,
+        after=after,
         gain=_gain(others, seen, judged, seed),
-        notes=_notes(scenario, runs) + _path_note(whole),
+        notes=[*_notes(scenario, runs), *_path_note(whole), *_load_note(runs, whole), *worse_note(before, after)],
         simulations=simulated.count,
     )
 
@@ -232,7 +235,25 @@ def _notes(scenario: Scenario, runs: Sequence[BenchRun]) -> list[str]:
 def _path_note(whole: Fit) -> list[str]:
     if not whole.on_path:
         return []
-    return ["errors are less than half of what they are around: the simulation forms the batches that the runs did"]
+    return ["errors are less than half of those a little off these host times: simulated batches are those of the runs"]
+
+
+def _load_note(runs: Sequence[BenchRun], whole: Fit) -> list[str]:
+    """Where all runs had about as many requests under way, and several host times were fitted to them."""
+    under_way = [run.in_flight for run in runs]
+    if len(whole.low) < 2 or max(under_way) > ONE_LOAD * min(under_way):
+        return []
+    return ["the runs are at one load, which seldom tells host times apart, whatever intervals say: add another"]
+
+
+def worse_note(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> list[str]:
+    """Which metric's errors on what was held out rise; the verdict goes by both together."""
+    return [
+        f"{metric[:4].upper()} errors on what was held out rise from {before[metric]['mape']:.1%} to "
+        f"{after[metric]['mape']:.1%}: something else is off, such as the engine or the prices of its kernels"
+        for metric in METRICS
+        if after[metric]["mape"] > before[metric]["mape"]
+    ]
 
 
 def as_json(found: Calibrated) -> dict[str, Any]:
@@ -270,10 +291,15 @@ def as_json(found: Calibrated) -> dict[str, Any]:
     }
 
 
+def _way(value: float) -> str:
+    return "falls" if value >= 0 else "rises"
+
+
 def verdict_text(found: Calibrated) -> str:
     """One sentence on whether to use the fitted host times."""
     value, low, high = (100 * one for one in found.gain)
-    told = f"the error on what was held out falls by {value:.1f} points ({low:.1f} to {high:.1f})"
+    told = f"the error on what was held out {_way(value)} by {abs(value):.1f} points"
+    told += f" ({low:.1f} to {high:.1f})" if value >= 0 else f" ({-high:.1f} to {-low:.1f})"
     if found.verdict == USE:
         return f"use them: {told}"
     if not found.whole.low:

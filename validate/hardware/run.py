@@ -137,10 +137,10 @@ def make_job(
     return Job.read(job, where="the command line")
 
 
-def check_parts(backend: Backend, ranks: int) -> None:
+def check_parts(backend: Backend, ranks: int, command: str = "validate hardware") -> None:
     """Raise MissingPart unless this machine has what the backend needs, before anything is started."""
     if importlib.util.find_spec("torch") is None:
-        raise MissingPart("validate hardware needs torch", mend="pip install '.[hardware]'")
+        raise MissingPart(f"{command} needs torch", mend="pip install '.[hardware]'")
     if backend == "nccl":
         from validate.hardware.rig import missing_gpu
 

@@ -50,7 +50,7 @@ def replay(
     from validate.replay import run as runner
 
     backend: Backend = "gloo" if device is DeviceName.cpu else "nccl"
-    check_parts(backend, 1)
+    check_parts(backend, 1, "validate replay")
     job = make_job(
         backend=backend,
         ranks=ranks,
