@@ -28,6 +28,8 @@ def choices_json(search: Search, scenario: Scenario, best: Trial) -> list[dict[s
     for name, value in mine.items():
         if value == NONE and name in ("prefill", "prefill_placement"):
             continue  # without roles, `split` says all
+        if name == "placement" and not best.plan.spread:
+            continue  # plans with another one have another layout
         ran = [trial for trial in search.answers if trial.plan.params()[name] != value]
         good = order([trial for trial in ran if trial.outcome.recommendable], metric)
         other = good[0] if good else None

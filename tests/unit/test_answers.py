@@ -67,6 +67,14 @@ def test_a_choice_is_worth_what_the_best_plan_without_it_loses(spec: Scenario) -
     assert [one["exact"] for one in choices_json(Search(trials, True, 0), spec, best)] == [True] * 3
 
 
+def test_placement_is_worth_nothing_where_there_is_nothing_to_place(spec: Scenario) -> None:
+    """Whole experts in every rank: plans without this placement are plans of another layout."""
+    alone = Plan(ParallelSpec(tp=8, expert_tp=8), "allreduce", "contiguous", 0, "sequential")
+    best = trial(0, alone, 100.0, 0.03)
+    trials = (best, trial(1, plan(1), 90.0, 0.035))
+    assert [one["choice"] for one in choices_json(Search(trials, True, 0), spec, best)] == ["layout"]
+
+
 def test_what_a_choice_is_worth_reads_as_a_loss_and_names_only_levels_that_there_are() -> None:
     known = {"choice": "placement", "value": "greedy +0", "tried": 3, "instead": "eplb +32"}
     slower = known | {"loss": 0.001, "latency": 0.101}
