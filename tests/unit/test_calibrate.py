@@ -27,7 +27,17 @@ from validate.calibrate.bench_run import BenchRun, closed_loop_starts
 from validate.calibrate.command import told
 from validate.calibrate.fit import fit
 from validate.calibrate.path import own_path
-from validate.calibrate.run import DONT, USE, calibrate, errors_of, parts, verdict_text, worse_note
+from validate.calibrate.run import (
+    DONT,
+    USE,
+    calibrate,
+    errors_of,
+    load_note,
+    parts,
+    under_way,
+    verdict_text,
+    worse_note,
+)
 from validate.calibrate.sim import Simulated, deployment_for
 
 PLANTED = {"request_s": 0.03, "step_s": 1.2e-3, "layer_s": 80e-6}
@@ -296,6 +306,13 @@ def test_one_load_and_errors_that_rise_are_said(tmp_path: Path) -> None:
     assert not any("at one load" in note for note in alone.notes)
     two = calibrate(load_scenario(scenario(tmp_path, "vllm")), files(tmp_path, "vllm", 40, (4, 16)), seed=0)
     assert not any("at one load" in note for note in two.notes)
+    rates = [
+        BenchRun("x", "x", *[np.full(20, 9)] * 2, np.full(20, 0.1), np.full(20, 0.9), None, "x", requests_per_s=rate)
+        for rate in (2.0, 2.5, 8.0)
+    ]
+    assert [under_way(one) for one in rates] == pytest.approx([2.0, 2.5, 8.0])  # a second each
+    assert load_note(rates[:2], one.whole) and not load_note(rates, one.whole)
+    assert worse_note(two.after, {name: {"mape": error["mape"] + 0.009} for name, error in two.after.items()}) == []
     risen = [two.before | {"ttft_s": {"mape": 0.1, "bias": 0.0}}, two.after | {"ttft_s": {"mape": 0.2, "bias": 0.0}}]
     assert worse_note(*risen) == [
         "TTFT errors on what was held out rise from 10.0% to 20.0%: something else is off, such as the engine or the "
