@@ -111,13 +111,15 @@ class Collective:
     """A collective among `gpus` ranks spread over `nodes` nodes.
 
     bytes: [...] as nccl-tests counts a size: all_reduce the reduced buffer; all_gather and reduce_scatter the whole
-    (gathered) buffer; all_to_all the whole send buffer of a rank.
+    (gathered) buffer; all_to_all the whole send buffer of a rank. domains: NVLink domains that the ranks lie in, 0: as
+    many as neighbouring nodes do.
     """
 
     kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
     bytes: Floats
     gpus: int
     nodes: int
+    domains: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class MoeExchange:
 
     tokens: [...] tokens per rank of the *balanced* exchange that loads the busiest endpoint as much as this one does
     (traffic.py computes it), so that a hot endpoint is priced by the measured curve. 0 tokens still cost the latency
-    of an empty exchange in low-latency mode.
+    of an empty exchange in low-latency mode. domains: as in `Collective`.
     """
 
     step: Literal["dispatch", "combine"]
@@ -138,6 +140,7 @@ class MoeExchange:
     ep: int
     nodes: int
     dtype: str
+    domains: int = 0
 
 
 Operation = Gemm | ExpertGemm | Attention | MlaAttention | MlaAbsorb | MemoryBound | Collective | MoeExchange

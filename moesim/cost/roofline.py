@@ -199,7 +199,7 @@ class Roofline:
         return self._work("mla absorb", op.dtype, 2.0 * tokens * weights, moved)
 
     def collective(self, op: Collective) -> Seconds:
-        """Latency and bandwidth terms of ring algorithms; across nodes the NIC is the bottleneck.
+        """Latency and bandwidth terms of ring algorithms; between NVLink domains the NIC is the bottleneck.
 
         Bus factors as in NVIDIA/nccl-tests doc/PERFORMANCE.md: all-reduce 2(n-1)/n, the others (n-1)/n.
         """
@@ -209,17 +209,22 @@ class Roofline:
         nvlink = self._near_bytes_per_s()
         nic = self._nic_bytes_per_s()
         latency = steps * self.cluster.near_latency_s * np.log2(max(op.gpus, 2))
-        if op.nodes == 1:
+        domains = self._domains(op)
+        if domains == 1:
             busy = steps * share * size / nvlink
         else:
-            latency += steps * self.cluster.nic_latency_s * np.log2(op.nodes)
-            remote = (op.nodes - 1) / op.nodes
-            if op.kind == "all_to_all":  # every byte for another node leaves through the rank's own NIC
+            latency += steps * self.cluster.nic_latency_s * np.log2(domains)
+            remote = (domains - 1) / domains
+            if op.kind == "all_to_all":  # every byte for another domain leaves through the rank's own NIC
                 busy = np.maximum(share * size / nvlink, remote * size / nic)
-            else:  # rings through the nodes: each GPU's NIC carries its share of the node's buffer
-                per_gpu = size / max(op.gpus // op.nodes, 1)
+            else:  # rings through the domains: each GPU's NIC carries its share of the domain's buffer
+                per_gpu = size / max(op.gpus // domains, 1)
                 busy = np.maximum(steps * share * size / nvlink, steps * remote * per_gpu / nic)
         return np.where((size > 0) & (op.gpus > 1), busy + latency + LAUNCH_S, 0.0)
+
+    def _domains(self, op: Collective | MoeExchange) -> int:
+        """NVLink domains that its ranks lie in; within one of them no byte leaves by a NIC."""
+        return op.domains or self.cluster.domains_of(op.nodes)
 
     def _near_bytes_per_s(self) -> float:
         """What a GPU reaches inside its domain: the measured rate, or a share of the datasheet's."""
@@ -233,25 +238,26 @@ class Roofline:
         )
 
     def exchange(self, op: MoeExchange) -> Seconds:
-        """DeepEP by bytes: low-latency sends a copy for each selected expert, normal one to each destination node.
+        """DeepEP by bytes: low-latency sends a copy for each selected expert, normal one to each destination domain.
 
         Source: README of deepseek-ai/DeepEP (low-latency over RDMA by expert; normal forwards from NIC to NVLink).
         """
         tokens = np.asarray(op.tokens, dtype=np.float64)
         row = op.hidden * _bytes(op.dtype)
-        remote = (op.nodes - 1) / op.nodes
+        domains = self._domains(op)
+        remote = (domains - 1) / domains
         nic = self._nic_bytes_per_s()
         nvlink = self._near_bytes_per_s()
         latency = 2 * LAUNCH_S + self.cluster.near_latency_s
-        if op.nodes > 1:
+        if domains > 1:
             latency += 2 * self.cluster.nic_latency_s
         if op.mode == "low_latency":
             copies = float(op.top_k)
             each: float = max(copies * remote / nic, copies * (1.0 - remote) / nvlink)
             return np.asarray(tokens * row * each + latency, dtype=np.float64)
-        by_node = op.nodes * (1.0 - (1.0 - 1.0 / op.nodes) ** op.top_k) * remote
+        by_domain = domains * (1.0 - (1.0 - 1.0 / domains) ** op.top_k) * remote
         by_rank = op.ep * (1.0 - (1.0 - 1.0 / op.ep) ** op.top_k)
-        busy = tokens * row * max(by_node / nic, by_rank / nvlink)
+        busy = tokens * row * max(by_domain / nic, by_rank / nvlink)
         return np.where(tokens > 0, busy + latency, 0.0)
 
 

@@ -162,9 +162,14 @@ class Recorder:
 
 
 def shape_of(operation: Operation) -> dict[str, Any]:
-    """What is fixed about an operation: every field that is no array of sizes; an expert kernel's local slots, too."""
+    """What is fixed about an operation: every field that is no array of sizes; an expert kernel's local slots, too.
+
+    The domains of a collective's ranks are left out where they follow from its nodes.
+    """
     values = {entry.name: getattr(operation, entry.name) for entry in dataclasses.fields(operation)}
     fixed = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+    if not fixed.get("domains", 1):
+        del fixed["domains"]
     if isinstance(operation, ExpertGemm):
         fixed["local_experts"] = int(operation.tokens.shape[-1])
     return fixed

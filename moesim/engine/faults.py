@@ -120,7 +120,7 @@ def slowed_grid(priced: PricedStep, state: FaultState, setup: LayerSetup, hot: f
     by_dp[0] = hot
     by_ep = state.gpu_factors(parallel.gpus).reshape(parallel.ep, parallel.expert_tp).max(axis=1)
     links = {link: float(factors.max()) for link, factors in state.link_factors(parallel.gpus).items()}
-    exchange = links.get(Link.NIC if setup.nodes > 1 else Link.NVLINK, 1.0)
+    exchange = links.get(Link.NIC if setup.domains > 1 else Link.NVLINK, 1.0)
     factors: dict[str, Floats] = dict.fromkeys(_BY_DP_RANK, by_dp) | dict.fromkeys(_BY_EP_RANK, by_ep)
     factors |= dict.fromkeys(_EXCHANGES, np.asarray([exchange]))
     factors |= dict.fromkeys(_TP_COLLECTIVES, np.asarray([links.get(Link.NVLINK, 1.0)]))
@@ -287,8 +287,8 @@ def _check_run(deployment: Deployment) -> None:
 def _crosses(setup: LayerSetup, link: str) -> bool:
     """Whether the graph of a plan has tasks on a link; see `moesim.graph.layer`."""
     if link == "nic":
-        return setup.nodes > 1
-    return setup.parallel.tp > 1 or (setup.nodes == 1 and setup.parallel.gpus > 1)
+        return setup.domains > 1
+    return setup.parallel.tp > 1 or (setup.domains == 1 and setup.parallel.gpus > 1)
 
 
 def _check_survivors(setup: LayerSetup, faults: Sequence[FaultSpec], where: str) -> None:

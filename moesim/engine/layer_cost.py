@@ -211,7 +211,7 @@ def _fitted(
     unit = LayerCost(
         tokens_per_rank=tokens,
         top_k=moe.top_k,
-        nodes=setup.nodes,
+        nodes=setup.domains,
         expert_s=0.0,
         token_s=0.0,
         gpu_copy_s=0.0,

@@ -120,7 +120,8 @@ def check_training(
             )
     if parallel.decode_cp > 1:
         raise BadInput("training keeps no KV cache to split", where="parallel.decode_cp", mend="leave it out")
-    grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node)
+    wide = cluster.domain_gpus if cluster.domain_gpus > cluster.gpus_per_node else 0
+    grid = RankGrid(parallel, cluster.gpus // parallel.gpus, cluster.gpus_per_node, wide)
     capacity_rule(scenario.policies, model.moe.top_k)
     if training.memory.fraction_of != "all":
         raise BadInput(

@@ -70,7 +70,7 @@ def _link(grid: RankGrid, group: Group) -> str | None:
     """The link that a group's collectives are priced over; None where a rank is alone."""
     if grid.gpus(group) == 1:
         return None
-    return "nic" if grid.nodes(group) > 1 else "nvlink"
+    return "nic" if grid.domains(group) > 1 else "nvlink"
 
 
 def _used(grid: RankGrid, link: str) -> bool:

@@ -73,7 +73,9 @@ def stage_sync(setup: TrainingSetup, costs: CostModel, chunks: tuple[range, ...]
             gather = gather + _collective(setup, costs, "all_gather", group, weights * weight, cut)
     if setup.model.tied_embeddings and setup.parallel.pp > 1 and stage in (0, setup.parallel.pp - 1):
         table = setup.model.vocabulary * setup.model.hidden / setup.parallel.tp * gradient
-        ends = Collective("all_reduce", np.full((1, 1), table), 2, min(2, setup.grid.nodes("pp")))
+        spread = setup.grid.spread("pp")
+        size = np.full((1, 1), table)
+        ends = Collective("all_reduce", size, 2, min(2, spread["nodes"]), min(2, spread["domains"]))
         reduce = reduce + Part((costs.estimate(ends),))
     shards = setup.grid.gpus("dp_cp") if optimizer.distributed else 1
     expert_shards = setup.grid.gpus("expert_dp") if optimizer.distributed else 1
@@ -94,9 +96,8 @@ def _buckets(setup: TrainingSetup, group: Group, weights: float) -> int:
 def _collective(
     setup: TrainingSetup, costs: CostModel, kind: str, group: Group, whole_bytes: float, buckets: int
 ) -> Part:
-    gpus, nodes = setup.grid.gpus(group), setup.grid.nodes(group)
     size = np.full((1, 1), whole_bytes / buckets)
-    one = costs.estimate(Collective(kind, size, gpus, nodes))  # type: ignore[arg-type]
+    one = costs.estimate(Collective(kind, size, **setup.grid.spread(group)))  # type: ignore[arg-type]
     return Part((estimate(one.seconds * buckets, one.tags, one.family, one.rel_sigma, one.source),))
 
 
@@ -107,7 +108,7 @@ def stage_transfer(setup: TrainingSetup) -> Part:
     """
     if setup.parallel.pp == 1:
         return Part()
-    cluster, far = at_reached_rates(setup.cluster, REACHED), setup.grid.nodes("pp") > 1
+    cluster, far = at_reached_rates(setup.cluster, REACHED), setup.grid.domains("pp") > 1
     moved = setup.local_rows * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
     rate = cluster.shared_nic_bytes_per_s if far else cluster.near_bytes_per_s
     latency = cluster.nic_latency_s if far else cluster.near_latency_s

@@ -74,6 +74,12 @@ class LayerSetup:
     stages: Stages | None = None
     context_by_all_to_all: bool = False
 
+    @property
+    def domains(self) -> int:
+        """NVLink domains that the instance lies in, each with as many EP ranks; else, and without a network, nodes."""
+        domains = self.nodes if self.network is None else self.network.cluster.domains_of(self.nodes)
+        return self.nodes if self.parallel.ep % domains else domains
+
 
 @dataclass(frozen=True)
 class PricedStep:

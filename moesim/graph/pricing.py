@@ -424,7 +424,7 @@ class Pricer:
             top_k=moe.top_k,
             groups=moe.groups,
             top_groups=moe.top_groups,
-            nodes=setup.nodes,
+            nodes=setup.domains,
             kept=kept,
         )
 

@@ -47,7 +47,7 @@ class StepBuilder:
         self.ep_rank = gpu // parallel.expert_tp
         storage = setup.storage
         self.exchange_links: tuple[tuple[Link, float], ...] = ((Link.NVLINK, 1.0),)
-        if setup.nodes > 1:
+        if setup.domains > 1:
             self.exchange_links = ((Link.NIC, 1.0),)
             if storage is not None and storage.shared_with_nic > 0:
                 self.exchange_links += ((Link.PCIE, storage.shared_with_nic),)

@@ -143,7 +143,7 @@ class LayerPieces:
         )
         if cp > 1:
             whole = np.full((1, 1), rows * cp * kv_width * self.size)
-            gather = Collective("all_gather", whole, cp, setup.grid.nodes("cp"))
+            gather = Collective("all_gather", whole, **setup.grid.spread("cp"))
             found.append(meet("keys and values", "cp_collective", gather, "cp"))
         found.append(compute("attention", "attention", [self._kernel(heads, window)], "core_attn"))
         out = self._gemm(rows, model.hidden, heads * spec.value_head_dim, precision.projections)
@@ -297,7 +297,7 @@ class LayerPieces:
         if tp == 1:
             return []
         size = np.full((1, 1), rows * self.setup.model.hidden * self.size)
-        work = Collective(kind, size, tp, self.setup.grid.nodes("tp"))  # type: ignore[arg-type]
+        work = Collective(kind, size, **self.setup.grid.spread("tp"))  # type: ignore[arg-type]
         return [meet(f"{name} (TP)", "tp_collective", work, "tp", module)]
 
     def _experts(self, loads: Floats) -> Piece:
@@ -346,7 +346,7 @@ class LayerPieces:
         rows = loads.sum(axis=-1).max(axis=-1, keepdims=True)
         size = rows * self.setup.model.hidden * self.size
         grid = self.setup.grid
-        work = Collective(kind, size, grid.gpus("expert_tp"), grid.nodes("expert_tp"))  # type: ignore[arg-type]
+        work = Collective(kind, size, **grid.spread("expert_tp"))  # type: ignore[arg-type]
         return [meet("expert TP", "expert_tp_collective", work, "exchange", "moe")]
 
     def _exchange(self, step: str, counts: Floats, arriving: Floats, kept: Floats | None) -> list[Piece]:
@@ -359,8 +359,9 @@ class LayerPieces:
         if backend == "allgather_reducescatter":
             size = np.full((1, 1), setup.local_rows * ep * model.hidden * self.size)
             kind = "all_gather" if step == "dispatch" else "reduce_scatter"
-            work: Operation = Collective(kind, size, ep, grid.nodes("ep"))  # type: ignore[arg-type]
+            work: Operation = Collective(kind, size, **grid.spread("ep"))  # type: ignore[arg-type]
             return [meet(step, step, work, "exchange", "moe")]
+        domains = grid.domains("ep")
         balanced = equivalent_tokens(
             mode="normal" if backend == "deepep" else "low_latency",
             tokens=np.full((len(counts), ep), setup.local_rows),
@@ -370,13 +371,13 @@ class LayerPieces:
             top_k=model.moe.top_k,
             groups=model.moe.groups,
             top_groups=model.moe.top_groups,
-            nodes=grid.nodes("ep"),
+            nodes=grid.nodes("ep") if ep % domains else domains,
             kept=kept,
         )[..., None]
         dtype = setup.precision.dispatch if step == "dispatch" else setup.precision.combine
         if backend == "alltoall":
             size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[dtype]
-            work = Collective("all_to_all", size, ep, grid.nodes("ep"))
+            work = Collective("all_to_all", size, **grid.spread("ep"))
         else:
             work = MoeExchange(
                 step="dispatch" if step == "dispatch" else "combine",
@@ -387,6 +388,7 @@ class LayerPieces:
                 experts=model.moe.experts,
                 ep=ep,
                 nodes=grid.nodes("ep"),
+                domains=grid.spread("ep")["domains"],
                 dtype=dtype,
             )
         # Gradients travel in the type of the combine both ways: DeepEP's FP8 dispatch is for the forward pass.
@@ -397,15 +399,18 @@ class LayerPieces:
         else:
             forward = (Costed(work),)
             size = balanced * model.moe.top_k * model.hidden * BYTES_PER_ELEMENT[back]
-            data = (Costed(Collective("all_to_all", size, ep, grid.nodes("ep"))),)
+            data = (Costed(Collective("all_to_all", size, **grid.spread("ep"))),)
         return [Piece(step, step, forward, data, group="exchange", redo={"moe": forward})]
 
     def _posted(self, exchange: MoeExchange) -> Costed:
-        """A DeepEP exchange with what the CPU threads take that post its writes to other nodes."""
-        host, nodes, spec = self.setup.training.host, exchange.nodes, self.setup.model.moe
-        if nodes == 1 or not host.posts:
+        """A DeepEP exchange with what the CPU threads take that post its writes to other nodes' GPUs.
+
+        None within an NVLink domain, where the GPUs write themselves.
+        """
+        host, spec, domains = self.setup.training.host, self.setup.model.moe, self.setup.grid.domains("ep")
+        if domains == 1 or not host.posts:
             return Costed(exchange)
-        copies = visited(nodes, spec.experts, spec.top_k) * (nodes - 1) / nodes  # to nodes but its own
+        copies = visited(domains, spec.experts, spec.top_k) * (domains - 1) / domains  # to domains but its own
         row_s = host.dispatch_row_s if exchange.step == "dispatch" else host.combine_row_s
         return Costed(exchange, beside_s=host.exchange_s + exchange.tokens * (copies * row_s))
 

@@ -185,7 +185,7 @@ def chunk_graph(
     ranks = setup.parallel.ep * setup.parallel.expert_tp
     everyone = np.zeros(ranks, dtype=np.int64)
     ep_rank = np.arange(ranks) // setup.parallel.expert_tp
-    link = Link.NIC if setup.grid.nodes("exchange") > 1 else Link.NVLINK
+    link = Link.NIC if setup.grid.domains("exchange") > 1 else Link.NVLINK
 
     def apart(step: _Step) -> bool:
         return step.meets and (step.operation in EXCHANGES or not exchanges_apart)

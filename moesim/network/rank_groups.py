@@ -8,7 +8,7 @@ have groups of their own over the ranks of a pipeline stage in order: expert-TP 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,25 @@ Ints = NDArray[np.int64]
 Group = Literal["tp", "cp", "dp_cp", "pp", "ep", "expert_tp", "expert_dp", "exchange"]
 
 
+class Spread(TypedDict):
+    """Where the ranks of a group are, as `Collective` takes it."""
+
+    gpus: int
+    nodes: int
+    domains: int
+
+
 @dataclass(frozen=True)
 class RankGrid:
-    """The ranks of `instances` copies of a plan on nodes of `gpus_per_node` GPUs."""
+    """The ranks of `instances` copies of a plan on nodes of `gpus_per_node` GPUs.
+
+    domain_gpus: GPUs of an NVLink domain that joins several nodes; 0 where none does.
+    """
 
     parallel: ParallelSpec
     instances: int
     gpus_per_node: int
+    domain_gpus: int = 0
 
     def sizes(self) -> dict[str, int]:
         """Length of each axis; `dp` counts all instances."""
@@ -61,6 +73,18 @@ class RankGrid:
         """Nodes that the widest group of a kind spans."""
         nodes = self.members(group) // self.gpus_per_node
         return max(len(np.unique(row)) for row in nodes)
+
+    def domains(self, group: Group) -> int:
+        """NVLink domains that the widest group of a kind spans; nodes where none joins several of them."""
+        if not self.domain_gpus:
+            return self.nodes(group)
+        return max(len(np.unique(row)) for row in self.members(group) // self.domain_gpus)
+
+    def spread(self, group: Group) -> Spread:
+        """Ranks of one group of a kind, and what they span; domains 0 where those are its nodes."""
+        return Spread(
+            gpus=self.gpus(group), nodes=self.nodes(group), domains=self.domains(group) if self.domain_gpus else 0
+        )
 
     def even(self, group: Group) -> bool:
         """Whether every group of a kind has as many ranks on each of its nodes, in order of the ranks."""

@@ -148,6 +148,10 @@ class ClusterSpec(Spec):
         """GPUs that reach each other without a NIC: over NVLink, or over PCIe where there is none."""
         return self.nvlink_domain_gpus or self.gpus_per_node
 
+    def domains_of(self, nodes: int) -> int:
+        """Domains that so many neighbouring nodes lie in: one for each node, or fewer where NVLink joins several."""
+        return min(nodes, -(-nodes * self.gpus_per_node // self.domain_gpus))
+
     @property
     def near_bytes_per_s(self) -> float:
         """Rate of a GPU to the others of its domain: NVLink's, or PCIe's where there is none."""
