@@ -2,13 +2,12 @@
 
 A profile is a folder that `moesim profile import aiconfigurator --engine all --priced` wrote. Each kind of kernel at
 each type of data gets three figures (`moesim.cost.reach`), fitted to all systems; how far they are off is told on the
-systems of an architecture that was left out, each in turn.
+systems of an architecture that was left out, each in turn. Collectives and exchanges: `profiles.link_fit`.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,23 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.ops import Attention, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, Operation
-from moesim.cost.reach import PLACES, Reach, ReachFile
-from moesim.cost.roofline import REL_SIGMA, Roofline
+from moesim.cost.reach import PLACES, LinkReach, Reach, ReachFile
+from moesim.cost.roofline import Roofline, Work
 from moesim.errors import BadInput, MoesimError
 from moesim.files import write_text
-from moesim.spec.cluster import ClusterSpec
-from moesim.spec.presets import load_cluster, near_preset
-from moesim.spec.scenario import ClusterChoice
+from profiles import link_fit
 from profiles.error_law import NINETY
+from profiles.reach_rows import (
+    LEAST_ROWS,
+    architecture,
+    cluster_of,
+    drawn_by_bin,
+    groups_of,
+    numbers,
+    quantile,
+    softened,
+    surest,
+    weights,
+)
 from profiles.store import Profile
 
 if TYPE_CHECKING:
     import polars as pl
 
 Floats = NDArray[np.float64]
-
-ARCHITECTURES = {"A": "Ampere", "H": "Hopper", "B": "Blackwell", "G": "Blackwell"}
-"""By the first letter of the GPU's name without NVIDIA."""
 
 LEAST = {
     "n": 512,
@@ -53,25 +59,7 @@ MOST = {"head_dim": 128}
 """Above it are models without experts; engines run them with kernels of their own."""
 
 BALANCED = ("balanced", "uniform")
-DECADE = 2
-"""Bins of a decade of measured time; rows of every bin and system weigh alike, so small and large ones do."""
-
-MOST_ROWS = 300
-"""Rows of a bin that are looked at, drawn at random."""
-
 WINDOW = " window"
-
-FULL = 100
-"""Rows with which a bin weighs in full: what few calls took as long is odd."""
-
-MANY_ROWS = 1000
-"""Fewer rows of a kind are of one model's shapes."""
-
-LEAST_ROWS = 100
-"""Of a kind at a type, else it has no figures."""
-
-SOFT = 0.2
-"""Residuals of ln beyond this count less than their square."""
 
 LOWEST, HIGHEST = (1e-7, 0.005, 0.02), (1e-3, 1.0, 1.5)
 STARTS = ((5e-6, 0.5, 0.7), (3e-5, 0.3, 0.7))
@@ -102,17 +90,6 @@ class Rows:
         )
 
 
-@functools.cache
-def cluster_of(system: str) -> ClusterSpec:
-    """The preset of a system, as moesim or aiconfigurator names it. Raises BadInput."""
-    return load_cluster(ClusterChoice(system=near_preset(system, likeness=1.0) or system))
-
-
-def architecture(system: str) -> str:
-    """Ampere, Hopper or Blackwell, of a system that has a preset."""
-    return ARCHITECTURES[cluster_of(system).gpu.name.removeprefix("NVIDIA ")[0]]
-
-
 def read(folder: Path) -> tuple[str, pl.DataFrame]:
     """A profile's system and its calls: kind, dtype, compute_s, hbm_s, seconds.
 
@@ -136,9 +113,10 @@ def read(folder: Path) -> tuple[str, pl.DataFrame]:
             if any(named[name] not in PLACES for name in ("dtype", "kv_dtype") if name in named):
                 continue
             operation = make(named, rows)
-            work = None if operation is None else roofline.work(operation)
-            if work is None:
+            if operation is None:
                 continue
+            work = roofline.work(operation)
+            assert isinstance(work, Work)
             parts.append(
                 pl.DataFrame(
                     {
@@ -169,19 +147,15 @@ SIZES = {
 }
 
 
-def _numbers(rows: pl.DataFrame, name: str) -> Floats:
-    return rows[name].to_numpy().astype(np.float64)
-
-
 def _gemm(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
-    return Gemm(_numbers(rows, "m"), key["n"], key["k"], key["dtype"])
+    return Gemm(numbers(rows, "m"), key["n"], key["k"], key["dtype"])
 
 
 def _experts(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
     if key["distribution"] not in BALANCED:
         return None
     local = key["local_experts"]
-    each, more = np.divmod(np.round(_numbers(rows, "routed")), local)
+    each, more = np.divmod(np.round(numbers(rows, "routed")), local)
     tokens = each[:, None] + (np.arange(local)[None, :] < more[:, None])
     names = ("hidden", "intermediate", "experts", "top_k", "dtype", "grouping")
     return ExpertGemm(tokens, *(key[name] for name in names))
@@ -207,15 +181,15 @@ def _mla(phase: str) -> Callable[[dict[str, Any], pl.DataFrame], Operation | Non
 
 def _sequences(phase: str, rows: pl.DataFrame) -> tuple[Floats, Floats, Floats]:
     """Sequences, new tokens and tokens before them."""
-    batch = _numbers(rows, "batch")
+    batch = numbers(rows, "batch")
     if phase == "prefill":
-        return batch, _numbers(rows, "new_tokens"), np.zeros(len(batch))
-    return batch, np.ones(len(batch)), _numbers(rows, "kv_tokens")
+        return batch, numbers(rows, "new_tokens"), np.zeros(len(batch))
+    return batch, np.ones(len(batch)), numbers(rows, "kv_tokens")
 
 
 def _absorb(key: dict[str, Any], rows: pl.DataFrame) -> Operation | None:
     names = ("heads", "kv_lora_rank", "head_dim", "dtype")
-    return MlaAbsorb(key["side"], _numbers(rows, "tokens"), *(key[name] for name in names))
+    return MlaAbsorb(key["side"], numbers(rows, "tokens"), *(key[name] for name in names))
 
 
 MAKERS: dict[str, Callable[[dict[str, Any], Any], Operation | None]] = {
@@ -230,33 +204,22 @@ MAKERS: dict[str, Callable[[dict[str, Any], Any], Operation | None]] = {
 
 
 def gather(folders: list[Path], seed: int = 0) -> Iterator[Rows]:
-    """Calls of all profiles by kind and type, at most MOST_ROWS of a bin and a system."""
+    """Calls of all profiles by kind and type, drawn as `drawn_by_bin` does."""
     import polars as pl
 
     calls = pl.concat([found.with_columns(system=pl.lit(system)) for system, found in map(read, folders)])
-    binned = calls.with_columns(
-        bin=(DECADE * pl.col("seconds").log10()).floor(),
-        drawn=pl.Series(np.random.default_rng(seed).random(len(calls))),
-    ).sort("drawn")
-    group = ["kind", "dtype", "system", "bin"]
-    kept = binned.filter(pl.int_range(pl.len()).over(group) < MOST_ROWS).sort(*group, "drawn")
+    kept = drawn_by_bin(calls, ["kind", "dtype"], seed)
     for (kind, dtype), rows in kept.group_by(["kind", "dtype"], maintain_order=True):
         if len(rows) >= LEAST_ROWS:
             yield Rows(
                 str(kind),
                 str(dtype),
-                _numbers(rows, "compute_s"),
-                _numbers(rows, "hbm_s"),
-                _numbers(rows, "seconds"),
-                rows.select(pl.struct(group[2:]).rank("dense")).to_series().to_numpy().astype(np.int64),
+                numbers(rows, "compute_s"),
+                numbers(rows, "hbm_s"),
+                numbers(rows, "seconds"),
+                groups_of(rows),
                 rows["system"].to_numpy().astype(np.str_),
             )
-
-
-def weights(rows: Rows) -> Floats:
-    """Of each row: groups weigh alike, those of fewer than FULL rows by their number."""
-    _, where, sizes = np.unique(rows.group, return_inverse=True, return_counts=True)
-    return np.asarray(1.0 / np.maximum(sizes, FULL)[where])
 
 
 def seconds_of(figures: Floats, rows: Rows) -> Floats:
@@ -273,7 +236,7 @@ def fitted(rows: Rows) -> Floats:
     best = None
     for start in STARTS:
         found = least_squares(
-            lambda logs: weight * _softened(np.log(seconds_of(np.exp(logs), rows) / rows.seconds)),
+            lambda logs: weight * softened(np.log(seconds_of(np.exp(logs), rows) / rows.seconds)),
             np.log(start),
             bounds=(np.log(LOWEST), np.log(HIGHEST)),
         )
@@ -281,11 +244,6 @@ def fitted(rows: Rows) -> Floats:
             best = found
     assert best is not None
     return np.asarray(np.exp(best.x))
-
-
-def _softened(off: Floats) -> Floats:
-    """Whose square grows as the residual does beyond SOFT: soft l1, by hand as scipy's knows no weights beside it."""
-    return np.asarray(np.sign(off) * np.sqrt(2.0 * SOFT**2 * (np.sqrt(1.0 + (off / SOFT) ** 2) - 1.0)))
 
 
 def left_out(rows: Rows, base: Rows) -> Floats:
@@ -304,18 +262,6 @@ def left_out(rows: Rows, base: Rows) -> Floats:
         figures = fitted(base.of(others) if others.any() else base)
         off[own] = np.log(rows.seconds[own] / seconds_of(figures, rows.of(own)))
     return off
-
-
-def quantile(off: Floats, rows: Rows, share: float) -> float:
-    """Of |off|, every group weighing alike."""
-    order = np.argsort(np.abs(off))
-    weight = np.cumsum(weights(rows)[order])
-    return float(np.abs(off)[order][np.searchsorted(weight, share * weight[-1])])
-
-
-def surest(rows: Rows) -> float:
-    """What no figure is surer than: few rows are of few shapes, and say little of others."""
-    return REL_SIGMA if len(rows.seconds) < MANY_ROWS else 0.0
 
 
 def fit(folders: list[Path]) -> ReachFile:
@@ -343,7 +289,9 @@ def fit(folders: list[Path]) -> ReachFile:
             )
         )
     return ReachFile(
-        source=f"tables of {', '.join(sorted(set().union(*map(packages, folders))))}", kernels=tuple(kernels)
+        source=f"tables of {', '.join(sorted(set().union(*map(packages, folders))))}",
+        kernels=tuple(kernels),
+        links=link_fit.fit(folders),
     )
 
 
@@ -362,16 +310,25 @@ def written(found: ReachFile) -> str:
         "# What kernels reach of a datasheet (moesim/cost/reach.py says what each figure is).",
         "# Made by `python -m profiles.reach_fit PROFILE... --out moesim/cost/reach.yaml`.",
         f"source: {found.source}",
-        "kernels:",
     ]
-    for row in found.kernels:
-        text = yaml.safe_dump(row.model_dump(mode="json"), default_flow_style=True, width=10_000, sort_keys=False)
+    for heading, row in _headed(found):
+        lines += [heading] if heading else []
+        text = yaml.safe_dump(
+            row.model_dump(mode="json", exclude_none=True), default_flow_style=True, width=10_000, sort_keys=False
+        )
         lines.append(f"- {text.strip()}")
     return "\n".join(lines) + "\n"
 
 
+def _headed(found: ReachFile) -> Iterator[tuple[str, Reach | LinkReach]]:
+    """Every row, and what stands above the first of its list."""
+    for name in ("kernels", "links"):
+        for place, row in enumerate(getattr(found, name)):
+            yield f"{name}:" if place == 0 else "", row
+
+
 def markdown(found: ReachFile) -> str:
-    """The table of the page on costs."""
+    """The table of kernels on the page on costs."""
     lines = [
         "| kernel | type | a small call | of peak FLOP/s | of HBM | off on GPUs not seen, median | sigma | rows |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -381,6 +338,22 @@ def markdown(found: ReachFile) -> str:
         f"| {np.expm1(row.median):.0%} | {row.rel_sigma:.2f} | {row.points:,} |".replace("%", " %")
         for row in found.kernels
     ]
+    return "\n".join(lines)
+
+
+def markdown_links(found: ReachFile) -> str:
+    """The table of collectives and exchanges on the page on costs."""
+    lines = [
+        "| collective or exchange | a small one | of the link inside a domain | GB/s a multiprocessor "
+        "| off on GPUs not seen, median | sigma | rows |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in found.links:
+        each = "" if row.sm_bytes_per_s is None else f"{1e-9 * row.sm_bytes_per_s:.1f}"
+        lines.append(
+            f"| {row.kind} | {1e6 * row.floor_s:.1f} µs | {row.near:.2f} | {each} | {np.expm1(row.median):.0%} "
+            f"| {row.rel_sigma:.2f} | {row.points:,} |".replace("%", " %")
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What kernels reach of a GPU's datasheet: the time of a small one, and shares of the peaks, by kind of kernel.
+"""What kernels and exchanges reach of a datasheet: the time of a small one, and shares of the peaks, by kind.
 
 The figures are fitted to measured tables of seven GPUs (`python -m profiles.reach_fit`), a row of `reach.yaml` for each
 kind and type of data, with how far they are off on GPUs of an architecture that the fit did not see.
@@ -16,6 +16,8 @@ from moesim.spec.base import Spec
 from moesim.spec.yaml_text import read_yaml
 
 FILE = "reach.yaml"
+# Assumed, not measured: how far a formula is off for what `reach` has no measurement of (one standard deviation of ln).
+REL_SIGMA = 0.35
 # Types of data by the width of their weights; where a kind was measured in one of them only, it stands for the others.
 WIDTHS: tuple[tuple[str, ...], ...] = (
     ("bf16", "fp16", "fp32"),
@@ -44,11 +46,30 @@ class Reach(Spec):
     systems: tuple[str, ...]
 
 
+class LinkReach(Spec):
+    """One kind of collective or exchange.
+
+    floor_s: seconds of one that carries next to nothing, beside the latencies of its links. near: share of the rate of
+    a GPU's links inside its domain. sm_bytes_per_s: what one multiprocessor of the exchange's kernel moves inside a
+    domain; None of a library that takes as many as it needs. The others as in `Reach`.
+    """
+
+    kind: str
+    floor_s: float = Field(gt=0)
+    near: float = Field(gt=0)
+    sm_bytes_per_s: float | None = Field(default=None, gt=0)
+    rel_sigma: float = Field(gt=0)
+    median: float = Field(ge=0, description="median of |ln(true / predicted)| on architectures left out")
+    points: int = Field(gt=0)
+    systems: tuple[str, ...]
+
+
 class ReachFile(Spec):
     """`reach.yaml`: where the rows are from, and the rows."""
 
     source: str
     kernels: tuple[Reach, ...]
+    links: tuple[LinkReach, ...]
 
 
 @functools.cache
@@ -67,6 +88,12 @@ def reach(kind: str, dtype: str) -> Reach:
     """
     found = [row for row in bundled().kernels if row.kind == kind]
     return min(found, key=lambda row: _apart(row.dtype, dtype))
+
+
+@functools.cache
+def link_reach(kind: str) -> LinkReach:
+    """The figures of a kind of collective ("collective all_reduce") or exchange ("exchange normal between domains")."""
+    return next(row for row in bundled().links if row.kind == kind)
 
 
 def _apart(measured: str, asked: str) -> tuple[list[int], bool, list[int]]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost import links
 from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
+from moesim.cost.links import LAUNCH_S, Transfer
 from moesim.cost.ops import (
     Attention,
     Collective,
@@ -25,31 +27,16 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
-from moesim.cost.reach import Reach, reach
-from moesim.spec.cluster import ClusterSpec, LinkFigure
+from moesim.cost.reach import REL_SIGMA, Reach, reach
+from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.scenario import Scenario
 from moesim.units import BYTES_PER_ELEMENT
 
 # STREAM triad on H200 SXM in stas00/ml-engineering, compute/accelerator: 4.15 of 4.8 TB/s. Of what only moves bytes.
 HBM_FRACTION = 4.15 / 4.8
-# NVLink: all-to-all reaches about 370 of 450 GB/s per GPU and direction on H100 (NVIDIA/nccl-tests issue 212).
-NVLINK_FRACTION = 370.0 / 450.0
-# A NIC: DeepEP's README reports 43 to 47 GB/s of the 50 GB/s of ConnectX-7 in normal mode, EP16 to EP64.
-NIC_FRACTION = 0.9
-# What exchanges reach of a datasheet's link rates.
-REACHED: dict[LinkFigure, float] = {
-    "nvlink_bytes_per_s": NVLINK_FRACTION,
-    "pcie_bytes_per_s": NVLINK_FRACTION,
-    "nic_bytes_per_s": NIC_FRACTION,
-}
-# A kernel that does nothing takes this long inside a captured graph: `mem_empirical_constant_latency` in
-# aiconfigurator-core 0.12.0, systems/h200_sxm.yaml (a correction by its authors, "from observations").
-LAUNCH_S = 3e-6
 # Kernels of grouped products that no table has: two products and an activation, as one plain product each.
 EXPERT_CALLS = 3
-# Assumed, not measured: how far a formula is off for what `reach` has no measurement of (one standard deviation of ln).
-REL_SIGMA = 0.35
 
 Seconds = NDArray[np.float64]
 
@@ -88,6 +75,18 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Bytes of a kernel that only moves them, in seconds; `reach` has no figures of it."""
+
+    needed_s: Seconds
+    rel_sigma: float = REL_SIGMA
+
+    def seconds(self) -> Seconds:
+        """As they are."""
+        return self.needed_s
+
+
+@dataclass(frozen=True)
 class Roofline:
     """The roofline cost model of a cluster; implements CostModel."""
 
@@ -97,29 +96,19 @@ class Roofline:
         """Price one operation by formula; never refuses."""
         work = self.work(operation)
         return estimate(
-            self.seconds(operation) if work is None else work.seconds(),
+            work.seconds(),
             Tag.FORMULA,
             family_of(operation),
-            REL_SIGMA if work is None else work.rel_sigma,
+            work.rel_sigma,
             f"roofline of {self.cluster.gpu.name}",
         )
 
     def seconds(self, operation: Operation) -> Seconds:
         """Seconds of the operation, in the broadcast shape of its sizes."""
-        match operation:
-            case MemoryBound():
-                return self.memory_bound(operation.bytes)
-            case Collective():
-                return self.collective(operation)
-            case MoeExchange():
-                return self.exchange(operation)
-            case _:
-                work = self.work(operation)
-                assert work is not None
-                return work.seconds()
+        return self.work(operation).seconds()
 
-    def work(self, operation: Operation) -> Work | None:
-        """What a kernel has to compute and to move; None of what `reach` has no figures of."""
+    def work(self, operation: Operation) -> Work | Transfer | Moved:
+        """What a kernel has to compute and to move, or what travels over links."""
         match operation:
             case Gemm():
                 return self.gemm(operation)
@@ -129,8 +118,12 @@ class Roofline:
                 return self.attention(operation)
             case MlaAbsorb():
                 return self.absorb(operation)
-            case _:
-                return None
+            case Collective():
+                return links.collective(self.cluster, operation)
+            case MoeExchange():
+                return links.exchange(self.cluster, operation)
+            case MemoryBound():
+                return Moved(self.memory_bound(operation.bytes))
 
     def _work(self, kind: str, dtype: str, flops: Floats, moved: Floats) -> Work:
         """flops and moved: of the operation, both 0 where it has nothing to do."""
@@ -197,68 +190,6 @@ class Roofline:
         weights = op.heads * op.kv_lora_rank * op.head_dim
         moved = weights * _bytes(op.dtype) + tokens * op.heads * (op.kv_lora_rank + op.head_dim) * 2.0
         return self._work("mla absorb", op.dtype, 2.0 * tokens * weights, moved)
-
-    def collective(self, op: Collective) -> Seconds:
-        """Latency and bandwidth terms of ring algorithms; between NVLink domains the NIC is the bottleneck.
-
-        Bus factors as in NVIDIA/nccl-tests doc/PERFORMANCE.md: all-reduce 2(n-1)/n, the others (n-1)/n.
-        """
-        size = np.asarray(op.bytes, dtype=np.float64)
-        share = (op.gpus - 1) / op.gpus
-        steps = 2.0 if op.kind == "all_reduce" else 1.0
-        nvlink = self._near_bytes_per_s()
-        nic = self._nic_bytes_per_s()
-        latency = steps * self.cluster.near_latency_s * np.log2(max(op.gpus, 2))
-        domains = self._domains(op)
-        if domains == 1:
-            busy = steps * share * size / nvlink
-        else:
-            latency += steps * self.cluster.nic_latency_s * np.log2(domains)
-            remote = (domains - 1) / domains
-            if op.kind == "all_to_all":  # every byte for another domain leaves through the rank's own NIC
-                busy = np.maximum(share * size / nvlink, remote * size / nic)
-            else:  # rings through the domains: each GPU's NIC carries its share of the domain's buffer
-                per_gpu = size / max(op.gpus // domains, 1)
-                busy = np.maximum(steps * share * size / nvlink, steps * remote * per_gpu / nic)
-        return np.where((size > 0) & (op.gpus > 1), busy + latency + LAUNCH_S, 0.0)
-
-    def _domains(self, op: Collective | MoeExchange) -> int:
-        """NVLink domains that its ranks lie in; within one of them no byte leaves by a NIC."""
-        return op.domains or self.cluster.domains_of(op.nodes)
-
-    def _near_bytes_per_s(self) -> float:
-        """What a GPU reaches inside its domain: the measured rate, or a share of the datasheet's."""
-        name = "nvlink_bytes_per_s" if self.cluster.nvlink_bytes_per_s else "pcie_bytes_per_s"
-        return self.cluster.near_bytes_per_s * (1.0 if name in self.cluster.measured else NVLINK_FRACTION)
-
-    def _nic_bytes_per_s(self) -> float:
-        """What a GPU reaches between nodes: the measured rate, or a share of the datasheet's."""
-        return self.cluster.shared_nic_bytes_per_s * (
-            1.0 if "nic_bytes_per_s" in self.cluster.measured else NIC_FRACTION
-        )
-
-    def exchange(self, op: MoeExchange) -> Seconds:
-        """DeepEP by bytes: low-latency sends a copy for each selected expert, normal one to each destination domain.
-
-        Source: README of deepseek-ai/DeepEP (low-latency over RDMA by expert; normal forwards from NIC to NVLink).
-        """
-        tokens = np.asarray(op.tokens, dtype=np.float64)
-        row = op.hidden * _bytes(op.dtype)
-        domains = self._domains(op)
-        remote = (domains - 1) / domains
-        nic = self._nic_bytes_per_s()
-        nvlink = self._near_bytes_per_s()
-        latency = 2 * LAUNCH_S + self.cluster.near_latency_s
-        if domains > 1:
-            latency += 2 * self.cluster.nic_latency_s
-        if op.mode == "low_latency":
-            copies = float(op.top_k)
-            each: float = max(copies * remote / nic, copies * (1.0 - remote) / nvlink)
-            return np.asarray(tokens * row * each + latency, dtype=np.float64)
-        by_domain = domains * (1.0 - (1.0 - 1.0 / domains) ** op.top_k) * remote
-        by_rank = op.ep * (1.0 - (1.0 - 1.0 / op.ep) ** op.top_k)
-        busy = tokens * row * max(by_domain / nic, by_rank / nvlink)
-        return np.where(tokens > 0, busy + latency, 0.0)
 
 
 def activation_bytes_per_pair(hidden: int, intermediate: int, dtype: str) -> float:

@@ -9,7 +9,6 @@ import numpy as np
 
 from moesim import plugins
 from moesim.cost.estimate import CostModel
-from moesim.cost.roofline import REACHED
 from moesim.engine.combinations import check_combination, check_keys
 from moesim.engine.context_layout import check_decode_cp
 from moesim.engine.dispatch_checks import check_dispatch, takes_formulas
@@ -244,7 +243,7 @@ def resolve(
             scenario, ground.model, cluster, parallel, placement, fit=ground.fit, judge=ground.judge
         ),
         overlap=stream_overlap(scenario.policies, cluster, parallel, ground.costs),
-        network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario), reached=REACHED),
+        network=instance_network(cluster, parallel.gpus, formula=takes_formulas(scenario)),
         stages=stages_of(scenario, whole, ground.model, cluster),
         context_by_all_to_all=scenario.engine.name in BY_ALL_TO_ALL,
     )

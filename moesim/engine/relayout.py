@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.cost.roofline import REL_SIGMA
+from moesim.cost.reach import REL_SIGMA
 from moesim.engine.batch_state import Plan
 from moesim.engine.draws import Draw
 from moesim.engine.losses import Strike

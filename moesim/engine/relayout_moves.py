@@ -147,7 +147,7 @@ def move_time(moves: Moves, setup: LayerSetup, network: InstanceNetwork, hbm_byt
     what arrived is then read from the buffer and written into its slot, as are copies of what was there.
     """
     pairs = pair_bytes(moves, setup)
-    timed = network.exchange("flat").time(pairs)
+    timed = network.paths("flat").time(pairs)
     split = setup.parallel.expert_tp
     written = pairs.sum(axis=1) + np.repeat(moves.copies, split, axis=1) * expert_bytes(setup) / split
     near = same_domain(setup.parallel.gpus, network.cluster.domain_gpus)

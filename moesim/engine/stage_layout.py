@@ -6,11 +6,11 @@ says how engines run them.
 
 from __future__ import annotations
 
-from moesim.cost.roofline import REACHED, REL_SIGMA
+from moesim.cost.links import at_reached_rates
+from moesim.cost.reach import REL_SIGMA
 from moesim.engine.speculative import draft_tokens
 from moesim.errors import BadInput, Infeasible
 from moesim.graph.stages import Hop, Stages, split_layers
-from moesim.network.instance import at_reached_rates
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.model import ModelSpec
 from moesim.spec.parallel import ParallelSpec
@@ -116,7 +116,7 @@ def stages_of(scenario: Scenario, parallel: ParallelSpec, model: ModelSpec, clus
     if parallel.pp == 1:
         return None
     each, domain = of_a_stage(parallel).gpus, cluster.domain_gpus
-    reached = at_reached_rates(cluster, REACHED)
+    reached = at_reached_rates(cluster)
     hops = []
     for stage in range(parallel.pp - 1):
         senders = range(stage * each, (stage + 1) * each)

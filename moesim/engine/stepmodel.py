@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.roofline import REACHED
+from moesim.cost.links import at_reached_rates
 from moesim.engine import des, maxplus
 from moesim.engine.batch_rules import captures_prompts, exchange_mode, graphs_of, low_latency_sequences, stage_count
 from moesim.engine.batch_times import BatchTimes
@@ -30,7 +30,6 @@ from moesim.graph.plan_pricer import PlanPricer
 from moesim.graph.priced_step import Part, PricedStep
 from moesim.graph.stages import joined
 from moesim.graph.task import StepTimes, TaskGraph
-from moesim.network.instance import at_reached_rates
 
 Floats = NDArray[np.float64]
 Fidelity = Literal["table", "maxplus", "des"]
@@ -398,7 +397,7 @@ class ExactModel:
         deployment = self.model.deployment
         if not deployment.ground.cluster.background:
             return None
-        cluster = at_reached_rates(deployment.ground.cluster, REACHED)
+        cluster = at_reached_rates(deployment.ground.cluster)
         mode = exchange_mode(deployment, kind)
         topology, exchanges = exchange_links(self.model.pricer, self.routed, mode, cluster)
         return link_use(graph, topology, exchanges, streams_of(cluster, topology))

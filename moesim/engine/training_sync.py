@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost.estimate import CostModel, Tag, estimate
+from moesim.cost.links import at_reached_rates
 from moesim.cost.ops import Collective, MemoryBound
-from moesim.cost.roofline import REACHED, REL_SIGMA
+from moesim.cost.reach import REL_SIGMA
 from moesim.engine.training_memory import optimizer_bytes, stage_parameters
 from moesim.graph.priced_step import Part
 from moesim.graph.training_layer import TrainingSetup
-from moesim.network.instance import at_reached_rates
 from moesim.network.rank_groups import Group
 from moesim.units import BYTES_PER_ELEMENT
 
@@ -108,7 +108,7 @@ def stage_transfer(setup: TrainingSetup) -> Part:
     """
     if setup.parallel.pp == 1:
         return Part()
-    cluster, far = at_reached_rates(setup.cluster, REACHED), setup.grid.domains("pp") > 1
+    cluster, far = at_reached_rates(setup.cluster), setup.grid.domains("pp") > 1
     moved = setup.local_rows * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
     rate = cluster.shared_nic_bytes_per_s if far else cluster.near_bytes_per_s
     latency = cluster.nic_latency_s if far else cluster.near_latency_s

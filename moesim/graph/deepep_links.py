@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.estimate import Estimate, Tag, estimate
-from moesim.cost.roofline import REL_SIGMA
+from moesim.cost.reach import link_reach
 from moesim.graph.batch import Floats
 from moesim.graph.exchanges import MOST_PAIRS, Step
-from moesim.network.exchange import Exchange
+from moesim.network.exchange import Scheme
 from moesim.network.instance import InstanceNetwork
 from moesim.network.traffic import Mode, message_bytes, pair_copies, step_visits
 from moesim.spec.model import ModelSpec
@@ -67,9 +67,9 @@ def deepep_copies(
     return DeepEpCopies(tokens, by_rank, np.minimum(by_domain, most))
 
 
-def deepep_exchange(network: InstanceNetwork, mode: Mode) -> Exchange:
+def deepep_scheme(mode: Mode) -> Scheme:
     """How DeepEP's kernels use an instance's links."""
-    return network.exchange("deepep_low_latency" if mode == "low_latency" else "deepep_normal")
+    return "deepep_low_latency" if mode == "low_latency" else "deepep_normal"
 
 
 def deepep_message(step: Step, mode: Mode, model: ModelSpec, precision: PrecisionSpec) -> float:
@@ -83,10 +83,11 @@ def deepep_by_links(
 ) -> Estimate:
     """Seconds [steps, layers, 1] of an exchange by formula; `formula` on measured links, `assumed` on a datasheet's.
 
-    In normal mode the copies are a model, which `fan_out_tag` of `network.traffic` calls assumed; the tag here is that
+    The links of a datasheet as far as such exchanges reach them, and what an empty one takes (`moesim.cost.links`). In
+    normal mode the copies are a model, which `fan_out_tag` of `network.traffic` calls assumed; the tag here is that
     of the links, as for prices from a table.
     """
-    exchange, size = deepep_exchange(network, mode), deepep_message(step, mode, model, precision)
+    exchange, size = network.exchange(deepep_scheme(mode)), deepep_message(step, mode, model, precision)
     steps, layers, gpus = copies.visits.shape
     block = max(1, MOST_PAIRS // (layers * gpus**2))
     seconds, tag = np.zeros((steps, layers)), Tag.FORMULA
@@ -96,5 +97,7 @@ def deepep_by_links(
         to_domains = None if domains is None else domains * size
         timed = exchange.time(pairs * size, to_domains, backwards=step == "combine")
         seconds[rows], tag = timed.seconds, max(tag, timed.tag)
+    own = link_reach(network.kind(exchange.scheme))
+    seconds = np.where((seconds > 0.0) | (mode == "low_latency"), own.floor_s + seconds, 0.0)
     source = f"{exchange.scheme} exchange over the links of {network.cluster.name}"
-    return estimate(seconds[..., None], tag, "dispatch", REL_SIGMA, source)
+    return estimate(seconds[..., None], tag, "dispatch", own.rel_sigma, source)

@@ -25,7 +25,7 @@ import numpy as np
 
 from moesim.cost.estimate import CostModel, Estimate, Tag, estimate
 from moesim.cost.ops import Collective, MemoryBound
-from moesim.cost.roofline import REL_SIGMA
+from moesim.cost.reach import REL_SIGMA
 from moesim.errors import OutsideProfile
 from moesim.graph.batch import Floats
 from moesim.network.exchange import Scheme

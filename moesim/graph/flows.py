@@ -13,7 +13,7 @@ import numpy as np
 
 from moesim.errors import BadInput
 from moesim.graph.batch import Floats, StepBatch
-from moesim.graph.deepep_links import deepep_copies, deepep_exchange, deepep_message
+from moesim.graph.deepep_links import deepep_copies, deepep_message, deepep_scheme
 from moesim.graph.exchanges import ALL_TO_ALLS, Step, element_bytes, pair_bytes
 from moesim.graph.pricing import Pricer
 from moesim.network.exchange import Exchange, Level, Scheme
@@ -66,7 +66,7 @@ def _sent(pricer: Pricer, batch: StepBatch) -> Floats:
 def _all_to_all(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: Floats) -> list[PhaseBytes]:
     setup = pricer.setup
     parallel, dispatch = setup.parallel, setup.policies.dispatch
-    exchange = network.exchange(_SCHEMES.get(dispatch.backend, "flat"))
+    exchange = network.paths(_SCHEMES.get(dispatch.backend, "flat"))
     arriving = pricer.rank_loads(batch, counts)
     found = []
     for step in STEPS:
@@ -90,7 +90,7 @@ def _all_to_all(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, coun
 
 def _deepep(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: Floats, mode: Mode) -> list[PhaseBytes]:
     setup = pricer.setup
-    exchange = deepep_exchange(network, mode)
+    exchange = network.paths(deepep_scheme(mode))
     arriving = pricer.rank_loads(batch, counts)
     copies = deepep_copies(
         network,
@@ -114,7 +114,7 @@ def _deepep(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, counts: 
 def _rings(pricer: Pricer, network: InstanceNetwork, batch: StepBatch, steps: int) -> list[PhaseBytes]:
     """Rings over all GPUs: a reduction goes round twice, a gather or scatter once."""
     setup = pricer.setup
-    parallel, exchange = setup.parallel, network.exchange("flat")
+    parallel, exchange = setup.parallel, network.paths("flat")
     rows = batch.padded_tokens.max(axis=1) * setup.model.hidden * BYTES_PER_ELEMENT[setup.precision.activations]
     reduces = setup.policies.dispatch.backend == "allreduce"
     once = np.broadcast_to(rows * (1 if reduces else parallel.attention_dp), (steps,))

@@ -31,8 +31,8 @@ def interval_note(source: str, outside_share: float) -> str:
     """What to know of a run's intervals; empty where measurements stand behind them."""
     if source == "roofline":
         return (
-            "Every price is a formula on datasheet peaks (cost.source: roofline): kernels by what they reach on other "
-            "GPUs, exchanges by assumed shares, mostly too quick; no measurement of this GPU backs the intervals."
+            "Every price is a formula on datasheet peaks (cost.source: roofline): kernels and exchanges by what they "
+            "reach on other GPUs; no measurement of this GPU backs the intervals."
         )
     if outside_share < FEW_MEASURED:
         return ""

@@ -103,7 +103,7 @@ def _by_link(simulation: Simulation, moved: Sequence[Relayout]) -> list[dict[str
     network = simulation.deployment.setup.network
     if not moved or network is None:
         return []
-    topology = network.exchange("flat").topology
+    topology = network.paths("flat").topology
     edges, loads = topology.link_loads(np.sum([event.pair_bytes for event in moved], axis=0))
     return [
         {"from": one, "to": other, "bytes": load}

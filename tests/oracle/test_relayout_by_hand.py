@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.cost.links import NIC_FRACTION, NVLINK_FRACTION
 from moesim.engine.deployment import Deployment, groundwork, resolve
 from moesim.engine.relayout_moves import match_ranks, move_time, pair_bytes, plan_moves
 from moesim.graph.priced_step import LayerSetup
@@ -79,7 +80,7 @@ def test_the_pause_is_what_the_busiest_link_and_the_copy_take() -> None:
     moves = plan_moves(old, new, domains=[0, 0])
     assert pair_bytes(moves, setup).tolist() == [[[0, EXPERT_BYTES], [EXPERT_BYTES, 0]], [[0, 0], [0, 0]]]
     timed = move_time(moves, setup, network, cluster.gpu.hbm_bytes_per_s)
-    rate = network.cluster.nvlink_bytes_per_s
+    rate = cluster.nvlink_bytes_per_s * NVLINK_FRACTION
     assert timed.transfer_s == pytest.approx([cluster.nvlink_latency_s + EXPERT_BYTES / rate, 0.0])
     assert timed.copy_s == pytest.approx([2 * EXPERT_BYTES / cluster.gpu.hbm_bytes_per_s, 0.0])
     assert timed.bytes_by_level == {"inside": 2 * EXPERT_BYTES, "between": 0.0}
@@ -97,7 +98,7 @@ def test_between_nodes_the_nic_sets_the_pace() -> None:
     network = network_of(setup)
     moves = plan_moves(setup.placement, placed([[2, 0, 0, 1]]), domains=[0, 1])
     timed = move_time(moves, setup, network, deployment.ground.cluster.gpu.hbm_bytes_per_s)
-    seconds = network.cluster.nic_latency_s + EXPERT_BYTES / network.cluster.nic_bytes_per_s
+    seconds = network.cluster.nic_latency_s + EXPERT_BYTES / (network.cluster.nic_bytes_per_s * NIC_FRACTION)
     assert timed.transfer_s == pytest.approx([seconds])
     assert timed.bytes_by_level == {"inside": 0.0, "between": 2 * EXPERT_BYTES}
 

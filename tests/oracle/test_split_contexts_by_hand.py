@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.cost.reach import reach
-from moesim.cost.roofline import LAUNCH_S, Roofline
+from moesim.cost.links import LAUNCH_S
+from moesim.cost.reach import link_reach, reach
+from moesim.cost.roofline import Roofline
 from moesim.graph.batch import StepBatch, step_batch
 from moesim.graph.decode_context import exchanged
 from moesim.graph.priced_step import LayerSetup
@@ -22,7 +23,6 @@ from tests.priced_steps import setup
 DEEPSEEK, QWEN = load_model("deepseek-ai/DeepSeek-V3"), load_model("Qwen/Qwen3-235B-A22B")
 SEQS, CONTEXT = 64.0, 32768.0
 DECODE = step_batch(ranks=1, decode_seqs=SEQS, decode_kv=CONTEXT)
-NEAR = h200(1).nvlink_bytes_per_s * 370.0 / 450.0
 
 
 def layer(model: Any, parallel: ParallelSpec, **more: Any) -> LayerSetup:
@@ -95,13 +95,16 @@ def test_a_gpu_reads_its_share_and_computes_for_all_heads_of_the_group(parts: in
     passes = 0.0 if parts == 1 else SEQS * heads * 512 * 2 * 2 / rate + LAUNCH_S
     assert pricer.attention(DECODE).seconds()[0, 0] == pytest.approx(kernel + passes)
 
-    def collective(size: float) -> float:
-        return (parts - 1) / parts * size / NEAR + cluster.near_latency_s * np.log2(max(parts, 2)) + LAUNCH_S
+    def collective(kind: str, size: float) -> float:
+        own = link_reach(f"collective {kind}")
+        moved = (parts - 1) / parts * size / (own.near * cluster.nvlink_bytes_per_s)
+        return moved + cluster.near_latency_s * float(np.log2(parts)) + own.floor_s
 
     exchanges = 0.0
     if parts > 1:
         rows = SEQS * heads
-        exchanges = collective(rows * 576 * 2) + collective(rows * 4 * parts) + collective(rows * 512 * 2)
+        exchanges = collective("all_gather", rows * 576 * 2) + collective("all_gather", rows * 4 * parts)
+        exchanges += collective("reduce_scatter", rows * 512 * 2)
     assert pricer.exchanging(DECODE).seconds()[0, 0] == pytest.approx(exchanges)
     assert pricer.attending(DECODE).seconds()[0, 0] == pytest.approx(kernel + passes + exchanges)
 

@@ -206,7 +206,7 @@ def test_every_world_differs_in_its_own_thing(tmp_path: Path) -> None:
 
 def test_the_command_tells_and_shows_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = scenario(tmp_path)
-    result = tuned(path, tmp_path / "run", capsys, "--trials", "12", "--what-if")
+    result = tuned(path, tmp_path / "run", capsys, "--trials", "24", "--what-if")
     assert result["best"]["binding"]
     assert {one["choice"] for one in result["choices"]} >= {"layout", "placement"}
     changes = result["what_if"]["changes"]

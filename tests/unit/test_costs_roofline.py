@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moesim.cost.estimate import Tag
+from moesim.cost.links import LAUNCH_S
 from moesim.cost.ops import (
     Attention,
     Collective,
@@ -17,8 +18,9 @@ from moesim.cost.ops import (
     MoeExchange,
     Operation,
 )
-from moesim.cost.reach import PLACES, bundled, reach
-from moesim.cost.roofline import REL_SIGMA, Roofline
+from moesim.cost.reach import PLACES, REL_SIGMA, bundled, link_reach, reach
+from moesim.cost.roofline import Roofline
+from moesim.spec.cluster import MeasuredFigure
 from moesim.units import BYTES_PER_ELEMENT
 from tests.costs_cluster import h200
 
@@ -80,10 +82,53 @@ def test_a_window_bounds_what_attention_reads(costs: Roofline) -> None:
     assert windowed < full / 50
 
 
-def test_all_reduce_moves_twice_what_reduce_scatter_does(costs: Roofline) -> None:
-    big = np.array([1e10])
-    both, half = (costs.estimate(Collective(kind, big, 8, 1)).seconds[0] for kind in ("all_reduce", "reduce_scatter"))  # type: ignore[arg-type]
-    assert both / half == pytest.approx(2.0, rel=1e-3)
+def test_a_collective_takes_an_empty_one_latencies_and_bytes(costs: Roofline) -> None:
+    """Rings: an all-reduce goes round twice, the others once; each over the share of NVLink that it reaches."""
+    for kind, steps in (("all_reduce", 2), ("reduce_scatter", 1), ("all_gather", 1), ("all_to_all", 1)):
+        own = link_reach(f"collective {kind}")
+        told = costs.estimate(Collective(kind, np.array([1e3, 1e9]), 8, 1))  # type: ignore[arg-type]
+        empty = own.floor_s + steps * 3 * 2e-6
+        assert told.seconds == pytest.approx(empty + steps * 7 / 8 * np.array([1e3, 1e9]) / (own.near * 450e9))
+        assert told.rel_sigma == own.rel_sigma
+
+
+def test_between_nodes_a_collective_is_no_surer_than_an_assumption(costs: Roofline) -> None:
+    """Tables have collectives of one node; an all-to-all over four sends three quarters over NICs."""
+    told = costs.estimate(Collective("all_to_all", np.array([1e9]), 32, 4))
+    own = link_reach("collective all_to_all")
+    assert told.rel_sigma == max(REL_SIGMA, own.rel_sigma)
+    assert told.seconds[0] == pytest.approx(own.floor_s + 5 * 2e-6 + 2 * 5e-6 + 0.75e9 / 45e9)
+
+
+def test_normal_exchanges_are_as_fast_as_their_multiprocessors(costs: Roofline) -> None:
+    """20 of them move a token's copies to 5.25 of 8 ranks; on twice as quick links they move no more."""
+    tokens = np.array([65536.0])
+    op = MoeExchange("dispatch", "normal", tokens, 7168, 8, 256, 8, 1, "fp8")
+    own, copies = link_reach("exchange normal"), 8 * (1 - (7 / 8) ** 8)
+    assert own.sm_bytes_per_s is not None and 20 * own.sm_bytes_per_s < own.near * 450e9
+    moved = 65536 * 7168 * copies
+    assert costs.estimate(op).seconds[0] == pytest.approx(own.floor_s + 2e-6 + moved / (20 * own.sm_bytes_per_s))
+    quick = costs.cluster.model_copy(update={"nvlink_bytes_per_s": 900e9})
+    assert Roofline(quick).seconds(op)[0] == costs.seconds(op)[0]
+    slow = costs.cluster.model_copy(update={"nvlink_bytes_per_s": 200e9})  # H800
+    assert Roofline(slow).seconds(op)[0] == pytest.approx(own.floor_s + 2e-6 + moved / (own.near * 200e9))
+
+
+def test_an_empty_low_latency_exchange_runs(costs: Roofline) -> None:
+    op = MoeExchange("combine", "low_latency", 0 * ONE, 7168, 8, 256, 8, 1, "bf16")
+    assert costs.estimate(op).seconds[0] == pytest.approx(link_reach("exchange low_latency").floor_s + 2e-6)
+
+
+def test_measured_links_stand_as_they_are() -> None:
+    """A measured rate is no datasheet's, and a measured latency has the library's own time in it."""
+    figure = MeasuredFigure(rel_sigma=0.1, points=9)
+    names = ("nvlink_bytes_per_s", "nvlink_latency_s")
+    cluster = h200(1).model_copy(update={"nvlink_bytes_per_s": 300e9, "measured": dict.fromkeys(names, figure)})
+    told = Roofline(cluster).seconds(Collective("all_gather", np.array([1e9]), 8, 1))[0]
+    assert told == pytest.approx(7 / 8 * 1e9 / 300e9 + 3 * 2e-6 + LAUNCH_S)
+    exchange = MoeExchange("dispatch", "low_latency", np.array([1024.0]), 7168, 8, 256, 8, 1, "fp8")
+    empty = link_reach("exchange low_latency").floor_s + 2e-6
+    assert Roofline(cluster).seconds(exchange)[0] == pytest.approx(empty + 1024 * 8 * 7168 / 300e9)
 
 
 def test_the_network_is_slower_than_nvlink(costs: Roofline) -> None:
@@ -119,7 +164,7 @@ def test_nothing_costs_nothing(costs: Roofline, op: Operation) -> None:
     assert priced.seconds.tolist() == [0.0]
     assert (priced.tags == Tag.FORMULA).all()
     work = costs.work(op)
-    assert priced.rel_sigma == (REL_SIGMA if work is None else work.rel_sigma)
+    assert priced.rel_sigma == work.rel_sigma
 
 
 def test_another_type_stands_in_where_one_was_not_measured() -> None:
@@ -148,5 +193,8 @@ def test_figures_that_ship_are_physical() -> None:
     for row in rows:
         assert 1e-6 < row.floor_s < 1e-3
         assert row.compute <= 1.0 and 0.1 < row.hbm <= 1.5
+    for link in bundled().links:
+        assert 1e-6 < link.floor_s < 1e-4 and 0.3 < link.near <= 1.0 and len(link.systems) >= 2
+        assert (link.sm_bytes_per_s is not None) == link.kind.startswith("exchange normal")
         assert 0.05 < row.rel_sigma < 1.0 and row.systems
         assert row.rel_sigma >= REL_SIGMA or row.points >= 1000

@@ -10,7 +10,9 @@ import pytest
 
 from moesim.cli import run
 from moesim.cost.estimate import Tag, estimate
+from moesim.cost.links import at_exchange_rates
 from moesim.cost.ops import Collective, MemoryBound, MoeExchange
+from moesim.cost.reach import link_reach
 from moesim.engine import des, maxplus
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import ExactModel, StepModel
@@ -77,7 +79,7 @@ def test_an_even_flat_exchange_is_the_pairwise_formula():
     setup = dataclasses.replace(setup, placement=even)
     found = priced(deployment, setup=setup).dispatch
     size = 32.0 * setup.model.moe.top_k * setup.model.hidden * 2.0
-    expected = all_to_all_flat(size, setup.network.cluster, 8)
+    expected = all_to_all_flat(size, at_exchange_rates(setup.network.cluster, "collective all_to_all"), 8)
     np.testing.assert_allclose(found.seconds(), np.full((1, 16, 1), expected), rtol=1e-12)
 
 
@@ -91,7 +93,7 @@ def test_a_two_level_exchange_is_worked_out_by_hand():
     setup = deployment.setup
     even = dataclasses.replace(setup.placement, physical_to_logical=np.tile(np.arange(64), (16, 1)))
     setup = dataclasses.replace(setup, placement=even)
-    cluster = setup.network.cluster
+    cluster = at_exchange_rates(setup.network.cluster, "collective all_to_all")
     each = 32.0 * setup.model.moe.top_k / 8 * setup.model.hidden * 2.0
     gather = 3 * (cluster.nvlink_latency_s + 2 * each / cluster.nvlink_bytes_per_s)
     along = cluster.nic_latency_s + 4 * each / cluster.nic_bytes_per_s
@@ -166,13 +168,15 @@ def test_measured_links_price_a_deepep_exchange_that_no_table_holds(mode):
     for part in (found.dispatch, found.combine):
         assert (part.estimates[0].tags == Tag.FORMULA).all()
         assert part.estimates[0].family == "dispatch" and f"deepep_{mode}" in part.estimates[0].source
-    # The busiest link of the bytes that are counted elsewhere, after the latencies of the way.
+    # The busiest link of the bytes that are counted elsewhere, after an empty exchange and the latencies of the way.
     batch = step_batch(ranks=8, decode_seqs=512.0, decode_kv=100.0)
     counts = np.full((1, setup.model.moe_layers, setup.model.moe.experts), 512.0 * 8 * 8 / 64)
     phases = [phase for phase in phase_bytes(Pricer(setup, costs), batch, counts, mode) if phase.step == "dispatch"]
-    busiest = phases[0].exchange.topology.busiest_s(sum(phase.pairs for phase in phases))
+    topology = setup.network.exchange(f"deepep_{mode}").topology
+    busiest = topology.busiest_s(sum(phase.pairs for phase in phases))
     latency = setup.network.cluster.nic_latency_s + (setup.network.cluster.nvlink_latency_s if mode == "normal" else 0)
-    np.testing.assert_allclose(found.dispatch.seconds()[..., 0], busiest + latency, rtol=1e-9)
+    empty = link_reach(f"exchange {mode} between domains").floor_s
+    np.testing.assert_allclose(found.dispatch.seconds()[..., 0], busiest + latency + empty, rtol=1e-9)
     with pytest.raises(OutsideProfile, match="not measured"):
         bare = with_links(deployment.setup, formula=False, measured=False)
         priced(deployment, costs=costs, setup=bare, mode=mode)

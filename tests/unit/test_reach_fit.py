@@ -14,7 +14,8 @@ from moesim.cost.reach import bundled, reach
 from moesim.files import write_text
 from moesim.spec.presets import presets
 from profiles import reach_fit
-from profiles.reach_fit import Rows, fit, fitted, gather, left_out, main, markdown, quantile, seconds_of, written
+from profiles.reach_fit import Rows, fit, fitted, gather, left_out, main, markdown, markdown_links, seconds_of, written
+from profiles.reach_rows import FULL, architecture, quantile, weights
 from profiles.store import DATA
 
 SYSTEMS = ("a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm")
@@ -70,13 +71,13 @@ def test_one_architecture_leaves_systems_out() -> None:
 
 def test_a_bin_of_few_rows_weighs_by_their_number() -> None:
     rows = replace(planted(0.0), group=np.where(np.arange(2000) < 1900, 0, 1 + np.arange(2000)))
-    weight = reach_fit.weights(rows)
+    weight = weights(rows)
     assert weight[:1900].sum() == pytest.approx(1.0)
-    assert weight[-1] == 1.0 / reach_fit.FULL
+    assert weight[-1] == 1.0 / FULL
 
 
 def test_every_preset_has_an_architecture() -> None:
-    found = {name: reach_fit.architecture(name) for name in (*presets(), "gb200")}
+    found = {name: architecture(name) for name in (*presets(), "gb200")}
     assert set(found.values()) == {"Ampere", "Hopper", "Blackwell"}
     assert (found["p5_48xlarge"], found["gb200"], found["h20"]) == ("Hopper", "Blackwell", "Hopper")
 
@@ -112,7 +113,9 @@ def test_windowed_attention_has_the_figures_of_its_kind_and_a_sigma_of_its_own()
 
 
 def test_the_page_has_the_figures_that_ship(repo: Path) -> None:
-    assert markdown(bundled()) in (repo / "docs" / "explanation" / "costs.md").read_text(encoding="utf-8")
+    page = (repo / "docs" / "explanation" / "costs.md").read_text(encoding="utf-8")
+    assert markdown(bundled()) in page
+    assert markdown_links(bundled()) in page
 
 
 def test_the_command_writes_a_file_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,11 +78,11 @@ def without(simulation: Simulation) -> Served:
     return simulation.without_relayouts
 
 
-@pytest.mark.parametrize(("phase_s", "pays"), [(20.0, True), (1.22, False)])
+@pytest.mark.parametrize(("phase_s", "pays"), [(20.0, True), (1.3, False)])
 def test_new_placements_pay_when_phases_last_and_cost_when_they_are_over_before_the_next(
     domains: list[str], phase_s: float, pays: bool
 ) -> None:
-    """A hundred steps take about 1.22 s: at as long a phase, each placement comes when its loads are gone."""
+    """A hundred steps and a pause take some 1.3 s: at as long a phase each placement comes when its loads are gone."""
     found = simulated(moving(domains, rebalance=EVERY, drift=turns(phase_s), requests=2400))
     events = found.relayouts
     assert len(events) >= 4
@@ -175,7 +175,7 @@ def test_same_seed_same_run(domains: list[str]) -> None:
 
 
 def test_steps_one_by_one_agree_with_the_table(domains: list[str]) -> None:
-    data = moving(domains, rebalance={**EVERY, "layers_per_chunk": 5}, drift=turns(0.9))
+    data = moving(domains, rebalance={**EVERY, "layers_per_chunk": 5}, drift=turns(0.95))
     table, exact = (simulated(data, fidelity=fidelity) for fidelity in ("table", "maxplus"))
     assert exact.served.duration_s == pytest.approx(table.served.duration_s, rel=0.01)
     ours, theirs = table.relayouts[0], exact.relayouts[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from moesim.cost.roofline import NVLINK_FRACTION
+from moesim.cost.links import NVLINK_FRACTION
 from moesim.engine.training import TrainingModel, simulate_training, training_model
 from moesim.engine.training_memory import MOMENTS_BYTES, OPTIMIZER_BYTES, optimizer_bytes
 from moesim.engine.training_sync import stage_transfer
