@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from scipy.optimize import brentq
 
+from moesim.cost.reach import link_reach
 from moesim.engine.training import simulate_training
 from moesim.graph.training_flops import training_flops_per_token
 from moesim.spec.hf import load_model
@@ -69,17 +70,17 @@ def test_what_the_page_says_beside_the_tables(found: list[Predicted], repo: Path
     assert f"({1e3 * one.step_s / 128:.0f} and {1e3 * four.step_s / 32:.0f} ms in T15 and T12)" in text
     for name, machine in (("T07", "p6-b300"), ("T15", "p5")):
         assert f"{1e3 * trained(by_id[name].row).host.layer_s:.3g} ms on {machine} ({name})" in text
-    for name, said in (("T08", "0.51 ms for UCCL"), ("T16", "1.60 ms"), ("T17", "0.31 ms for NVSHMEM")):
+    for name, said in (("T08", "0.44 ms for UCCL"), ("T16", "1.52 ms"), ("T17", "0.23 ms for NVSHMEM")):
         assert f"{1e3 * trained(by_id[name].row).host.exchange_s:.2f} ms" in said and said in text
     held = [f"{100 * abs(by_id[name].error or 0.0):.0f}" for name in ("T05", "T10", "T13", "T14")]
-    assert f"to {', '.join(held[:3])} and {held[3]} %." in text
+    assert f"it is {', '.join(held[:3])} and {held[3]} % since exchanges have the figures" in text
     assert f"{held[2]} % too quick at micro-batch 4** (T13)" in text and f"(T10) is {held[1]} % too quick" in text
     nccl, nvshmem, uccl = (by_id[name].row.step_s or 0.0 for name in ("T12", "T14", "T13"))
     assert f"{1e3 * (uccl - nccl) / (32 + 3) / (48 / 4):.1f} ms longer a layer" in text
     late = [100 * ((by_id[name].step_s or 0.0) / own - 1) for name, own in (("T12", nccl), ("T14", nvshmem))]
     assert f"NCCL's step comes out {late[0]:.0f} % too long, NVSHMEM's {-late[1]:.0f} % too short" in text
     errors = [abs(by_id[name].error or 0.0) for name in ("T01", "T02", "T03")]
-    assert min(errors) > 0.22 and max(errors) < 0.36  # "24 to 34 % too quick"
+    assert f"Tuned runs are {100 * min(errors):.0f} to {100 * max(errors):.0f} % too quick** (T01 to T03)" in text
     too_quick = [f"{100 * (by_id[name].error or 0.0):.0f}" for name in ("S03", "S04")]
     assert f"Prefill comes out {too_quick[0]} and {too_quick[1]} % too quick** (S03, S04)" in text
     assert f"predicted is {1 + (by_id['S01'].error or 0.0):.1f}." in text
@@ -135,12 +136,15 @@ def test_every_row_is_there_and_every_wrong_sign_is_explained(rows: Manifest, fo
     assert len(found) == 27
     assert [one.row.id for one in found if one.value is None] == ["S07"]
     assert not [one for one in set_beside(rows, found) if one.unexplained]
-    # Recorded in November 2026; a change of the model that makes them worse should be seen.
+    # Recorded on 2026-11-26; a change of the model that makes them worse should be seen. The last one gave exchanges
+    # figures that measured tables set: training's mean went from 0.14 to 0.12, the medians up by 0.01 to 0.03.
     total = summary(found, set_beside(rows, found))
-    assert total["errors"]["serving"]["median"] <= 0.12
-    assert total["errors"]["serving"]["mape"] <= 0.21
+    assert total["errors"]["serving"]["median"] <= 0.123
+    assert total["errors"]["serving"]["mape"] <= 0.194
     assert total["errors"]["training"]["median"] <= 0.10
-    assert total["sizes"]["median"] <= 0.10
+    assert total["errors"]["training"]["mape"] <= 0.121
+    assert total["sizes"]["median"] <= 0.107
+    assert total["sizes"]["mape"] <= 0.157
     assert total["signs"]["right"] >= 23
     assert total["signs"]["wrong"] <= 3
 
@@ -172,7 +176,8 @@ def test_the_time_of_an_exchange_is_what_its_row_of_one_sequence_gives(
     fitted = brentq(lambda value: step_s(row, value) - reported, 0.0, 0.01)
     print(f"{row}: {1e3 * fitted:.3f} ms an exchange, stored {1e3 * stored:.3g}")
     assert stored == pytest.approx(fitted, rel=0.01)
-    from_benchmarks = 1.4e-4 if "NVSHMEM" in by_id[row].what else 9.0e-5
+    alone = 1.4e-4 if "NVSHMEM" in by_id[row].what else 9.0e-5  # printed beside the transfer
+    from_benchmarks = alone - link_reach("exchange normal between domains").floor_s
     before, after = (
         [abs((by_id[name].step_s or 0.0) / step_s(name, value) - 1) for name in held_out]
         for value in (from_benchmarks, stored)
