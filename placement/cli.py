@@ -148,6 +148,7 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
     from moesim.output.validation import validation_text
     from moesim.units import human_seconds
     from placement.compare import BASELINE, PLANNED, WITHOUT_REPLICAS
+    from placement.expected import expect_json, expect_lines
 
     console = wide_console()
     map_, held = placed.placement, placed.held
@@ -179,6 +180,8 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
             bare = f"{held.each[WITHOUT_REPLICAS]:.3f}"
             table.add_row(f"{map_.solver}, no replicas", plain, "-", "-", "-", bare)
     console.print(table)
+    for line in expect_lines(expect_json(placed.asked.loads, placed.asked.expect)):
+        console.print(line)
     duplicates = map_.duplicates_on_one_rank()
     if duplicates:
         console.print(f"{duplicates} slots hold an expert that their GPU already has (duplicates_on_one_gpu).")

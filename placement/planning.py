@@ -12,11 +12,12 @@ import numpy as np
 from moesim.errors import BadInput
 from moesim.output.leanings import of_placement
 from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
+from moesim.routing.foretell import fit_expecting
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.evidence import Evidence
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
-from moesim.spec.scenario import HoldoutSpec, Scenario
+from moesim.spec.scenario import ExpectSpec, HoldoutSpec, Scenario
 from placement.budget import Budgets, judge_budgets
 from placement.compare import (
     BASELINE,
@@ -28,6 +29,7 @@ from placement.compare import (
 from placement.costs import cost_of, with_cost
 from placement.cross_node import CrossNode, judge_cross_node
 from placement.dispatch import ChoiceTimes, judge_choices
+from placement.expected import expect_json
 from placement.given_loads import doubts, read_given
 from placement.judge import Balance, Figure, balance
 from placement.problem import DEFAULT_SOLVER, request_from_loads, solve, without_redundancy
@@ -55,6 +57,7 @@ class Asked:
     budgets: tuple[int, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     doubts: tuple[str, ...] = ()
+    expect: ExpectSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Placed:
             "layers": self.placement.layers,
             "experts": self.placement.experts,
             "loads": [load.name for load in self.asked.loads],
+            "expect": expect_json(self.asked.loads, self.asked.expect),
             "doubts": list(self.asked.doubts),
             "max_over_mean": self.balance.to_json(),
             "baseline": {
@@ -190,6 +194,7 @@ def ask(
         budgets=tuple(budgets),
         evidence=() if scenario is None else tuple(evidence_of(scenario)),
         doubts=() if scenario is not None else tuple(doubts(load_files, loads, experts)),
+        expect=None if scenario is None else scenario.routing.expect,
     )
 
 
@@ -253,8 +258,9 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
     draws: of the joint draws behind the intervals of step time. choices: judge every replica choice, too. Raises what
     the solver and the cost model raise.
     """
+    fit = fit_expecting(asked.loads, (), asked.expect)
     request = request_from_loads(
-        asked.loads,
+        fit,
         slots=asked.slots,
         ranks=asked.ranks,
         nodes=asked.nodes,
@@ -263,9 +269,9 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
     )
     request = replace(request, current=asked.current)
     costs = cost_of(asked.scenario, asked.solver)
-    solved = solve(with_cost(request, asked.loads, costs), asked.solver)
+    solved = solve(with_cost(request, fit, costs), asked.solver)
     baseline = solve(without_redundancy(request), BASELINE).placement
-    splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed))
+    splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed), asked.expect)
     held = judge_splits(splits, request, asked.solver, asked.holdout, costs) if splits else None
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:

@@ -42,10 +42,13 @@ def resolve_routing(
         )
     assert routing.loads is not None
     found = tuple(
-        fit_to_model(
-            read_loads(load.file, phase=load.phase, weight=load.weight, experts=moe.experts, tokens=tokens),
-            model,
-            where=load.file,
+        replace(
+            fit_to_model(
+                read_loads(load.file, phase=load.phase, weight=load.weight, experts=moe.experts, tokens=tokens),
+                model,
+                where=load.file,
+            ),
+            prompt_tokens=load.prompt_tokens,
         )
         for load in routing.loads
     )

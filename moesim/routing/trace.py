@@ -24,7 +24,8 @@ class RoutingCounts:
     absolute layer axis, dense ones included. per_step: the steps are separate forward passes (else one aggregate).
     law, picks: how an expert's count in a step is distributed (moesim/routing/gates/registry.py), and the mean
     number of experts that a token picks (None: the model's top-k). records: the same counts by request, where the
-    source tells requests apart. tokens: the same picks by token, where they were read (`read_tokens`).
+    source tells requests apart. tokens: the same picks by token, where they were read (`read_tokens`). prompt_tokens:
+    mean length of the prompts, where the user told it.
     """
 
     counts: NDArray[np.float64]
@@ -38,6 +39,7 @@ class RoutingCounts:
     picks: float | None = None
     records: Records | None = None
     tokens: TokenPicks | None = None
+    prompt_tokens: float | None = None
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 3:

@@ -93,6 +93,21 @@ class LoadFile(Spec):
     file: Path
     phase: Phase = "any"
     weight: float = Field(default=1.0, gt=0)
+    prompt_tokens: float | None = Field(default=None, ge=1, description="mean tokens of a prompt: for `expect`")
+
+
+class ExpectedWorkload(Spec):
+    """A workload by what is known of it, without its load."""
+
+    phase: Phase = "any"
+    prompt_tokens: float | None = Field(default=None, ge=1, description="mean tokens of a prompt; none = not known")
+
+
+class ExpectSpec(Spec):
+    """Workloads that placements are for: their loads are foretold from the files, beside which they are fitted to."""
+
+    workloads: tuple[ExpectedWorkload, ...] = Field(min_length=1)
+    share: float = Field(default=0.6, gt=0, lt=1, description="of the weight of all loads of a fit")
 
 
 class SyntheticSpec(Spec):
@@ -122,6 +137,7 @@ class RoutingSpec(Spec):
     drift: DriftSpec | None = Field(default=None, description="loads over simulated time; none = the same throughout")
     mix: Literal["step", "request"] = Field(default="step", description="what is of one load: a step, or a request")
     shifts: tuple[ShiftSpec, ...] = ()
+    expect: ExpectSpec | None = Field(default=None, description="workloads to place for; none = those of the files")
 
     @model_validator(mode="after")
     def _one(self) -> RoutingSpec:
@@ -130,6 +146,11 @@ class RoutingSpec(Spec):
             raise ValueError(f"give exactly one of loads, trace and synthetic, not {' and '.join(given) or 'none'}")
         if self.shifts and self.drift is not None:
             raise ValueError("give shifts or drift, not both")
+        if self.expect is not None:
+            phases = {load.phase for load in self.loads or ()}
+            missing = [one.phase for one in self.expect.workloads if one.phase not in phases]
+            if missing:
+                raise ValueError(f"expect: no file under loads is of the phase {missing[0]}: give it one")
         return self
 
 
