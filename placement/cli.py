@@ -180,7 +180,7 @@ def _print_place(placed: Placed, out: Path | None, form: str) -> None:
             bare = f"{held.each[WITHOUT_REPLICAS]:.3f}"
             table.add_row(f"{map_.solver}, no replicas", plain, "-", "-", "-", bare)
     console.print(table)
-    for line in expect_lines(expect_json(placed.asked.loads, placed.asked.expect)):
+    for line in expect_lines(expect_json(placed.asked.loads, placed.asked.expected), held is not None):
         console.print(line)
     duplicates = map_.duplicates_on_one_rank()
     if duplicates:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.routing.foretell import fit_expecting
+from moesim.routing.foretell import Expected, fit_expecting
 from moesim.routing.holdout import split
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
-from moesim.spec.scenario import ExpectSpec, HoldoutSpec
+from moesim.spec.scenario import HoldoutSpec
 from placement.costs import CostOf, no_cost, with_cost
 from placement.judge import Figure, balance, paired_gain
 from placement.problem import request_from_loads, solve, without_redundancy
@@ -84,11 +84,11 @@ def contenders(request: PlacementRequest, solver: str) -> dict[str, ExpertPlacem
 
 
 def make_splits(
-    loads: Sequence[RoutingCounts], spec: HoldoutSpec, rng: np.random.Generator, expect: ExpectSpec | None = None
+    loads: Sequence[RoutingCounts], spec: HoldoutSpec, rng: np.random.Generator, expected: Expected | None = None
 ) -> list[Split]:
     """Up to SPLITS different splits of the loads; none where there is nothing to split (one snapshot).
 
-    expect: of the scenario; the fits are then told what they are judged on, as `fit_expecting` says.
+    expected: by the scenario; the fits are then told what they are judged on, as `fit_expecting` says.
     """
     found: dict[tuple[str, ...], Split] = {}
     for generator in rng.spawn(4 * SPLITS):  # the same split may come up again
@@ -98,7 +98,7 @@ def make_splits(
         if not fit or not judge:
             return []
         key = tuple(sorted(f"{load.name} {load.counts.sum():.17g}" for load in judge))
-        found.setdefault(key, Split(fit_expecting(fit, judge, expect), judge))
+        found.setdefault(key, Split(fit_expecting(fit, judge if spec.by == "file" else (), expected), judge))
     return list(found.values())
 
 

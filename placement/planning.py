@@ -12,12 +12,12 @@ import numpy as np
 from moesim.errors import BadInput
 from moesim.output.leanings import of_placement
 from moesim.output.validation import Covered, cover, evidence_of, validated_over_nodes, validation_keys
-from moesim.routing.foretell import fit_expecting
+from moesim.routing.foretell import Expected, fit_expecting
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.evidence import Evidence
 from moesim.spec.placement_file import read_placement
 from moesim.spec.plan import ExpertPlacement, PlacementRequest
-from moesim.spec.scenario import ExpectSpec, HoldoutSpec, Scenario
+from moesim.spec.scenario import HoldoutSpec, Scenario
 from placement.budget import Budgets, judge_budgets
 from placement.compare import (
     BASELINE,
@@ -57,7 +57,7 @@ class Asked:
     budgets: tuple[int, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     doubts: tuple[str, ...] = ()
-    expect: ExpectSpec | None = None
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Placed:
             "layers": self.placement.layers,
             "experts": self.placement.experts,
             "loads": [load.name for load in self.asked.loads],
-            "expect": expect_json(self.asked.loads, self.asked.expect),
+            "expect": expect_json(self.asked.loads, self.asked.expected),
             "doubts": list(self.asked.doubts),
             "max_over_mean": self.balance.to_json(),
             "baseline": {
@@ -194,7 +194,7 @@ def ask(
         budgets=tuple(budgets),
         evidence=() if scenario is None else tuple(evidence_of(scenario)),
         doubts=() if scenario is not None else tuple(doubts(load_files, loads, experts)),
-        expect=None if scenario is None else scenario.routing.expect,
+        expected=None if scenario is None else _expected(scenario, load_files),
     )
 
 
@@ -233,6 +233,18 @@ def _loads(
     return found
 
 
+def _expected(scenario: Scenario, load_files: Sequence[Path]) -> Expected | None:
+    from moesim.spec.hf import load_model
+
+    if load_files and scenario.routing.expect is not None:
+        raise BadInput(
+            "nothing says what workloads these files are, from which the expected one is to be foretold",
+            where="--loads",
+            mend="list them under routing.loads with phase and prompt_tokens, or leave routing.expect out",
+        )
+    return Expected.of(scenario.routing.expect, load_model(scenario.model).moe.top_k)
+
+
 def _cluster_gpus(scenario: Scenario) -> int:
     from moesim.spec.presets import load_cluster
 
@@ -258,7 +270,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
     draws: of the joint draws behind the intervals of step time. choices: judge every replica choice, too. Raises what
     the solver and the cost model raise.
     """
-    fit = fit_expecting(asked.loads, (), asked.expect)
+    fit = fit_expecting(asked.loads, (), asked.expected)
     request = request_from_loads(
         fit,
         slots=asked.slots,
@@ -271,7 +283,7 @@ def place(asked: Asked, *, draws: int = 200, choices: bool = False) -> Placed:
     costs = cost_of(asked.scenario, asked.solver)
     solved = solve(with_cost(request, fit, costs), asked.solver)
     baseline = solve(without_redundancy(request), BASELINE).placement
-    splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed), asked.expect)
+    splits = make_splits(asked.loads, asked.holdout, np.random.default_rng(asked.seed), asked.expected)
     held = judge_splits(splits, request, asked.solver, asked.holdout, costs) if splits else None
     step_time = None
     if held is not None and asked.scenario is not None and asked.scenario.serving is not None:

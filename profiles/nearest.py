@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.cost.ops import Attention, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, MoeExchange, Operation
+from moesim.cost.ops import Attention, Collective, ExpertGemm, Gemm, MlaAbsorb, MlaAttention, MoeExchange, Operation
 
 if TYPE_CHECKING:
     import polars as pl
@@ -52,6 +52,8 @@ def nearest(op: Operation, rows_of: Rows) -> Operation | None:
     for name in may_differ:
         distance += np.abs(np.log(shapes[name].to_numpy() / getattr(op, name)))
     picked = shapes.row(int(distance.argmin()), named=True)
+    if isinstance(op, Collective | MoeExchange):
+        picked["domains"] = 0  # measured on neighbouring nodes
     return dataclasses.replace(op, **picked)
 
 

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 def describe(op: Operation) -> str:
     """The kernel and shape of an operation: `Gemm n=4096 k=7168 dtype=fp8_block`."""
     kind: Any = type(op)
-    words = [f"{name}={getattr(op, name)}" for name in key_fields(kind)]
+    words = [f"{name}={getattr(op, name)}" for name in key_fields(kind) if name != "domains"]
     if isinstance(op, ExpertGemm):
         words.append(f"local_experts={op.tokens.shape[-1]}")
     return " ".join([type(op).__name__, *words])

@@ -31,6 +31,8 @@ REACHED: dict[LinkFigure, float] = {
 # A kernel that does nothing takes this long inside a captured graph: `mem_empirical_constant_latency` in
 # aiconfigurator-core 0.12.0, systems/h200_sxm.yaml (a correction by its authors, "from observations").
 LAUNCH_S = 3e-6
+# Latencies of a datasheet's links, beside which the time of an empty exchange was fitted: NVLink's, and a NIC's.
+USUAL_S = {"near": 2e-6, "nic": 5e-6}
 BETWEEN = " between domains"
 """What the kind of an exchange is called where its ranks lie in several NVLink domains."""
 
@@ -43,9 +45,10 @@ class Transfer:
 
     kind: as `link_reach` names it. latency_s: of the links passed. near_s: inside a domain, at the datasheet's rate or
     a measured one; far_s: over NICs, at the rate they reach; sm_bytes: that each multiprocessor of the exchange moves
-    inside a domain; all three in one shape. measured: whether the domain's rate is, timed: whether the latency is; such
-    figures stand as they are. unlike: whether the figures are of transfers inside a domain, and this one is between
-    several. always: whether a transfer of nothing runs.
+    inside a domain; all three in one shape. measured: whether the domain's rate is, which then stands as it is.
+    empty_s: what a transfer of nothing takes beside the latencies, None = as `link_reach` says. unlike: whether the
+    figures are of transfers inside a domain, and this one is between several. always: whether a transfer of nothing
+    runs.
     """
 
     kind: str
@@ -54,7 +57,7 @@ class Transfer:
     far_s: Seconds
     sm_bytes: Seconds
     measured: bool = False
-    timed: bool = False
+    empty_s: float | None = None
     unlike: bool = False
     always: bool = False
 
@@ -71,7 +74,7 @@ class Transfer:
     def seconds(self) -> Seconds:
         """Seconds; 0 where nothing travels and nothing runs."""
         own = self.reach
-        floor_s = LAUNCH_S if self.timed else own.floor_s
+        floor_s = own.floor_s if self.empty_s is None else self.empty_s
         busy = busy_s(self, 1.0 if self.measured else own.near, own.sm_bytes_per_s)
         return np.where((busy > 0.0) | self.always, floor_s + self.latency_s + busy, 0.0)
 
@@ -119,7 +122,7 @@ def collective(cluster: ClusterSpec, op: Collective) -> Transfer:
         # GPU's NIC carries its share of the domain's buffer.
         each = size if op.kind == "all_to_all" else steps * size / max(op.gpus // domains, 1)
         far = (domains - 1) / domains * each / nic_bytes_per_s(cluster)
-    level = "nic" if domains > 1 else near_name(cluster).split("_")[0]
+    timed = _timed(cluster, ("nic",) if domains > 1 else ("near",))
     return Transfer(
         kind=f"collective {op.kind}",
         latency_s=float(latency),
@@ -127,7 +130,7 @@ def collective(cluster: ClusterSpec, op: Collective) -> Transfer:
         far_s=far,
         sm_bytes=np.zeros(np.shape(size)),
         measured=near_name(cluster) in cluster.measured,
-        timed=f"{level}_latency_s" in cluster.measured,
+        empty_s=LAUNCH_S if timed else None,
         unlike=domains > 1,
     )
 
@@ -148,15 +151,35 @@ def exchange(cluster: ClusterSpec, op: MoeExchange, multiprocessors: float = DEE
         latency = cluster.near_latency_s + (cluster.nic_latency_s if domains > 1 else 0.0)
         near = by_kernel = op.ep * (1.0 - (1.0 - 1.0 / op.ep) ** op.top_k)
         far = domains * (1.0 - (1.0 - 1.0 / domains) ** op.top_k) * remote
+    kind = exchange_kind(op.mode, domains)
     return Transfer(
-        kind=exchange_kind(op.mode, domains),
+        kind=kind,
         latency_s=latency,
         near_s=near * moved / cluster.near_bytes_per_s,
         far_s=far * moved / nic_bytes_per_s(cluster),
         sm_bytes=by_kernel * moved / multiprocessors,
         measured=near_name(cluster) in cluster.measured,
+        empty_s=empty_exchange_s(cluster, kind),
         always=op.mode == "low_latency",
     )
+
+
+def empty_exchange_s(cluster: ClusterSpec, kind: str) -> float:
+    """What a DeepEP exchange of nothing takes beside the latencies of its links.
+
+    A measured latency has the sending library's own time in it, which DeepEP's kernels do not spend again: beside
+    measured ones an empty exchange takes what is left of its time on links with a datasheet's.
+    """
+    own, levels = link_reach(kind), ("near", "nic") if kind.endswith(BETWEEN) else ("near",)
+    if not _timed(cluster, levels):
+        return own.floor_s
+    more = {"near": cluster.near_latency_s - USUAL_S["near"], "nic": cluster.nic_latency_s - USUAL_S["nic"]}
+    return max(0.0, own.floor_s - max(more[level] for level in levels))
+
+
+def _timed(cluster: ClusterSpec, levels: tuple[str, ...]) -> bool:
+    near = near_name(cluster).split("_")[0]
+    return all(f"{near if level == 'near' else level}_latency_s" in cluster.measured for level in levels)
 
 
 def at_reached_rates(cluster: ClusterSpec) -> ClusterSpec:

@@ -28,7 +28,7 @@ from moesim.graph.priced_step import LayerSetup
 from moesim.network.instance import instance_network
 from moesim.routing.capacity.rule import capacity_rule
 from moesim.routing.drift import cut_in_blocks
-from moesim.routing.foretell import fit_expecting
+from moesim.routing.foretell import Expected, fit_expecting
 from moesim.routing.gates.choice import gate_spec
 from moesim.routing.gates.loads import gate_loads
 from moesim.routing.holdout import split
@@ -114,15 +114,16 @@ def lay_groundwork(scenario: Scenario) -> Groundwork:
     rng = np.random.default_rng([scenario.seed, 1])
     loads = cut_in_blocks(resolve_routing(scenario.routing, model, rng), scenario.routing.drift)
     fit, judge = split(loads, scenario.routing.holdout, np.random.default_rng([scenario.seed, 2]))
-    own = tuple(fit) or tuple(loads)
-    fit, judge, model = gated(scenario, model, fit_expecting(own, judge, scenario.routing.expect), tuple(judge))
+    own, judge, model = gated(scenario, model, tuple(fit) or tuple(loads), tuple(judge))
+    by_file = scenario.routing.holdout.by == "file"
+    fit = fit_expecting(own, judge if by_file else (), Expected.of(scenario.routing.expect, model.moe.top_k))
     costs: CostModel = plugins.load(plugins.COSTS, scenario.cost.source, where="cost.source")(scenario, model, cluster)
     return Groundwork(
         scenario=scenario,
         model=model,
         cluster=cluster,
         fit=fit,
-        judge=judge or fit[: len(own)],
+        judge=judge or own,
         judged_on_fit=not judge,
         costs=costs,
     )

@@ -260,7 +260,7 @@ def check_faults(deployment: Deployment, faults: Sequence[FaultSpec]) -> None:
         if fault.link is not None and fault.recovery_s is None and not _crosses(setup, fault.link):
             raise BadInput(
                 f"no operation of this plan is priced over a GPU's {fault.link}: "
-                + ("exchanges over nodes go by the NICs" if fault.link == "nvlink" else "it runs on one node"),
+                + ("exchanges over nodes go by the NICs" if fault.link == "nvlink" else "it stays in one domain"),
                 where=f"{where}.link",
                 mend="name the other link",
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.estimate import Estimate, Tag, estimate
+from moesim.cost.links import empty_exchange_s
 from moesim.cost.reach import link_reach
 from moesim.graph.batch import Floats
 from moesim.graph.exchanges import MOST_PAIRS, Step
@@ -48,7 +49,11 @@ def deepep_copies(
     arriving: Floats,
     counts: Floats,
 ) -> DeepEpCopies:
-    """Copies of steps. sent: [steps, gpus]; arriving: [steps, layers, gpus]; counts: [steps, layers, experts]."""
+    """Copies of steps. Raises BadInput where the instance does not fill its domains.
+
+    sent: [steps, gpus]; arriving: [steps, layers, gpus]; counts: [steps, layers, experts].
+    """
+    network.exchange(deepep_scheme(mode))  # whose links the copies must fit
     tokens = np.broadcast_to(sent, (len(arriving), sent.shape[-1]))[:, None, :]
     if mode == "low_latency":
         return DeepEpCopies(tokens, arriving, None)
@@ -97,7 +102,8 @@ def deepep_by_links(
         to_domains = None if domains is None else domains * size
         timed = exchange.time(pairs * size, to_domains, backwards=step == "combine")
         seconds[rows], tag = timed.seconds, max(tag, timed.tag)
-    own = link_reach(network.kind(exchange.scheme))
-    seconds = np.where((seconds > 0.0) | (mode == "low_latency"), own.floor_s + seconds, 0.0)
+    kind = network.kind(exchange.scheme)
+    empty_s = empty_exchange_s(network.cluster, kind)
+    seconds = np.where((seconds > 0.0) | (mode == "low_latency"), empty_s + seconds, 0.0)
     source = f"{exchange.scheme} exchange over the links of {network.cluster.name}"
-    return estimate(seconds[..., None], tag, "dispatch", own.rel_sigma, source)
+    return estimate(seconds[..., None], tag, "dispatch", link_reach(kind).rel_sigma, source)

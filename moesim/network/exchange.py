@@ -221,9 +221,18 @@ def _seconds(phases: tuple[Phase, ...], order: Order) -> Floats:
 
 
 def prepare(cluster: ClusterSpec, scheme: Scheme) -> Exchange:
-    """An exchange over a cluster's topology. Raises BadInput for an unknown scheme, and as `topology.build` does."""
+    """An exchange over a cluster's topology.
+
+    Raises BadInput for an unknown scheme, for GPUs that do not fill domains where it takes that, and as
+    `topology.build` does.
+    """
     if scheme not in SCHEMES:
         raise BadInput(f"unknown scheme {scheme!r}", mend=f"use one of: {', '.join(SCHEMES)}")
+    if scheme == "deepep_normal" and cluster.gpus > cluster.domain_gpus and cluster.gpus % cluster.domain_gpus:
+        raise BadInput(
+            f"{cluster.gpus} GPUs do not fill NVLink domains of {cluster.domain_gpus}, which {scheme} takes",
+            mend="use whole domains, or fewer GPUs than one",
+        )
     inside: Inside = "network" if scheme == "deepep_low_latency_network" else "links"
     crossing: Crossing = "receiver" if scheme == "deepep_normal" else "spine"
     return Exchange(scheme, build(cluster, crossing=crossing, inside=inside))

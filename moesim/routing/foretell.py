@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,59 +81,80 @@ def _middle(known: Sequence[Described], phase: str) -> float:
     return float(np.mean(told)) if told else 0.0
 
 
-def foretold(loads: Sequence[RoutingCounts], asked: Described) -> Floats:
-    """Shares [layers, experts] of a workload, each row summing to 1. Raises BadInput as `powers` does."""
-    shares = np.stack([load.profile() for load in loads])
-    logs = np.log(shares + FLOOR / shares.shape[-1])
-    found = np.exp(np.tensordot(powers([Described.of(load) for load in loads], asked), logs, axes=1))
-    return np.asarray(found / found.sum(axis=-1, keepdims=True))
-
-
-def expecting(loads: Sequence[RoutingCounts], expected: Sequence[Described], share: float) -> tuple[RoutingCounts, ...]:
-    """The loads with the expected workloads' foretold ones beside them, which have `share` of the whole weight.
+def foretold(loads: Sequence[RoutingCounts], asked: Described, top_k: int) -> Floats:
+    """Shares [layers, experts] of a workload, each row summing to 1, none above one pick of every token.
 
     Raises BadInput as `powers` does.
     """
-    if not expected:
-        return tuple(loads)
-    weight = sum(load.weight for load in loads) * share / (1.0 - share) / len(expected)
+    shares = np.stack([load.profile() for load in loads])
+    logs = np.log(shares + FLOOR / shares.shape[-1])
+    found = np.exp(np.tensordot(powers([Described.of(load) for load in loads], asked), logs, axes=1))
+    return _at_most(found / found.sum(axis=-1, keepdims=True), 1.0 / top_k)
+
+
+def _at_most(shares: Floats, most: float) -> Floats:
+    """Shares none of which is above `most`: what one would have beyond it goes to the others, in proportion."""
+    while (shares > most * (1.0 + 1e-12)).any():
+        full = shares >= most
+        rest = np.where(full, 0.0, shares)
+        left = 1.0 - most * full.sum(axis=-1, keepdims=True)
+        shares = np.where(full, most, rest * left / rest.sum(axis=-1, keepdims=True))
+    return np.asarray(shares)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Workloads to place for, their share of a fit's weight, and the experts that a token picks."""
+
+    workloads: tuple[Described, ...]
+    share: float
+    top_k: int
+
+    @classmethod
+    def of(cls, spec: ExpectSpec | None, top_k: int) -> Expected | None:
+        """As the scenario has them; None where it expects nothing."""
+        if spec is None:
+            return None
+        return cls(tuple(Described(one.phase, one.prompt_tokens) for one in spec.workloads), spec.share, top_k)
+
+
+def expecting(loads: Sequence[RoutingCounts], expected: Expected) -> tuple[RoutingCounts, ...]:
+    """The loads with the expected workloads' foretold ones beside them. Raises BadInput as `powers` does."""
+    weight = sum(load.weight for load in loads) * expected.share / (1.0 - expected.share)
     first = loads[0]
     made = [
         RoutingCounts(
-            counts=foretold(loads, one)[None],
+            counts=foretold(loads, one, expected.top_k)[None],
             layer_ids=first.layer_ids,
             absolute_layers=first.absolute_layers,
             name=f"foretold: {one}",
             phase=one.phase,
-            weight=weight,
+            weight=weight / len(expected.workloads),
             law=first.law,
             picks=first.picks,
             prompt_tokens=one.prompt_tokens,
         )
-        for one in expected
+        for one in expected.workloads
     ]
     return (*loads, *made)
 
 
 def fit_expecting(
-    fit: Sequence[RoutingCounts], judge: Sequence[RoutingCounts], expect: ExpectSpec | None
+    fit: Sequence[RoutingCounts], judge: Sequence[RoutingCounts], expected: Expected | None
 ) -> tuple[RoutingCounts, ...]:
-    """The loads to fit to under a scenario's `expect`; `fit` themselves without one.
+    """The loads to fit to where something is expected; `fit` themselves where nothing is.
 
-    Where whole files are judged on, a fit is told what those workloads are, and nothing of their loads: what the
-    scenario expects may be something else, and nobody could say how well it was met. A judged file of a phase that no
-    fit file has is not foretold. Raises BadInput as `powers` does.
+    judge: whole files that the fit is judged on, none of its own. It is then told what those workloads are, and nothing
+    of their loads: what the scenario expects may be something else, and nobody could say how well that was met. A
+    judged file of a phase that no fit file has is not foretold. Raises BadInput as `powers` does.
     """
-    if expect is None:
+    if expected is None:
         return tuple(fit)
-    names = {load.name for load in fit}
-    others = [load for load in judge if load.name not in names]  # pieces of the fit's own files are expected anyway
-    if others:
+    if judge:
         phases = {load.phase for load in fit}
-        asked = tuple(dict.fromkeys(Described.of(load) for load in others if load.phase in phases))
-    else:
-        asked = tuple(Described(one.phase, one.prompt_tokens) for one in expect.workloads)
-    return expecting(fit, asked, expect.share)
+        others = tuple(dict.fromkeys(Described.of(load) for load in judge if load.phase in phases))
+        expected = replace(expected, workloads=others)
+    return expecting(fit, expected) if expected.workloads else tuple(fit)
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ class Missed:
     nearest: float
 
 
-def leave_out(loads: Sequence[RoutingCounts]) -> list[Missed]:
+def leave_out(loads: Sequence[RoutingCounts], top_k: int) -> list[Missed]:
     """Each file foretold from the others, where one of those is of its phase."""
     found = []
     for place, load in enumerate(loads):
@@ -158,7 +179,7 @@ def leave_out(loads: Sequence[RoutingCounts]) -> list[Missed]:
             continue
         own = load.profile()
         rest = np.stack([one.profile() for one in others])
-        apart = [_distance(own, one) for one in (foretold(others, Described.of(load)), rest.mean(axis=0), *rest)]
+        apart = [_distance(own, one) for one in (foretold(others, Described.of(load), top_k), rest.mean(axis=0), *rest)]
         found.append(Missed(load.name, apart[0], apart[1], min(apart[2:])))
     return found
 

@@ -25,6 +25,10 @@ def drift(
     """Run the policies over the one series that is asked for. Raises BadInput, Infeasible, OutsideProfile."""
     if len(asked.loads) != 1:
         raise BadInput(f"{len(asked.loads)} files are no series", where="--loads", mend="give one file with steps")
+    if asked.expected is not None:
+        raise BadInput(
+            "a series is placed for as it comes, not for what is expected", where="routing.expect", mend="leave it out"
+        )
     (load,) = asked.loads
     check_series(load)
     request = request_from_loads(

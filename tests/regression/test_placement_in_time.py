@@ -16,19 +16,16 @@ from moesim.engine.steptime import timed_placements
 from moesim.routing.foretell import fit_expecting
 from moesim.routing.readers import read_loads
 from moesim.routing.trace import RoutingCounts
-from moesim.spec.scenario import ExpectedWorkload, ExpectSpec, Scenario, load_scenario
+from moesim.spec.scenario import Scenario, load_scenario
 from placement import budget, planning, proxy
 from placement.budget import Budgets, judge_budgets
 from placement.compare import make_splits
 from placement.costs import layer_costs
 from placement.judge import balance
 from placement.problem import request_from_loads, solve
-from tests.regression.test_foretold_loads import PROMPTS
+from tests.regression.test_foretold_loads import ANY, PROMPTS
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
-
-ANY = ExpectSpec(workloads=(ExpectedWorkload(phase="prefill"),))
-"""That something is expected: fits are told what they are judged on."""
 
 WHOLE = bool(os.environ.get("MOESIM_WHOLE"))
 """All batch sizes, budgets and folds: some five minutes more."""

@@ -126,8 +126,12 @@ def test_measured_links_stand_as_they_are() -> None:
     cluster = h200(1).model_copy(update={"nvlink_bytes_per_s": 300e9, "measured": dict.fromkeys(names, figure)})
     told = Roofline(cluster).seconds(Collective("all_gather", np.array([1e9]), 8, 1))[0]
     assert told == pytest.approx(7 / 8 * 1e9 / 300e9 + 3 * 2e-6 + LAUNCH_S)
-    exchange = MoeExchange("dispatch", "low_latency", np.array([1024.0]), 7168, 8, 256, 8, 1, "fp8")
     empty = link_reach("exchange low_latency").floor_s + 2e-6
+    for latency_s, least in ((2e-6, empty), (8e-6, empty), (50e-6, 50e-6)):  # what the library took is not taken twice
+        slow = cluster.model_copy(update={"nvlink_latency_s": latency_s})
+        nothing = MoeExchange("combine", "low_latency", 0 * ONE, 7168, 8, 256, 8, 1, "bf16")
+        assert Roofline(slow).seconds(nothing)[0] == pytest.approx(least)
+    exchange = MoeExchange("dispatch", "low_latency", np.array([1024.0]), 7168, 8, 256, 8, 1, "fp8")
     assert Roofline(cluster).seconds(exchange)[0] == pytest.approx(empty + 1024 * 8 * 7168 / 300e9)
 
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from moesim.cli import run
 from moesim.engine.deployment import groundwork
 from moesim.errors import BadInput
-from moesim.routing.foretell import Described, expecting, fit_expecting, foretold, leave_out, powers
+from moesim.routing.foretell import Described, Expected, expecting, fit_expecting, foretold, leave_out, powers
 from moesim.routing.trace import RoutingCounts
 from moesim.spec.scenario import ExpectedWorkload, ExpectSpec, Scenario
 from tests.scenarios import small, write
 
 LAYERS, EXPERTS = 16, 64
-EXPECT = ExpectSpec(workloads=(ExpectedWorkload(phase="prefill", prompt_tokens=8192),))
+EXPECT = Expected.of(ExpectSpec(workloads=(ExpectedWorkload(phase="prefill", prompt_tokens=8192),)), 8)
 
 
 def load(name: str, shares: np.ndarray, phase: str, tokens: float | None, weight: float = 1.0) -> RoutingCounts:
@@ -62,7 +62,7 @@ def test_powers_sum_to_one_and_follow_the_descriptions(
 def test_a_line_goes_on_beyond_the_measured_lengths() -> None:
     """From 512, 1,024 and 2,048 tokens to 8,192: towards it, and nearer than any file or their mean."""
     files, truth = prefills(512, 1024, 2048), on_a_line(8192)
-    found = foretold(files, Described("prefill", 8192))
+    found = foretold(files, Described("prefill", 8192), 8)
     shares = np.stack([one.profile() for one in files])
 
     def apart(one: np.ndarray) -> float:
@@ -85,33 +85,42 @@ def test_an_expert_that_counted_nothing_stays_near_nothing() -> None:
     files = prefills(512, 1024)
     for one in files:
         one.counts[:, :, 3] = 0.0
-    assert foretold(files, Described("prefill", 2048))[:, 3].max() < 0.1 / EXPERTS
+    assert foretold(files, Described("prefill", 2048), 8)[:, 3].max() < 0.1 / EXPERTS
 
 
 def test_foretold_loads_have_their_share_of_the_weight() -> None:
     files = [replace(one, weight=weight) for one, weight in zip(prefills(512, 1024), (1.0, 3.0), strict=True)]
-    found = expecting(files, (Described("prefill", 2048), Described("prefill", 4096)), 0.6)
+    found = expecting(files, Expected((Described("prefill", 2048), Described("prefill", 4096)), 0.6, 8))
     assert [one.name for one in found[2:]] == ["foretold: prefill of 2,048 tokens", "foretold: prefill of 4,096 tokens"]
     weights = np.asarray([one.weight for one in found])
     assert weights[2:].sum() / weights.sum() == pytest.approx(0.6)
     assert weights[:2].tolist() == [1.0, 3.0]
-    assert expecting(files, (), 0.6) == tuple(files)
 
 
 def test_a_judged_fit_is_told_of_what_it_is_judged_on() -> None:
-    """Not of what the scenario expects, and of no phase that it has no file of; pieces of its own files are no news."""
+    """Not of what the scenario expects, and of no phase that it has no file of."""
     files = prefills(512, 1024, 4096)
     told = fit_expecting(files[:2], files[2:], EXPECT)
     assert [one.name for one in told] == ["in512", "in1024", "foretold: prefill of 4,096 tokens"]
-    np.testing.assert_allclose(told[2].profile(), foretold(files[:2], Described("prefill", 4096)))
+    np.testing.assert_allclose(told[2].profile(), foretold(files[:2], Described("prefill", 4096), 8))
     decode = load("d", on_a_line(1024, 0.5), "decode", 1000)
     assert fit_expecting(files, [decode], EXPECT) == tuple(files)
-    assert fit_expecting(files, files, EXPECT)[-1].name == "foretold: prefill of 8,192 tokens"
+    assert fit_expecting(files, (), EXPECT)[-1].name == "foretold: prefill of 8,192 tokens"
     assert fit_expecting(files, [decode], None) == tuple(files)
 
 
+def test_no_expert_is_picked_more_than_once_by_a_token() -> None:
+    """However far the lengths go on: a share is at most one of the eight picks."""
+    files = prefills(512, 1024, 2048)
+    far = foretold(files, Described("prefill", 1e6), 8)
+    assert far.max() == pytest.approx(1 / 8)
+    np.testing.assert_allclose(far.sum(axis=-1), 1.0)
+    assert foretold(files, Described("prefill", 1e6), 2).max() > 0.2
+
+
 def test_left_out_files_say_how_well_it_goes() -> None:
-    missed = {one.name: one for one in leave_out([*prefills(512, 1024, 2048), load("d", on_a_line(1), "decode", None)])}
+    files = [*prefills(512, 1024, 2048), load("d", on_a_line(1), "decode", None)]
+    missed = {one.name: one for one in leave_out(files, 8)}
     assert set(missed) == {"in512", "in1024", "in2048"}  # nothing is like the one of decode
     assert all(one.foretold < 0.6 * one.mean and one.nearest > 0.0 for one in missed.values())
 
@@ -151,6 +160,41 @@ def test_a_foretold_load_is_fitted_to_and_nothing_else(tmp_path: Path) -> None:
     assert told.fit[-1].name == f"foretold: prefill of {judged.prompt_tokens:,.0f} tokens"
 
 
+@pytest.mark.parametrize("solver", ["time", "robust"])
+def test_long_prompts_are_placed_for_by_every_solver(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], solver: str
+) -> None:
+    path = write(tmp_path, scenario(tmp_path, {"workloads": [{"phase": "prefill", "prompt_tokens": 131072}]}))
+    assert run(["place", str(path), "--solver", solver, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["expect"]["workloads"][0]["prompt_tokens"] == 131072
+
+
+def test_files_of_one_name_are_files_of_their_own(tmp_path: Path) -> None:
+    """prefill/counts.json and decode/counts.json: the fit of one is told of the other where it has its phase."""
+    data = scenario(tmp_path, FAR)
+    for place, one in enumerate(data["routing"]["loads"]):
+        (tmp_path / str(place)).mkdir()
+        one["file"] = str(Path(one["file"]).rename(tmp_path / str(place) / "counts.json"))
+    data["routing"]["holdout"] = {"by": "file", "fraction": 0.34}
+    ground = groundwork(Scenario.read(data, where="test"))
+    assert ground.fit[-1].name == f"foretold: prefill of {ground.judge[0].prompt_tokens:,.0f} tokens"
+
+
+def test_files_on_the_command_line_are_not_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, data := scenario(tmp_path, FAR))
+    assert run(["place", str(path), "--loads", data["routing"]["loads"][0]["file"]]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--loads: nothing says what workloads these files are" in said
+
+
+def test_a_gate_that_counts_picks_counts_no_foretold_ones(tmp_path: Path) -> None:
+    models = []
+    for expect in (None, FAR):
+        data = scenario(tmp_path, expect) | {"policies": {"gate": {"name": "top_p", "threshold": 0.49}}}
+        models.append(groundwork(Scenario.read(data, where="test")).model.moe.top_k)
+    assert models[0] == models[1]
+
+
 def test_place_is_better_on_the_workload_that_was_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A map for prompts of 8,192 tokens, from files of up to 2,048, against one for the files; and what is said."""
     from moesim.spec.placement_file import read_placement
@@ -166,4 +210,4 @@ def test_place_is_better_on_the_workload_that_was_told(tmp_path: Path, capsys: p
     assert found["told"] < found["plain"] - 0.05
     assert run(["place", str(write(tmp_path, scenario(tmp_path, FAR)))]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Placed for prefill of 8,192 tokens: 60% of a fit's weight" in text and "Left out, a file lies" in text
+    assert "Placed for prefill of 8,192 tokens: 60% of the fit's weight" in text and "Left out, a file lies" in text

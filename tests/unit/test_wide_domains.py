@@ -15,6 +15,8 @@ from moesim.cost.roofline import Roofline
 from moesim.engine.deployment import groundwork, resolve
 from moesim.engine.stepmodel import price_light_steps
 from moesim.engine.training import simulate_training
+from moesim.errors import BadInput
+from moesim.network.exchange import prepare
 from moesim.network.rank_groups import RankGrid
 from moesim.spec.cluster import ClusterSpec
 from moesim.spec.parallel import ParallelSpec
@@ -80,6 +82,14 @@ def test_groups_of_a_training_plan_span_racks() -> None:
     assert (grid.nodes("ep"), grid.domains("ep"), grid.domains("dp_cp"), grid.domains("expert_dp")) == (18, 1, 2, 2)
     assert grid.spread("expert_dp") == {"gpus": 2, "nodes": 2, "domains": 2}
     assert RankGrid(plan, 2, 4).spread("ep") == {"gpus": 72, "nodes": 18, "domains": 0}
+
+
+def test_a_plan_that_does_not_fill_its_racks_is_refused_by_name() -> None:
+    """DeepEP's normal mode sends to the sender's own place in each domain: 80 GPUs are one rack and eight more."""
+    with pytest.raises(BadInput, match="80 GPUs do not fill NVLink domains of 72"):
+        prepare(rack(20), "deepep_normal")
+    prepare(rack(36), "deepep_normal")
+    prepare(rack(4), "deepep_normal")
 
 
 def file_of(folder: Path, cluster: ClusterSpec) -> str:

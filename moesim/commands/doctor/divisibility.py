@@ -62,12 +62,12 @@ def _gpus(cluster: ClusterSpec, parallel: ParallelSpec) -> Iterator[Finding]:
     if parallel.pp > 1 and (node % stage if stage < node else stage % node):
         detail = f"a pipeline stage of {stage} GPUs neither divides a node of {node} nor fills several"
         yield Finding("divides nodes", "fault", detail, "change parallel.tp or parallel.attention_dp")
-    if parallel.tp > node:
+    if parallel.tp > max(node, cluster.domain_gpus):
         yield Finding(
             "divides nodes",
             "warn",
             f"tp {parallel.tp} spans nodes of {node} GPUs: every layer's all-reduce crosses NICs",
-            f"set parallel.tp to {node} at most",
+            f"set parallel.tp to {max(node, cluster.domain_gpus)} at most",
         )
 
 

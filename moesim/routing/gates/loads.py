@@ -64,7 +64,14 @@ def gate_loads(
         if key not in known:
             known[key] = _gated(load, spec, choice, model, (noise, odds), rng)
     found = tuple(
-        replace(known[load.profile().tobytes()], name=load.name, phase=load.phase, weight=load.weight) for load in loads
+        replace(
+            known[load.profile().tobytes()],
+            name=load.name,
+            phase=load.phase,
+            weight=load.weight,
+            prompt_tokens=load.prompt_tokens,
+        )
+        for load in loads
     )
     if GATES[spec.name].law == "variable":
         picks = float(np.mean([load.picks for load in found if load.picks is not None]))
