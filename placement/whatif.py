@@ -19,7 +19,7 @@ from moesim.cost.ops import Operation
 from moesim.cost.overlap import MeasuresOverlap, Slowdown
 from moesim.engine.deployment import Groundwork
 from moesim.errors import BadInput
-from moesim.routing.trace import RoutingCounts
+from moesim.routing.trace import RoutingCounts, at_most
 from moesim.spec.scenario import Scenario
 from moesim.spec.workload import WorkloadSpec
 from placement.objective import Evaluator, Outcome
@@ -136,13 +136,7 @@ def tempered(load: RoutingCounts, exponent: float, most: float) -> RoutingCounts
     total = counts.sum(axis=-1, keepdims=True)
     share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0) ** exponent
     share /= share.sum(axis=-1, keepdims=True)
-    while (share > most * (1.0 + 1e-12)).any():
-        full = share >= most
-        rest = np.where(full, 0.0, share)
-        rest = np.where(rest.sum(axis=-1, keepdims=True) > 0, rest, ~full)  # nobody else had any: all of them alike
-        left = 1.0 - most * full.sum(axis=-1, keepdims=True)
-        share = np.where(full, most, rest * left / rest.sum(axis=-1, keepdims=True))
-    return replace(load, counts=share * total)
+    return replace(load, counts=at_most(share, most) * total)
 
 
 def _priced(families: Sequence[str]) -> Change:

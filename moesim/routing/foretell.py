@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import BadInput
-from moesim.routing.trace import RoutingCounts
+from moesim.routing.trace import RoutingCounts, at_most
 from moesim.spec.scenario import ExpectSpec
 
 Floats = NDArray[np.float64]
@@ -89,17 +89,7 @@ def foretold(loads: Sequence[RoutingCounts], asked: Described, top_k: int) -> Fl
     shares = np.stack([load.profile() for load in loads])
     logs = np.log(shares + FLOOR / shares.shape[-1])
     found = np.exp(np.tensordot(powers([Described.of(load) for load in loads], asked), logs, axes=1))
-    return _at_most(found / found.sum(axis=-1, keepdims=True), 1.0 / top_k)
-
-
-def _at_most(shares: Floats, most: float) -> Floats:
-    """Shares none of which is above `most`: what one would have beyond it goes to the others, in proportion."""
-    while (shares > most * (1.0 + 1e-12)).any():
-        full = shares >= most
-        rest = np.where(full, 0.0, shares)
-        left = 1.0 - most * full.sum(axis=-1, keepdims=True)
-        shares = np.where(full, most, rest * left / rest.sum(axis=-1, keepdims=True))
-    return np.asarray(shares)
+    return at_most(found / found.sum(axis=-1, keepdims=True), 1.0 / top_k)
 
 
 @dataclass(frozen=True)

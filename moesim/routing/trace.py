@@ -95,6 +95,20 @@ def stack_profiles(loads: Sequence[RoutingCounts]) -> tuple[NDArray[np.float64],
     return np.stack([load.profile() for load in loads]), weights / weights.sum()
 
 
+def at_most(shares: NDArray[np.float64], most: float) -> NDArray[np.float64]:
+    """Shares [..., experts], rows of sum 1, none above `most`: what one has beyond it goes to the others in proportion.
+
+    most: at least one share of the experts; one pick of every token's k is 1 / k.
+    """
+    while (shares > most * (1.0 + 1e-12)).any():
+        full = shares >= most
+        rest = np.where(full, 0.0, shares)
+        rest = np.where(rest.sum(axis=-1, keepdims=True) > 0, rest, ~full)  # nobody else had any: all of them alike
+        left = 1.0 - most * full.sum(axis=-1, keepdims=True)
+        shares = np.where(full, most, rest * left / rest.sum(axis=-1, keepdims=True))
+    return np.asarray(shares)
+
+
 def _numbers(loads: RoutingCounts) -> str:
     """The layers as 3 to 60, or one by one where some between are left out; at most four of those."""
     ids = loads.layer_ids.tolist()
