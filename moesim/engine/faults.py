@@ -258,9 +258,10 @@ def check_faults(deployment: Deployment, faults: Sequence[FaultSpec]) -> None:
                 f"GPU {fault.gpu} of an instance of {parallel.gpus}", where=f"{where}.gpu", mend="count GPUs from 0"
             )
         if fault.link is not None and fault.recovery_s is None and not _crosses(setup, fault.link):
+            inside = "it runs on one node" if setup.nodes == 1 else "it stays inside one NVLink domain"
             raise BadInput(
                 f"no operation of this plan is priced over a GPU's {fault.link}: "
-                + ("exchanges over nodes go by the NICs" if fault.link == "nvlink" else "it stays in one domain"),
+                + ("exchanges over nodes go by the NICs" if fault.link == "nvlink" else inside),
                 where=f"{where}.link",
                 mend="name the other link",
             )
