@@ -100,6 +100,8 @@ def at_most(shares: NDArray[np.float64], most: float) -> NDArray[np.float64]:
 
     most: at least one share of the experts; one pick of every token's k is 1 / k.
     """
+    if most * shares.shape[-1] <= 1.0:  # all of them are full, and nobody is left to give to
+        return np.full(shares.shape, 1.0 / shares.shape[-1])
     while (shares > most * (1.0 + 1e-12)).any():
         full = shares >= most
         rest = np.where(full, 0.0, shares)

@@ -84,5 +84,5 @@ def test_144_gpus_told_what_comes(files: list[RoutingCounts]) -> None:
 def test_32_gpus_told_what_comes(files: list[RoutingCounts]) -> None:
     """One or two files of decode say little of another: what is left there is surprise of single experts."""
     told = held_out(files, "robust", 32, 1, told=True)
-    assert np.mean(told) < 1.094
+    assert np.mean(told) < 1.0925  # seeds 0 to 3: 1.0876 to 1.0915
     assert told[4] < 1.106 and told[5] < 1.06

@@ -116,6 +116,7 @@ def test_no_expert_is_picked_more_than_once_by_a_token() -> None:
     assert far.max() == pytest.approx(1 / 8)
     np.testing.assert_allclose(far.sum(axis=-1), 1.0)
     assert foretold(files, Described("prefill", 1e6), 2).max() > 0.2
+    assert (foretold(files, Described("prefill", 1e6), EXPERTS) == 1 / EXPERTS).all()  # every token picks every expert
 
 
 def test_left_out_files_say_how_well_it_goes() -> None:
